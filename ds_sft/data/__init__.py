@@ -1,0 +1,1 @@
+"""What is learned from: rows of files become masked token sequences in batches."""

@@ -1,0 +1,130 @@
+"""What the model answers: greedy answers to a few validation rows, from the exported folder, as any user would load it.
+
+Only rank 0 generates, after the engine's memory is free, so nothing here is a collective and nothing can hang.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import Config
+from ds_sft.data.encode import prompt_text
+from ds_sft.data.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 8  # prompts generated together
+TURN_END = "<|im_end|>"  # what a model that knows ChatML says when it is done
+
+
+@dataclass(frozen=True)
+class Prediction:
+    question: str
+    reference: str
+    prediction: str
+    before: str | None = None  # what the model answered before training
+
+
+def predict(config: Config, samples: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
+    """Answer `samples` with the exported model and, under `predict_before`, with the one that training started from."""
+    if not samples:
+        return []
+    questions = [sample.question for sample in samples]
+    after = generate(str(config.output_dir), questions, tokenizer, config)
+    before: Sequence[str | None] = [None] * len(samples)
+    if config.predict_before:
+        before = generate(config.model_name_or_path, questions, tokenizer, config)
+    rows = zip(samples, after, before, strict=True)
+    return [Prediction(s.question, s.answer, a, b) for s, a, b in rows]
+
+
+def generate(
+    model_path: str, questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> list[str]:
+    """Greedy answers of the model in `model_path`, special tokens left out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # On a box with GPUs accelerate spreads a model that one of them cannot hold.
+    device_map = "auto" if torch.cuda.is_available() and not config.training.get("use_cpu") else None
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype="auto", device_map=device_map, trust_remote_code=config.trust_remote_code
+    ).eval()
+    prompts = [prompt_text(config.system_prompt, question) for question in questions]
+    answers: list[str] = []
+    started = time.monotonic()
+    for start in range(0, len(prompts), BATCH):
+        answers += _generate_batch(model, prompts[start : start + BATCH], tokenizer, config)
+        print(f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})", flush=True)
+    return answers
+
+
+def _generate_batch(model: Any, prompts: list[str], tokenizer: Any, config: Config) -> list[str]:
+    import torch
+
+    inputs = tokenizer(
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    ).to(model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=config.predict_max_new_tokens or config.max_length,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=end_tokens(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """What ends an answer: the pad token that training taught, the model's own ends, ChatML's end of turn."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
+    if turn_end != tokenizer.unk_token_id:
+        ends.add(turn_end)
+    return sorted(end for end in ends if end is not None)
+
+
+def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+    """One JSON object a line: question, reference, prediction, and before where it was asked for."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in predictions:
+            fields = {name: value for name, value in asdict(row).items() if value is not None}
+            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def print_predictions(predictions: Sequence[Prediction]) -> None:
+    """A table: what was asked, what the model said before and after, what the data says."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with_before = any(row.before is not None for row in predictions)
+    table = Table(title="Predictions", title_justify="left", show_lines=True)
+    for column in ("question", *(["answer before"] if with_before else []), "answer after", "reference"):
+        table.add_column(column, overflow="fold", ratio=1)
+    for row in predictions:
+        before = [_short(row.before or "")] if with_before else []
+        table.add_row(*map(_short, (row.question,)), *before, _short(row.prediction), _short(row.reference))
+    console = Console(markup=False)
+    console.print(table)
+
+
+def _short(text: str, limit: int = 400) -> str:
+    """Enough of a long answer to judge it; predictions.jsonl has the whole."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def as_text(row: Prediction) -> str:
+    """A prediction as SwanLab shows it: the reference script's form, with the reference answer added."""
+    return f"Question: {row.question}\n\nLLM: {row.prediction}\n\nReference: {row.reference}"

@@ -1,0 +1,1 @@
+"""Where it runs: ranks and nodes, DeepSpeed, the files a run leaves."""

@@ -1,0 +1,174 @@
+"""Ranks and nodes: the launcher's environment, read in this one place, and what ranks tell each other.
+
+Nothing here imports torch until a process group is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+from ds_sft.errors import UserError
+
+# How long rank 0 has to say an error that every rank meets before another rank says it instead, seconds.
+# Long enough for rank 0 to reach the same line on a slow file system; launchers end the others as soon as it exits.
+ERROR_GRACE = 60.0
+T = TypeVar("T")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Who this process is among those of the run."""
+
+    launcher: str  # "python" (none), "deepspeed", "torchrun" or "environment" (RANK and siblings set by hand)
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1  # ranks on this node
+
+    @property
+    def distributed(self) -> bool:
+        """Whether a launcher started this process, be it alone."""
+        return self.launcher != "python"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Print once for the whole run."""
+        if self.is_main:
+            print(message, flush=True)
+
+
+def read_launch(env: Mapping[str, str] | None = None) -> Launch:
+    """Read RANK, LOCAL_RANK and WORLD_SIZE, all of them or none.
+
+    Raises:
+        UserError: a variable is missing, no number, or out of range.
+    """
+    env = os.environ if env is None else env
+    given = [name for name in VARIABLES if env.get(name)]
+    if not given:
+        return Launch(launcher="python")
+    rank, local_rank, world_size = (_whole_number(env, name) for name in VARIABLES)
+    # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
+    local = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(n)), None)
+    local_world_size = _whole_number(env, local) if local else 1 if world_size == 1 else local_rank + 1
+    if not (rank < world_size and local_rank <= rank and world_size > 0):
+        raise UserError(
+            f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={world_size}: "
+            "expected 0 <= LOCAL_RANK <= RANK < WORLD_SIZE; start the run with deepspeed, torchrun or srun"
+        )
+    return Launch(
+        launcher=_launcher(env),
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+    )
+
+
+def _launcher(env: Mapping[str, str]) -> str:
+    if env.get("TORCHELASTIC_RUN_ID"):
+        return "torchrun"
+    return "deepspeed" if env.get("CROSS_RANK") and env.get("LOCAL_SIZE") else "environment"
+
+
+def _whole_number(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "")
+    if not value.isdecimal():
+        found = f"{name}={value!r}" if value else f"{name} is not set"
+        raise UserError(
+            f"environment: {found}: RANK, LOCAL_RANK and WORLD_SIZE go together, whole numbers; "
+            "start the run with deepspeed, torchrun or srun, or unset all three for a single process"
+        )
+    return int(value)
+
+
+def use_one_device(env: dict[str, str] | os._Environ[str]) -> None:
+    """Without a launcher show torch the first GPU only: with more, Trainer would take nn.DataParallel.
+
+    Must run before torch looks for devices.
+    """
+    env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def start_gloo(timeout_seconds: int) -> None:
+    """Start DeepSpeed's process group for ranks without a GPU.
+
+    Trainer's own CPU path starts torch's group, which DeepSpeed's configuration does not see: under ZeRO-3 it then
+    computes with a world of one and refuses the batch size. DeepSpeed's CPU backend also compiles a shared-memory
+    all-reduce (over a minute) that only its inference engine calls; it is left out.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing to wait for without a process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """The others wait at the end of the block while rank 0 works in it, as long as that takes.
+
+    On a gloo group of its own: a barrier of the run's group would end after `ddp_timeout`, and on GPUs would spin.
+    """
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
+    yield
+    if group is not None:
+        dist.barrier(group)
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank; must pickle."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(*values: float, device: object) -> list[float]:
+    """The sums of `values` over all ranks, in float64."""
+    import torch
+    import torch.distributed as dist
+
+    totals = torch.tensor(values, dtype=torch.float64, device=device)  # type: ignore[call-overload]
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    result: list[float] = totals.tolist()
+    return result
+
+
+def exit_with(message: str, launch: Launch) -> NoReturn:
+    """End this rank with exit code 2 after `message` was said once for the whole run.
+
+    All ranks usually meet the same mistake; rank 0 says it and exits, and the launcher ends the others. A rank that is
+    still there after `ERROR_GRACE` met something of its own (a file missing on its node) and says so itself.
+    """
+    if not launch.is_main:
+        time.sleep(ERROR_GRACE)
+        message = f"[rank {launch.rank} on {socket.gethostname()}] {message}"
+    print(f"ds_sft: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,95 @@
+"""The final weights: whole, in the dtype asked for, tied weights once, from any ZeRO stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import Config
+from ds_sft.runtime.distributed import Launch, barrier
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+PARTIAL = ".export"  # files are written here, then renamed into the output folder
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    """`export_dtype`; auto is the dtype that was trained in, so every launcher leaves the same files."""
+    import torch
+
+    if config.export_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.export_dtype)
+        return dtype
+    if config.training.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if config.training.get("fp16") else torch.float32
+
+
+def export_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: Config, launch: Launch) -> None:
+    """Write model and tokenizer into the output folder; all ranks must call it."""
+    weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
+    if launch.is_main:
+        folder = config.output_dir / PARTIAL
+        shutil.rmtree(folder, ignore_errors=True)
+        _save(trainer.model, weights, config, folder)
+        tokenizer.save_pretrained(folder)
+        _move_into(config.output_dir, folder)
+        launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
+    barrier()
+
+
+def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Every parameter and saved buffer, whole, on the CPU; one parameter is gathered at a time.
+
+    The values are those of the float32 masters where DeepSpeed keeps them, else of the weights themselves. Tied weights
+    appear once, under their first name. All ranks must call it; those without `keep` get an empty dict.
+    """
+    weights: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():  # yields a tied parameter once
+        value = _full_value(parameter)
+        if keep:
+            weights[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
+    if keep:
+        saved = set(model.state_dict().keys())  # leaves out buffers that are computed, such as rotary frequencies
+        weights |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in saved}
+    return weights
+
+
+def _full_value(parameter: Any) -> torch.Tensor:
+    """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO-1/2, ZeRO-3
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value = safe_get_full_fp32_param(parameter)
+        if value is not None:
+            return value  # type: ignore[no-any-return]
+    return parameter  # type: ignore[no-any-return]
+
+
+def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    # Trainer switched the cache off for training; whoever loads the model wants what its author set.
+    original = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    model.config.use_cache = getattr(original, "use_cache", True)
+    training_dtype = model.config.dtype
+    model.config.dtype = export_dtype(config)
+    with torch.no_grad():
+        model.save_pretrained(folder, state_dict=weights)
+    model.config.dtype = training_dtype
+    model.config.use_cache = False
+
+
+def _move_into(output_dir: Path, folder: Path) -> None:
+    """Put finished files in place; weights of an earlier export, perhaps in other shards, go first."""
+    for old in (*output_dir.glob("model*.safetensors"), *output_dir.glob("model.safetensors.index.json")):
+        old.unlink()
+    for file in sorted(folder.iterdir()):
+        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read the model
+        os.replace(file, output_dir / file.name)
+    folder.rmdir()

@@ -1,0 +1,52 @@
+"""`run.json`: what ran, where, how long and with which result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ds_sft", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "swanlab")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename, so that the file is never half there."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # ds_sft run from a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this package's checkout, "-dirty" behind it where files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def peak_memory() -> dict[str, float]:
+    """This process's peaks so far in GiB: resident memory and, where a GPU was used, what torch allocated on it."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    peaks = {"host_gib": round(kilobytes / 2**20, 3)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peaks["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return peaks

@@ -1,0 +1,160 @@
+"""Fine-tune a chat model on dialogues: config -> tokenizer -> data -> model -> Trainer -> final model -> predictions.
+
+    deepspeed ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                      # one box, all its GPUs
+    torchrun --nproc_per_node 2 ds_sft/train.py --config ds_configs/qwen3_dialog.yaml
+    python ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                         # one GPU, or a CPU
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_sft.config import Config, load_config
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch, exit_with, gather, others_wait, read_launch, use_one_device
+from ds_sft.runtime.results import git_commit, peak_memory, versions, write_json
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the training that the command line describes; 2 is the exit code of a mistake in it."""
+    launch = Launch(launcher="python")
+    try:
+        launch = read_launch()
+        run(load_config(sys.argv[1:] if argv is None else argv), launch)
+    except UserError as error:
+        exit_with(str(error), launch)
+    except KeyboardInterrupt:
+        launch.say("\nInterrupted. Checkpoints already saved are kept.")
+        return 130
+    return 0
+
+
+def run(config: Config, launch: Launch) -> None:
+    """The whole run, on every rank."""
+    started = time.monotonic()
+    if not launch.distributed:
+        use_one_device(os.environ)
+    # Heavy imports stand here: a typo in the config is answered without them.
+    from transformers import DataCollatorForSeq2Seq
+
+    from ds_sft.data.dataset import load_data, print_report
+    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.runtime.export import export_model
+    from ds_sft.runtime.zero import engine_config
+    from ds_sft.tracking import TrackerCallback, open_tracker
+    from ds_sft.training.arguments import describe_batch, training_arguments
+    from ds_sft.training.model import load_model, load_tokenizer
+    from ds_sft.training.trainer import SFTTrainer
+
+    engine = engine_config(config, launch)
+    tokenizer = load_tokenizer(config, launch)
+    data = load_data(config, tokenizer, launch)
+    print_report(data.report, launch)
+    args = training_arguments(config, engine, launch)  # starts the process group
+    launch.say(describe_batch(args, len(data.train)))
+    model = load_model(config, args)
+    begin_output(config, data.report, launch)
+    with open_tracker(config, launch) as tracker:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[TrackerCallback(tracker)],
+        )
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        export_model(trainer, tokenizer, config, launch)
+        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started)
+        free(trainer)
+        with others_wait():
+            if launch.is_main:
+                predictions = predict(config, data.samples, tokenizer)
+                write_predictions(predictions, config.output_dir / "predictions.jsonl")
+                print_predictions(predictions)
+                tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+                write_json(config.output_dir / "run.json", results)
+                print(summary(results), flush=True)
+    trainer.end()  # destroys the process group; without it a rank may abort after all work is done
+
+
+def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:
+    """Leave what the run was asked to do and what it found in the output folder, before it starts."""
+    if not launch.is_main:
+        return
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        config.save(config.output_dir / "config.yaml")
+        write_json(config.output_dir / "data_report.json", report)
+    except OSError as error:
+        raise UserError(f"output_dir: {config.output_dir}: cannot be written: {error.strerror}") from error
+
+
+def describe_run(trainer: Trainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
+    """What `run.json` says; all ranks must call it."""
+    from ds_sft.runtime.distributed import sum_over_ranks
+    from ds_sft.runtime.zero import stage
+
+    history = trainer.state.log_history
+    train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    (tokens,) = sum_over_ranks(trainer.tokens_seen.item(), device=trainer.args.device)
+    return {
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "launcher": launch.launcher,
+        "world_size": launch.world_size,
+        "zero_stage": stage(trainer.args.deepspeed),
+        "device": str(trainer.args.device),
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "eval_loss_first": eval_losses[0] if eval_losses else None,
+        "eval_loss": eval_losses[-1] if eval_losses else None,
+        "tokens": int(tokens),
+        "tokens_per_second": round(tokens / train_seconds, 2),
+        "train_seconds": round(train_seconds, 2),
+        "seconds": round(seconds, 2),
+        "peak_memory": gather(peak_memory()),  # of each rank
+    }
+
+
+def free(trainer: Trainer) -> None:
+    """Give the engine's memory back, on every rank, for the predictions."""
+    import gc
+
+    import torch
+
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The last lines a user reads."""
+    memory = max(peaks.get("gpu_gib", peaks["host_gib"]) for peaks in results["peak_memory"])
+    lines = [
+        f"Trained {results['steps']:,} steps, {results['tokens']:,} tokens in {results['train_seconds']:,.0f} s "
+        f"({results['tokens_per_second']:,.0f} tokens/s), {memory:.1f} GiB a rank at most."
+    ]
+    if results["eval_loss"] is not None:
+        lines.append(f"Validation loss: {results['eval_loss_first']:.4f} first, {results['eval_loss']:.4f} last.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

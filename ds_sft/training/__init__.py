@@ -1,0 +1,1 @@
+"""How it is learned: the model, the loss, the Trainer."""

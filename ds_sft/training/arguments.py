@@ -1,0 +1,62 @@
+"""The run's keys -> `TrainingArguments`, which also starts the process group."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch, start_gloo
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training_arguments(config: Config, engine: dict[str, Any] | None, launch: Launch) -> TrainingArguments:
+    """Build the one `TrainingArguments` of the run; call it before the model, so that ZeRO-3 partitions while loading.
+
+    Raises:
+        UserError: transformers refuses a value or a combination.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    keys = dict(config.training)
+    keys["deepspeed"] = engine
+    keys["report_to"] = _other_trackers(keys.get("report_to"))
+    keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
+    # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).
+    keys["use_cpu"] = keys.get("use_cpu", False) or not torch.cuda.is_available()
+    if keys["use_cpu"]:
+        keys.setdefault("dataloader_pin_memory", False)
+        if launch.distributed and engine is not None:
+            start_gloo(keys.get("ddp_timeout", 1800))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            return TrainingArguments(**keys)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+
+
+def _other_trackers(report_to: Any) -> list[str]:
+    """`report_to` without SwanLab: transformers' own callback fails on swanlab 0.10, and `tracking.py` does its work."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    return [name for name in names if name not in ("swanlab", "none")] or ["none"]
+
+
+def describe_batch(args: TrainingArguments, num_rows: int) -> str:
+    """The batch arithmetic in one line."""
+    micro, accumulation, ranks = (
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.world_size,
+    )
+    rows = micro * accumulation * ranks
+    per_epoch = -(-num_rows // rows)
+    steps = args.max_steps if args.max_steps > 0 else int(-(-per_epoch * args.num_train_epochs // 1))
+    return (
+        f"Batch: {micro} rows x {accumulation} accumulated x {ranks} rank{'s' if ranks > 1 else ''} = {rows} rows a step; "
+        f"{num_rows:,} rows => {per_epoch:,} steps an epoch, {steps:,} steps in all."
+    )

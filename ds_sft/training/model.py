@@ -1,0 +1,108 @@
+"""Tokenizer and model loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+
+def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; a missing pad token, which ends every answer, is replaced by the end-of-sequence token.
+
+    Also looks for the model's configuration, so that a wrong `model_name_or_path` is found before data is encoded.
+
+    Raises:
+        UserError: no such model, or a tokenizer this package cannot use.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = config.model_name_or_path
+    _check_folder(name)
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"model_name_or_path: {name}: has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model_name_or_path: {name}: its tokenizer has neither a pad nor an eos token")
+        launch.say(f"The tokenizer has no pad token: {tokenizer.eos_token!r} (eos) ends the answers instead.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # training batches; left is for generation
+    return tokenizer
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model_name_or_path: {name}: this folder has no config.json, so it is not a model")
+    elif path.exists():
+        raise UserError(f"model_name_or_path: {name}: is a file; give the folder of a model, or a hub id")
+    elif name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"model_name_or_path: {name}: no such folder (the current directory is {Path.cwd()}), "
+            "and not a hub id such as Qwen/Qwen3-0.6B"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    """What transformers says, without the paragraphs that follow."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def training_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of the weights in the model.
+
+    DeepSpeed keeps float32 masters beside 16-bit weights. Without it the weights themselves are the masters and stay
+    float32 under autocast: at a learning rate of 1e-5 bfloat16 weights lose 85 % of their updates to rounding.
+    """
+    import torch
+
+    if args.deepspeed is None:
+        return torch.float32
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
+    """Load the model to train; under ZeRO-3 every rank receives its share only, which `args` has arranged.
+
+    Raises:
+        UserError: the folder has no usable weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": training_dtype(args), "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
+    _mend_generation_config(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _mend_generation_config(model: Any) -> None:
+    """Let a generation config be saved that contradicts itself.
+
+    Some published ones carry a temperature without `do_sample`; transformers loads them, and refuses to save them: at
+    the first checkpoint, hours later, with the weights not written.
+    """
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True

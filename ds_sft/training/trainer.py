@@ -1,0 +1,105 @@
+"""The thin Trainer subclass: an exact validation loss, and a count of the tokens trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+
+from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.runtime.distributed import sum_over_ranks
+
+
+class RankRows(Dataset[dict[str, list[int]]]):
+    """Every `world_size`-th row from `rank` on. Ranks without a last row get one that counts nothing.
+
+    All ranks so run the same number of forward passes, which ZeRO-3 needs, and no row is measured twice.
+    """
+
+    def __init__(self, rows: Any, rank: int, world_size: int) -> None:
+        self.rows, self.rank, self.world_size = rows, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.world_size)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        position = index * self.world_size + self.rank
+        if position < len(self.rows):
+            return dict(self.rows[position])
+        first = self.rows[0]
+        return {**first, "labels": [IGNORE_INDEX] * len(first["labels"])}
+
+
+def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropy over supervised tokens, in float32, row by row to keep one row's float32 logits only.
+
+    Args:
+        logits: [batch, seq, vocab], position t predicts token t + 1.
+        labels: [batch, seq], `IGNORE_INDEX` where nothing counts.
+    """
+    rows = [
+        F.cross_entropy(row[:-1].float(), target[1:], ignore_index=IGNORE_INDEX, reduction="sum")
+        for row, target in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(rows).sum()
+
+
+class SFTTrainer(Trainer):
+    """Trainer whose `eval_loss` is the mean over all supervised tokens of the validation set, whatever the world size.
+
+    Trainer's own is a mean of batch means, and wrong when ranks x batch does not divide the set (transformers#39241).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
+        self.add_callback(EvaluateAtEnd())
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, list[int]]]:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(
+            RankRows(rows, self.args.process_index, self.args.world_size),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Token mean of the cross-entropy; keeps no logits beyond a batch."""
+        self.callback_handler.eval_dataloader = dataloader
+        self.model.eval()  # also switches gradient checkpointing off
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            labels = inputs.pop("labels")
+            total += loss_sum(self.model(**inputs, use_cache=False).logits, labels)
+            count += (labels[:, 1:] != IGNORE_INDEX).sum()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss, tokens = sum_over_ranks(total.item(), count.item(), device=self.args.device)
+        metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1)}
+        num_rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Measure the final model too: the last step is rarely a multiple of `eval_steps`."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
+            control.should_evaluate = True
