@@ -61,16 +61,19 @@ def generate(
     started = time.monotonic()
     for start in range(0, len(prompts), BATCH):
         answers += _generate_batch(model, prompts[start : start + BATCH], tokenizer, config)
-        print(f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})", flush=True)
+        print(
+            f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})",
+            flush=True,
+        )
     return answers
 
 
 def _generate_batch(model: Any, prompts: list[str], tokenizer: Any, config: Config) -> list[str]:
     import torch
 
-    inputs = tokenizer(
-        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    ).to(model.device)
+    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
+        model.device
+    )
     with torch.inference_mode():
         output = model.generate(
             **inputs,

@@ -1,8 +1,8 @@
 """Fine-tune a chat model on dialogues: config -> tokenizer -> data -> model -> Trainer -> final model -> predictions.
 
-    deepspeed ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                      # one box, all its GPUs
-    torchrun --nproc_per_node 2 ds_sft/train.py --config ds_configs/qwen3_dialog.yaml
-    python ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                         # one GPU, or a CPU
+deepspeed ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                      # one box, all its GPUs
+torchrun --nproc_per_node 2 ds_sft/train.py --config ds_configs/qwen3_dialog.yaml
+python ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                         # one GPU, or a CPU
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def free(trainer: Trainer) -> None:
     import gc
 
     import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # else from_pretrained would still partition, and wait for the other ranks
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     gc.collect()

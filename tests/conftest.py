@@ -36,7 +36,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads a developer's caches, keys or launcher variables, or reaches for the network."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SWANLAB_API_KEY", "SWANLAB_PROJECT", "SWANLAB_PROJ_NAME"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "SWANLAB_API_KEY",
+        "SWANLAB_PROJECT",
+        "SWANLAB_PROJ_NAME",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SWANLAB_MODE", "disabled")

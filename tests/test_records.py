@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ds_sft.data.records import REFERENCE_PROMPT, BadRow, Record, read_records, to_record
+from ds_sft.config import REFERENCE_PROMPT
+from ds_sft.data.records import BadRow, Record, read_records, to_record
 from ds_sft.errors import UserError
 
 SYSTEM = "Answer."
@@ -41,23 +42,47 @@ EXPECTED = "expected question and answer, or instruction, input and output"
 @pytest.mark.parametrize(
     ("line", "reason", "text"),
     [
-        (b"{'question'", "not JSON", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        (
+            b"{'question'",
+            "not JSON",
+            "not JSON: Expecting property name enclosed in double quotes at column 2",
+        ),
         (b'{"question": "q"}', "no field 'answer'", f"no field 'answer' (found: question); {EXPECTED}"),
         (b"{}", "no field 'question'", f"no field 'question' (found: no field at all); {EXPECTED}"),
-        (b'{"instruction": "", "output": "a"}', "no field 'input'", "no field 'input' (found: instruction, output)"),
+        (
+            b'{"instruction": "", "output": "a"}',
+            "no field 'input'",
+            "no field 'input' (found: instruction, output)",
+        ),
         (
             b'{"question": 42, "answer": "a"}',
             "field 'question' is not a string",
             "field 'question' is a number: 42; expected a string",
         ),
-        (b'{"question": "q", "answer": null}', "field 'answer' is not a string", "is null; expected a string"),
-        (b'{"question": ["q"], "answer": "a"}', "field 'question' is not a string", 'is an array: ["q"]; expected'),
+        (
+            b'{"question": "q", "answer": null}',
+            "field 'answer' is not a string",
+            "is null; expected a string",
+        ),
+        (
+            b'{"question": ["q"], "answer": "a"}',
+            "field 'question' is not a string",
+            'is an array: ["q"]; expected',
+        ),
         (b'["q", "a"]', "not an object", "found an array; expected one JSON object a line"),
         (b'"text"', "not an object", "found a string; expected one"),
         (b"[" * 100_000, "not JSON", "not JSON: RecursionError"),
         (b'{"question": ' + b"9" * 5000 + b"}", "not JSON", "not JSON: ValueError"),
-        (b'{"question": "\xff", "answer": "a"}', "not UTF-8", "not UTF-8: byte 0xff at column 15; save the file as"),
-        (b'{"question": "\\ud83d", "answer": "a"}', "not Unicode text", "field 'question' holds half of a surrogate"),
+        (
+            b'{"question": "\xff", "answer": "a"}',
+            "not UTF-8",
+            "not UTF-8: byte 0xff at column 15; save the file as",
+        ),
+        (
+            b'{"question": "\\ud83d", "answer": "a"}',
+            "not Unicode text",
+            "field 'question' holds half of a surrogate",
+        ),
     ],
 )
 def test_bad_rows(tmp_path: Path, line: bytes, reason: str, text: str) -> None:

@@ -89,9 +89,7 @@ def read_samples(path: Path, config: Config) -> list[Record]:
     return [row for row, _ in zip(rows, range(config.num_predictions), strict=False)]
 
 
-def _load_split(
-    config: Config, path: Path, tokenizer: Any, launch: Launch
-) -> tuple[datasets.Dataset, dict[str, Any]]:
+def _load_split(config: Config, path: Path, tokenizer: Any, launch: Launch) -> tuple[datasets.Dataset, dict[str, Any]]:
     folder = cache_dir(config) / f"encoded-{_cache_key(config, path, tokenizer)}"
     if launch.local_rank == 0:
         with FileLock(f"{folder}.lock"):
@@ -166,7 +164,7 @@ def _build(config: Config, path: Path, tokenizer: Any, folder: Path, launch: Lau
     try:
         launch.say(f"{path}: reading and encoding into {folder}")
         rows = _read(path, config, report, building, launch)
-        data = _keep_supervised(_encode(rows, config, tokenizer), report)
+        data = _keep_supervised(_encode(rows, config, tokenizer), report) if len(rows) else rows
         if len(data) == 0:
             raise UserError(f"{path}: {_why_empty(report)}")
         data.save_to_disk(str(building / "data"))
@@ -180,7 +178,7 @@ def _build(config: Config, path: Path, tokenizer: Any, folder: Path, launch: Lau
 def _why_empty(report: Report) -> str:
     if not report.rows_read:
         return "the file has no rows; expected one JSON object a line"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in report.rows_dropped.items())
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in report.rows_dropped.items())
     return f"none of the {report.rows_read} rows can be used ({reasons})"
 
 
@@ -221,8 +219,10 @@ def _write_arrow(rows: Iterator[dict[str, str]], folder: Path) -> datasets.Datas
         for row in rows:
             writer.write(row)
         num_rows, _ = writer.finalize()
-    return datasets.Dataset.from_file(str(file)) if num_rows else datasets.Dataset.from_dict(
-        {"question": [], "answer": []}, features=TEXT
+    return (
+        datasets.Dataset.from_file(str(file))
+        if num_rows
+        else datasets.Dataset.from_dict({"question": [], "answer": []}, features=TEXT)
     )
 
 

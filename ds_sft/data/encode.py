@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss's default `ignore_index`
-TEMPLATE = (
-    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-)
+TEMPLATE = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_sft.config import REFERENCE_PROMPT
 from ds_sft.errors import UserError
-
-# The system prompt of the reference script, which its converter wrote into `instruction` of every row.
-REFERENCE_PROMPT = "你是一个对话助手，你需要根据用户的问题，给出相应的回答。"
 
 EXPECTED = "expected question and answer, or instruction, input and output"
 
@@ -68,7 +66,10 @@ def _parse(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         text = f"not JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
         raise BadRow("not JSON", text) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, brackets nested without end
         raise BadRow("not JSON", f"not JSON: {type(error).__name__}; expected one JSON object a line") from None
 
 

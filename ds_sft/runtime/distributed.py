@@ -149,12 +149,12 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def sum_over_ranks(*values: float, device: object) -> list[float]:
+def sum_over_ranks(*values: float, device: Any) -> list[float]:
     """The sums of `values` over all ranks, in float64."""
     import torch
     import torch.distributed as dist
 
-    totals = torch.tensor(values, dtype=torch.float64, device=device)  # type: ignore[call-overload]
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(totals)
     result: list[float] = totals.tolist()

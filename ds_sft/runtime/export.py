@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -71,18 +72,15 @@ def _full_value(parameter: Any) -> torch.Tensor:
 
 
 def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
-    import torch
     from transformers import AutoConfig
 
+    model.save_pretrained(folder, state_dict=weights)
     # Trainer switched the cache off for training; whoever loads the model wants what its author set.
     original = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    model.config.use_cache = getattr(original, "use_cache", True)
-    training_dtype = model.config.dtype
-    model.config.dtype = export_dtype(config)
-    with torch.no_grad():
-        model.save_pretrained(folder, state_dict=weights)
-    model.config.dtype = training_dtype
-    model.config.use_cache = False
+    exported = copy.deepcopy(model.config)
+    exported.use_cache = getattr(original, "use_cache", True)
+    exported.dtype = export_dtype(config)  # save_pretrained wrote the dtype of training
+    exported.save_pretrained(folder)
 
 
 def _move_into(output_dir: Path, folder: Path) -> None:

@@ -41,7 +41,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
 
 
 def _other_trackers(report_to: Any) -> list[str]:
-    """`report_to` without SwanLab: transformers' own callback fails on swanlab 0.10, and `tracking.py` does its work."""
+    """`report_to` without SwanLab: transformers' own callback fails on swanlab 0.10; ours is in tracking.py."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     return [name for name in names if name not in ("swanlab", "none")] or ["none"]
 
@@ -57,6 +57,6 @@ def describe_batch(args: TrainingArguments, num_rows: int) -> str:
     per_epoch = -(-num_rows // rows)
     steps = args.max_steps if args.max_steps > 0 else int(-(-per_epoch * args.num_train_epochs // 1))
     return (
-        f"Batch: {micro} rows x {accumulation} accumulated x {ranks} rank{'s' if ranks > 1 else ''} = {rows} rows a step; "
-        f"{num_rows:,} rows => {per_epoch:,} steps an epoch, {steps:,} steps in all."
+        f"Batch: {micro} rows x {accumulation} accumulated x {ranks} rank{'s' if ranks > 1 else ''} = {rows} rows "
+        f"a step; {num_rows:,} rows => {per_epoch:,} steps an epoch, {steps:,} steps in all."
     )

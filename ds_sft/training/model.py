@@ -91,7 +91,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
     _mend_generation_config(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _mend_generation_config(model: Any) -> None:

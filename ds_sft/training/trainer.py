@@ -54,6 +54,8 @@ class SFTTrainer(Trainer):
     Trainer's own is a mean of batch means, and wrong when ranks x batch does not divide the set (transformers#39241).
     """
 
+    control: TrainerControl
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
@@ -76,7 +78,12 @@ class SFTTrainer(Trainer):
 
     @torch.no_grad()
     def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
     ) -> EvalLoopOutput:
         """Token mean of the cross-entropy; keeps no logits beyond a batch."""
         self.callback_handler.eval_dataloader = dataloader
@@ -98,8 +105,6 @@ class SFTTrainer(Trainer):
 class EvaluateAtEnd(TrainerCallback):
     """Measure the final model too: the last step is rarely a multiple of `eval_steps`."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
             control.should_evaluate = True

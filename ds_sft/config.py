@@ -1,0 +1,470 @@
+"""The run's keys: ours and every field of `transformers.TrainingArguments`, from YAML and flags.
+
+Precedence: defaults < YAML < flags. A key is spelled the same in both. Imports neither torch nor transformers, so that
+mistakes and `--help` are answered at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ds_sft.errors import UserError
+
+# The system prompt of the reference script: "You are a dialogue assistant; answer the user's questions."
+REFERENCE_PROMPT = "你是一个对话助手，你需要根据用户的问题，给出相应的回答。"
+
+# The reference script's hyper-parameters. transformers' own defaults hold for the rest.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "num_train_epochs": 2.0,
+    "learning_rate": 1e-4,
+    "logging_steps": 10.0,
+    "save_steps": 400.0,
+    "save_on_each_node": True,
+    "activation_checkpointing": True,
+    "bf16": True,
+    "report_to": ["none"],
+}
+EVAL_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 100.0}  # where there is an eval_file
+
+# transformers 5 renamed these; everybody still says the old name.
+ALIASES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+GONE = {  # keys that TrainingArguments no longer has -> what to write
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "warmup_ratio": "write warmup_steps with a value below 1, which is a share of all steps",
+    "evaluation_strategy": "write eval_strategy",
+    "overwrite_output_dir": "delete it",
+    "save_safetensors": "delete it: weights are always safetensors",
+    "logging_dir": "delete it: output_dir has the logs",
+    "no_cuda": "write use_cpu",
+    "dataset_text_field": "delete it: rows have question and answer",
+}
+SECRETS = ("hub_token",)
+POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
+NOT_NEGATIVE = ("num_predictions",)
+
+
+def key(help_text: str, *, choices: tuple[str, ...] = (), **options: Any) -> Any:
+    """A dataclass field with what `--help` says of it."""
+    return field(metadata={"help": help_text, "choices": choices}, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run was asked to do. `training` holds the keywords of `TrainingArguments`."""
+
+    model_name_or_path: str = key("model to start from: a folder, or a hub id such as Qwen/Qwen3-0.6B")
+    train_file: str = key('rows to learn from: JSON Lines of {"question", "answer"}')
+    eval_file: str | None = key("rows to measure the loss on, same form", default=None)
+    system_prompt: str = key("the system turn before every question", default=REFERENCE_PROMPT)
+    max_length: int = key("tokens of prompt and answer; longer rows are cut at the end", default=2048)
+    on_bad_row: str = key("what an unusable row does: end the run, or be skipped and counted",
+                          choices=("error", "skip"), default="error")  # fmt: skip
+    preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
+    cache_dir: str | None = key("encoded data; default: DS_SFT_CACHE, else ~/.cache/ds_sft", default=None)
+    trust_remote_code: bool = key("run code that comes with the model", default=False)
+    attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
+    export_dtype: str = key("of the final weights; auto: the dtype trained in",
+                            choices=("auto", "float32", "bfloat16", "float16"), default="auto")  # fmt: skip
+    num_predictions: int = key("validation rows answered at the end", default=3)
+    predict_max_new_tokens: int | None = key("tokens of an answer at most; default: max_length", default=None)
+    predict_before: bool = key("also show what the model answered before training", default=False)
+    swanlab_project: str | None = key("default: SWANLAB_PROJECT, SWANLAB_PROJ_NAME, else ds_sft", default=None)
+    swanlab_mode: str | None = key("default: SWANLAB_MODE, else online where there is a key, else offline",
+                                   choices=("online", "cloud", "offline", "local", "disabled"), default=None)  # fmt: skip
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training["output_dir"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys flat, ours first, without secrets."""
+        ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
+        return ours | {name: value for name, value in self.training.items() if name not in SECRETS}
+
+    def save(self, path: Path) -> None:
+        """Write YAML that `--config` reads back to an equal configuration."""
+        beside = path.with_name(path.name + ".tmp")
+        text = yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False, width=1000)
+        beside.write_text("# Every key of this run; feed it back with --config.\n" + text, encoding="utf-8")
+        os.replace(beside, path)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a key before a value is seen."""
+
+    name: str
+    type: str  # as annotated: "int", "float | None", "SchedulerType | str"
+    default: str
+    help: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def optional(self) -> bool:
+        return "None" in self.type
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as a person wrote it, and where."""
+
+    where: str  # "run.yaml:3: " or "--"
+    value: Any  # text, or a list or dict of a YAML file
+    plain: bool = True  # not quoted: null and ~ mean nothing
+
+
+# ---- What keys exist
+
+
+@cache
+def our_keys() -> dict[str, Key]:
+    return {
+        f.name: Key(f.name, str(f.type), str(f.default), f.metadata["help"], f.metadata["choices"])
+        for f in fields(Config)
+        if f.name != "training"
+    }
+
+
+@cache
+def training_keys() -> dict[str, Key]:
+    """Fields of `TrainingArguments` from its source: importing transformers takes seconds."""
+    source = _transformers() / "training_args.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    choices = _enums(tree) | _enums(ast.parse((_transformers() / "trainer_utils.py").read_text(encoding="utf-8")))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    found = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
+            found[node.target.id] = _training_key(node.target.id, ast.unparse(node.annotation), node.value, choices)
+    return found
+
+
+def _transformers() -> Path:
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("transformers is not installed: pip install -e . in the folder of ds_sft")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _enums(tree: ast.Module) -> dict[str, tuple[str, ...]]:
+    """Class name -> its values, for the enumerations of strings."""
+    return {
+        node.name: tuple(
+            item.value.value
+            for item in node.body
+            if isinstance(item, ast.Assign)
+            and isinstance(item.value, ast.Constant)
+            and isinstance(item.value.value, str)
+        )
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases)
+    }
+
+
+def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[str, tuple[str, ...]]) -> Key:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    default = ast.unparse(given["default"]) if "default" in given else "None"
+    help_text = ""
+    if isinstance(given.get("metadata"), ast.Dict):
+        text = given["metadata"].values[0]  # type: ignore[attr-defined]
+        help_text = str(ast.literal_eval(text)) if isinstance(text, ast.Constant) else ""
+    # A list of options (debug) is checked by transformers; here only keys with one value.
+    enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
+    return Key(name, annotation, default, " ".join(help_text.split()), enum)
+
+
+def all_keys() -> dict[str, Key]:
+    return our_keys() | training_keys()
+
+
+def _known(name: str, where: str) -> Key:
+    if name in all_keys():
+        return all_keys()[name]
+    flag = where == "--"
+    place = f"--{name}: " if flag else where
+    if name in GONE:
+        raise UserError(f"{place}{name} is not a key of today's transformers: {GONE[name]}")
+    near = difflib.get_close_matches(name.replace("-", "_"), all_keys(), n=1)
+    remedy = f"did you mean {'--' if flag else ''}{near[0]}?" if near else "--help lists all keys"
+    raise UserError(f"{place}unknown key{'' if flag else f' {name!r}'}: {remedy}")
+
+
+# ---- Reading
+
+
+def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
+    """The configuration that a command line describes. `--help` prints and raises SystemExit.
+
+    Raises:
+        UserError: unknown key, wrong value, missing key, unreadable file.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        print(help_text(prog))
+        raise SystemExit(0)
+    flags = _read_flags(argv)
+    file = flags.pop("config", None)
+    given = {} if file is None else _read_yaml(Path(str(file.value)))
+    return _resolve(_merge(given, flags))
+
+
+def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:
+    merged: dict[str, Given] = {}
+    for source in sources:
+        renamed = {ALIASES.get(name, name): value for name, value in source.items()}
+        if len(renamed) < len(source):
+            both = next(f"{old} and {new}" for old, new in ALIASES.items() if {old, new} <= source.keys())
+            raise UserError(f"{both} are the same key: give one of them")
+        merged |= renamed
+    return merged
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, Given]:
+    flags: dict[str, Given] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{word!r}: expected --key value")
+        name, equals, value = word[2:].partition("=")
+        if name != "config":
+            _known(name, "--")
+        if name in flags:
+            raise UserError(f"--{name} is given twice")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else _bare(name)
+        flags[name] = Given("--", value)
+    return flags
+
+
+def _bare(name: str) -> str:
+    if name != "config" and "bool" in all_keys()[name].type:
+        return "true"
+    raise UserError(f"--{name}: expected a value after it")
+
+
+def _read_yaml(path: Path) -> dict[str, Given]:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (the current directory is {Path.cwd()})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: expected lines of `key: value`")
+    return _given_of(root, path)
+
+
+def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
+    given: dict[str, Given] = {}
+    lines: dict[str, int] = {}
+    for key_node, node in root.value:
+        line = key_node.start_mark.line + 1
+        name = str(key_node.value)
+        _known(name, f"{path}:{line}: ")
+        if name in given:
+            raise UserError(f"{path}:{line}: {name} is given twice, first in line {lines[name]}")
+        lines[name] = line
+        scalar = isinstance(node, yaml.ScalarNode)
+        value = node.value if scalar else _plain(node)
+        given[name] = Given(f"{path}:{line}: ", value, plain=not scalar or node.style is None)
+    return given
+
+
+def _plain(node: Any) -> Any:
+    """A YAML list or mapping as Python values; inside it scalars mean what YAML says, and 2e-5 is a number."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(k.value): _plain(v) for k, v in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if node.style is None and node.tag == "tag:yaml.org,2002:str":
+        return _number(node.value)
+    return yaml.safe_load(node.value) if node.style is None else node.value
+
+
+def _number(text: str) -> Any:
+    """A number where YAML 1.1 sees text: it wants a dot in 2e-5."""
+    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
+
+
+# ---- Meaning
+
+
+def _resolve(given: Mapping[str, Given]) -> Config:
+    values = {name: _convert(all_keys()[name], value) for name, value in given.items()}
+    values.pop("local_rank", None)  # DeepSpeed's launcher adds it; the environment says the same
+    missing = [name for name in ("model_name_or_path", "train_file", "output_dir") if values.get(name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}: give each in the --config file or as --{missing[0]} VALUE")
+    ours = {name: values.pop(name) for name in list(values) if name in our_keys()}
+    has_eval = ours.get("eval_file") is not None
+    if not has_eval and values.get("eval_strategy", "no") != "no":
+        where = given["eval_strategy"].where
+        raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file")
+    training = TRAINING_DEFAULTS | (EVAL_DEFAULTS if has_eval else {}) | values
+    return Config(**ours, training=training)
+
+
+def _convert(known: Key, given: Given) -> Any:
+    value = given.value
+    empty = isinstance(value, str) and given.plain and value.lower() in ("", "null", "~", "none")
+    if empty and known.optional and not (value.lower() == "none" and known.name == "report_to"):
+        return None
+    try:
+        result = _by_type(known, value, empty)
+        _check(known, result)
+    except ValueError as error:
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        place = f"--{known.name}" if given.where == "--" else f"{given.where}{known.name}"
+        raise UserError(f"{place}: expected {error}, found {shown!r}") from None
+    return result
+
+
+def _by_type(known: Key, value: Any, empty: bool) -> Any:
+    """The value as the key's type. Raises ValueError saying what was expected."""
+    names = set(re.findall(r"\w+", known.type))
+    if isinstance(value, dict):
+        return _expect("dict" in names, value, _noun(names))
+    if isinstance(value, list):
+        return _expect("list" in names, [str(item) for item in value], _noun(names))
+    if "dict" in names and value.lstrip().startswith("{"):
+        return _flow(value, dict)
+    if "list" in names:
+        return _flow(value, list) if value.lstrip().startswith("[") else [value]
+    if "bool" in names and "str" in names:  # include_num_input_tokens_seen: yes, or all
+        return _bool(value) if value.lower() in TRUE + FALSE else value
+    for name, convert in (("bool", _bool), ("int", _int), ("float", _float)):
+        if name in names and "str" not in names:
+            return convert(value)
+    return _expect("str" in names and not (empty and value != "none"), value, _noun(names))
+
+
+def _expect(right: bool, value: Any, noun: str) -> Any:
+    if not right:
+        raise ValueError(noun)
+    return value
+
+
+def _noun(names: set[str]) -> str:
+    for name, noun in (("bool", "true or false"), ("int", "a whole number"), ("float", "a number"), ("list", "a list")):
+        if name in names:
+            return noun
+    return "a mapping" if "dict" in names and "str" not in names else "text"
+
+
+def _bool(text: str) -> bool:
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise ValueError("true or false")
+
+
+def _int(text: str) -> int:
+    number = _parse_number(text, "a whole number such as 2048")
+    if number != int(number):
+        raise ValueError("a whole number such as 2048")
+    return int(number)
+
+
+def _float(text: str) -> float:
+    return float(_parse_number(text, "a number such as 2e-5"))
+
+
+def _parse_number(text: str, noun: str) -> int | float:
+    """An int where the text is one: a float would lose digits of a long seed."""
+    if not re.fullmatch(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?", text):
+        raise ValueError(noun)
+    try:
+        number = int(text) if re.fullmatch(r"[-+]?[\d_]+", text) else float(text)
+    except ValueError:  # 1__0, or thousands of digits
+        raise ValueError(noun) from None
+    return _expect(math.isfinite(number), number, noun)  # type: ignore[no-any-return]
+
+
+def _flow(text: str, kind: type) -> Any:
+    """A list or mapping given as text, on the command line."""
+    noun = "a list such as [a, b]" if kind is list else "a mapping such as {a: 1}"
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        raise ValueError(noun) from None
+    value = None if node is None else _plain(node)
+    return _expect(isinstance(value, kind), value, noun)
+
+
+def _check(known: Key, value: Any) -> None:
+    if known.choices and value not in known.choices:
+        raise ValueError(_one_of(known.choices, str(value)))
+    if known.name in POSITIVE and value is not None and value < 1:
+        raise ValueError("1 or more")
+    if known.name in NOT_NEGATIVE and value < 0:
+        raise ValueError("0 or more")
+
+
+def _one_of(choices: Iterable[str], value: str) -> str:
+    near = difflib.get_close_matches(value, list(choices), n=1)
+    few = list(choices)[:8]
+    dots = ", ..." if len(list(choices)) > 8 else ""
+    return f"one of {', '.join(few)}{dots}" + (f" ({near[0]}?)" if near and near[0] not in few else "")
+
+
+# ---- Help
+
+
+def help_text(prog: str) -> str:
+    """Ours first, then every field of TrainingArguments."""
+    lines = [
+        f"usage: {prog} --config FILE.yaml [--key value ...]",
+        "",
+        "Fine-tunes a chat model on dialogues. Every key below goes into the YAML file or on the command line,",
+        "spelled the same; flags win over the file, the file over the defaults.",
+        "",
+        "Keys of ds_sft (* must be given, and so must output_dir):",
+        *(_help_line(known) for known in our_keys().values()),
+        "",
+        "Keys of transformers.TrainingArguments (defaults marked + are the reference script's):",
+        *(_help_line(known) for known in training_keys().values() if known.name not in ALIASES),
+    ]
+    return "\n".join(lines)
+
+
+def _help_line(known: Key) -> str:
+    ours = known.name in our_keys()
+    default = "*" if "MISSING" in known.default else "" if known.default == "None" else f"[{known.default}]"
+    if known.name in TRAINING_DEFAULTS:
+        default = f"[+{TRAINING_DEFAULTS[known.name]}]"
+    if known.name == "system_prompt":
+        default = "[the reference's]"
+    text = known.help if ours else known.help.split(". ")[0][:100]
+    if known.choices and len(known.choices) <= 6:
+        text += f" ({', '.join(known.choices)})"
+    return f"  --{known.name:<34} {text} {default}".rstrip()

@@ -1,0 +1,97 @@
+"""Start the real entry point through the real launchers, with a time limit, and end every process it started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "ds_sft" / "train.py")
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command. `output` is what its processes wrote to stdout and stderr, in order."""
+
+    code: int
+    output: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def entry(launcher: str, ranks: int = 1) -> list[str]:
+    """The command that starts train.py: "python", "torchrun" or "deepspeed" with so many ranks."""
+    if launcher == "python":
+        return [sys.executable, TRAIN]
+    port = str(free_port())
+    if launcher == "torchrun":
+        return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, TRAIN]
+    return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, TRAIN]
+
+
+def run(command: Sequence[str], *, cwd: Path, timeout: float = 120, env: Mapping[str, str] | None = None) -> Done:
+    """Run a command in a session of its own; at the time limit all of that session is killed and the test fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end_tree(process.pid)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {timeout} s: {command}\n{output[-4000:]}") from None
+    return Done(process.returncode, output)
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process and all it started: launchers give their workers sessions of their own."""
+    parent = psutil.Process(pid)
+    for process in (*parent.children(recursive=True), parent):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, flags: Sequence[str] = ()) -> Done:
+    """Write `config` as YAML into `cwd` and train from it."""
+    file = cwd / "run.yaml"
+    file.write_text(yaml.safe_dump(dict(config), allow_unicode=True), encoding="utf-8")
+    return run([*entry(launcher, ranks), "--config", "run.yaml", *flags], cwd=cwd)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def listing(folder: Path) -> list[str]:
+    """Names in a folder, without what a tracker keeps for itself."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "swanlog")
+
+
+def step_losses(folder: Path) -> list[float]:
+    """The training loss of every logged step."""
+    return [row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row]

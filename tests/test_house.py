@@ -1,0 +1,130 @@
+"""The rules of the house: imports point one way, ruff and mypy are silent, shipped files load."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ds_sft"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Which parts of the package each part may import; what is not listed may import everything.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "runtime.distributed": {"errors"},
+    "runtime.results": {"errors"},
+    "runtime": {"errors", "config", "runtime"},
+    # `Launch` says who encodes and who prints; data/ knows nothing else of where it runs.
+    "data": {"errors", "config", "data", "runtime.distributed"},
+    "training": {"errors", "config", "data", "runtime", "training"},
+    "tracking": {"errors", "config", "runtime.distributed"},
+    "predict": {"errors", "config", "data", "runtime", "training"},
+    "commands": {"errors", "config", "data", "runtime", "training", "tracking", "predict", "commands"},
+}
+# These answer at once: neither library may be loaded by importing them.
+LIGHT = [
+    "ds_sft.config",
+    "ds_sft.cli",
+    "ds_sft.errors",
+    "ds_sft.train",
+    "ds_sft.runtime.distributed",
+    "ds_sft.runtime.zero",
+]
+
+
+def imports_of(file: Path) -> set[str]:
+    """The ds_sft modules that a file imports anywhere in it, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: write the import in full"
+            names = [node.module or ""]
+        found |= {name.removeprefix("ds_sft.") for name in names if name.startswith("ds_sft.")}
+    return found
+
+
+def rule_for(module: str) -> set[str] | None:
+    parts = module.split(".")
+    names = [".".join(parts[: len(parts) - n]) for n in range(len(parts))]
+    return next((ALLOWED[name] for name in names if name in ALLOWED), None)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_one_way(file: Path) -> None:
+    module = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    allowed = rule_for(module)
+    if allowed is None:
+        return
+    for name in imports_of(file):
+        assert any(name == a or name.startswith(a + ".") for a in allowed), f"{module} may not import {name}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_neither_torch_nor_transformers(module: str) -> None:
+    code = f"import {module}, sys; print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+def test_linters_are_silent(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.name)
+def test_engine_configs_leave_sizes_to_the_trainer(file: Path) -> None:
+    engine = json.loads(file.read_text(encoding="utf-8"))
+    sizes = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
+    assert {engine[key] for key in sizes} == {engine["bf16"]["enabled"], engine["fp16"]["enabled"]} == {"auto"}
+    zero = engine["zero_optimization"]
+    assert zero["stage"] == int(file.name[4])
+    assert ("offload_optimizer" in zero) == ("offload" in file.name)
+    if zero["stage"] == 3:
+        assert zero["stage3_gather_16bit_weights_on_model_save"] is True  # without it there is no final model
+
+
+def test_every_pinned_version_satisfies_the_lower_bound() -> None:
+    from packaging.requirements import Requirement
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = setup["options.extras_require"]
+    lines = [
+        *setup["options"]["install_requires"].splitlines(),
+        *(line for e in extras.values() for line in e.splitlines()),
+    ]
+    requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    assert len(requirements) >= 15
+    for requirement in requirements:
+        version = pinned[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"
+
+
+def test_make_installs_what_the_demo_extra_names() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extra = {
+        re.split("[<>=]", line)[0]
+        for line in setup["options.extras_require"]["demo"].split("\n")
+        if line and line[0] != "#"
+    }
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.search(r"^DEMO := (.*)$", makefile, re.M)[1].split()) == extra
