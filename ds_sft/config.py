@@ -60,6 +60,7 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("num_predictions",)
 
@@ -90,8 +91,7 @@ class Config:
     predict_max_new_tokens: int | None = key("tokens of an answer at most; default: max_length", default=None)
     predict_before: bool = key("also show what the model answered before training", default=False)
     swanlab_project: str | None = key("default: SWANLAB_PROJECT, SWANLAB_PROJ_NAME, else ds_sft", default=None)
-    swanlab_mode: str | None = key("default: SWANLAB_MODE, else online where there is a key, else offline",
-                                   choices=("online", "cloud", "offline", "local", "disabled"), default=None)  # fmt: skip
+    swanlab_mode: str | None = key("default: SWANLAB_MODE, else online", choices=MODES, default=None)
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property

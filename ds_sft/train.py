@@ -80,7 +80,7 @@ def run(config: Config, launch: Launch) -> None:
         results = describe_run(trainer, config, launch, seconds=time.monotonic() - started)
         free(trainer)
         with others_wait():
-            if launch.is_main:
+            if tracker is not None:  # rank 0
                 predictions = predict(config, data.samples, tokenizer)
                 write_predictions(predictions, config.output_dir / "predictions.jsonl")
                 print_predictions(predictions)

@@ -1,0 +1,54 @@
+"""`ds-sft COMMAND`: a table of commands, each imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ds_sft import __version__
+from ds_sft.errors import UserError
+
+COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
+    "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
+    "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"ds_sft {__version__}")
+        return 0
+    try:
+        return call(words[0], words[1:])
+    except UserError as error:
+        print(f"ds-sft: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nds-sft: interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: ds-sft COMMAND [...]", "", *lines, "", "ds-sft COMMAND --help says more."])
+
+
+def call(name: str, words: Sequence[str]) -> int:
+    """Import and run a command.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name!r}: {remedy}")
+    code: int = importlib.import_module(COMMANDS[name][0]).main(words)
+    return code

@@ -1,0 +1,203 @@
+"""SwanLab may fail in any way: the run goes on, and metrics.jsonl has everything."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ds_sft import tracking
+from ds_sft.config import Config
+from ds_sft.runtime.distributed import Launch
+from ds_sft.tracking import Tracker, TrackerCallback, chart_name, open_tracker, public_config, take_environment
+
+ALONE = Launch(launcher="python")
+
+
+def make(folder: Path, **keys: Any) -> Config:
+    training = {"output_dir": str(folder), "hub_token": "hf_secret", "run_name": "first"}
+    return Config(model_name_or_path="m", train_file="t", training=training, **keys)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class FakeSwanlab(types.ModuleType):
+    """Records calls; fails where told to."""
+
+    def __init__(self, *failing: str, modes: tuple[str, ...] = tracking.MODES) -> None:
+        super().__init__("swanlab")
+        self.failing, self.modes, self.calls = failing, modes, []
+
+    def _call(self, name: str, /, **given: Any) -> None:
+        self.calls.append((name, given))
+        if name in self.failing:
+            raise ConnectionError(f"{name}: no network")
+
+    def init(self, **given: Any) -> None:
+        if given["mode"] not in self.modes:
+            raise SystemExit("no key")
+        self._call("init", **given)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._call("log", values=values, step=step)
+
+    def finish(self, state: str, error: str | None) -> None:
+        self._call("finish", state=state)
+
+    @staticmethod
+    def Text(text: str) -> str:
+        return f"Text({text})"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(*failing: str, **options: Any) -> FakeSwanlab:
+        module = FakeSwanlab(*failing, **options)
+        monkeypatch.setitem(sys.modules, "swanlab", module)
+        return module
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("keys", "environment", "expected"),
+    [
+        ({}, {}, ("ds_sft", "online")),
+        ({}, {"MODE": "cloud", "PROJECT": "qwen3-sft-dialog"}, ("qwen3-sft-dialog", "online")),
+        ({}, {"PROJ_NAME": '"quoted"', "MODE": "local"}, ("quoted", "local")),
+        ({}, {"PROJECT": "old", "PROJ_NAME": "new", "MODE": "disabled"}, ("old", "disabled")),
+        ({"swanlab_project": "a", "swanlab_mode": "offline"}, {"PROJECT": "b", "MODE": "online"}, ("a", "offline")),
+        ({"swanlab_project": "my project/对话"}, {}, ("my-project---", "online")),
+        ({}, {"MODE": "dryrun"}, ("ds_sft", "offline")),
+    ],
+)  # fmt: skip
+def test_project_and_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: Any, environment: Any, expected: tuple[str, str]
+) -> None:
+    monkeypatch.delenv("SWANLAB_MODE")
+    for name, value in environment.items():
+        monkeypatch.setenv(f"SWANLAB_{name}", value)
+    assert take_environment(make(tmp_path, **keys)) == expected
+    import os
+
+    assert not {"SWANLAB_PROJECT", "SWANLAB_PROJ_NAME", "SWANLAB_MODE"} & os.environ.keys()
+
+
+def test_secrets_stay_here(tmp_path: Path) -> None:
+    keys = public_config(make(tmp_path, max_length=7))
+    assert "hf_secret" not in repr(keys)
+    assert (keys["model"], keys["prompt"][:4], keys["data_max_length"]) == ("m", "你是一个", 7)
+    assert keys["predict_max_new_tokens"] is None
+
+
+def test_names_of_charts() -> None:
+    names = ["loss", "eval_loss", "learning_rate"]
+    assert [chart_name(name) for name in names] == ["train/loss", "eval/loss", "train/learning_rate"]
+
+
+def test_what_is_sent(tmp_path: Path, fake: Any) -> None:
+    module = fake()
+    with open_tracker(make(tmp_path, swanlab_mode="offline", swanlab_project="p"), ALONE) as tracker:
+        assert tracker is not None
+        TrackerCallback(tracker).on_log(
+            TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(global_step=3), TrainerControl(),
+            logs={"loss": 2.5, "grad_norm": float("nan")},
+        )  # fmt: skip
+        tracker.log_predictions(["a", "b"], step=3)
+    assert lines(tmp_path) == [{"step": 3, "loss": 2.5, "grad_norm": None}]
+    (_, init), *rest = module.calls
+    assert {k: init[k] for k in ("mode", "project", "name", "log_dir")} == {
+        "mode": "offline", "project": "p", "name": "first", "log_dir": str(tmp_path / "swanlog")}  # fmt: skip
+    assert rest == [
+        ("log", {"values": {"train/loss": 2.5}, "step": 3}),
+        ("log", {"values": {"Prediction": ["Text(a)", "Text(b)"]}, "step": 3}),
+        ("finish", {"state": "success"}),
+    ]
+
+
+def test_no_key_goes_on_offline(tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = fake(modes=("offline",))
+    with open_tracker(make(tmp_path, swanlab_mode="online"), ALONE):
+        pass
+    assert module.calls[0][1]["mode"] == "offline"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "SwanLab: online mode failed (SystemExit: no key); going on offline."
+    assert said[1].startswith("SwanLab: offline; upload later with `swanlab sync ")
+
+
+@pytest.mark.parametrize("failing", [("init",), ("log",), ("finish",)])
+def test_failures_are_said_once_and_nothing_is_lost(
+    tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str], failing: tuple[str, ...]
+) -> None:
+    fake(*failing)
+    with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE) as tracker:
+        assert tracker is not None
+        for step in range(3):
+            tracker.log({"loss": 1.0}, step)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert capsys.readouterr().out.count(f"{failing[0]}: no network") == 1
+
+
+@pytest.mark.parametrize(("error", "state"), [(ValueError("x"), "crashed"), (KeyboardInterrupt(), "aborted")])
+def test_how_a_run_ended(tmp_path: Path, fake: Any, error: BaseException, state: str) -> None:
+    module = fake()
+    with pytest.raises(type(error)), open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE):
+        raise error
+    assert module.calls[-1] == ("finish", {"state": state})
+
+
+def test_an_upload_that_hangs_does_not_hold_the_run(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import threading
+
+    module, never = fake(), threading.Event()
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "finish", lambda **_: never.wait(30))
+    with open_tracker(make(tmp_path, swanlab_mode="online"), ALONE):
+        pass
+    never.set()
+    assert "SwanLab has not uploaded everything after 0 s; complete it with `swanlab sync " in capsys.readouterr().out
+
+
+def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
+    with open_tracker(make(tmp_path), Launch(launcher="torchrun", rank=1, world_size=2)) as tracker:
+        assert tracker is None
+    TrackerCallback(None).on_log(None, None, None, logs={"loss": 1.0})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The installed swanlab, asked for online mode without a key, with an old variable it fails on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no saved key
+    monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("SWANLAB_MODE", "cloud")
+    monkeypatch.setenv("SWANLAB_PROJECT", "old-name")
+    handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
+    out = tmp_path / "out"
+    out.mkdir()
+    with open_tracker(make(out), ALONE) as tracker:
+        assert isinstance(tracker, Tracker)
+        assert tracker.mode == "offline"
+        assert (signal.getsignal(signal.SIGINT), sys.excepthook) == (handler, hook)
+        tracker.log({"loss": 1.5}, 1)
+        tracker.log_predictions(["Question: q\n\nLLM: a"], 1)
+    assert (signal.getsignal(signal.SIGINT), sys.excepthook) == (handler, hook)
+    said = capsys.readouterr().out
+    assert "online mode failed" in said
+    command = next(line for line in said.splitlines() if line.startswith("SwanLab: offline"))
+    folder = Path(command.split("`")[1].split()[2])
+    assert folder.parent == out / "swanlog"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > 500
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["out"]  # nothing in the working directory
