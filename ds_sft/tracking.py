@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,103 +24,159 @@ from ds_sft.config import Config
 from ds_sft.runtime.distributed import Launch
 
 MODES = ("online", "offline", "local", "disabled")
+START_SECONDS, LOG_SECONDS = 60.0, 30.0  # without a network SwanLab gives up after 15 s by itself
 FINISH_SECONDS = 120.0  # the last points may need the network; after that the run ends without them
-SECRET = re.compile(r"(^|_)(token|api_key|secret|password)$")
+EXIT_SECONDS = 5.0
+SECRET = re.compile(r"(^|[_-])(token|api_key|key|secret|password)$", re.IGNORECASE)
+# What transformers' integrations keep apart from the curves: one value a run.
+SINGLE_VALUES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
 class Tracker:
-    """metrics.jsonl, and a SwanLab run beside it while SwanLab works."""
+    """metrics.jsonl, and a SwanLab run beside it where SwanLab works."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.log_dir = config.output_dir / "swanlog"
-        self.metrics: IO[str] = (config.output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        self.metrics = config.output_dir / "metrics.jsonl"
         self.swanlab: Any = None  # the module, while a run of it is open
         self.mode = "disabled"
+        self.folder: Path | None = None  # of SwanLab's run
+        self.troubles: set[str] = set()  # what was said to fail; each is said once
+        self.metrics.write_text("", encoding="utf-8")
 
     def start(self) -> None:
         """Open a SwanLab run; say once in which mode, and why if not the one asked for."""
         project, mode = take_environment(self.config)
         if mode == "disabled":
             return
-        trouble = self._try(mode, project)
+        trouble = self._open(mode, project)
         if trouble and mode != "offline":
             print(f"SwanLab: {mode} mode failed ({trouble}); going on offline.", flush=True)
-            trouble = self._try("offline", project)
+            trouble = self._open("offline", project)
         if trouble:
-            print(f"SwanLab is off ({trouble}); metrics.jsonl has every metric.", flush=True)
+            print(f"SwanLab is off ({trouble}); {self.metrics} has every metric.", flush=True)
         elif self.mode == "offline":
             print(f"SwanLab: offline; upload later with `{self._sync_command()}`.", flush=True)
 
-    def _try(self, mode: str, project: str) -> str | None:
+    def _open(self, mode: str, project: str) -> str | None:
         """Open a run in `mode`; None, or what went wrong."""
+        if mode == "local" and importlib.util.find_spec("swanboard") is None:  # else nothing could show the run
+            return "pip install 'swanlab[dashboard]' for it"
         handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
         try:
-            import swanlab
+            with time_limit(START_SECONDS):
+                import swanlab
 
-            swanlab.init(
-                mode=mode, project=project, name=self.config.training.get("run_name"), log_dir=str(self.log_dir),
-                config=public_config(self.config),
-            )  # fmt: skip
-        except (Exception, SystemExit) as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                run = swanlab.init(
+                    mode=mode, project=project, name=self.config.training.get("run_name"), log_dir=str(self.log_dir),
+                    config=public_config(self.config), settings=_settings(swanlab), reinit=True,
+                )  # fmt: skip
+        except (Exception, SystemExit, TimeUp) as error:
+            return _describe(error)
         finally:
             # Ctrl-C and errors are this package's to handle: it closes the tracker itself.
             sys.excepthook = hook
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, handler)
-        self.swanlab, self.mode = swanlab, mode
+        self.swanlab, self.mode, self.folder = swanlab, mode, run.dir
         return None
 
     def _sync_command(self) -> str:
-        runs = sorted(self.log_dir.glob("run-*"), key=lambda path: path.stat().st_mtime)
-        return f"swanlab sync {runs[-1] if runs else self.log_dir}"
+        return f"swanlab sync {shlex.quote(str(self.folder))}"
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record Trainer's metrics under Trainer's names; SwanLab gets them as `train/loss`, `eval/loss`, ..."""
+        """Record Trainer's metrics under Trainer's names; SwanLab gets them under transformers' chart names."""
         # JSON has no NaN.
         finite = {k: v if isinstance(v, (int, float)) and math.isfinite(v) else None for k, v in metrics.items()}
-        self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        self.metrics.flush()
-        self._send({chart_name(k): v for k, v in finite.items() if v is not None}, step)
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:  # a full disk ends the checkpoint, not the learning
+            self._say_once(f"{self.metrics} is not complete: {error.strerror}")
+        self._send(lambda: {chart_name(k): v for k, v in finite.items() if v is not None}, step)
 
     def log_predictions(self, texts: Sequence[str], step: int) -> None:
         """Show predictions under the name the reference script uses."""
-        if texts and self.swanlab is not None:
-            self._send({"Prediction": [self.swanlab.Text(text) for text in texts]}, step)
+        if texts:
+            self._send(lambda: {"Prediction": [self.swanlab.Text(text) for text in texts]}, step)
 
-    def _send(self, values: Mapping[str, Any], step: int) -> None:
+    def _send(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
         if self.swanlab is not None:
-            self._guard(lambda: self.swanlab.log(dict(values), step=step))
+            self._guard(lambda: self.swanlab.log(values(), step=step), LOG_SECONDS)
 
     def finish(self, state: str, error: str | None = None) -> None:
-        """Close both. `state` is SwanLab's: success, crashed or aborted."""
-        self.metrics.close()
+        """Close the run. `state` is SwanLab's: success, crashed or aborted."""
         if self.swanlab is None:
             return
-        module, self.swanlab = self.swanlab, None
-        thread = threading.Thread(
-            target=lambda: self._guard(lambda: module.finish(state=state, error=error)), daemon=True
-        )
-        if self.mode != "online":  # nothing to wait for
-            self._guard(lambda: module.finish(state=state, error=error))
-            return
-        thread.start()
-        thread.join(FINISH_SECONDS)
-        if thread.is_alive():
-            print(
-                f"SwanLab has not uploaded everything after {FINISH_SECONDS:.0f} s; "
-                f"complete it with `{self._sync_command()}`.",
-                flush=True,
-            )
+        done = self._guard(lambda: self.swanlab.finish(state=state, error=error), FINISH_SECONDS)
+        if not done:
+            if self.mode == "online":
+                print(f"SwanLab may lack the last points; complete it with `{self._sync_command()}`.", flush=True)
+            _exit_despite_its_threads(0 if state == "success" else 1)
+        self.swanlab = None
 
-    def _guard(self, action: Callable[[], Any]) -> None:
-        """Do something with SwanLab; if it fails, go on without SwanLab and say so once."""
+    def _guard(self, action: Callable[[], Any], seconds: float) -> bool:
+        """Whether SwanLab could do something in time; what went wrong is said once."""
         try:
-            action()
-        except (Exception, SystemExit) as error:
-            self.swanlab = None
-            print(f"SwanLab stopped ({type(error).__name__}: {error}); metrics.jsonl goes on.", flush=True)
+            with time_limit(seconds):
+                action()
+        except (Exception, SystemExit, TimeUp) as error:
+            self._say_once(f"SwanLab failed ({_describe(error)}); {self.metrics} has every metric.")
+            return False
+        return True
+
+    def _say_once(self, message: str) -> None:
+        if message not in self.troubles:
+            self.troubles.add(message)
+            print(message, flush=True)
+
+
+class TimeUp(BaseException):
+    """No Exception, so that no handler between here and `time_limit` takes it for one of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUp in the block after `seconds`; unlimited outside the main thread, where no signal arrives.
+
+    An alarm and no thread: SwanLab sets signal handlers, which only the main thread may.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise TimeUp(f"no answer after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _exit_despite_its_threads(code: int) -> None:
+    """End this process some seconds after its main thread: an upload that hangs would keep it for ever."""
+
+    def wait() -> None:
+        threading.main_thread().join()
+        time.sleep(EXIT_SECONDS)
+        os._exit(code)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _settings(swanlab: Any) -> Any:
+    """SwanLab records the command line, unless there is a secret in it; never git's remote, which may carry a token."""
+    flags = (word.removeprefix("--").partition("=")[0] for word in sys.argv if word.startswith("--"))
+    return swanlab.Settings(probe={"runtime": not any(map(SECRET.search, flags)), "git": False})
 
 
 def take_environment(config: Config) -> tuple[str, str]:
@@ -138,17 +199,25 @@ def take_environment(config: Config) -> tuple[str, str]:
 
 def public_config(config: Config) -> dict[str, Any]:
     """The run's keys without secrets, and the three that the reference script records under these names."""
-    keys = {name: value for name, value in config.to_dict().items() if not SECRET.search(name)}
     return {
         "model": config.model_name_or_path,
         "prompt": config.system_prompt,
         "data_max_length": config.max_length,
-        **keys,
+        **without_secrets(config.to_dict()),
     }
+
+
+def without_secrets(value: Any) -> Any:
+    """The value without the keys of mappings, at any depth, whose name says secret."""
+    if isinstance(value, Mapping):
+        return {k: without_secrets(v) for k, v in value.items() if not SECRET.search(str(k))}
+    return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def chart_name(name: str) -> str:
     """Trainer's name -> what its integrations call it: eval_loss -> eval/loss, loss -> train/loss."""
+    if name in SINGLE_VALUES:
+        return f"single_value/{name}"
     for split in ("eval", "test"):
         if name.startswith(f"{split}_"):
             return f"{split}/{name.removeprefix(f'{split}_')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,7 +16,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ds_sft import tracking
 from ds_sft.config import Config
 from ds_sft.runtime.distributed import Launch
-from ds_sft.tracking import Tracker, TrackerCallback, chart_name, open_tracker, public_config, take_environment
+from ds_sft.tracking import (
+    Tracker,
+    TrackerCallback,
+    chart_name,
+    open_tracker,
+    public_config,
+    take_environment,
+    without_secrets,
+)
 
 ALONE = Launch(launcher="python")
 
@@ -41,10 +50,15 @@ class FakeSwanlab(types.ModuleType):
         if name in self.failing:
             raise ConnectionError(f"{name}: no network")
 
-    def init(self, **given: Any) -> None:
+    def init(self, **given: Any) -> Any:
         if given["mode"] not in self.modes:
             raise SystemExit("no key")
         self._call("init", **given)
+        return types.SimpleNamespace(dir=Path(given["log_dir"]) / "run-1")
+
+    @staticmethod
+    def Settings(**given: Any) -> Any:
+        return given
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self._call("log", values=values, step=step)
@@ -98,9 +112,29 @@ def test_secrets_stay_here(tmp_path: Path) -> None:
     assert keys["predict_max_new_tokens"] is None
 
 
+def test_secrets_are_found_at_any_depth() -> None:
+    keys = {"deepspeed": {"comet": {"api_key": "s", "on": 1}}, "list": [{"password": "s", "a": 2}], "hub_token": "s"}
+    assert without_secrets(keys) == {"deepspeed": {"comet": {"on": 1}}, "list": [{"a": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [(["--config", "a"], True), (["--hub_token", "s"], False), (["--hub_token=s"], False), (["--hub-token=s"], False)],
+)
+def test_a_command_line_with_a_secret_is_not_recorded(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], recorded: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    module = fake()
+    with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE):
+        pass
+    assert module.calls[0][1]["settings"] == {"probe": {"runtime": recorded, "git": False}}
+
+
 def test_names_of_charts() -> None:
-    names = ["loss", "eval_loss", "learning_rate"]
-    assert [chart_name(name) for name in names] == ["train/loss", "eval/loss", "train/learning_rate"]
+    names = ["loss", "eval_loss", "learning_rate", "train_runtime", "test_loss"]
+    charts = ["train/loss", "eval/loss", "train/learning_rate", "single_value/train_runtime", "test/loss"]
+    assert [chart_name(name) for name in names] == charts
 
 
 def test_what_is_sent(tmp_path: Path, fake: Any) -> None:
@@ -154,18 +188,71 @@ def test_how_a_run_ended(tmp_path: Path, fake: Any, error: BaseException, state:
     assert module.calls[-1] == ("finish", {"state": state})
 
 
-def test_an_upload_that_hangs_does_not_hold_the_run(
-    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import threading
+    with open_tracker(make(tmp_path, swanlab_mode="disabled"), ALONE) as tracker:
+        assert tracker is not None
+        monkeypatch.setattr(tracker, "metrics", Path("/dev/full"))
+        tracker.log({"loss": 1.0}, 1)
+        tracker.log({"loss": 1.0}, 2)
+    assert capsys.readouterr().out == "/dev/full is not complete: No space left on device\n"
 
-    module, never = fake(), threading.Event()
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.05)
-    monkeypatch.setattr(module, "finish", lambda **_: never.wait(30))
-    with open_tracker(make(tmp_path, swanlab_mode="online"), ALONE):
+
+def test_local_mode_needs_the_dashboard(tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake()
+    with open_tracker(make(tmp_path, swanlab_mode="local"), ALONE):
         pass
-    never.set()
-    assert "SwanLab has not uploaded everything after 0 s; complete it with `swanlab sync " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("SwanLab: local mode failed (pip install 'swanlab[dashboard]' for it); going on offline.\n")
+
+
+# SwanLab as it may be without a network: what hangs is tried in a process of its own, which must end by itself.
+HANGING = """
+import sys, threading, time, types
+from pathlib import Path
+from ds_sft import tracking
+from ds_sft.config import Config
+from ds_sft.runtime.distributed import Launch
+
+class Fake(types.ModuleType):
+    def __getattr__(self, name):
+        def call(**given):
+            if name in HANGS:
+                try:
+                    time.sleep(60)
+                except Exception:  # as SwanLab's own decorators do
+                    time.sleep(60)
+            return types.SimpleNamespace(dir=given.get("log_dir"))
+        return call
+    def log(self, values, step):
+        threading.Thread(target=time.sleep, args=(60,)).start()  # an upload that never ends
+
+HANGS, folder = sys.argv[1].split(","), sys.argv[2]
+sys.modules["swanlab"] = Fake("swanlab")
+tracking.START_SECONDS = tracking.FINISH_SECONDS = 0.2
+tracking.EXIT_SECONDS = 0.1
+config = Config(model_name_or_path="m", train_file="t", training={"output_dir": folder}, swanlab_mode="online")
+with tracking.open_tracker(config, Launch(launcher="python")) as tracker:
+    tracker.log({"loss": 1.0}, 1)
+print("the run is done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("hangs", "said"),
+    [
+        ("finish", "SwanLab may lack the last points; complete it with `swanlab sync "),
+        ("init", "SwanLab is off (TimeUp: no answer after 0.2 s); "),
+    ],
+)
+def test_a_hanging_swanlab_does_not_hold_the_run(tmp_path: Path, hangs: str, said: str) -> None:
+    command = [sys.executable, "-c", HANGING, hangs, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert done.stdout.endswith("the run is done\n")
+    assert len(lines(tmp_path)) == 1
 
 
 def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
