@@ -30,6 +30,8 @@ def read(path: Path) -> list[tuple[int, str | Record]]:
         ({"instruction": SYSTEM, "input": "q", "output": "a"}, "q", "a"),
         ({"instruction": "Translate.", "input": "hello", "output": "привет"}, "Translate.\nhello", "привет"),
         ({"instruction": "Tell a joke.", "input": "", "output": "a"}, "Tell a joke.", "a"),
+        ({"instruction": "Tell a joke.", "output": "a"}, "Tell a joke.", "a"),
+        ({"instruction": SYSTEM, "output": "a"}, SYSTEM, "a"),
     ],
 )
 def test_shapes(row: dict[str, Any], question: str, answer: str) -> None:
@@ -49,11 +51,6 @@ EXPECTED = "expected question and answer, or instruction, input and output"
         ),
         (b'{"question": "q"}', "no field 'answer'", f"no field 'answer' (found: question); {EXPECTED}"),
         (b"{}", "no field 'question'", f"no field 'question' (found: no field at all); {EXPECTED}"),
-        (
-            b'{"instruction": "", "output": "a"}',
-            "no field 'input'",
-            "no field 'input' (found: instruction, output)",
-        ),
         (
             b'{"question": 42, "answer": "a"}',
             "field 'question' is not a string",

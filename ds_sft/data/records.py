@@ -66,10 +66,7 @@ def _parse(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         text = f"not JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
         raise BadRow("not JSON", text) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, brackets nested without end
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
         raise BadRow("not JSON", f"not JSON: {type(error).__name__}; expected one JSON object a line") from None
 
 
@@ -78,7 +75,7 @@ def to_record(row: Any, *, system_prompt: str) -> Record:
 
     `{"question", "answer"}` is taken as it is. In `{"instruction", "input", "output"}` the instruction is dropped where
     it is a system prompt (this run's, or the one that the reference script's converter wrote into every row), else it
-    and the input, on a line of its own, are the question: the convention of Alpaca data.
+    and the input, where there is one, on a line of its own, are the question: the convention of Alpaca data.
 
     Raises:
         BadRow: not an object, a field missing, or one that is not text.
@@ -86,8 +83,8 @@ def to_record(row: Any, *, system_prompt: str) -> Record:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"found {_json_type(row)}; expected one JSON object a line")
     if "output" in row and "answer" not in row:
-        instruction, extra = _text(row, "instruction"), _text(row, "input")
-        if instruction in (system_prompt, REFERENCE_PROMPT):
+        instruction, extra = _text(row, "instruction"), _text(row, "input") if "input" in row else ""
+        if "input" in row and instruction in (system_prompt, REFERENCE_PROMPT):
             return Record(extra, _text(row, "output"))
         return Record(f"{instruction}\n{extra}" if extra else instruction, _text(row, "output"))
     return Record(_text(row, "question"), _text(row, "answer"))

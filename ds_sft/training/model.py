@@ -81,6 +81,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     Raises:
         UserError: the folder has no usable weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": training_dtype(args), "trust_remote_code": config.trust_remote_code}
@@ -88,7 +89,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         options["attn_implementation"] = config.attn_implementation
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
     _mend_generation_config(model)
     return model

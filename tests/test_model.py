@@ -1,0 +1,134 @@
+"""Tokenizers and models as they are published: what is mended, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+from ds_sft.training.model import load_model, load_tokenizer, training_dtype
+
+ALONE = Launch(launcher="python")
+NO_FOLDER = "no such folder (the current directory is {here}), and not a hub id such as Qwen/Qwen3-0.6B"
+
+
+def make(name: Path | str, **keys: Any) -> Config:
+    return Config(model_name_or_path=str(name), train_file="t", training={"output_dir": "o"}, **keys)
+
+
+def arguments(*, bf16: bool = False, fp16: bool = False, deepspeed: Any = None) -> Any:
+    return SimpleNamespace(bf16=bf16, fp16=fp16, deepspeed=deepspeed)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None takes a key out."""
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
+
+
+@pytest.fixture
+def copy(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def test_a_tokenizer_with_a_pad_token_is_left_alone(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(make(model_dir), ALONE)
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == (
+        "<|endoftext|>",
+        "<|im_end|>",
+        "right",
+    )
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_pad_token_eos_ends_the_answers(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(copy / "tokenizer_config.json", pad_token=None)
+    assert load_tokenizer(make(copy), ALONE).pad_token == "<|im_end|>"
+    assert capsys.readouterr().out == "The tokenizer has no pad token: '<|im_end|>' (eos) ends the answers instead.\n"
+
+
+def test_without_either_the_model_is_refused(copy: Path) -> None:
+    edit(copy / "tokenizer_config.json", pad_token=None, eos_token=None)
+    with pytest.raises(UserError, match="its tokenizer has neither a pad nor an eos token"):
+        load_tokenizer(make(copy), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./none", NO_FOLDER),
+        ("a/b/c", NO_FOLDER),
+        ("empty", "this folder has no config.json, so it is not a model"),
+        ("file", "is a file; give the folder of a model, or a hub id"),
+    ],
+)
+def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(make(name), ALONE)
+    assert str(caught.value) == f"model_name_or_path: {name}: {said.format(here=tmp_path)}"
+
+
+def test_a_model_that_the_hub_does_not_give(model_dir: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(make("nobody/nothing"), ALONE)
+    assert str(caught.value).startswith("model_name_or_path: nobody/nothing: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_broken_files(copy: Path, file: str) -> None:
+    (copy / file).write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^model_name_or_path: ") as caught:
+        load_tokenizer(make(copy), ALONE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated"])
+def test_unusable_weights(copy: Path, damage: str) -> None:
+    file = copy / "model.safetensors"
+    file.unlink() if damage == "absent" else file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"^model_name_or_path: ") as caught:
+        load_model(make(copy), arguments())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_attention_that_does_not_exist(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="attn_implementation"):
+        load_model(make(model_dir, attn_implementation="nonsense"), arguments())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (arguments(bf16=True), torch.float32),  # no engine that keeps masters: the weights are the masters
+        (arguments(deepspeed={}), torch.float32),
+        (arguments(bf16=True, deepspeed={}), torch.bfloat16),
+        (arguments(fp16=True, deepspeed={}), torch.float16),
+    ],
+)
+def test_dtype_of_the_weights(model_dir: Path, args: Any, expected: torch.dtype) -> None:
+    assert training_dtype(args) == expected
+    assert {p.dtype for p in load_model(make(model_dir), args).parameters()} == {expected}
+
+
+def test_a_generation_config_that_contradicts_itself_can_be_saved(copy: Path, tmp_path: Path) -> None:
+    """Trainer sets the tokenizer's special tokens in it; transformers saves a changed one only if it is consistent."""
+    edit(copy / "generation_config.json", temperature=0.7, eos_token_id=1)
+    plain, mended = AutoModelForCausalLM.from_pretrained(copy), load_model(make(copy), arguments())
+    plain.generation_config.eos_token_id = mended.generation_config.eos_token_id = 2
+    with pytest.raises(ValueError, match="temperature"):
+        plain.save_pretrained(tmp_path / "plain")
+    mended.save_pretrained(tmp_path / "mended")
+    assert json.loads((tmp_path / "mended" / "generation_config.json").read_text())["temperature"] == 0.7

@@ -1,0 +1,69 @@
+"""Answers of an exported model, and how they are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ds_sft.config import Config
+from ds_sft.data.encode import prompt_text
+from ds_sft.data.records import Record
+from ds_sft.predict import Prediction, as_text, end_tokens, predict, print_predictions, write_predictions
+
+SAMPLES = [Record("What is the capital of France?", "Paris."), Record("今天天气怎么样？", "很好。"), Record("x", "y")]
+
+
+def make(model_dir: Path, **keys: Any) -> Config:
+    training = {"output_dir": str(model_dir), "use_cpu": True}
+    return Config(model_name_or_path=str(model_dir), train_file="t", system_prompt="S", training=training, **keys)
+
+
+def test_greedy_answers_do_not_depend_on_the_other_rows(model_dir: Path, tokenizer: Any) -> None:
+    """Against a greedy loop written out: one row, no padding, no cache."""
+    rows = predict(make(model_dir, predict_max_new_tokens=6), SAMPLES, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    for row, sample in zip(rows, SAMPLES, strict=True):
+        assert (row.question, row.reference, row.before) == (sample.question, sample.answer, None)
+        ids = tokenizer(prompt_text("S", sample.question), add_special_tokens=False).input_ids
+        new: list[int] = []
+        while len(new) < 6 and not ends & set(new):
+            with torch.no_grad():
+                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert row.prediction == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_before_is_the_model_that_training_started_from(model_dir: Path, tokenizer: Any) -> None:
+    (row,) = predict(make(model_dir, predict_max_new_tokens=3, predict_before=True), SAMPLES[:1], tokenizer)
+    assert row.before == row.prediction  # here both are the same folder
+
+
+def test_no_rows_load_no_model(tokenizer: Any) -> None:
+    assert predict(make(Path("/nowhere")), [], tokenizer) == []
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, [0, 2]), (1, [0, 1, 2]), ([1, 5], [0, 1, 2, 5])])
+def test_what_ends_an_answer(tokenizer: Any, own: Any, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    assert end_tokens(model, tokenizer) == expected  # 0 pad, 2 <|im_end|>
+
+
+def test_file_table_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Prediction("q [red]", "r" * 500, "a\nb", before="b0"), Prediction("в", "原", "п", before="")]
+    write_predictions(rows, tmp_path / "p.jsonl")
+    read = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert read[0] == {"question": "q [red]", "reference": "r" * 500, "prediction": "a\nb", "before": "b0"}
+    print_predictions(rows)
+    shown = capsys.readouterr().out
+    assert "[red]" in shown  # text, not markup
+    assert "answer before" in shown
+    assert "…" in shown
+    print_predictions([Prediction("q", "r", "p")])
+    assert "answer before" not in capsys.readouterr().out
+    assert as_text(rows[1]) == "Question: в\n\nLLM: п\n\nReference: 原"

@@ -1,0 +1,39 @@
+"""What run.json is made of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ds_sft.runtime import results
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    results.write_json(path, {"文": 1})
+    with pytest.raises(TypeError):
+        results.write_json(path, {"bad": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"文": 1}
+
+
+def test_the_commit_says_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "results.py"
+    module.write_text("")
+    monkeypatch.setattr(results, "__file__", str(module))
+    assert results.git_commit() is None  # no checkout
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "results.py"], ["commit", "-qm", "m"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert results.git_commit() == commit
+    module.write_text("changed")
+    assert results.git_commit() == f"{commit}-dirty"
+
+
+def test_versions_and_memory() -> None:
+    found = results.versions()
+    assert {"python", *results.PACKAGES} == set(found)
+    assert 0.01 < results.peak_memory()["host_gib"] < 100
