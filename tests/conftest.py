@@ -15,6 +15,7 @@ TEXTS = [
     "你是一个对话助手，你需要根据用户的问题，给出相应的回答。今天天气怎么样？",
     "Привет! Как дела? Хорошо, спасибо. system user assistant",
 ]
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when imported
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -45,7 +46,6 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
         "SWANLAB_PROJ_NAME",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SWANLAB_MODE", "disabled")
     monkeypatch.setenv("DS_SFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 

@@ -76,11 +76,11 @@ def end_tree(pid: int) -> None:
             process.kill()
 
 
-def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, flags: Sequence[str] = ()) -> Done:
+def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 120) -> Done:
     """Write `config` as YAML into `cwd` and train from it."""
     file = cwd / "run.yaml"
     file.write_text(yaml.safe_dump(dict(config), allow_unicode=True), encoding="utf-8")
-    return run([*entry(launcher, ranks), "--config", "run.yaml", *flags], cwd=cwd)
+    return run([*entry(launcher, ranks), "--config", "run.yaml"], cwd=cwd, timeout=timeout)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

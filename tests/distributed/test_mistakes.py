@@ -1,0 +1,133 @@
+"""What a user gets wrong, through the real entry: one line, said once, exit code 2, nothing left behind. And Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import questions_and_answers, write_rows
+from tests.distributed.harness import ROOT, end_tree, entry, run, train
+
+pytestmark = pytest.mark.distributed
+
+GOOD = {"model_name_or_path": "MODEL", "train_file": "train.jsonl", "output_dir": "out", "num_predictions": 0}
+
+
+def settings(model_dir: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    write_rows(folder / "train.jsonl", questions_and_answers(8))
+    keys = {
+        **GOOD,
+        "model_name_or_path": str(model_dir),
+        "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
+        **changes,
+    }
+    return {name: value for name, value in keys.items() if value is not None}
+
+
+MISTAKES = {
+    "unknown key": ({"learning_rat": 1}, "run.yaml:2: unknown key 'learning_rat': did you mean learning_rate?"),
+    "wrong type": ({"max_length": "long"}, "max_length: expected a whole number such as 2048, found 'long'"),
+    "missing key": ({"train_file": None}, "missing: train_file"),
+    "no such rows": ({"train_file": "none.jsonl"}, "none.jsonl: no such file (the current directory is "),
+    "a directory": ({"train_file": "."}, ".: is a directory; give a JSON Lines file"),
+    "an empty file": ({"train_file": "/dev/null"}, "/dev/null: the file has no rows; expected one JSON object a line"),
+    "no such model": ({"model_name_or_path": "./none"}, "model_name_or_path: ./none: no such folder"),
+    "no such engine": ({"deepspeed": "zero9.json"}, "deepspeed: zero9.json: no such file; ds_configs/ has zero2.json"),
+    "transformers' own": ({"optim": "adamw_nothing"}, "optim"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None:
+    changes, said = MISTAKES[name]
+    done = train("python", 1, settings(model_dir, tmp_path, **changes), cwd=tmp_path, timeout=60)
+    assert done.code == 2
+    (line,) = [line for line in done.output.splitlines() if line.startswith("ds_sft: error: ")]
+    assert said in line
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_utf8(model_dir: Path, tmp_path: Path) -> None:
+    config = settings(model_dir, tmp_path)
+    (tmp_path / "train.jsonl").write_bytes('{"question": "é", "answer": "a"}\n'.encode("latin-1"))
+    done = train("python", 1, config, cwd=tmp_path, timeout=60)
+    assert done.code == 2
+    assert "ds_sft: error: train.jsonl:1: not UTF-8: byte 0xe9 at column 15; save the file as UTF-8" in done.output
+
+
+def test_skipped_rows_are_counted_and_the_run_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    config = settings(model_dir, tmp_path, on_bad_row="skip", max_steps=1, save_strategy="no", bf16=False)
+    write_rows(tmp_path / "train.jsonl", [*questions_and_answers(4), "not json", {"question": 1, "answer": "a"}])
+    done = train("python", 1, config, cwd=tmp_path)
+    assert done.code == 0, done.output[-4000:]
+    assert "skipped train.jsonl:5: not JSON" in done.output
+    assert '"rows_dropped": {' in (tmp_path / "out" / "data_report.json").read_text()
+    assert "rows dropped: not JSON" in done.output
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("deepspeed", 2)])
+def test_launched_it_is_said_once(model_dir: Path, tmp_path: Path, launcher: str, code: int) -> None:
+    """torchrun ends with 1 whatever its workers return."""
+    done = train(launcher, 2, settings(model_dir, tmp_path, max_lenght=7), cwd=tmp_path, timeout=60)
+    assert done.code == code
+    assert done.output.count("ds_sft: error: ") == 1
+    assert "unknown key 'max_lenght': did you mean max_length?" in done.output
+
+
+def test_launcher_variables_that_are_half_there(model_dir: Path, tmp_path: Path) -> None:
+    done = run([*entry("python"), "--config", "run.yaml"], cwd=tmp_path, env={"RANK": "0"}, timeout=60)
+    assert done.code == 2
+    assert "ds_sft: error: environment: LOCAL_RANK is not set" in done.output
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+def test_ctrl_c_leaves_nothing_running_and_nothing_broken(model_dir: Path, tmp_path: Path, launcher: str) -> None:
+    """A terminal sends SIGINT to every process in the foreground."""
+    ranks = 1 if launcher == "python" else 2
+    write_rows(tmp_path / "train.jsonl", questions_and_answers(64))
+    keys = settings(
+        model_dir, tmp_path, bf16=False, num_train_epochs=1000, logging_steps=1, save_steps=5, save_total_limit=1
+    )
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*entry(launcher, ranks), *flags],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("out/checkpoint-*/trainer_state.json")):
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+                assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
+                time.sleep(0.2)
+            family = [process, *psutil.Process(process.pid).children(recursive=True)]
+            for member in family:
+                member.send_signal(signal.SIGINT)
+            code = process.wait(60)
+            _, alive = psutil.wait_procs(family[1:], timeout=30)
+        finally:
+            if process.poll() is None:
+                end_tree(process.pid)
+    output = (tmp_path / "log").read_text()
+    assert code != 0
+    assert not alive
+    if launcher == "python":
+        assert code == 130
+        assert "Traceback" not in output
+    said = output.count("Interrupted. Checkpoints already saved are kept.")
+    assert said == 1 or (launcher != "python" and said == 0)  # a launcher may end its workers before they can speak
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) >= 5
