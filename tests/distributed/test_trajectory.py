@@ -1,0 +1,217 @@
+"""Whatever the ZeRO stage, the ranks and the accumulation: the training that bare PyTorch does, step by step.
+
+The reference knows nothing of Trainer, accelerate or DeepSpeed: a model, a sum of cross-entropies over the supervised
+tokens of the global batch divided by their number, `torch.optim.AdamW`, clipping, a linear schedule.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import write_rows
+from tests.distributed.harness import ROOT, entry, read_lines, run, step_losses, train
+from tests.test_encode import reference_row
+
+pytestmark = pytest.mark.distributed
+
+SYSTEM, GLOBAL_BATCH, STEPS, LEARNING_RATE, CLIP = "Answer.", 8, 4, 1e-3, 0.5
+# Very different numbers of supervised tokens in neighbouring rows, so that a mean of means would be far off.
+ANSWERS = [
+    "Paris.",
+    "今天天气很好。" * 20,
+    "",
+    "Привет, хорошо! " * 6,
+    "x",
+    "The capital of France is Paris, " * 12,
+    "no",
+    "да",
+]
+ROWS = [{"question": f"What is {i}?", "answer": ANSWERS[i % 8] + str(i)[: i % 3]} for i in range(GLOBAL_BATCH * STEPS)]
+EVAL = [
+    {"question": "Что?", "answer": "Ничего. " * 9},
+    {"question": "q", "answer": "a"},
+    {"question": "什么", "answer": "好"},
+]
+
+# Small models are never partitioned again after their first use unless told so; then a missing rank would not show.
+STRICT = {
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    losses: list[float]  # of each step, before it
+    eval_loss: float  # of the final model
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir: Path) -> Reference:
+    return bare_pytorch(model_dir)
+
+
+def bare_pytorch(model_dir: Path, muted: frozenset[int] = frozenset()) -> Reference:
+    """Train on ROWS; those in `muted` teach nothing."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        numbers = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+        total, count = loss_and_count(model, tokenizer, [ROWS[i] for i in numbers if i not in muted])
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (STEPS - step) / STEPS
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item() / count)
+    with torch.no_grad():
+        total, count = loss_and_count(model.eval(), tokenizer, EVAL)
+    return Reference(losses, total.item() / count, model.state_dict())
+
+
+def loss_and_count(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[torch.Tensor, int]:
+    """Sum of the cross-entropies of supervised tokens, and their number; one row at a time, no padding."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        ids, labels = reference_row(tokenizer, row["question"], row["answer"], SYSTEM, 512)
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        total = total + F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum")
+        count += sum(label != -100 for label in labels)
+    return total, count
+
+
+def engine(name: str, folder: Path) -> str | None:
+    """The file of a DeepSpeed configuration: a shipped one, or one of another stage made from it."""
+    if name == "none":
+        return None
+    source = name if "offload" in name else "zero3" if name == "zero3" else "zero2"
+    content = json.loads((ROOT / "ds_configs" / f"{source}.json").read_text(encoding="utf-8"))
+    zero = content["zero_optimization"]
+    if name in ("zero0", "zero1"):
+        zero["stage"] = int(name[4])
+    if zero["stage"] == 3:
+        zero |= STRICT
+    (folder / "engine.json").write_text(json.dumps(content), encoding="utf-8")
+    return "engine.json"
+
+
+def settings(model_dir: Path, folder: Path, name: str, micro: int, accumulation: int, **changes: Any) -> dict[str, Any]:
+    write_rows(folder / "train.jsonl", ROWS)
+    write_rows(folder / "eval.jsonl", EVAL)
+    return {
+        "model_name_or_path": str(model_dir),
+        "train_file": "train.jsonl",
+        "eval_file": "eval.jsonl",
+        "output_dir": "out",
+        "system_prompt": SYSTEM,
+        "max_length": 512,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": 2,
+        "train_sampling_strategy": "sequential",
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "max_grad_norm": CLIP,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "num_predictions": 0,
+        **({"deepspeed": engine(name, folder)} if name != "none" else {}),
+        **changes,
+    }
+
+
+# engine, ranks, micro batch, accumulation: always 8 rows a step
+MATRIX = [
+    ("none", 1, 1, 8), ("none", 1, 8, 1), ("none", 2, 2, 2), ("none", 4, 1, 2),
+    ("zero0", 1, 4, 2), ("zero0", 2, 2, 2), ("zero0", 4, 2, 1),
+    ("zero1", 1, 2, 4), ("zero1", 2, 1, 4), ("zero1", 4, 1, 2),
+    ("zero2", 1, 8, 1), ("zero2", 2, 1, 4), ("zero2", 4, 2, 1),
+    ("zero3", 1, 2, 4), ("zero3", 2, 4, 1), ("zero3", 4, 1, 2),
+    ("zero2_offload", 1, 2, 4), ("zero2_offload", 2, 2, 2), ("zero2_offload", 4, 2, 1),
+    ("zero3_offload", 1, 2, 4), ("zero3_offload", 2, 2, 2), ("zero3_offload", 4, 2, 1),
+]  # fmt: skip
+
+
+@pytest.mark.timeout(600)  # the first offload case compiles DeepSpeed's CPU Adam
+@pytest.mark.parametrize(("name", "ranks", "micro", "accumulation"), MATRIX)
+def test_one_trajectory(
+    model_dir: Path, tmp_path: Path, reference: Reference, name: str, ranks: int, micro: int, accumulation: int
+) -> None:
+    launcher = "python" if (name, ranks) == ("none", 1) else "torchrun"
+    keys = settings(model_dir, tmp_path, name, micro, accumulation)
+    done = train(launcher, ranks, keys, cwd=tmp_path, timeout=580)
+    assert done.code == 0, done.output[-6000:]
+    check(tmp_path / "out", reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
+def test_micro_batches_without_a_supervised_token(model_dir: Path, tmp_path: Path, name: str) -> None:
+    """One row a micro batch: rank 1 has nothing to learn in the first step, and neither rank in half of the second."""
+    muted = frozenset({1, 3, 5, 7, 8, 9, 10, 11})
+    keys = settings(model_dir, tmp_path, name, 1, 4)
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("muted_rows.py")), *flags]
+    done = run(command, cwd=tmp_path, env={"MUTED": " ".join(map(str, muted)), "PYTHONPATH": str(ROOT)})
+    assert done.code == 0, done.output[-6000:]
+    check(tmp_path / "out", bare_pytorch(model_dir, muted), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_checkpointing_changes_nothing(
+    model_dir: Path, untied_dir: Path, tmp_path: Path, name: str, tied: bool
+) -> None:
+    """Its own reference for the untied model: the same run without checkpointing."""
+    source = model_dir if tied else untied_dir
+    outputs = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        folder.mkdir()
+        keys = settings(source, folder, name, 2, 2, gradient_checkpointing=checkpointing, max_steps=2)
+        done = train("torchrun", 2, keys, cwd=folder)
+        assert done.code == 0, done.output[-6000:]
+        outputs.append(folder / "out")
+    assert step_losses(outputs[1]) == pytest.approx(step_losses(outputs[0]), rel=1e-6)
+    plain, other = (AutoModelForCausalLM.from_pretrained(out).state_dict() for out in outputs)
+    for key, value in plain.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.fixture(scope="module")
+def untied_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tied model's twin with an output matrix of its own."""
+    folder = tmp_path_factory.mktemp("untied")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, tie_word_embeddings=False)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return folder
+
+
+def check(out: Path, reference: Reference, *, rel: float) -> None:
+    """Losses, weights and validation loss of a run against the reference's."""
+    assert step_losses(out) == pytest.approx(reference.losses, rel=rel)
+    evaluated = [row["eval_loss"] for row in read_lines(out / "metrics.jsonl") if "eval_loss" in row]
+    assert evaluated[-1] == pytest.approx(reference.eval_loss, rel=rel)
+    weights = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    assert weights.keys() == reference.weights.keys()
+    for key, value in reference.weights.items():
+        # Adam divides by the root of a squared gradient: where that is almost nothing, rounding is magnified.
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=LEARNING_RATE * 2e-2, msg=key)
