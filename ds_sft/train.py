@@ -76,6 +76,8 @@ def run(config: Config, launch: Launch) -> None:
             callbacks=[TrackerCallback(tracker)],
         )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if best_checkpoint(trainer):
+            launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
         export_model(trainer, tokenizer, config, launch)
         results = describe_run(trainer, config, launch, seconds=time.monotonic() - started)
         free(trainer)
@@ -110,6 +112,7 @@ def describe_run(trainer: Trainer, config: Config, launch: Launch, *, seconds: f
     history = trainer.state.log_history
     train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    best = trainer.state.best_metric if best_checkpoint(trainer) else None
     (tokens,) = sum_over_ranks(trainer.tokens_seen.item(), device=trainer.args.device)
     return {
         "versions": versions(),
@@ -122,13 +125,20 @@ def describe_run(trainer: Trainer, config: Config, launch: Launch, *, seconds: f
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "eval_loss_first": eval_losses[0] if eval_losses else None,
-        "eval_loss": eval_losses[-1] if eval_losses else None,
+        "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,
+        "best_checkpoint": best_checkpoint(trainer),
         "tokens": int(tokens),
         "tokens_per_second": round(tokens / train_seconds, 2),
         "train_seconds": round(train_seconds, 2),
         "seconds": round(seconds, 2),
         "peak_memory": gather(peak_memory()),  # of each rank
     }
+
+
+def best_checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint that `load_best_model_at_end` went back to."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return Path(best).name if best else None
 
 
 def free(trainer: Trainer) -> None:
