@@ -19,7 +19,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch, exit_with, gather, others_wait, read_launch, use_one_device
+from ds_sft.runtime.distributed import Launch, exit_after, exit_with, gather, others_wait, read_launch, use_one_device
 from ds_sft.runtime.results import git_commit, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         launch.say("\nInterrupted. Checkpoints already saved are kept.")
         return 130
+    except Exception as error:
+        exit_after(error, launch)
     return 0
 
 

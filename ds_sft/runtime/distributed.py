@@ -6,9 +6,11 @@ Nothing here imports torch until a process group is wanted.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,12 @@ from ds_sft.errors import UserError
 # How long rank 0 has to say an error that every rank meets before another rank says it instead, seconds.
 # Long enough for rank 0 to reach the same line on a slow file system; launchers end the others as soon as it exits.
 ERROR_GRACE = 60.0
+# How long a rank that lost the others keeps quiet, seconds: the one that failed first is speaking, and the launcher
+# ends this one meanwhile.
+LOST_PEER_GRACE = 20.0
+LOST_PEER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|process ?group|socket", re.IGNORECASE
+)
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -102,18 +110,24 @@ def use_one_device(env: dict[str, str] | os._Environ[str]) -> None:
     env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
-def start_gloo(timeout_seconds: int) -> None:
-    """Start DeepSpeed's process group for ranks without a GPU.
+def start_gloo(timeout_seconds: int, *, with_deepspeed: bool) -> None:
+    """Start the process group for ranks without a GPU; Trainer's own start would forget the time limit.
 
-    Trainer's own CPU path starts torch's group, which DeepSpeed's configuration does not see: under ZeRO-3 it then
-    computes with a world of one and refuses the batch size. DeepSpeed's CPU backend also compiles a shared-memory
-    all-reduce (over a minute) that only its inference engine calls; it is left out.
+    It would also start torch's group where DeepSpeed needs its own: under ZeRO-3 DeepSpeed's configuration then
+    computes with a world of one and refuses the batch size. DeepSpeed's CPU backend compiles a shared-memory all-reduce
+    (over a minute) that only its inference engine calls; it is left out.
     """
+    timeout = timedelta(seconds=timeout_seconds)
+    if not with_deepspeed:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", timeout=timeout)
+        return
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timeout, verbose=False)
 
 
 def barrier() -> None:
@@ -172,3 +186,33 @@ def exit_with(message: str, launch: Launch) -> NoReturn:
         message = f"[rank {launch.rank} on {socket.gethostname()}] {message}"
     print(f"ds_sft: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def exit_after(error: Exception, launch: Launch) -> NoReturn:
+    """End this rank with exit code 1 because of an error nobody expected, at once and whatever threads are left.
+
+    The first rank to fail prints its traceback. Those that fail because it is gone wait for the launcher to end them,
+    so that the cause is what a log ends with; a rank still there after `LOST_PEER_GRACE` says whom it lost.
+    """
+    if launch.world_size > 1 and isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        time.sleep(LOST_PEER_GRACE)
+        message = f"lost the other ranks ({' '.join(str(error).split())[:200]}); the rank that failed first says why"
+    else:
+        _tell_torchrun(error)
+        message = "".join(traceback.format_exception(error))
+        if "out of memory" in str(error).lower():
+            message += (
+                "Out of memory: try a smaller per_device_train_batch_size (and a larger gradient_accumulation_steps"
+            )
+            message += "), gradient_checkpointing: yes, a smaller max_length, or ds_configs/zero3.json.\n"
+    print(f"ds_sft: [rank {launch.rank} on {socket.gethostname()}] {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # an ordinary exit waits for the process group and for other libraries' threads
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave the error where torchrun's summary, the last thing it prints, looks for it."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

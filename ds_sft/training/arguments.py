@@ -26,12 +26,16 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys["deepspeed"] = engine
     keys["report_to"] = _other_trackers(keys.get("report_to"))
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
+    keys.setdefault("ddp_timeout", 1800)
     # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).
     keys["use_cpu"] = keys.get("use_cpu", False) or not torch.cuda.is_available()
     if keys["use_cpu"]:
         keys.setdefault("dataloader_pin_memory", False)
-        if launch.distributed and engine is not None:
-            start_gloo(keys.get("ddp_timeout", 1800))
+        if launch.distributed:
+            start_gloo(keys["ddp_timeout"], with_deepspeed=engine is not None)
+    if launch.world_size > 1:
+        launch.say(f"{launch.world_size} ranks; one that does not answer ends the run after {keys['ddp_timeout']:,} s "
+                   "(ddp_timeout).")  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
