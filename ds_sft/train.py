@@ -53,6 +53,7 @@ def run(config: Config, launch: Launch) -> None:
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.export import export_model
+    from ds_sft.runtime.storage import CompleteOnEachNode, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import describe_batch, training_arguments
@@ -64,6 +65,7 @@ def run(config: Config, launch: Launch) -> None:
     data = load_data(config, tokenizer, launch)
     print_report(data.report, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
+    settle_storage(args, launch)
     launch.say(describe_batch(args, len(data.train)))
     model = load_model(config, args)
     begin_output(config, data.report, launch)
@@ -75,7 +77,7 @@ def run(config: Config, launch: Launch) -> None:
             eval_dataset=data.eval,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer,
-            callbacks=[TrackerCallback(tracker)],
+            callbacks=[TrackerCallback(tracker), CompleteOnEachNode(launch)],
         )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if best_checkpoint(trainer):
@@ -96,14 +98,9 @@ def run(config: Config, launch: Launch) -> None:
 
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:
     """Leave what the run was asked to do and what it found in the output folder, before it starts."""
-    if not launch.is_main:
-        return
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
+    if launch.is_main:
         config.save(config.output_dir / "config.yaml")
         write_json(config.output_dir / "data_report.json", report)
-    except OSError as error:
-        raise UserError(f"output_dir: {config.output_dir}: cannot be written: {error.strerror}") from error
 
 
 def describe_run(trainer: Trainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 120, env: Mapping
         output, _ = process.communicate()
         raise AssertionError(f"not done after {timeout} s: {command}\n{output[-4000:]}") from None
     return Done(process.returncode, output)
+
+
+def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 120) -> list[Done]:
+    """Run one command for each node at the same time, each in its folder."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        jobs = [
+            pool.submit(run, command, cwd=cwd, timeout=timeout) for command, cwd in zip(commands, folders, strict=True)
+        ]
+        return [job.result() for job in jobs]
 
 
 def end_tree(pid: int) -> None:

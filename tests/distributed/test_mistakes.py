@@ -40,6 +40,7 @@ MISTAKES = {
     "an empty file": ({"train_file": "/dev/null"}, "/dev/null: the file has no rows; expected one JSON object a line"),
     "no such model": ({"model_name_or_path": "./none"}, "model_name_or_path: ./none: no such folder"),
     "no such engine": ({"deepspeed": "zero9.json"}, "deepspeed: zero9.json: no such file; ds_configs/ has zero2.json"),
+    "unwritable output": ({"output_dir": "/proc/none"}, "output_dir: /proc/none: cannot be written: "),
     "transformers' own": ({"optim": "adamw_nothing"}, "optim"),
 }
 

@@ -1,0 +1,92 @@
+"""Whether the nodes share one output folder, found by looking, and what follows for checkpoints."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch, gather
+
+LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
+
+
+def settle_storage(args: TrainingArguments, launch: Launch) -> bool:
+    """Make `output_dir` on every node and set `save_on_each_node` to what the disks say; all ranks must call it.
+
+    On a shared disk several writers of one file corrupt ZeRO-2 checkpoints; on disks of their own nodes that write
+    nothing cannot resume. Returns whether the nodes share the folder.
+
+    Raises:
+        UserError: the folder cannot be written; on every rank, if on one.
+    """
+    folder = Path(args.output_dir)
+    trouble = None
+    if launch.local_rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            trouble = f"output_dir: {folder}: cannot be written: {error.strerror}"
+    troubles = [found for found in gather(trouble) if found]
+    if troubles:
+        raise UserError(troubles[0])
+    num_nodes = sum(gather(launch.local_rank == 0))
+    if num_nodes == 1:
+        return True
+    shared = _is_shared(folder, launch)
+    if args.save_on_each_node == shared:
+        found = "share output_dir" if shared else "have an output_dir each"
+        launch.say(f"The {num_nodes} nodes {found}: save_on_each_node is set to {'no' if shared else 'yes'}.")
+        _set_save_on_each_node(args, not shared)
+    return shared
+
+
+def _is_shared(folder: Path, launch: Launch) -> bool:
+    """Rank 0 writes a file; do all nodes see it?"""
+    name = gather(f".probe-{uuid.uuid4().hex}")[0]
+    if launch.is_main:
+        (folder / name).touch()
+    gather(None)  # it is there
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not (seen := name in {path.name for path in folder.glob(".probe-*")}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    everywhere = all(gather(seen))
+    if launch.is_main:
+        (folder / name).unlink()
+    return everywhere
+
+
+def _set_save_on_each_node(args: TrainingArguments, value: bool) -> None:
+    """Also in what `TrainingArguments` has already made of it for DeepSpeed."""
+    args.save_on_each_node = value
+    if args.deepspeed_plugin is not None:
+        for config in (args.hf_deepspeed_config.config, args.deepspeed_plugin.deepspeed_config):
+            config.setdefault("checkpoint", {})["use_node_local_storage"] = value
+
+
+class CompleteOnEachNode(TrainerCallback):
+    """What a node with a disk of its own needs to resume and Trainer leaves on rank 0's disk only.
+
+    Under DeepSpeed `latest`, which names the newest state; without it the weights.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not args.save_on_each_node or self.launch.local_rank != 0 or self.launch.is_main:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.deepspeed:
+            (checkpoint / "latest").write_text(f"global_step{state.global_step}", encoding="utf-8")
+        else:
+            from safetensors.torch import save_model
+
+            save_model(kwargs["model"], str(checkpoint / "model.safetensors"))  # save_pretrained writes on rank 0 only
