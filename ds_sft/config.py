@@ -338,6 +338,8 @@ def _convert(known: Key, given: Given) -> Any:
     empty = isinstance(value, str) and given.plain and value.lower() in ("", "null", "~", "none")
     if empty and known.optional and not (value.lower() == "none" and known.name == "report_to"):
         return None
+    if given.where == "--" and value == "":
+        empty = False  # --system_prompt "" is an empty text; `system_prompt:` in a file is a line not finished
     try:
         result = _by_type(known, value, empty)
         _check(known, result)

@@ -1,0 +1,312 @@
+"""Keys from YAML and flags: what a person means, and what is said when it cannot be meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ds_sft.config import (
+    REFERENCE_PROMPT,
+    TRAINING_DEFAULTS,
+    Config,
+    all_keys,
+    help_text,
+    load_config,
+    our_keys,
+    training_keys,
+)
+from ds_sft.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
+
+
+def from_yaml(folder: Path, text: str, *flags: str) -> Config:
+    """A configuration from YAML lines; keys that must be given come behind them, as flags."""
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    return load_config(["--config", str(folder / "run.yaml"), *NEEDED, *flags])
+
+
+def value_of(config: Config, name: str) -> Any:
+    return config.to_dict()[name]
+
+
+def said_of(*flags: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(list(flags))
+    return str(caught.value)
+
+
+# ---- What is meant
+
+MEANT = [
+    ("learning_rate", "2e-5", 2e-5), ("learning_rate", "2E-5", 2e-5), ("learning_rate", ".5", 0.5),
+    ("learning_rate", "1_000", 1000.0), ("learning_rate", "3", 3.0), ("max_length", "1_000", 1000),
+    ("max_length", "1e3", 1000), ("max_length", "2048.0", 2048), ("seed", "12345678901234567890", 12345678901234567890),
+    ("max_steps", "-1", -1), ("bf16", "no", False), ("bf16", "off", False), ("bf16", "False", False),
+    ("bf16", "yes", True), ("bf16", "1", True), ("bf16", "TRUE", True), ("eval_file", "null", None),
+    ("eval_file", "none", None), ("system_prompt", "no", "no"), ("run_name", "1_000", "1_000"),
+    ("run_name", "2024-01-01", "2024-01-01"), ("report_to", "none", ["none"]),
+    ("report_to", "tensorboard", ["tensorboard"]), ("report_to", "[tensorboard, wandb]", ["tensorboard", "wandb"]),
+    ("lr_scheduler_type", "cosine", "cosine"), ("lr_scheduler_kwargs", "{min_lr: 1e-6}", {"min_lr": 1e-6}),
+    ("deepspeed", "ds_configs/zero2.json", "ds_configs/zero2.json"), ("save_total_limit", "null", None),
+    ("include_num_input_tokens_seen", "no", False), ("include_num_input_tokens_seen", "all", "all"),
+    ("gradient_checkpointing", "no", False), ("warmup_steps", "0.03", 0.03), ("swanlab_mode", "cloud", "cloud"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "meant"), MEANT)
+@pytest.mark.parametrize("way", ["yaml", "flag", "flag="])
+def test_values_mean_what_a_person_means(tmp_path: Path, way: str, name: str, text: str, meant: Any) -> None:
+    if way == "yaml":
+        config = from_yaml(tmp_path, f"{name}: {text}\n")
+    else:
+        config = load_config([*NEEDED, *([f"--{name}={text}"] if way == "flag=" else [f"--{name}", text])])
+    found = value_of(config, "activation_checkpointing" if name == "gradient_checkpointing" else name)
+    assert (found, type(found)) == (meant, type(meant))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ('system_prompt: "null"', "null"), ("system_prompt: ''", ""), ("system_prompt: '1e3'", "1e3"),
+        ("system_prompt: |\n  two\n  lines\n", "two\nlines\n"), ('system_prompt: "a: b # c"', "a: b # c"),
+        ("system_prompt: 你好 # comment", "你好"),
+    ],
+)  # fmt: skip
+def test_text_stays_text(tmp_path: Path, text: str, meant: str) -> None:
+    assert from_yaml(tmp_path, text).system_prompt == meant
+
+
+def test_structures_in_yaml(tmp_path: Path) -> None:
+    config = from_yaml(tmp_path, "deepspeed:\n  zero_optimization: {stage: 2, x: 5e8}\n  on: true\nreport_to: [a, b]\n")
+    assert config.training["deepspeed"] == {"zero_optimization": {"stage": 2, "x": 5e8}, "on": True}
+    assert config.training["report_to"] == ["a", "b"]
+
+
+def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:
+    config = from_yaml(tmp_path, "seed: 1\nmax_length: 10\n", "--seed", "2")
+    assert (config.training["seed"], config.max_length, config.on_bad_row) == (2, 10, "error")
+    assert (config.training["learning_rate"], config.system_prompt) == (1e-4, REFERENCE_PROMPT)
+    # Under either of its names, a flag wins.
+    config = from_yaml(tmp_path, "gradient_checkpointing: yes\n", "--activation_checkpointing", "no")
+    assert config.training["activation_checkpointing"] is False
+
+
+def test_a_bare_flag_is_true() -> None:
+    config = load_config([*NEEDED, "--predict_before", "--bf16", "--seed", "3"])
+    assert (config.predict_before, config.training["bf16"], config.training["seed"]) == (True, True, 3)
+
+
+def test_an_empty_text_flag() -> None:
+    assert load_config([*NEEDED, "--system_prompt", ""]).system_prompt == ""
+
+
+def test_deepspeeds_own_flag_is_taken() -> None:
+    assert "local_rank" not in load_config(["--local_rank=1", *NEEDED]).training
+
+
+def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
+    assert "eval_strategy" not in load_config(NEEDED).training
+    config = load_config([*NEEDED, "--eval_file", "e"])
+    assert (config.training["eval_strategy"], config.training["eval_steps"]) == ("steps", 100.0)
+    config = load_config([*NEEDED, "--eval_file", "e", "--eval_strategy", "no"])
+    assert config.training["eval_strategy"] == "no"
+
+
+# ---- What cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--learning_rat", "1"], "--learning_rat: unknown key: did you mean --learning_rate?"),
+        (["--max-length", "9"], "--max-length: unknown key: did you mean --max_length?"),
+        (["--zzzz", "1"], "--zzzz: unknown key: --help lists all keys"),
+        (["--max_length", "long"], "--max_length: expected a whole number such as 2048, found 'long'"),
+        (["--max_length", "1.5"], "--max_length: expected a whole number such as 2048, found '1.5'"),
+        (["--max_length", "0"], "--max_length: expected 1 or more, found '0'"),
+        (["--num_predictions", "-1"], "--num_predictions: expected 0 or more, found '-1'"),
+        (["--learning_rate", "fast"], "--learning_rate: expected a number such as 2e-5, found 'fast'"),
+        (["--learning_rate", "nan"], "--learning_rate: expected a number such as 2e-5, found 'nan'"),
+        (["--learning_rate", "1e999"], "--learning_rate: expected a number such as 2e-5, found '1e999'"),
+        (["--learning_rate", "1__0"], "--learning_rate: expected a number such as 2e-5, found '1__0'"),
+        (["--bf16", "maybe"], "--bf16: expected true or false, found 'maybe'"),
+        (["--on_bad_row", "skp"], "--on_bad_row: expected one of error, skip, found 'skp'"),
+        (["--eval_strategy", "step"], "--eval_strategy: expected one of no, steps, epoch, found 'step'"),
+        (["--lr_scheduler_kwargs", "{a"], "--lr_scheduler_kwargs: expected a mapping such as {a: 1}, found '{a'"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["--seed"], "--seed: expected a value after it"),
+        (["--config"], "--config: expected a value after it"),
+        (["train.jsonl"], "'train.jsonl': expected --key value"),
+        (["-x"], "'-x': expected --key value"),
+        (["--config", "none.yaml"], "none.yaml: no such file (the current directory is {here})"),
+        (["--config", "."], ".: cannot be read: Is a directory"),
+        (["--warmup_ratio", "0.1"], "--warmup_ratio: warmup_ratio is not a key of today's transformers: "
+         "write warmup_steps with a value below 1, which is a share of all steps"),
+        ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],
+         "gradient_checkpointing and activation_checkpointing are the same key: give one of them"),
+        ([*NEEDED, "--eval_strategy", "epoch"], "--eval_strategy: epoch needs an eval_file"),
+        (["--train_file", "t"],
+         "missing: model_name_or_path, output_dir: give each in the --config file or as --model_name_or_path VALUE"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said_of(*flags) == said.replace("{here}", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nlearning_rat: 1\n", ":2: unknown key 'learning_rat': did you mean learning_rate?"),
+        ("\n\nmax_length: long\n", ":3: max_length: expected a whole number such as 2048, found 'long'"),
+        ("max_length: [1, 2]\n", ":1: max_length: expected a whole number, found '[1, 2]'"),
+        ("max_length:\n", ":1: max_length: expected a whole number such as 2048, found ''"),
+        ("system_prompt: null\n", ":1: system_prompt: expected text, found 'null'"),
+        ("system_prompt: {a: b}\n", ":1: system_prompt: expected text, found '{\"a\": \"b\"}'"),
+        ("seed: 1\nseed: 2\n", ":2: seed is given twice, first in line 1"),
+        ("- a\n- b\n", ": expected lines of `key: value`"),
+        ("", ": expected lines of `key: value`"),
+        ("a: b: c\n", ":1: not YAML: mapping values are not allowed here"),
+        ("seed: 1\n\tmax_length: 2\n", ":2: not YAML: found character '\\t' that cannot start any token"),
+        ("seed: [1\n", ":2: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("group_by_length: yes\n", ":1: group_by_length is not a key of today's transformers: "
+         "write train_sampling_strategy: group_by_length"),
+        ("eval_strategy: epoch\n", ":1: eval_strategy: epoch needs an eval_file"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_yaml(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_yaml(tmp_path, text)
+    assert str(caught.value) == f"{tmp_path / 'run.yaml'}{said}"
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"a: \xff", "not UTF-8"), (b"a: \x00", "not YAML")])
+def test_files_that_are_no_text(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    text = said_of("--config", str(tmp_path / "run.yaml"))
+    assert text.startswith(f"{tmp_path / 'run.yaml'}: {said}")
+    assert "\n" not in text
+
+
+# ---- Round trip, shipped files, help
+
+AWKWARD = {
+    "system_prompt": "你好: #1\n  - \"quoted\" 'twice'\n\ttab \U0001f600\n\n",
+    "run_name": "1e3",
+    "eval_file": "null",
+    "train_file": " leading and trailing ",
+    "output_dir": "o/ü",
+    "swanlab_project": "yes",
+    "predict_max_new_tokens": 7,
+}
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    flags = [str(word) for name, value in AWKWARD.items() for word in (f"--{name}", value)]
+    flags += ["--model_name_or_path", "m", "--learning_rate", "1e-7", "--lr_scheduler_kwargs", "{a: [1, x], b: null}"]
+    flags += [
+        "--hub_token",
+        "hf_secret",
+        "--report_to",
+        "[tensorboard]",
+        "--deepspeed",
+        "{zero_optimization: {stage: 2}}",
+    ]
+    flags = [flag if flag != "null" else '"null"' for flag in flags]
+    config = load_config(flags)
+    config = dataclasses.replace(config, eval_file="null")
+    config.save(tmp_path / "config.yaml")
+    assert "hf_secret" not in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    again = load_config(["--config", str(tmp_path / "config.yaml")])
+    training = {name: value for name, value in config.training.items() if name != "hub_token"}
+    assert again == dataclasses.replace(config, training=training)
+    for name, value in AWKWARD.items():
+        assert value_of(again, name) == value
+
+
+def test_every_default_is_read_back(tmp_path: Path) -> None:
+    config = load_config(NEEDED)
+    config.save(tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_files_load(file: Path) -> None:
+    config = load_config(["--config", str(file)])
+    assert (ROOT / config.training["deepspeed"]).is_file()
+
+
+def test_the_references_hyper_parameters_are_the_defaults() -> None:
+    """Spelled out: the reference script's values, in the shipped file and in the code."""
+    expected = {
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 4,
+        "num_train_epochs": 2.0, "learning_rate": 1e-4, "eval_strategy": "steps", "eval_steps": 100.0,
+        "logging_steps": 10.0, "save_steps": 400.0, "save_on_each_node": True, "activation_checkpointing": True,
+        "bf16": True,
+    }  # fmt: skip
+    shipped = load_config(["--config", str(ROOT / "ds_configs" / "qwen3_dialog.yaml")])
+    defaults = load_config([*NEEDED, "--eval_file", "e"])
+    for name, value in expected.items():
+        assert (shipped.training[name], defaults.training[name]) == (value, value), name
+    ours = ("system_prompt", "max_length", "on_bad_row", "num_predictions")
+    assert [value_of(shipped, name) for name in ours] == [value_of(defaults, name) for name in ours]
+    assert [value_of(defaults, name) for name in ours] == [REFERENCE_PROMPT, 2048, "error", 3]
+    assert shipped.model_name_or_path == "Qwen/Qwen3-0.6B"
+
+
+def test_keys_are_those_of_the_installed_transformers() -> None:
+    from transformers import TrainingArguments
+
+    assert set(training_keys()) == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert not set(our_keys()) & set(training_keys())
+    assert set(TRAINING_DEFAULTS) <= set(training_keys())
+
+
+def test_converted_values_are_accepted_by_transformers(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    config = from_yaml(
+        tmp_path,
+        "use_cpu: yes\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.1}\n"
+        "optim: adamw_torch\nlearning_rate: 2e-5\n"
+        "save_total_limit: 2\nreport_to: none\nsave_strategy: epoch\nbf16: no\nwarmup_steps: 0.1\n",
+    )
+    args = TrainingArguments(**config.training)
+    assert (args.learning_rate, args.save_total_limit, args.bf16, args.warmup_steps) == (2e-5, 2, False, 0.1)
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_help_has_every_key_once_ours_first() -> None:
+    lines = [line.split()[0] for line in help_text("train.py").splitlines() if line.startswith("  --")]
+    names = [line.removeprefix("--") for line in lines]
+    assert names[: len(our_keys())] == list(our_keys())
+    # Two of transformers' keys have an old and a new name; help shows the one with the default.
+    assert sorted(names) == sorted(set(all_keys()) - {"gradient_checkpointing", "gradient_checkpointing_kwargs"})
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--config", "none.yaml", "-h"]])
+def test_help_needs_no_torch(flags: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "from ds_sft.config import load_config\n"
+        "try: load_config(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code, [n for n in ('torch', 'transformers') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("usage: train.py --config FILE.yaml [--key value ...]\n")
+    assert done.stdout.endswith("\n0 []\n")
+
+
+def test_yaml_is_plain_yaml(tmp_path: Path) -> None:
+    """What `save` writes any YAML reader understands."""
+    config = load_config(NEEDED)
+    config.save(tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["max_length"] == 2048
