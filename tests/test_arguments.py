@@ -34,6 +34,9 @@ def test_defaults_reach_trainer(tmp_path: Path) -> None:
     assert (args.learning_rate, args.gradient_accumulation_steps, args.save_on_each_node) == (1e-4, 4, True)
     assert (args.bf16, args.gradient_checkpointing or args.activation_checkpointing) == (True, True)
     assert args.deepspeed is None
+    assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
+    kept = training_arguments(make(tmp_path, activation_checkpointing_kwargs={"use_reentrant": True}), None, ALONE)
+    assert kept.activation_checkpointing_kwargs == {"use_reentrant": True}
 
 
 def test_what_transformers_refuses_is_one_line(tmp_path: Path) -> None:

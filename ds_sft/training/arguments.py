@@ -27,6 +27,9 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys["report_to"] = _other_trackers(keys.get("report_to"))
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
     keys.setdefault("ddp_timeout", 1800)
+    # Recomputation without a nested backward, as PyTorch advises: no input needs a gradient, DDP's and ZeRO's hooks run
+    # once. Under ZeRO-3 that re-partitions at once it gives the same weights as no checkpointing (test_trajectory.py).
+    keys["activation_checkpointing_kwargs"] = keys.get("activation_checkpointing_kwargs") or {"use_reentrant": False}
     # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).
     keys["use_cpu"] = keys.get("use_cpu", False) or not torch.cuda.is_available()
     if keys["use_cpu"]:
