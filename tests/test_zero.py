@@ -1,29 +1,33 @@
-"""Which DeepSpeed configuration a run uses."""
+"""Which DeepSpeed configuration a run uses, and what its linter refuses."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ds_sft.config import Config
+from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.zero import engine_config, stage
+from tests.test_house import ROOT
 
 ALONE = Launch(launcher="python")
 LAUNCHED = Launch(launcher="torchrun", world_size=2)
 
 
 def make(engine: Any) -> Config:
-    return Config(model_name_or_path="m", train_file="t", training={"output_dir": "o", "deepspeed": engine})
+    training = {"output_dir": "o", **TRAINING_DEFAULTS, "deepspeed": engine}
+    return Config(model_name_or_path="m", train_file="t", training=training)
 
 
 def test_a_file_a_mapping_and_nothing(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
-    file.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
-    assert engine_config(make(str(file)), LAUNCHED) == {"zero_optimization": {"stage": 3}}
+    file.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    assert engine_config(make(str(file)), LAUNCHED) == {"zero_optimization": {"stage": 2}}
     assert engine_config(make({"zero_optimization": {"stage": 1}}), LAUNCHED) == {"zero_optimization": {"stage": 1}}
     assert engine_config(make(None), LAUNCHED) is None
 
@@ -63,3 +67,199 @@ def test_a_directory(tmp_path: Path) -> None:
 )
 def test_stage(engine: Any, expected: int | None) -> None:
     assert stage(engine) == expected
+
+
+# ---- The linter
+
+
+def lint(engine: dict[str, Any], launch: Launch = LAUNCHED, **training: Any) -> str | None:
+    """What is said of `engine` in a run with these keys."""
+    keys = {"output_dir": "o", **TRAINING_DEFAULTS, **training, "deepspeed": engine}
+    try:
+        engine_config(Config(model_name_or_path="m", train_file="t", training=keys), launch)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("launch", [ALONE, LAUNCHED], ids=["alone", "launched"])
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.name)
+def test_what_is_shipped_is_accepted(file: Path, launch: Launch) -> None:
+    assert lint(json.loads(file.read_text(encoding="utf-8")), launch) is None
+
+
+# Every option of DeepSpeed's documentation that another feature of it needs.
+LEGITIMATE = {
+    "elasticity": {"enabled": True, "max_train_batch_size": 2000, "micro_batch_sizes": [2, 4, 6]},
+    "activation_checkpointing": {"partition_activations": True},
+    "aio": {"block_size": 1048576},
+    "autotuning": {"enabled": False},
+    "checkpoint": {"load_universal": True},
+    "comms_logger": {"enabled": True},
+    "communication_data_type": "fp32",
+    "compression_training": {},
+    "csv_monitor": {"enabled": False},
+    "curriculum_learning": {"enabled": False},
+    "data_efficiency": {"enabled": False},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "dump_state": False,
+    "flops_profiler": {"enabled": True},
+    "gradient_predivide_factor": 1.0,
+    "hybrid_engine": {"enabled": False},
+    "memory_breakdown": False,
+    "prescale_gradients": False,
+    "sparse_gradients": False,
+    "steps_per_print": 100,
+    "tensor_parallel": {"autotp_size": 1},
+    "tensorboard": {"enabled": False},
+    "torch_autocast": {"enabled": False},
+    "wall_clock_breakdown": True,
+    "wandb": {"enabled": False},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "bf16": {"enabled": True, "immediate_grad_update": True},
+    "fp16": {"enabled": False, "loss_scale": 0, "hysteresis": 2},
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 4,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto"}},
+    "zero_optimization": {
+        "stage": 3,
+        "sub_group_size": 1e9,
+        "stage3_max_live_parameters": 1e9,
+        "zero_hpz_partition_size": 8,
+        "zero_quantized_weights": False,
+        "round_robin_gradients": True,
+        "offload_param": {"device": "nvme", "nvme_path": "/nvme", "buffer_count": 5, "max_in_cpu": 1e9},
+        "offload_optimizer": {"device": "none"},
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def test_no_legitimate_option_is_refused() -> None:
+    assert lint(LEGITIMATE) is None  # 1 row x 4 accumulated x 2 ranks = 8, learning rate 1e-4: the run's own
+
+
+AUTO = 'write "auto", or change one of the two'
+STAGE3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, keys of the run, what is said
+    "misspelt": ({"zero_optimisation": {}}, {}, "zero_optimisation: {}: unknown key: did you mean zero_optimization?"),
+    "nothing like it": ({"qqqq": 1}, {}, "qqqq: 1: unknown key: DeepSpeed has no such option, delete it"),
+    "misspelt in a block": (
+        {"zero_optimization": {"stage": 2, "overlap_com": True}},
+        {},
+        "zero_optimization.overlap_com: true: unknown key: did you mean overlap_comm?",
+    ),
+    "misspelt deeper": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+        {},
+        'zero_optimization.offload_optimizer.devise: "cpu": unknown key: did you mean device?',
+    ),
+    "in bf16": ({"bf16": {"enable": True}}, {}, "bf16.enable: true: unknown key: did you mean enabled?"),
+    "no block": (
+        {"zero_optimization": True},
+        {},
+        'zero_optimization: true: expected an object of options, such as {"stage": 2}',
+    ),
+    "no such stage": ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage: 4: expected 0, 1, 2 or 3"),
+    "gather off": (
+        {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}},
+        {},
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save: false: "
+        "checkpoints would have no model weights; write true",
+    ),
+    "gather not given": (
+        {"zero_optimization": {"stage": 3}},
+        {},
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save: not given: "
+        "checkpoints would have no model weights; write true",
+    ),
+    "parameters offloaded by stage 2": (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        {},
+        "zero_optimization.offload_param: only stage 3 partitions parameters, and stage is 2; delete it",
+    ),
+    "no such device": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}},
+        {},
+        'zero_optimization.offload_optimizer.device: "disk": expected none, cpu or nvme',
+    ),
+    "nvme without a path": (
+        {"zero_optimization": {**STAGE3, "offload_param": {"device": "nvme"}}},
+        {},
+        "zero_optimization.offload_param.nvme_path: not given: device nvme needs the path of a folder on that disk",
+    ),
+    "micro batch": (
+        {"train_micro_batch_size_per_gpu": 2},
+        {},
+        f"train_micro_batch_size_per_gpu: 2: the run has per_device_train_batch_size: 1; {AUTO}",
+    ),
+    "accumulation": (
+        {"gradient_accumulation_steps": 1},
+        {},
+        f"gradient_accumulation_steps: 1: the run has gradient_accumulation_steps: 4; {AUTO}",
+    ),
+    "batch": (
+        {"train_batch_size": 32},
+        {},
+        "train_batch_size: 32: the run has 1 (per_device_train_batch_size) x 4 (gradient_accumulation_steps) x 2 ranks "
+        '= 8; write "auto"',
+    ),
+    "clipping": ({"gradient_clipping": 0.5}, {}, f"gradient_clipping: 0.5: the run has max_grad_norm: 1.0; {AUTO}"),
+    "bf16 off": ({"bf16": {"enabled": False}}, {}, f"bf16.enabled: false: the run has bf16: true; {AUTO}"),
+    "bf16 on": ({"bf16": {"enabled": True}}, {"bf16": False}, f"bf16.enabled: true: the run has bf16: false; {AUTO}"),
+    "fp16 on": ({"fp16": {"enabled": True}}, {}, f"fp16.enabled: true: the run has fp16: false; {AUTO}"),
+    "learning rate": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}},
+        {},
+        f"optimizer.params.lr: 3e-05: the run has learning_rate: 0.0001; {AUTO}",
+    ),
+    "betas": (
+        {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}},
+        {},
+        'optimizer.params.betas: [0.9, 0.95]: the run has adam_beta1, adam_beta2: [0.9, 0.999]; write "auto"',
+    ),
+    "optimizer": (
+        {"optimizer": {"type": "AdamW"}},
+        {"optim": "adafactor"},
+        'optimizer.type: "AdamW": the run has optim: adafactor; delete one of the two',
+    ),
+    "schedule": (
+        {"scheduler": {"type": "WarmupLR"}},
+        {"lr_scheduler_type": "cosine"},
+        'scheduler.type: "WarmupLR": the run has lr_scheduler_type: cosine; delete the scheduler block',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_contradiction_is_refused(name: str) -> None:
+    engine, training, said = REFUSED[name]
+    assert lint(engine, **training) == f"deepspeed: {said}"
+
+
+def test_without_a_launcher_only_what_needs_the_ranks_is_not_looked_at() -> None:
+    assert lint({"train_batch_size": 32}, ALONE) is None
+    assert lint({"gradient_accumulation_steps": 1}, ALONE) is not None
+
+
+def test_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text('{"zero": 1}', encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        engine_config(make(str(tmp_path / "zero.json")), LAUNCHED)
+    assert str(caught.value).startswith(f"{tmp_path}/zero.json: zero: 1: unknown key")
+
+
+@pytest.mark.parametrize(("tool", "named"), [("ninja", "ninja"), ("c++", "c\\+\\+")])
+def test_offload_without_what_compiles_it(monkeypatch: pytest.MonkeyPatch, tool: str, named: str) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/usr/bin/{name}")
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    said = lint(offload)
+    assert said is not None
+    assert re.search(rf"compiles its CPU Adam for it and {named} cannot be found; pip install ninja, ", said)
+    assert lint({**offload, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}) is None
+    assert lint(offload, ALONE) is None  # DeepSpeed is not used

@@ -1,14 +1,52 @@
-"""Which DeepSpeed configuration a run uses, if any."""
+"""Which DeepSpeed configuration a run uses, if any, and whether it says the same as the run's own keys."""
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib.util
 import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config import Config, training_keys
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
+
+# Keys that DeepSpeed 0.19 reads beside those its `constants.py` names: runtime/config.py, monitor/config.py,
+# elasticity/, compression/, runtime/tensor_parallel/, runtime/activation_checkpointing/ and their siblings.
+OTHER_KEYS = {
+    "activation_checkpointing", "amp", "comet", "compile", "compression_training", "csv_monitor",
+    "datastates_ckpt", "eigenvalue", "elasticity", "expert_parallel", "hybrid_engine", "load_universal_checkpoint",
+    "nebula", "pipeline", "progressive_layer_drop", "sequence_parallel_size", "sparse_attention",
+    "sparse_gradients", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization",
+    "zero_optimization",
+}  # fmt: skip
+# Blocks whose keys are the fields of a class in DeepSpeed's source.
+BLOCKS = {
+    "zero_optimization": ("runtime/zero/config.py", "DeepSpeedZeroConfig"),
+    "zero_optimization.offload_optimizer": ("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig"),
+    "zero_optimization.offload_param": ("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig"),
+    "bf16": ("runtime/precision_config.py", "DeepSpeedBF16Config"),
+    "fp16": ("runtime/precision_config.py", "DeepSpeedFP16Config"),
+}
+# What DeepSpeed and Trainer both decide: a key of DeepSpeed's -> that of the run.
+SAME = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+}
+SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
 def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
@@ -18,12 +56,14 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
     ignored with one line.
 
     Raises:
-        UserError: the file is missing or not a JSON object.
+        UserError: the file is missing, not a JSON object, or contradicts the run.
     """
     value = config.training.get("deepspeed")
     if value is None:
         return None
     found = value if isinstance(value, dict) else _read(Path(value))
+    for problem in _problems(found, config, launch):
+        raise UserError(f"{'deepspeed' if isinstance(value, dict) else value}: {problem}")
     if not launch.distributed:
         launch.say(
             "No launcher: plain Trainer in one process, the deepspeed key is ignored "
@@ -52,3 +92,171 @@ def _read(path: Path) -> dict[str, Any]:
 def stage(engine: dict[str, Any] | None) -> int | None:
     """The ZeRO stage; None without DeepSpeed."""
     return None if engine is None else int(engine.get("zero_optimization", {}).get("stage", 0))
+
+
+# ---- The linter: DeepSpeed ignores a misspelt key, and dies of others when the model is already loaded.
+
+
+def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iterator[str]:
+    """What is wrong with `engine`, one line each: the key, its value and what to write instead."""
+    yield from _unknown_keys(engine)
+    yield from _zero_block(engine)
+    yield from _contradictions(engine, config.training)
+    if launch.distributed:  # else DeepSpeed is not used
+        yield from _batch_size(engine, config.training, launch)
+        yield from _missing_tools(engine)
+
+
+def _unknown_keys(engine: Mapping[str, Any]) -> Iterator[str]:
+    yield from _not_among(_known_keys(), engine, "")
+    for name, (file, cls) in BLOCKS.items():
+        block = _get(engine, name)
+        if isinstance(block, Mapping):
+            yield from _not_among(_fields(file, cls), block, f"{name}.")
+        elif block is not None:
+            yield f"{name}: {_show(block)}: expected an object of options, such as {_EXAMPLES.get(name, '{...}')}"
+
+
+_EXAMPLES = {
+    "zero_optimization": '{"stage": 2}',
+    "zero_optimization.offload_optimizer": '{"device": "cpu"}',
+    "zero_optimization.offload_param": '{"device": "cpu"}',
+    "bf16": '{"enabled": "auto"}',
+    "fp16": '{"enabled": "auto"}',
+}
+
+
+def _not_among(known: frozenset[str], block: Mapping[str, Any], place: str) -> Iterator[str]:
+    for name in block:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "DeepSpeed has no such option, delete it"
+            yield f"{place}{name}: {_show(block[name])}: unknown key: {remedy}"
+
+
+def _zero_block(engine: Mapping[str, Any]) -> Iterator[str]:
+    zero = engine.get("zero_optimization", {})
+    number = zero.get("stage", 0)
+    if number not in (0, 1, 2, 3) or isinstance(number, bool):
+        yield f"zero_optimization.stage: {_show(number)}: expected 0, 1, 2 or 3"
+    gather = "stage3_gather_16bit_weights_on_model_save"
+    if number == 3 and zero.get(gather) is not True:
+        found = _show(zero[gather]) if gather in zero else "not given"
+        yield f"zero_optimization.{gather}: {found}: checkpoints would have no model weights; write true"
+    if number != 3 and _device(engine, "offload_param") != "none":
+        yield f"zero_optimization.offload_param: only stage 3 partitions parameters, and stage is {number}; delete it"
+    for name in ("offload_optimizer", "offload_param"):
+        device = _device(engine, name)
+        if device not in ("none", "cpu", "nvme"):
+            yield f"zero_optimization.{name}.device: {_show(device)}: expected none, cpu or nvme"
+        if device == "nvme" and not zero[name].get("nvme_path"):
+            yield f"zero_optimization.{name}.nvme_path: not given: device nvme needs the path of a folder on that disk"
+
+
+def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:
+    for name, ours in SAME.items():
+        found, wanted = _get(engine, name), _value(training, ours)
+        if found not in (None, "auto") and found != wanted:
+            yield f'{name}: {_show(found)}: the run has {ours}: {_show(wanted)}; write "auto", or change one of the two'
+    betas = [_value(training, "adam_beta1"), _value(training, "adam_beta2")]
+    found = _get(engine, "optimizer.params.betas")
+    if found not in (None, "auto", betas):
+        yield f'optimizer.params.betas: {_show(found)}: the run has adam_beta1, adam_beta2: {betas}; write "auto"'
+    kind, optim = _get(engine, "optimizer.type"), training.get("optim")
+    if kind is not None and optim is not None and ("adam" in str(kind).lower()) != optim.startswith("adamw"):
+        yield f"optimizer.type: {_show(kind)}: the run has optim: {optim}; delete one of the two"
+    kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
+    if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:
+        yield f"scheduler.type: {_show(kind)}: the run has lr_scheduler_type: {schedule}; delete the scheduler block"
+
+
+def _batch_size(engine: Mapping[str, Any], training: Mapping[str, Any], launch: Launch) -> Iterator[str]:
+    found = engine.get("train_batch_size")
+    micro, accumulation = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
+    rows = micro * accumulation * launch.world_size
+    if found not in (None, "auto", rows):
+        yield (
+            f"train_batch_size: {_show(found)}: the run has {micro} (per_device_train_batch_size) x {accumulation} "
+            f'(gradient_accumulation_steps) x {launch.world_size} ranks = {rows}; write "auto"'
+        )
+
+
+def _missing_tools(engine: Mapping[str, Any]) -> Iterator[str]:
+    """DeepSpeed compiles its CPU Adam at the first start, with the model already loaded."""
+    device = _device(engine, "offload_optimizer")
+    if (
+        device == "none"
+        or _get(engine, "optimizer.params.torch_adam")
+        or not engine.get("zero_force_ds_cpu_optimizer", True)
+    ):
+        return
+    if any((_package("deepspeed") / "ops" / "adam").glob("cpu_adam*.so")):
+        return  # built when DeepSpeed was installed
+    compiler = os.environ.get("CXX", "c++")
+    missing = [tool for tool in ("ninja", compiler) if shutil.which(tool) is None]
+    if missing:
+        yield (
+            f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed compiles its CPU Adam for it and "
+            f"{' and '.join(missing)} cannot be found; pip install ninja, install a C++ compiler (Debian: g++), or "
+            'write "torch_adam": true into optimizer.params'
+        )
+
+
+def _get(engine: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = engine
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _device(engine: Mapping[str, Any], block: str) -> str:
+    return _get(engine, f"zero_optimization.{block}.device") or "none"
+
+
+def _value(training: Mapping[str, Any], name: str) -> Any:
+    """A key of the run, or the default that transformers has for it."""
+    return training[name] if name in training else ast.literal_eval(training_keys()[name].default)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@cache
+def _known_keys() -> frozenset[str]:
+    """Top-level keys, from DeepSpeed's sources: importing it takes seconds."""
+    found = set(OTHER_KEYS)
+    for file in _package("deepspeed").glob("*/**/constants.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                found.add(node.value.value)
+    return frozenset(found)
+
+
+@cache
+def _fields(file: str, cls: str) -> frozenset[str]:
+    """Names, and aliases, of the fields of a pydantic class in DeepSpeed's source."""
+    tree = ast.parse((_package("deepspeed") / file).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
+    names = set()
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            options = node.value.keywords if isinstance(node.value, ast.Call) else []
+            alias = next(
+                (o.value.value for o in options if o.arg == "alias" and isinstance(o.value, ast.Constant)), None
+            )
+            names.add(str(alias or node.target.id))
+    return frozenset(names)
+
+
+@cache
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{name} is not installed: pip install -e . in the folder of ds_sft")
+    return Path(spec.submodule_search_locations[0])
