@@ -36,7 +36,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 class Launch:
     """Who this process is among those of the run."""
 
-    launcher: str  # "python" (none), "deepspeed", "torchrun" or "environment" (RANK and siblings set by hand)
+    launcher: str  # "python" (none), "deepspeed", "torchrun", "slurm" or "environment" (RANK and siblings set by hand)
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -88,7 +88,9 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
 def _launcher(env: Mapping[str, str]) -> str:
     if env.get("TORCHELASTIC_RUN_ID"):
         return "torchrun"
-    return "deepspeed" if env.get("CROSS_RANK") and env.get("LOCAL_SIZE") else "environment"
+    if env.get("CROSS_RANK") and env.get("LOCAL_SIZE"):
+        return "deepspeed"
+    return "slurm" if env.get("SLURM_PROCID") == env["RANK"] else "environment"  # slurm/task.sh made one of the other
 
 
 def _whole_number(env: Mapping[str, str], name: str) -> int:

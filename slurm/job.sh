@@ -1,0 +1,132 @@
+# What the templates share; sourced by them in the batch shell, which runs on the first node.
+# shellcheck shell=bash
+set -uo pipefail
+
+say() { echo "[$(date '+%F %T')] $*"; }
+
+die() {
+    say "$*" >&2
+    exit 1
+}
+
+# ---- Where things are
+
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+logs=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$job  # one log for each node; the job's own is beside the folder
+mkdir -p "$logs" || die "$logs cannot be made: submit from a folder that all nodes can write"
+# shellcheck source=slurm/site.sh
+. "$DS_SFT_HOME/slurm/site.sh"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=$(command -v python3)
+    [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$DS_SFT_HOME/.venv/bin/python" ] || PYTHON=$DS_SFT_HOME/.venv/bin/python
+fi
+export PYTHONPATH=$DS_SFT_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONFAULTHANDLER=1
+
+# ---- Ranks
+
+set_ranks() {
+    gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')}
+    ranks=$((gpus > 0 ? gpus : ${SLURM_NTASKS_PER_NODE:-1}))  # on a node
+    cores=$((SLURM_CPUS_ON_NODE / ranks))                      # of a rank
+    ((cores > 0)) || die "$ranks ranks on a node, but $SLURM_CPUS_ON_NODE cores: ask for more (--cpus-per-task)"
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))  # below the ports that systems hand out by themselves
+    export MASTER_ADDR MASTER_PORT
+}
+
+# What a reader of the log wants to know, by name: the whole environment would hold keys and tokens.
+describe() {
+    say "Job $job ($SLURM_JOB_NAME), start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
+    say "$SLURM_NNODES nodes x $ranks ranks ($gpus GPUs a node), $cores cores a rank; rank 0 at $MASTER_ADDR:$MASTER_PORT"
+    say "Logs of the nodes: $logs/; Python: $PYTHON; code: $DS_SFT_HOME"
+    local name
+    for name in CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME HF_HUB_OFFLINE TORCH_EXTENSIONS_DIR DS_SFT_CACHE \
+        NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_P2P_DISABLE GLOO_SOCKET_IFNAME SWANLAB_MODE VIRTUAL_ENV; do
+        [ -z "${!name:-}" ] || say "  $name=${!name}"
+    done
+}
+
+# on_ranks OUTPUT COMMAND...: the command as one process for each rank. If one fails, Slurm ends all.
+on_ranks() {
+    local output=$1 bind=()
+    shift
+    ((gpus == 0)) || bind=(--gpu-bind=none)  # every rank sees all GPUs of its node and takes its own
+    unset SLURM_CPUS_PER_GPU SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
+    srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * ranks)) --ntasks-per-node="$ranks" \
+        --cpus-per-task="$cores" --distribution=block --mpi=none --export=ALL "${bind[@]}" \
+        --kill-on-bad-exit=1 --wait=300 --label --output="$output" --open-mode=append \
+        "${SRUN_FLAGS[@]}" "$DS_SFT_HOME/slurm/task.sh" "${CONTAINER[@]}" "$PYTHON" "$@"
+}
+
+# ---- A run that stops and goes on
+
+# Slurm's USR1 (time limit) reaches this shell alone. The request goes to the ranks as a file: it is neither lost on a
+# Python that is still starting, nor a second signal to one that has heard Slurm's own TERM.
+export DS_SFT_STOP_FILE=$logs/stop
+stop() {
+    say "Slurm sent $1: asking the ranks to save and stop"
+    : >"$DS_SFT_STOP_FILE"
+}
+
+# await PID: its exit code. `wait` returns early when a signal was handled.
+await() {
+    local code=0 last
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1"
+        code=$?
+    done
+    wait "$1" 2>/dev/null  # it may have ended just after a signal; 127 says that its code is known already
+    last=$?
+    ((last == 127)) || code=$last
+    return "$code"
+}
+
+requeue() { "$PYTHON" -m ds_sft.runtime.requeue "$1" --starts "$logs/starts.jsonl" "${@:2}"; }
+
+# train CONFIG [--key value ...]
+train() {
+    [[ ${1:---} != --* ]] || die "usage: sbatch ... CONFIG.yaml [--key value ...]"
+    local code
+    set_ranks
+    describe
+    rm -f "$DS_SFT_STOP_FILE"
+    trap 'stop USR1' USR1
+    trap 'stop TERM' TERM
+    requeue begin --config "$@" || exit
+    on_ranks "$logs/%N.log" "$DS_SFT_HOME/ds_sft/train.py" --config "$@" &
+    await $!
+    code=$?
+    finish "$code" "$@"
+}
+
+# finish CODE CONFIG ...: whether to go on later is decided by what the run left, never by its exit code.
+finish() {
+    local code=$1 state
+    shift
+    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    if [ "$state" != RUNNING ]; then
+        say "The job is $state: what happens to it is decided elsewhere (scancel, scontrol requeue, preemption)"
+        exit "$code"
+    fi
+    if requeue end --config "$@"; then
+        go_on
+    elif ((code != 0)) && ! nodes_answer; then
+        say "A node does not answer"
+        go_on
+    elif ((code != 0)); then
+        say "The run failed with exit code $code. The first error is in $logs/"
+        tail -n 15 "$logs"/*.log
+    else
+        say "The run is complete"
+    fi
+    exit "$code"
+}
+
+go_on() {
+    say "Requeueing job $job"
+    scontrol requeue "$SLURM_JOB_ID" || die "Slurm refused to requeue (was the job submitted with --no-requeue?)"
+    exit 0
+}
+
+nodes_answer() { timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --mpi=none true; }
