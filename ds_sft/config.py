@@ -55,14 +55,15 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
     "save_safetensors": "delete it: weights are always safetensors",
     "logging_dir": "delete it: output_dir has the logs",
     "no_cuda": "write use_cpu",
-    "dataset_text_field": "delete it: rows have question and answer",
+    "dataset_text_field": "write data_fields",
 }
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("num_predictions",)
+NOT_NEGATIVE = ("num_predictions", "val_size")
+FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 
 
 def key(help_text: str, *, choices: tuple[str, ...] = (), **options: Any) -> Any:
@@ -75,10 +76,26 @@ class Config:
     """Everything a run was asked to do. `training` holds the keywords of `TrainingArguments`."""
 
     model_name_or_path: str = key("model to start from: a folder, or a hub id such as Qwen/Qwen3-0.6B")
-    train_file: str = key('rows to learn from: JSON Lines of {"question", "answer"}')
-    eval_file: str | None = key("rows to measure the loss on, same form", default=None)
+    train_file: str | list[Any] = key("rows to learn from: a file, folder, glob, hub data set, or a list of them")
+    eval_file: str | list[Any] | None = key("rows to measure the loss on, same forms", default=None)
+    val_size: float = key("without eval_file: rows of train_file set aside for it, a share or a number", default=0.0)
     system_prompt: str = key("the system turn before every question", default=REFERENCE_PROMPT)
-    max_length: int = key("tokens of prompt and answer; longer rows are cut at the end", default=2048)
+    data_format: str = key("shape of the rows; auto: told from the fields of each",
+                           choices=("auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"),
+                           default="auto")  # fmt: skip
+    data_fields: dict[str, str] | None = key("names of fields in the files: {question: prompt}", default=None)
+    template: str = key("reference (ChatML), tokenizer (the model's own chat template), or a Jinja file",
+                        default="reference")  # fmt: skip
+    mask: str = key("answers to learn; `train` in a message overrides it", choices=("all", "last"), default="all")
+    thinking: str = key("<think> blocks in answers; empty: an empty one before each",
+                        choices=("keep", "drop", "empty"), default="keep")  # fmt: skip
+    allow_special_tokens: bool = key("let <|im_end|> in a row's text end a turn, with other templates than reference",
+                                     default=False)  # fmt: skip
+    max_length: int = key("tokens of a row; see overlong", default=2048)
+    overlong: str = key("longer rows: cut at the end, left out, an error, or cut between turns",
+                        choices=("truncate", "drop", "error", "split"), default="truncate")  # fmt: skip
+    packing: str = key("concat: rows that share a sequence up to max_length, each blind to the others",
+                       choices=("none", "concat"), default="none")  # fmt: skip
     on_bad_row: str = key("what an unusable row does: end the run, or be skipped and counted",
                           choices=("error", "skip"), default="error")  # fmt: skip
     preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
@@ -325,10 +342,12 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     if missing:
         raise UserError(f"missing: {', '.join(missing)}: give each in the --config file or as --{missing[0]} VALUE")
     ours = {name: values.pop(name) for name in list(values) if name in our_keys()}
-    has_eval = ours.get("eval_file") is not None
+    if ours.get("eval_file") is not None and ours.get("val_size"):
+        raise UserError(f"{given['val_size'].where}val_size: with an eval_file nothing is set aside: give one of them")
+    has_eval = ours.get("eval_file") is not None or bool(ours.get("val_size"))
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
-        raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file")
+        raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")
     training = TRAINING_DEFAULTS | (EVAL_DEFAULTS if has_eval else {}) | values
     return Config(**ours, training=training)
 
@@ -355,6 +374,8 @@ def _by_type(known: Key, value: Any, empty: bool) -> Any:
     names = set(re.findall(r"\w+", known.type))
     if isinstance(value, dict):
         return _expect("dict" in names, value, _noun(names))
+    if known.name in FILES:  # a path may well begin with a bracket: [ab].jsonl
+        return value if isinstance(value, list) or not value.startswith(("[{", "[ ")) else _flow(value, list)
     if isinstance(value, list):
         return _expect("list" in names, [str(item) for item in value], _noun(names))
     if "dict" in names and value.lstrip().startswith("{"):
@@ -428,6 +449,8 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError(_one_of(known.choices, str(value)))
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")
+    if known.name == "data_fields" and isinstance(value, str):
+        raise ValueError("a mapping such as {question: prompt}")
     if known.name in NOT_NEGATIVE and value < 0:
         raise ValueError("0 or more")
 

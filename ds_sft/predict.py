@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
-from ds_sft.data.encode import prompt_text
-from ds_sft.data.records import Record
+from ds_sft.data.encode import Encoder
+from ds_sft.data.records import Dialogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,23 +31,24 @@ class Prediction:
     before: str | None = None  # what the model answered before training
 
 
-def predict(config: Config, samples: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
+def predict(config: Config, samples: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
     """Answer `samples` with the exported model and, under `predict_before`, with the one that training started from."""
     if not samples:
         return []
-    questions = [sample.question for sample in samples]
-    after = generate(str(config.output_dir), questions, tokenizer, config)
+    encoder = Encoder(tokenizer, config)
+    prompts, end = [encoder.prompt(sample) for sample in samples], encoder.template.end
+    after = generate(str(config.output_dir), prompts, end, tokenizer, config)
     before: Sequence[str | None] = [None] * len(samples)
     if config.predict_before:
-        before = generate(config.model_name_or_path, questions, tokenizer, config)
+        before = generate(config.model_name_or_path, prompts, end, tokenizer, config)
     rows = zip(samples, after, before, strict=True)
     return [Prediction(s.question, s.answer, a, b) for s, a, b in rows]
 
 
 def generate(
-    model_path: str, questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config
+    model_path: str, prompts: Sequence[list[int]], turn_end: str, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[str]:
-    """Greedy answers of the model in `model_path`, special tokens left out."""
+    """Greedy answers of the model in `model_path` to prompts in token ids, special tokens left out."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,11 +57,11 @@ def generate(
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype="auto", device_map=device_map, trust_remote_code=config.trust_remote_code
     ).eval()
-    prompts = [prompt_text(config.system_prompt, question) for question in questions]
+    ends = end_tokens(model, tokenizer, turn_end)
     answers: list[str] = []
     started = time.monotonic()
     for start in range(0, len(prompts), BATCH):
-        answers += _generate_batch(model, prompts[start : start + BATCH], tokenizer, config)
+        answers += _generate_batch(model, prompts[start : start + BATCH], ends, tokenizer, config)
         print(
             f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})",
             flush=True,
@@ -68,12 +69,12 @@ def generate(
     return answers
 
 
-def _generate_batch(model: Any, prompts: list[str], tokenizer: Any, config: Config) -> list[str]:
+def _generate_batch(
+    model: Any, prompts: Sequence[list[int]], ends: list[int], tokenizer: Any, config: Config
+) -> list[str]:
     import torch
 
-    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
-        model.device
-    )
+    inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(model.device)
     with torch.inference_mode():
         output = model.generate(
             **inputs,
@@ -82,20 +83,19 @@ def _generate_batch(model: Any, prompts: list[str], tokenizer: Any, config: Conf
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=end_tokens(model, tokenizer),
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
     new = output[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """What ends an answer: the pad token that training taught, the model's own ends, ChatML's end of turn."""
+def end_tokens(model: Any, tokenizer: Any, turn_end: str) -> list[int]:
+    """What ends an answer: `turn_end`, which training taught, the model's own ends, ChatML's end of turn."""
     own = model.generation_config.eos_token_id
     ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
-    if turn_end != tokenizer.unk_token_id:
-        ends.add(turn_end)
+    known = tokenizer.convert_tokens_to_ids([turn_end, TURN_END])
+    ends |= {end for end in known if end != tokenizer.unk_token_id}
     return sorted(end for end in ends if end is not None)
 
 

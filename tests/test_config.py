@@ -152,7 +152,7 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
          "write warmup_steps with a value below 1, which is a share of all steps"),
         ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],
          "gradient_checkpointing and activation_checkpointing are the same key: give one of them"),
-        ([*NEEDED, "--eval_strategy", "epoch"], "--eval_strategy: epoch needs an eval_file"),
+        ([*NEEDED, "--eval_strategy", "epoch"], "--eval_strategy: epoch needs an eval_file (or val_size)"),
         (["--train_file", "t"],
          "missing: model_name_or_path, output_dir: give each in the --config file or as --model_name_or_path VALUE"),
     ],
@@ -179,7 +179,7 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
         ("seed: [1\n", ":2: not YAML: expected ',' or ']', but got '<stream end>'"),
         ("group_by_length: yes\n", ":1: group_by_length is not a key of today's transformers: "
          "write train_sampling_strategy: group_by_length"),
-        ("eval_strategy: epoch\n", ":1: eval_strategy: epoch needs an eval_file"),
+        ("eval_strategy: epoch\n", ":1: eval_strategy: epoch needs an eval_file (or val_size)"),
     ],
 )  # fmt: skip
 def test_mistakes_in_yaml(tmp_path: Path, text: str, said: str) -> None:

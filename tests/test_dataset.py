@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ds_sft.config import Config
-from ds_sft.data import dataset
+from ds_sft.data import cache
 from ds_sft.data.dataset import load_data, print_report
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
@@ -47,11 +47,28 @@ def test_rows_and_report(make: Any, tokenizer: Any) -> None:
         "rows_kept": 8,
         "rows_dropped": {},
         "rows_truncated": 0,
+        "rows_split": 0,
+        "rows_set_aside": 0,
+        "rows_per_epoch": 8,
+        "duplicates": 0,
+        "rows_with_special_tokens": 0,
         "tokens": sum(lengths),
         "tokens_cut": 0,
         "supervised_tokens": sum(label != -100 for _, labels in expected for label in labels),
+        "supervised_tokens_cut": 0,
+        "answers_cut": 0,
+        "tokens_dropped": 0,
+        "supervised_tokens_dropped": 0,
         "length_percentiles": {"p50": lengths[3], **dict.fromkeys(("p90", "p95", "p99", "max"), lengths[-1])},
+        "recommended_max_length": -(-lengths[-1] // 64) * 64,
+        "longest": data.report["train"]["longest"],
+        "files": {},
     }
+    file = data.report["train"]["file"]
+    assert data.report["train"]["longest"] == [
+        [f"{file}:{index + 1}", len(expected[index][0])]
+        for index in sorted(range(8), key=lambda index: -len(expected[index][0]))
+    ]
 
 
 def test_cut_and_dropped_rows_are_counted(make: Any, tokenizer: Any) -> None:
@@ -125,14 +142,14 @@ def test_a_build_that_was_killed_is_not_taken_for_finished(make: Any, tokenizer:
     config = make(questions_and_answers(4))
     load_data(config, tokenizer, ALONE)
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    folder.rename(folder.with_name(folder.name + ".building"))  # as if killed before the last step
-    (folder.with_name(folder.name + ".building") / "data" / "state.json").write_text("{")
+    building = folder.rename(folder.with_name(folder.name + ".building"))  # as if killed before the last step
+    (building / "part-000000.json").write_text("{")
     assert len(load_data(config, tokenizer, ALONE).train) == 4
 
 
 def test_other_ranks_wait_for_the_first(make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, waiting, results = make(questions_and_answers(4)), threading.Event(), []
-    monkeypatch.setattr(dataset.time, "sleep", lambda _: waiting.set())
+    monkeypatch.setattr(cache.time, "sleep", lambda _: waiting.set())
     second = Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2)
     thread = threading.Thread(target=lambda: results.append(load_data(config, tokenizer, second)))
     thread.start()

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from ds_sft.data.encode import encode_rows, prompt_text
+from ds_sft.config import Config
+from ds_sft.data.encode import Encoded, Encoder
+from ds_sft.data.records import Dialogue
+from ds_sft.data.shapes import Message
 
 SYSTEM = "你是一个对话助手，你需要根据用户的问题，给出相应的回答。"
 
@@ -19,6 +22,19 @@ def reference_row(tokenizer: Any, question: str, answer: str, system: str, max_l
     learned.append(tokenizer.pad_token_id)
     ids, labels = [*before, *learned], [*([-100] * len(before)), *learned]
     return ids[:max_length], labels[:max_length]
+
+
+def config(**keys: Any) -> Config:
+    return Config(**{"model_name_or_path": "m", "train_file": "t", "system_prompt": SYSTEM, **keys})
+
+
+def talk(*texts: str) -> Dialogue:
+    """User and assistant in turn."""
+    return Dialogue(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)))
+
+
+def encode(tokenizer: Any, dialogues: list[Dialogue], **keys: Any) -> Encoded:
+    return Encoder(tokenizer, config(**keys)).encode(dialogues)
 
 
 ROWS = [
@@ -40,41 +56,45 @@ ROWS = [
 @pytest.mark.parametrize("system", [SYSTEM, "", "You are {question}. <|im_end|>"])
 @pytest.mark.parametrize("max_length", [2048, 64, 1])
 def test_ids_and_labels_are_the_references(tokenizer: Any, system: str, max_length: int) -> None:
-    questions, answers = zip(*ROWS, strict=True)
-    rows = encode_rows(tokenizer, questions, answers, system_prompt=system, max_length=max_length)
+    rows = encode(tokenizer, [talk(*row) for row in ROWS], system_prompt=system, max_length=max_length)
     expected = [reference_row(tokenizer, q, a, system, max_length) for q, a in ROWS]
-    assert [(row.input_ids, row.labels) for row in rows] == expected
+    # What keeps no supervised token is left out, and counted.
+    assert list(rows.rows()) == [row for row in expected if set(row[1]) != {-100}]
+    assert sorted(rows.dropped) == [i for i, row in enumerate(expected) if set(row[1]) == {-100}]
 
 
 def test_length_around_the_limit(tokenizer: Any) -> None:
     question, answer = ROWS[0]
     whole = reference_row(tokenizer, question, answer, SYSTEM, 10_000)[0]
-    for limit in range(len(whole) - 4, len(whole) + 3):
-        (row,) = encode_rows(tokenizer, [question], [answer], system_prompt=SYSTEM, max_length=limit)
-        assert (row.input_ids, row.labels) == reference_row(tokenizer, question, answer, SYSTEM, limit)
-        assert row.cut == max(0, len(whole) - limit)
-        assert (row.labels[-1] == tokenizer.pad_token_id) == (limit >= len(whole))  # the terminator goes first
+    for limit in range(len(whole) - 2, len(whole) + 3):
+        rows = encode(tokenizer, [talk(question, answer)], max_length=limit)
+        ((ids, labels),) = rows.rows()
+        assert (ids, labels) == reference_row(tokenizer, question, answer, SYSTEM, limit)
+        assert rows.length.tolist() == [len(whole)]
+        assert rows.supervised_cut.tolist() == [max(0, len(whole) - limit)]
+        assert (labels[-1] == tokenizer.pad_token_id) == (limit >= len(whole))  # the terminator goes first
 
 
 def test_literal_row(tokenizer: Any) -> None:
     """Spelled out once, so that the oracle above cannot be wrong in the same way as the code."""
-    (row,) = encode_rows(tokenizer, ["Q"], ["A"], system_prompt="S", max_length=99)
+    ((ids, labels),) = encode(tokenizer, [talk("Q", "A")], system_prompt="S").rows()
     start, end, pad = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    assert [row.input_ids.count(t) for t in (start, end, pad)] == [3, 2, 1]
+    assert [ids.count(t) for t in (start, end, pad)] == [3, 2, 1]
     answer = tokenizer("A", add_special_tokens=False).input_ids
-    assert row.input_ids[-2:] == row.labels[-2:] == [*answer, pad]
-    assert row.labels[:-2] == [-100] * (len(row.labels) - 2)
-    assert tokenizer.decode(row.input_ids) == (
+    assert ids[-2:] == labels[-2:] == [*answer, pad]
+    assert labels[:-2] == [-100] * (len(labels) - 2)
+    assert tokenizer.decode(ids) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|endoftext|>"
     )
 
 
 def test_prediction_continues_the_training_prompt(tokenizer: Any) -> None:
-    (row,) = encode_rows(tokenizer, ["Q"], ["A"], system_prompt="S", max_length=99)
-    prompt = tokenizer(prompt_text("S", "Q"), add_special_tokens=False).input_ids
-    assert row.input_ids[: len(prompt)] == prompt
-    assert row.labels[: len(prompt) + 1] == [-100] * len(prompt) + row.input_ids[len(prompt) : len(prompt) + 1]
+    encoder = Encoder(tokenizer, config(system_prompt="S"))
+    ((ids, labels),) = encoder.encode([talk("Q", "A")]).rows()
+    prompt = encoder.prompt(talk("Q", "A"))
+    assert ids[: len(prompt)] == prompt
+    assert labels[: len(prompt) + 1] == [-100] * len(prompt) + ids[len(prompt) : len(prompt) + 1]
 
 
 def test_no_rows(tokenizer: Any) -> None:
-    assert encode_rows(tokenizer, [], [], system_prompt="S", max_length=9) == []
+    assert list(encode(tokenizer, []).rows()) == []

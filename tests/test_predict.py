@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ds_sft.config import Config
-from ds_sft.data.encode import prompt_text
-from ds_sft.data.records import Record
+from ds_sft.data.records import Dialogue
+from ds_sft.data.shapes import Message
 from ds_sft.predict import Prediction, as_text, end_tokens, predict, print_predictions, write_predictions
 
-SAMPLES = [Record("What is the capital of France?", "Paris."), Record("今天天气怎么样？", "很好。"), Record("x", "y")]
+PAIRS = [("What is the capital of France?", "Paris."), ("今天天气怎么样？", "很好。"), ("x", "y")]
+SAMPLES = [Dialogue((Message("user", question), Message("assistant", answer))) for question, answer in PAIRS]
 
 
 def make(model_dir: Path, **keys: Any) -> Config:
@@ -31,7 +32,8 @@ def test_greedy_answers_do_not_depend_on_the_other_rows(model_dir: Path, tokeniz
     ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     for row, sample in zip(rows, SAMPLES, strict=True):
         assert (row.question, row.reference, row.before) == (sample.question, sample.answer, None)
-        ids = tokenizer(prompt_text("S", sample.question), add_special_tokens=False).input_ids
+        prompt = f"<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n{sample.question}<|im_end|>\n"
+        ids = tokenizer(prompt + "<|im_start|>assistant\n", add_special_tokens=False).input_ids
         new: list[int] = []
         while len(new) < 6 and not ends & set(new):
             with torch.no_grad():
@@ -44,14 +46,39 @@ def test_before_is_the_model_that_training_started_from(model_dir: Path, tokeniz
     assert row.before == row.prediction  # here both are the same folder
 
 
+def test_a_dialogue_is_continued_where_its_last_answer_stands(model_dir: Path, tokenizer: Any) -> None:
+    """The prompt has the earlier turns; what is shown is the last question and the answer in the file."""
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Who?"), ("assistant", "Me."), ("user", "unanswered")]
+    sample = Dialogue(tuple(Message(role, text) for role, text in turns))
+    (row,) = predict(make(model_dir, predict_max_new_tokens=6), [sample], tokenizer)
+    assert (row.question, row.reference) == ("Who?", "Me.")
+    prompt = (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|endoftext|>\n"
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    ends = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0)[0, ids.shape[1] :]
+    assert row.prediction == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
 def test_no_rows_load_no_model(tokenizer: Any) -> None:
     assert predict(make(Path("/nowhere")), [], tokenizer) == []
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, [0, 2]), (1, [0, 1, 2]), ([1, 5], [0, 1, 2, 5])])
-def test_what_ends_an_answer(tokenizer: Any, own: Any, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("own", "turn_end", "expected"),
+    [
+        (None, "<|endoftext|>", [0, 2]),
+        (1, "<|endoftext|>", [0, 1, 2]),
+        ([1, 5], "<|endoftext|>", [0, 1, 2, 5]),
+        (None, "<|im_start|>", [0, 1, 2]),  # as a template may say
+    ],
+)
+def test_what_ends_an_answer(tokenizer: Any, own: Any, turn_end: str, expected: list[int]) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
-    assert end_tokens(model, tokenizer) == expected  # 0 pad, 2 <|im_end|>
+    assert end_tokens(model, tokenizer, turn_end) == expected  # 0 pad, 2 <|im_end|>
 
 
 def test_file_table_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 
 from ds_sft.config import REFERENCE_PROMPT
-from ds_sft.data.records import BadRow, Record, read_records, to_record
+from ds_sft.data.files import BadRow, DataFile
+from ds_sft.data.records import Dialogue, Reading, read_dialogues, to_dialogue
+from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
 
 SYSTEM = "Answer."
+READING = Reading(SYSTEM)
 
 
-def read(path: Path) -> list[tuple[int, str | Record]]:
-    rows = read_records(path, system_prompt=SYSTEM)
+def read(path: Path) -> list[tuple[int, str | Dialogue]]:
+    rows = read_dialogues(DataFile(str(path)), READING)
     return [(number, str(row) if isinstance(row, BadRow) else row) for number, row in rows]
+
+
+def talk(*texts: str) -> Dialogue:
+    """User and assistant in turn."""
+    return Dialogue(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)))
 
 
 @pytest.mark.parametrize(
@@ -35,10 +43,10 @@ def read(path: Path) -> list[tuple[int, str | Record]]:
     ],
 )
 def test_shapes(row: dict[str, Any], question: str, answer: str) -> None:
-    assert to_record(row, system_prompt=SYSTEM) == Record(question, answer)
+    assert to_dialogue(row, READING) == talk(question, answer)
 
 
-EXPECTED = "expected question and answer, or instruction, input and output"
+EXPECTED = "expected question and answer; instruction and output; conversations; messages; or prompt and completion"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +93,8 @@ EXPECTED = "expected question and answer, or instruction, input and output"
 def test_bad_rows(tmp_path: Path, line: bytes, reason: str, text: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"question": "q", "answer": "a"}\n' + line + b"\n" + b'{"question": "r", "answer": "b"}\n')
-    first, bad, last = read_records(file, system_prompt=SYSTEM)
-    assert (first, last) == ((1, Record("q", "a")), (3, Record("r", "b")))
+    first, bad, last = read_dialogues(DataFile(str(file)), READING)
+    assert (first, last) == ((1, talk("q", "a")), (3, talk("r", "b")))
     assert isinstance(bad[1], BadRow)
     assert (bad[0], bad[1].reason) == (2, reason)
     assert text in str(bad[1])
@@ -96,17 +104,17 @@ def test_bad_rows(tmp_path: Path, line: bytes, reason: str, text: str) -> None:
 def test_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "a"}\r\n\n  \n{"question": "r", "answer": "b"}')
-    assert read(file) == [(1, Record("q", "a")), (4, Record("r", "b"))]
+    assert read(file) == [(1, talk("q", "a")), (4, talk("r", "b"))]
 
 
 def test_a_surrogate_pair_is_one_character(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"question": "\\ud83d\\udc4b", "answer": "a"}\n')
-    assert read(file) == [(1, Record("👋", "a"))]
+    assert read(file) == [(1, talk("👋", "a"))]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: no such file \(the current directory is "):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"is a directory; give a JSON Lines file$"):
+    with pytest.raises(UserError, match=r"is a directory; give a file of it$"):
         read(tmp_path)

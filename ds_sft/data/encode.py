@@ -1,53 +1,248 @@
-"""Question and answer -> `input_ids` and `labels`: the mask.
+"""Dialogues -> `input_ids` and `labels`: the mask, and what happens to rows longer than `max_length`.
 
-The layout is the reference script's: ChatML written out by hand, everything before the answer unsupervised (-100), the
-answer and the tokenizer's pad token, which serves as end of turn, supervised.
+With the reference template a question and an answer become, token for token, what the reference script makes of them:
+ChatML written out by hand, everything before the answer unsupervised (-100), the answer and the tokenizer's pad token,
+which serves as end of turn, supervised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
+from ds_sft.config import Config
+from ds_sft.data.files import BadRow
+from ds_sft.data.records import Dialogue
+from ds_sft.data.shapes import Message
+from ds_sft.data.templates import Piece, learned_messages, open_template
+
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss's default `ignore_index`
-TEMPLATE = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+TOO_LONG = "the prompt alone fills max_length"
+LONGER = "longer than max_length"
+BEFORE = "\n"  # what text is encoded after where the tokenizer puts a space before every text
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
-    """One row as a model sees it. All lists have the row's length in tokens."""
+    """Rows as a model sees them, end to end. A dialogue gives one row, several under `overlong: split`, or none."""
 
-    input_ids: list[int]
-    labels: list[int]  # IGNORE_INDEX where nothing is learned
-    cut: int  # tokens lost to `max_length`
+    input_ids: np.ndarray  # [tokens] int32
+    labels: np.ndarray  # [tokens] int32; IGNORE_INDEX where nothing is learned
+    starts: np.ndarray  # [rows + 1]: row r is input_ids[starts[r]:starts[r + 1]]
+    dialogue: np.ndarray  # [rows]: index of the dialogue
+    length: np.ndarray  # [rows]: tokens before any was cut
+    supervised: np.ndarray  # [rows]: tokens whose label counts
+    supervised_cut: np.ndarray  # [rows]: of those, lost to `max_length`
+    bad: dict[int, BadRow] = field(default_factory=dict)  # dialogue -> why it gives no row
+    # Dialogue -> reason, tokens and supervised tokens of those that are left out because of their length.
+    dropped: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    split: int = 0  # dialogues that became several rows
+    forged: int = 0  # dialogues of which text became special tokens
+
+    def rows(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids and labels, row by row."""
+        for start, end in zip(self.starts[:-1], self.starts[1:], strict=True):
+            yield self.input_ids[start:end].tolist(), self.labels[start:end].tolist()
 
 
-def prompt_text(system_prompt: str, question: str) -> str:
-    """What stands before the answer, in training and in prediction."""
-    return TEMPLATE.format(system=system_prompt, question=question)
+class Encoder:
+    """What turns dialogues into rows: tokenizer, template, mask and length policy of a run.
 
-
-def encode_rows(
-    tokenizer: Any, questions: Sequence[str], answers: Sequence[str], *, system_prompt: str, max_length: int
-) -> list[Encoded]:
-    """Encode rows; prompt and answer are tokenised apart, so no token ever spans the border.
-
-    Args:
-        tokenizer: a transformers tokenizer with a pad token.
-        max_length: tokens; longer rows are cut at the end, terminator first, as the reference does.
+    Raises:
+        UserError: the key `template` names none that can be used.
     """
-    if not questions:
-        return []
-    prompts = [prompt_text(system_prompt, question) for question in questions]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    end = [tokenizer.pad_token_id]
-    return [_join(p, a + end, max_length) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+
+    def __init__(self, tokenizer: Any, config: Config) -> None:
+        self.template = open_template(config, tokenizer)
+        self.mask, self.max_length, self.overlong = config.mask, config.max_length, config.overlong
+        self.backend = tokenizer.backend_tokenizer
+        # The reference encodes prompt and answer apart with every tokenizer; so does its template.
+        self.spaced = config.template != "reference" and _puts_space_before_text(self.backend)
+
+    @cached_property
+    def plain(self) -> Any:
+        """A tokenizer that reads special tokens as text; it takes a second to make, so only when needed."""
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(self.backend.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def encode(self, dialogues: Sequence[Dialogue]) -> Encoded:
+        """Encode dialogues, in order."""
+        bad: dict[int, BadRow] = {}
+        pieces = [self._pieces(dialogue, bad, i) for i, dialogue in enumerate(dialogues)]
+        rows = self._join(pieces, np.arange(len(pieces)))
+        rows.bad = bad
+        if self.overlong == "split" and (rows.length > self.max_length).any():
+            rows = self._split_long(dialogues, pieces, rows)
+        forged = sum(self.template.forged(dialogue) for dialogue in dialogues)
+        return replace(self._fit(rows), forged=forged)
+
+    def prompt(self, dialogue: Dialogue) -> list[int]:
+        """What stands before the last answer, in training and in prediction.
+
+        Raises:
+            BadRow: the template cannot render the dialogue.
+        """
+        learned = [i == dialogue.last_answer for i in range(len(dialogue.messages))]
+        before: list[Piece] = []
+        for piece in self.template.pieces(dialogue, learned):
+            if piece.learned:
+                break
+            before.append(piece)
+        return [int(i) for ids in self._ids(before) for i in ids]
+
+    def _pieces(self, dialogue: Dialogue, bad: dict[int, BadRow], index: int) -> list[Piece]:
+        """No pieces for a dialogue that is bad."""
+        learned = learned_messages(dialogue, self.mask)
+        try:
+            if not any(learned):
+                raise BadRow("no answer to learn", "mask: last, and the last answer says train: false")
+            return self.template.pieces(dialogue, learned)
+        except BadRow as error:
+            bad[index] = error
+            return []
+
+    def _ids(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Token ids of each piece, encoded apart."""
+        ids: list[list[int]] = [[piece.text] if isinstance(piece.text, int) else [] for piece in pieces]
+        for plain in (False, True):
+            chosen = [i for i, piece in enumerate(pieces) if piece.plain is plain and isinstance(piece.text, str)]
+            texts = [str(pieces[i].text) for i in chosen]
+            for i, found in zip(chosen, self._encode_texts(texts, plain=plain) if texts else [], strict=True):
+                ids[i] = found
+        return ids
+
+    def _encode_texts(self, texts: list[str], *, plain: bool) -> list[list[int]]:
+        backend = self.plain if plain else self.backend
+        backend.no_truncation()  # what its file or an earlier caller may have left
+        backend.no_padding()
+        if not self.spaced:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        before = backend.encode(BEFORE, add_special_tokens=False).ids
+        found = backend.encode_batch_fast([BEFORE + text for text in texts], add_special_tokens=False)
+        return [
+            encoding.ids[len(before) :] if encoding.ids[: len(before)] == before
+            else backend.encode(text, add_special_tokens=False).ids
+            for encoding, text in zip(found, texts, strict=True)
+        ]  # fmt: skip
+
+    def _join(self, rows: Sequence[Sequence[Piece]], dialogue: np.ndarray) -> Encoded:
+        """Rows of whole length from their pieces; rows without pieces are left out."""
+        flat = list(chain.from_iterable(rows))
+        ids = self._ids(flat)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        input_ids = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        learned = np.repeat(np.fromiter((piece.learned for piece in flat), bool, len(flat)), lengths)
+        num_pieces = np.fromiter(map(len, rows), np.int64, len(rows))
+        row_of_piece = np.repeat(np.arange(len(rows)), num_pieces)
+        length = np.bincount(row_of_piece, weights=lengths, minlength=len(rows)).astype(np.int64)
+        keep = num_pieces > 0
+        length, dialogue = length[keep], dialogue[keep]
+        starts = np.concatenate([[0], np.cumsum(length)])
+        labels = np.where(learned, input_ids, np.int32(IGNORE_INDEX))
+        return Encoded(input_ids, labels, starts, dialogue, length, _sums(learned, starts), np.zeros_like(length))
+
+    def _split_long(self, dialogues: Sequence[Dialogue], pieces: list[list[Piece]], rows: Encoded) -> Encoded:
+        """Cut dialogues that are too long at turn borders; see `_parts`."""
+        long = set(rows.dialogue[rows.length > self.max_length].tolist())
+        parts = [[row] for row in pieces]
+        for i in long:
+            try:
+                parts[i] = self._parts(dialogues[i])
+            except BadRow as error:
+                parts[i], rows.bad[i] = [], error
+        index = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        joined = self._join(list(chain.from_iterable(parts)), index)
+        return replace(joined, bad=rows.bad, split=sum(len(part) > 1 for part in parts))
+
+    def _parts(self, dialogue: Dialogue) -> list[list[Piece]]:
+        """The dialogue in as few parts as fit, each with the system turn before it and whole exchanges in it.
+
+        An exchange begins where the user speaks after an answer. One that is too long on its own stays one part.
+        """
+        messages, learned = dialogue.messages, learned_messages(dialogue, self.mask)
+        first = next((i for i, message in enumerate(messages) if message.role != "system"), 0)
+        borders = [i for i in range(first + 1, len(messages)) if _begins_exchange(messages, i)]
+        edges = [first, *borders, len(messages)]
+        parts: list[list[Piece]] = []
+        start = 0
+        while start < len(edges) - 1:
+            end = start + 1
+            best = self._part(dialogue, learned, first, edges[start], edges[end])
+            while end < len(edges) - 1:
+                longer = self._part(dialogue, learned, first, edges[start], edges[end + 1])
+                if sum(map(len, self._ids(longer))) > self.max_length:
+                    break
+                best, end = longer, end + 1
+            if any(piece.learned for piece in best):
+                parts.append(best)
+            start = end
+        return parts
+
+    def _part(self, dialogue: Dialogue, learned: list[bool], first: int, start: int, end: int) -> list[Piece]:
+        messages = (*dialogue.messages[:first], *dialogue.messages[start:end])
+        return self.template.pieces(replace(dialogue, messages=messages), [*learned[:first], *learned[start:end]])
+
+    def _fit(self, rows: Encoded) -> Encoded:
+        """Apply `max_length`: leave rows out, or cut their ends, and leave out those with nothing to learn."""
+        long = rows.length > self.max_length
+        drop = long & (self.overlong in ("drop", "error"))
+        position = np.arange(len(rows.input_ids)) - np.repeat(rows.starts[:-1], rows.length)
+        inside = (position < self.max_length) & np.repeat(~drop, rows.length)
+        kept_length = np.where(drop, 0, np.minimum(rows.length, self.max_length))
+        starts = np.concatenate([[0], np.cumsum(kept_length)])
+        labels = rows.labels[inside]
+        supervised = _sums(labels != IGNORE_INDEX, starts)
+        keep = supervised > 0
+        dropped = dict(rows.dropped)
+        for row in np.flatnonzero(~keep):
+            reason = LONGER if drop[row] else TOO_LONG
+            _, tokens, lost = dropped.get(int(rows.dialogue[row]), ("", 0, 0))
+            dropped[int(rows.dialogue[row])] = (
+                reason,
+                tokens + int(rows.length[row]),
+                lost + int(rows.supervised[row]),
+            )
+        token = np.repeat(keep, kept_length)
+        return Encoded(
+            input_ids=rows.input_ids[inside][token],
+            labels=labels[token],
+            starts=np.concatenate([[0], np.cumsum(kept_length[keep])]),
+            dialogue=rows.dialogue[keep],
+            length=rows.length[keep],
+            supervised=supervised[keep],
+            supervised_cut=(rows.supervised - supervised)[keep],
+            bad=rows.bad,
+            dropped=dropped,
+            split=rows.split,
+        )
 
 
-def _join(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
-    input_ids = prompt + answer
-    labels = [IGNORE_INDEX] * len(prompt) + answer
-    cut = max(0, len(input_ids) - max_length)
-    return Encoded(input_ids[:max_length], labels[:max_length], cut)
+def _begins_exchange(messages: Sequence[Message], index: int) -> bool:
+    return messages[index].role == "user" and messages[index - 1].role == "assistant"
+
+
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sum of `values` in each row."""
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.asarray(totals[starts[1:]] - totals[starts[:-1]])
+
+
+def _puts_space_before_text(backend: Any) -> bool:
+    """SentencePiece's habit: the start of every text becomes the start of a word."""
+    ids = [i for text in ("x", "y") for i in backend.encode(text, add_special_tokens=False).ids]
+    text: str = backend.decode(ids, skip_special_tokens=False)
+    return text != "xy"
+
+
+def use_threads(*, enabled: bool) -> None:
+    """Whether the tokenizers library takes all cores; where processes do, its threads would only compete."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if enabled else "false"

@@ -1,63 +1,72 @@
-"""Rows of a JSON Lines file -> questions and answers. Errors carry FILE:LINE."""
+"""What a row is: a dialogue of messages, or what is wrong with it. Errors carry FILE:LINE."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ds_sft.config import REFERENCE_PROMPT
-from ds_sft.errors import UserError
-
-EXPECTED = "expected question and answer, or instruction, input and output"
+from ds_sft.data.files import BadRow, DataFile, Raw
+from ds_sft.data.shapes import Message, Shape, to_messages
 
 
 @dataclass(frozen=True)
-class Record:
-    """One dialogue: what the user says, and the answer to learn."""
+class Dialogue:
+    """The messages of one row and the tools that the assistant may call (JSON schemas, as in OpenAI's API)."""
 
-    question: str
-    answer: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def last_answer(self) -> int:
+        """Index of the last assistant message; every dialogue has one."""
+        return max(i for i, message in enumerate(self.messages) if message.role == "assistant")
+
+    @property
+    def question(self) -> str:
+        """The message that the last answer answers."""
+        return self.messages[self.last_answer - 1].content if self.last_answer else ""
+
+    @property
+    def answer(self) -> str:
+        """The last answer, with the calls it makes in JSON."""
+        message = self.messages[self.last_answer]
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+        return "\n".join([message.content, *calls] if message.content else calls)
 
 
-class BadRow(ValueError):
-    """A row that cannot be used. `reason` is a fixed phrase to count by, the text says what was found."""
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read: what the run's keys say of it."""
 
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
+    system_prompt: str  # an Alpaca instruction that is this prompt is not repeated in the question
+    shape: Shape = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)  # our name of a field -> the file's
 
 
-def read_records(path: Path, *, system_prompt: str) -> Iterator[tuple[int, Record | BadRow]]:
-    """Yield the line number and the record, or what is wrong with the row, for each line that is not blank.
+def read_dialogues(file: DataFile, reading: Reading) -> Iterator[tuple[int, Dialogue | BadRow]]:
+    """Yield line (or row) number and dialogue, or what is wrong with the row, for each row of a file.
 
     Raises:
         UserError: no such file, or not a file that can be read.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, _record_or_error(line, system_prompt)
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory; give a JSON Lines file") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (the current directory is {Path.cwd()})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, raw in file.rows():
+        yield number, parse_row(raw, reading)
 
 
-def _record_or_error(line: bytes, system_prompt: str) -> Record | BadRow:
+def parse_row(raw: Raw, reading: Reading) -> Dialogue | BadRow:
+    """A row as it stands in a file -> dialogue."""
+    if isinstance(raw, BadRow):
+        return raw
     try:
-        return to_record(_parse(line), system_prompt=system_prompt)
+        return to_dialogue(parse_json(raw) if isinstance(raw, bytes) else raw, reading)
     except BadRow as error:
         return error
 
 
-def _parse(line: bytes) -> Any:
+def parse_json(line: bytes) -> Any:
+    """Raises BadRow: not UTF-8, not JSON."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -70,39 +79,11 @@ def _parse(line: bytes) -> Any:
         raise BadRow("not JSON", f"not JSON: {type(error).__name__}; expected one JSON object a line") from None
 
 
-def to_record(row: Any, *, system_prompt: str) -> Record:
-    """Turn a parsed row into a record.
-
-    `{"question", "answer"}` is taken as it is. In `{"instruction", "input", "output"}` the instruction is dropped where
-    it is a system prompt (this run's, or the one that the reference script's converter wrote into every row), else it
-    and the input, where there is one, on a line of its own, are the question: the convention of Alpaca data.
+def to_dialogue(row: Any, reading: Reading) -> Dialogue:
+    """A parsed row of any shape -> dialogue.
 
     Raises:
-        BadRow: not an object, a field missing, or one that is not text.
+        BadRow: not an object, a field missing or of another type, or nothing to learn in it.
     """
-    if not isinstance(row, dict):
-        raise BadRow("not an object", f"found {_json_type(row)}; expected one JSON object a line")
-    if "output" in row and "answer" not in row:
-        instruction, extra = _text(row, "instruction"), _text(row, "input") if "input" in row else ""
-        if "input" in row and instruction in (system_prompt, REFERENCE_PROMPT):
-            return Record(extra, _text(row, "output"))
-        return Record(f"{instruction}\n{extra}" if extra else instruction, _text(row, "output"))
-    return Record(_text(row, "question"), _text(row, "answer"))
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        found = ", ".join(sorted(map(str, row))) or "no field at all"
-        raise BadRow(f"no field {field!r}", f"no field {field!r} (found: {found[:80]}); {EXPECTED}")
-    value = row[field]
-    if not isinstance(value, str):
-        found = "null" if value is None else f"{_json_type(value)}: {json.dumps(value)[:40]}"
-        raise BadRow(f"field {field!r} is not a string", f"field {field!r} is {found}; expected a string")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise BadRow("not Unicode text", f"field {field!r} holds half of a surrogate pair; expected Unicode text")
-    return value
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    messages, tools = to_messages(row, reading.shape, reading.fields, reading.system_prompt)
+    return Dialogue(tuple(messages), tuple(tools))

@@ -1,0 +1,457 @@
+"""Encoded files on disk: built by all cores in flat memory, continued where a build was interrupted, and checked.
+
+A file is read in blocks; each becomes a part: rows in Arrow, figures of each row, and counts, written last and with the
+hashes of the other two. What is whole is renamed into place. A folder with a byte changed or missing is built again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+from filelock import FileLock
+
+from ds_sft.config import Config
+from ds_sft.data.encode import Encoded, Encoder, use_threads
+from ds_sft.data.files import BadRow, DataFile, Progress, Raw
+from ds_sft.data.records import Dialogue, Reading, parse_row
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+
+MAX_BAD_ROWS_SHOWN = 20
+BLOCK_BYTES = 8 * 2**20  # of JSON in a block, about: what a process holds at a time
+FIRST_BLOCKS, FIRST_ROWS, BLOCK_ROWS = 16, 2000, 16_000  # small blocks first, so that small files keep all cores busy
+BATCH_ROWS = 1000  # rows encoded together
+SAY_SECONDS = 10.0  # between two lines of progress in a log
+STATS = np.dtype(
+    [
+        ("row", "<i8"),  # line in the file
+        ("length", "<i4"),  # tokens before any was cut
+        ("tokens", "<i4"),
+        ("supervised", "<i4"),
+        ("supervised_cut", "<i4"),
+        ("hash", "<u8"),  # of the ids
+    ]
+)
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+
+
+@dataclass
+class Counts:
+    """What happened to the rows of a block or a file."""
+
+    rows_read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    dropped_tokens: int = 0  # of rows left out because of their length
+    dropped_supervised: int = 0
+    rows_split: int = 0
+    rows_forged: int = 0  # rows of which text became special tokens
+    bad_rows: int = 0  # of those dropped, the ones that were no usable dialogue
+    messages: list[str] = field(default_factory=list)  # the first bad rows: "LINE: what is wrong"
+
+    def add(self, other: Counts) -> None:
+        self.rows_read += other.rows_read
+        self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
+        self.dropped_tokens += other.dropped_tokens
+        self.dropped_supervised += other.dropped_supervised
+        self.rows_split += other.rows_split
+        self.rows_forged += other.rows_forged
+        self.bad_rows += other.bad_rows
+        self.messages = (self.messages + other.messages)[:MAX_BAD_ROWS_SHOWN]
+
+
+@dataclass(frozen=True)
+class EncodedFile:
+    """A file as it lies in the cache."""
+
+    file: DataFile
+    data: datasets.Dataset  # columns input_ids, labels
+    stats: np.ndarray  # [rows] of STATS
+    counts: Counts
+
+
+Block = tuple[int, list[tuple[int, Raw]]]  # number of the block, rows with their lines
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What the processes that encode share."""
+
+    file: str
+    encoder: Encoder
+    reading: Reading
+    on_bad_row: str
+    overlong: str
+
+
+def encode_file(file: DataFile, config: Config, settings: str, encoder: Encoder, launch: Launch) -> EncodedFile:
+    """Encode a file, or find it in the cache. Local rank 0 builds; the others wait for a folder that is whole.
+
+    Args:
+        settings: what else than the file decides the rows, see `settings_key`.
+
+    Raises:
+        UserError: the file, or with `on_bad_row: error` a row of it, cannot be used.
+    """
+    folder = cache_dir(config) / f"encoded-{_file_key(file, settings)}"
+    if launch.local_rank != 0:
+        _wait_for(folder)
+    elif intact(folder):
+        launch.say(f"{file.name}: already encoded in {folder}")
+    else:
+        with FileLock(f"{folder}.lock"):
+            if not intact(folder):  # another node may have built it meanwhile
+                _build(file, config, encoder, folder, launch)
+    return _open(file, folder)
+
+
+def cache_dir(config: Config) -> Path:
+    """`cache_dir`, else DS_SFT_CACHE, else ds_sft under the user's cache; made if absent."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_sft"
+    path = Path(config.cache_dir or os.environ.get("DS_SFT_CACHE") or home).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir: {path} cannot be made: {error.strerror}; name another folder") from None
+    return path
+
+
+def reading_of(config: Config) -> Reading:
+    """What the keys say of how rows are read."""
+    return Reading(config.system_prompt, config.data_format, dict(config.data_fields or {}))  # type: ignore[arg-type]
+
+
+def settings_key(config: Config, tokenizer: Any) -> str:
+    """A hash of all but the file that decides the encoded rows: tokenizer, settings, and the code that encodes."""
+    settings = [
+        config.system_prompt, config.max_length, config.on_bad_row, config.data_format, config.data_fields,
+        config.template, config.mask, config.thinking, config.allow_special_tokens, config.overlong,
+        str(tokenizer.pad_token), tokenizer.pad_token_id, tokenizer.special_tokens_map, tokenizer.chat_template,
+        version("tokenizers"), version("transformers"), version("pyarrow"),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
+    if config.template not in ("reference", "tokenizer") and Path(config.template).expanduser().is_file():
+        digest.update(Path(config.template).expanduser().read_bytes())
+    # The backend's own description holds vocabulary, merges, normaliser and special tokens.
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for name in ("cache", "encode", "files", "records", "shapes", "templates"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _file_key(file: DataFile, settings: str) -> str:
+    return hashlib.sha256(f"{file.digest()} {file.limit} {settings}".encode()).hexdigest()[:24]
+
+
+# ---- What is there
+
+
+def intact(folder: Path) -> bool:
+    """Whether a folder is complete and every file in it has the size and the hash it was written with."""
+    try:
+        names = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parts"]
+        return bool(names) and all(_part_intact(folder, name) for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _part_intact(folder: Path, name: str) -> bool:
+    try:
+        files = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["files"]
+        return all(_fingerprint(folder / file) == fingerprint for file, fingerprint in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _fingerprint(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _wait_for(folder: Path) -> None:
+    """Wait until local rank 0 has put a whole `folder` in place; the launcher ends this rank if that one fails."""
+    parent = os.getppid()
+    while not intact(folder):
+        if os.getppid() != parent:  # the launcher died: nobody is left to end this rank
+            raise UserError(f"{folder}: the launcher ended while this rank waited for the encoded data")
+        time.sleep(0.2)
+
+
+def _open(file: DataFile, folder: Path) -> EncodedFile:
+    names = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parts"]
+    counts, stats, parts = Counts(), [], []
+    for name in names:
+        counts.add(Counts(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["counts"]))
+        stats.append(np.load(folder / f"{name}.npy"))
+        parts.append(datasets.Dataset.from_file(str(folder / f"{name}.arrow")))
+    return EncodedFile(file, datasets.concatenate_datasets(parts), np.concatenate(stats), counts)
+
+
+# ---- Building
+
+
+def _build(file: DataFile, config: Config, encoder: Encoder, folder: Path, launch: Launch) -> None:
+    """Encode into a folder beside the final one and rename it, so that what has the name is whole."""
+    if folder.exists():
+        launch.say(f"{file.name}: the encoded data in {folder} is damaged: building it again")
+        shutil.rmtree(folder)
+    building = folder.with_name(folder.name + ".building")  # ours alone: the caller holds the lock
+    building.mkdir(exist_ok=True)
+    found = len(list(building.glob("part-*.json")))
+    start = f"continuing an interrupted build with {found} parts done" if found else "reading and encoding"
+    launch.say(f"{file.name}: {start} into {folder}")
+    builder = Builder(file.name, encoder, reading_of(config), config.on_bad_row, config.overlong)
+    processes = config.preprocessing_num_workers or len(os.sched_getaffinity(0))
+    try:
+        counts, names = _encode_blocks(file, builder, building, processes, launch)
+        _say_bad_rows(file, counts, launch)
+        (building / "manifest.json").write_text(json.dumps({"parts": names}), encoding="utf-8")
+        building.rename(folder)
+    except UserError:  # the rows must change first, and with them the folder's name
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _say_bad_rows(file: DataFile, counts: Counts, launch: Launch) -> None:
+    for message in counts.messages:
+        launch.say(f"skipped {file.name}:{message}")
+    rest = counts.bad_rows - len(counts.messages)
+    if rest > 0:
+        launch.say(f"{file.name}: {rest:,} more rows skipped")
+
+
+def _encode_blocks(
+    file: DataFile, builder: Builder, folder: Path, processes: int, launch: Launch
+) -> tuple[Counts, list[str]]:
+    """Encode block after block, several at a time; the counts of the file and the names of its parts."""
+    progress, total, names = Progress(), Counts(), []
+    meter = Meter(file, progress, launch)
+    blocks = _blocks(file, progress)
+    with _Pool(builder, folder, processes) as pool:
+        for name, counts in pool.encode(blocks):
+            total.add(counts)
+            names.append(name)
+            meter.show(total.rows_read)
+    meter.done(total.rows_read)
+    return total, names
+
+
+def _blocks(file: DataFile, progress: Progress) -> Iterator[Block]:
+    """Rows in blocks; the same for the same file, whatever the machine. A file without rows is one empty block."""
+    number, rows, size = 0, [], 0
+    for line, raw in file.rows(progress):
+        rows.append((line, raw))
+        size += len(raw) if isinstance(raw, bytes) else _rough_size(raw)
+        if len(rows) >= (FIRST_ROWS if number < FIRST_BLOCKS else BLOCK_ROWS) or size >= BLOCK_BYTES:
+            yield number, rows
+            number, rows, size = number + 1, [], 0
+    if rows or number == 0:
+        yield number, rows
+
+
+def _rough_size(raw: Any) -> int:
+    return sum(map(len, map(str, raw.values()))) if isinstance(raw, dict) else 100
+
+
+class _Pool:
+    """Processes that encode blocks; one block alone is encoded here, by the tokenizer's threads."""
+
+    def __init__(self, builder: Builder, folder: Path, processes: int) -> None:
+        self.builder, self.folder, self.processes = builder, folder, processes
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)  # the blocks in hand are finished, and kept
+        use_threads(enabled=True)
+
+    def encode(self, blocks: Iterator[Block]) -> Iterator[tuple[str, Counts]]:
+        """Name and counts of each part, in order; at most two blocks a process are in memory."""
+        waiting: deque[tuple[str, Future[Counts] | Counts]] = deque()
+        first, second = next(blocks), next(blocks, None)
+        several = self.processes > 1 and second is not None
+        use_threads(enabled=not several)
+        if several:
+            self._start()
+        for block in _chain(first, second, blocks):
+            waiting.append(self._submit(block))
+            while len(waiting) > (2 * self.processes if several else 0):
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+
+    def _start(self) -> None:
+        global _builder
+        _builder = self.builder  # inherited by fork: a tokenizer takes a second to send
+        self.executor = ProcessPoolExecutor(
+            self.processes, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker
+        )
+
+    def _submit(self, block: Block) -> tuple[str, Future[Counts] | Counts]:
+        number, rows = block
+        name = f"part-{number:06}"
+        if _part_intact(self.folder, name):
+            done = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))["counts"]
+            return name, Counts(**done)
+        if self.executor is None:
+            return name, encode_block(self.builder, self.folder, name, rows)
+        return name, self.executor.submit(_encode_in_worker, self.folder, name, rows)
+
+
+_builder: Builder | None = None  # of the processes that encode
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody is left behind by a parent that was killed
+
+
+def _encode_in_worker(folder: Path, name: str, rows: list[tuple[int, Raw]]) -> Counts:
+    assert _builder is not None
+    return encode_block(_builder, folder, name, rows)
+
+
+def _chain(first: Block, second: Block | None, rest: Iterator[Block]) -> Iterator[Block]:
+    yield first
+    if second is not None:
+        yield second
+        yield from rest
+
+
+def _result(name: str, counts: Future[Counts] | Counts) -> tuple[str, Counts]:
+    return name, counts if isinstance(counts, Counts) else counts.result()
+
+
+def encode_block(builder: Builder, folder: Path, name: str, rows: list[tuple[int, Raw]]) -> Counts:
+    """Encode rows into a part: NAME.arrow, NAME.npy and, last, NAME.json.
+
+    Raises:
+        UserError: a row cannot be used and the keys say that this ends the run.
+    """
+    counts, stats = Counts(), [np.zeros(0, STATS)]
+    with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for start in range(0, len(rows), BATCH_ROWS):
+            encoded, lines = _encode_batch(builder, rows[start : start + BATCH_ROWS], counts)
+            writer.write_batch(_record_batch(encoded))
+            stats.append(_stats(encoded, lines))
+    np.save(folder / f"{name}.npy", np.concatenate(stats))
+    files = {file: _fingerprint(folder / file) for file in (f"{name}.arrow", f"{name}.npy")}
+    text = json.dumps({"files": files, "counts": asdict(counts)}, ensure_ascii=False)
+    beside = folder / f"{name}.json.tmp"
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(beside, folder / f"{name}.json")
+    return counts
+
+
+def _encode_batch(builder: Builder, rows: list[tuple[int, Raw]], counts: Counts) -> tuple[Encoded, list[int]]:
+    dialogues: list[Dialogue] = []
+    lines: list[int] = []
+    bad: list[tuple[int, BadRow]] = []
+    for line, raw in rows:
+        found = parse_row(raw, builder.reading)
+        if isinstance(found, BadRow):
+            bad.append((line, found))
+        else:
+            dialogues.append(found)
+            lines.append(line)
+    encoded = builder.encoder.encode(dialogues)
+    bad += [(lines[i], error) for i, error in encoded.bad.items()]
+    _count(builder, counts, encoded, lines, sorted(bad, key=lambda item: item[0]))
+    counts.rows_read += len(rows)
+    return encoded, lines
+
+
+def _count(builder: Builder, counts: Counts, encoded: Encoded, lines: list[int], bad: list[tuple[int, BadRow]]) -> None:
+    if bad and builder.on_bad_row == "error":
+        raise UserError(f"{builder.file}:{bad[0][0]}: {bad[0][1]} (on_bad_row: skip leaves such rows out)")
+    for line, error in bad:
+        counts.dropped[error.reason] = counts.dropped.get(error.reason, 0) + 1
+        counts.bad_rows += 1
+        if len(counts.messages) < MAX_BAD_ROWS_SHOWN:
+            counts.messages.append(f"{line}: {error}")
+    kept = set(encoded.dialogue.tolist())
+    for i, (reason, tokens, supervised) in sorted(encoded.dropped.items()):
+        if builder.overlong == "error":
+            raise UserError(f"{builder.file}:{lines[i]}: {tokens:,} tokens, more than max_length (overlong: truncate, "
+                            "drop or split goes on)")  # fmt: skip
+        if i not in kept:
+            counts.dropped[reason] = counts.dropped.get(reason, 0) + 1
+        counts.dropped_tokens += tokens
+        counts.dropped_supervised += supervised
+    counts.rows_split += encoded.split
+    counts.rows_forged += encoded.forged
+
+
+def _record_batch(encoded: Encoded) -> pa.RecordBatch:
+    offsets = pa.array(encoded.starts, pa.int32())
+    columns = [pa.ListArray.from_arrays(offsets, pa.array(ids)) for ids in (encoded.input_ids, encoded.labels)]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _stats(encoded: Encoded, lines: list[int]) -> np.ndarray:
+    stats = np.zeros(len(encoded.dialogue), STATS)
+    stats["row"] = np.asarray(lines, np.int64)[encoded.dialogue] if lines else 0
+    stats["length"] = encoded.length
+    stats["tokens"] = np.diff(encoded.starts)
+    stats["supervised"] = encoded.supervised
+    stats["supervised_cut"] = encoded.supervised_cut
+    data, starts = encoded.input_ids.tobytes(), (encoded.starts * 4).tolist()
+    stats["hash"] = [xxhash.xxh3_64_intdigest(data[a:b]) for a, b in pairwise(starts)]
+    return stats
+
+
+class Meter:
+    """Rows a second and the time left: on one line of a terminal, in a log every few seconds."""
+
+    def __init__(self, file: DataFile, progress: Progress, launch: Launch) -> None:
+        self.file, self.progress, self.launch = file, progress, launch
+        self.started = self.said = time.monotonic()
+        self.terminal = launch.is_main and sys.stdout.isatty()
+
+    def show(self, rows: int) -> None:
+        now = time.monotonic()
+        if not self.launch.is_main or now - self.said < (0.2 if self.terminal else SAY_SECONDS):
+            return
+        self.said = now
+        text = self.text(rows, now - self.started)
+        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+
+    def text(self, rows: int, seconds: float) -> str:
+        rate = f"{self.file.name}: {rows:,} rows, {rows / max(seconds, 1e-9):,.0f} rows/s"
+        share = self.progress.bytes_read / self.file.size if self.file.size else 0.0
+        if not 0 < share <= 1:
+            return rate
+        left = seconds * (1 - share) / share
+        return f"{rate}, {share:.0%} read, {int(left) // 60}:{int(left) % 60:02} left"
+
+    def done(self, rows: int) -> None:
+        if self.terminal:
+            print("\r\033[K", end="")
+        seconds = time.monotonic() - self.started
+        self.launch.say(f"{self.file.name}: {rows:,} rows encoded in {seconds:,.1f} s "
+                        f"({rows / max(seconds, 1e-9):,.0f} rows/s)")  # fmt: skip

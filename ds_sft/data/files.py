@@ -1,0 +1,413 @@
+"""Files, folders, globs and hub data sets -> rows as they stand in them, one at a time, in bounded memory.
+
+JSON Lines, a JSON array, CSV and Parquet, each also compressed (.gz, .zst), and data sets of the Hugging Face hub. No
+row decides what is opened: only what the keys `train_file` and `eval_file` name is read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from ds_sft.errors import UserError
+
+MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory
+CHUNK = 1 << 20  # bytes read at a time
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+HUB = re.compile(r"hub:(?P<name>.+)|(?P<bare>[A-Za-z0-9][\w.-]*/[\w.-]+)")
+TOO_LARGE = "a row is too large"
+BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. `reason` is a fixed phrase to count by, the text says what was found."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
+        return BadRow, (self.reason, str(self))  # rows travel between processes
+
+
+Raw = bytes | dict[str, Any] | BadRow  # a row in JSON, a row in Python values, or what is wrong with it
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file, or one split of a hub data set, and how much of it is wanted."""
+
+    name: str  # a path, or a hub data set's name
+    weight: float = 1.0  # how often each row is learned from in an epoch; 0.5 takes half of the rows
+    limit: int | None = None  # rows read at most
+    hub: bool = False
+    split: str = "train"  # of a hub data set, as is `config`
+    config: str | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes on disk; None where it is not known."""
+        return None if self.hub else Path(self.name).stat().st_size
+
+    def rows(self, progress: Progress | None = None) -> Iterator[tuple[int, Raw]]:
+        """Yield the line number (the row number in Parquet and on the hub) and the row.
+
+        Raises:
+            UserError: the file as a whole cannot be read, from here on.
+        """
+        rows = _hub_rows(self) if self.hub else _file_rows(Path(self.name), progress or Progress())
+        for count, row in enumerate(rows):
+            if self.limit is not None and count >= self.limit:
+                return
+            yield row
+
+    def digest(self) -> str:
+        """A hash of the bytes; of the commit for a hub data set."""
+        if self.hub:
+            return _hub_digest(self)
+        with _readable(Path(self.name)), open(self.name, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(CHUNK):
+                digest.update(block)
+            return digest.hexdigest()
+
+
+@dataclass
+class Progress:
+    """How far a file has been read, for whoever wants to show it."""
+
+    bytes_read: int = 0  # of the file as it is on disk
+
+
+# ---- What a key names
+
+
+def find_files(value: Any, key: str) -> list[DataFile]:
+    """The files that a key names: a path, a glob, a folder, a hub data set, or a list of these.
+
+    In a list, an item may be a mapping of `path` and any of weight, limit, split, config.
+
+    Raises:
+        UserError: nothing there, or an item that is not understood.
+    """
+    items = value if isinstance(value, list) else [value]
+    found = [file for item in items for file in _find(item, key)]
+    if not found:
+        raise UserError(f"{key}: expected at least one file")
+    return found
+
+
+def _find(item: Any, key: str) -> list[DataFile]:
+    options = dict(item) if isinstance(item, dict) else {"path": item}
+    path, weight, limit = options.pop("path", None), options.pop("weight", 1), options.pop("limit", None)
+    split, config = options.pop("split", "train"), options.pop("config", None)
+    if not isinstance(path, str) or not path or options:
+        raise UserError(f"{key}: {json.dumps(item, ensure_ascii=False, default=str)[:80]}: expected a path, or a "
+                        "mapping of path and any of weight, limit, split, config")  # fmt: skip
+    weight, limit = _number(weight, f"{key}: {path}: weight"), limit and _number(limit, f"{key}: {path}: limit")
+    if limit is not None and (limit != int(limit) or limit < 1):
+        raise UserError(f"{key}: {path}: limit: expected a whole number of rows, found {limit}")
+    limit = None if limit is None else int(limit)
+    if (name := hub_name(path)) is not None:
+        return [DataFile(name, weight, limit, hub=True, split=str(split), config=config)]
+    return [DataFile(str(file), weight, limit) for file in _paths(path, key)]
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 < number < 1e9:
+        raise UserError(f"{where}: expected a number above 0, found {value!r}")
+    return number
+
+
+def hub_name(path: str) -> str | None:
+    """The data set that a text names: hub:NAME, or OWNER/NAME where no such file is here."""
+    match = HUB.fullmatch(path)
+    if match is None:
+        return None
+    if match["name"]:
+        return match["name"]
+    here = Path(path).exists() or Path(path).parent.is_dir() or kind_of(Path(path)) is not None
+    return None if here else path
+
+
+def _paths(text: str, key: str) -> list[Path]:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _inside(path, key)
+    if path.exists() or not glob.has_magic(text):
+        return [path]  # reading says what is wrong with it
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if not found:
+        raise UserError(f"{key}: {text}: no file matches (the current directory is {Path.cwd()})")
+    return [file for name in found for file in ([name] if name.is_file() else _inside(name, key))]
+
+
+def _inside(folder: Path, key: str) -> list[Path]:
+    """The data files of a folder and those below it; links that lead out of it are not followed."""
+    root = folder.resolve()
+    found = [path for path in sorted(folder.rglob("*")) if kind_of(path) is not None and path.is_file()]
+    inside = [path for path in found if path.resolve().is_relative_to(root)]
+    if not inside:
+        raise UserError(f"{key}: {folder}: no data in it; expected {', '.join(KINDS)}, or these with .gz, .zst")
+    return inside
+
+
+def kind_of(path: Path) -> str | None:
+    """lines, json, csv or parquet by a file's name; None where it does not tell."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return KINDS.get(name.suffix.lower())
+
+
+# ---- Reading
+
+
+class _readable:
+    """Turn what a file that cannot be read raises into one line that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        if self.path.is_dir():
+            raise UserError(f"{self.path}: is a directory; give a file of it")
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{self.path}: is not a regular file")
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{self.path}: no such file (the current directory is {Path.cwd()})") from None
+        if isinstance(error, (OSError, pa.ArrowException)):
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise UserError(f"{self.path}: cannot be read: {reason}") from None
+
+
+def _file_rows(path: Path, progress: Progress) -> Iterator[tuple[int, Raw]]:
+    with _readable(path), path.open("rb") as raw:
+        kind = kind_of(path) or "json"
+        if kind == "parquet":
+            yield from _parquet_rows(path, raw)
+            return
+        with _uncompressed(path, _Counted(raw, progress)) as stream:
+            yield from _text_rows(path, kind, stream)
+
+
+def _text_rows(path: Path, kind: str, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
+    if stream.peek(3)[:3] == codecs.BOM_UTF8:
+        stream.read(3)
+    if kind == "csv":
+        yield from _csv_rows(path, stream)
+    elif kind == "json" and stream.peek(CHUNK).lstrip()[:1] == b"[":
+        yield from _array_rows(path, stream)
+    else:
+        for number, line in _lines(stream):
+            if isinstance(line, BadRow) or line.strip():
+                yield number, line
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells a `Progress` how much of it was read."""
+
+    def __init__(self, file: IO[bytes], progress: Progress) -> None:
+        self.file, self.progress = file, progress
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        self.progress.bytes_read += count
+        return count
+
+
+def _uncompressed(path: Path, raw: io.RawIOBase) -> io.BufferedReader:
+    codec = COMPRESSED.get(path.suffix.lower())
+    stream = raw if codec is None else pa.CompressedInputStream(io.BufferedReader(raw, CHUNK), codec)
+    return io.BufferedReader(stream, CHUNK)
+
+
+def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Lines with their numbers; of one that is too long no more than MAX_ROW_BYTES are ever held."""
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_ROW_BYTES:
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(CHUNK)
+        yield number, BadRow(TOO_LARGE, f"a line of more than {MAX_ROW_BYTES:,} bytes; expected one row a line")
+
+
+def _array_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """The items of one JSON array, as JSON, with the number of the line on which each begins."""
+    text = _Text(path, stream)
+    text.peek()
+    text.advance(1)  # the bracket
+    closed = text.peek() == "]"
+    while not closed:
+        text.peek()
+        number, item = text.line, text.item()
+        yield number, item.encode("utf-8", "surrogatepass")
+        closed = text.peek() == "]"
+        if not closed and text.peek() != ",":
+            text.fail("expected a comma or ] after an item")
+        text.advance(0 if closed else 1)
+    text.advance(1)
+    if text.peek():
+        text.fail("expected nothing after the array")
+
+
+class _Text:
+    """A window over the text of a file that grows no larger than an item."""
+
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+        self.path, self.stream = path, stream
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.parse = json.JSONDecoder().raw_decode
+        self.window, self.at, self.line, self.whole = "", 0, 1, False
+
+    def more(self) -> bool:
+        """Drop what was taken and read on; False at the end of the file."""
+        if self.whole:
+            return False
+        block = self.stream.read(max(CHUNK, len(self.window) - self.at))  # doubles: an item is parsed again each time
+        self.whole = not block
+        try:
+            self.window = self.window[self.at :] + self.decode(block, final=self.whole)
+        except UnicodeDecodeError as error:
+            self.fail(f"not UTF-8: {error.reason}; save the file as UTF-8")
+        self.at = 0
+        return True
+
+    def peek(self) -> str:
+        """Pass over white space; the next character, or nothing at the end of the file."""
+        while True:
+            match = BLANK.match(self.window, self.at)
+            self.advance(match.end() - self.at if match else 0)
+            if self.at < len(self.window):
+                return self.window[self.at]
+            if not self.more():
+                return ""
+
+    def advance(self, count: int) -> None:
+        self.line += self.window.count("\n", self.at, self.at + count)
+        self.at += count
+
+    def item(self) -> str:
+        """The JSON value that begins here."""
+        while True:
+            try:
+                _, end = self.parse(self.window, self.at)
+                if end < len(self.window) or self.whole:
+                    break
+                problem = "the array is not closed"
+            except json.JSONDecodeError as error:
+                problem = error.msg
+                end = len(self.window)
+            except (ValueError, RecursionError) as error:
+                self.fail(f"{type(error).__name__} in an item")
+            if len(self.window) - self.at > MAX_ROW_BYTES:
+                self.fail(f"{problem}, or an item of more than {MAX_ROW_BYTES:,} bytes")
+            if not self.more():
+                self.fail(problem)
+        text = self.window[self.at : end]
+        self.advance(end - self.at)
+        return text
+
+    def fail(self, problem: str) -> Any:
+        raise UserError(f"{self.path}:{self.line}: not JSON: {problem}; expected an array of objects")
+
+
+def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
+    """Rows of a CSV file whose first line names the fields."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(_csv_lines(path, stream), strict=True)
+    number = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or not all(header):
+            raise UserError(f"{path}:1: field names {', '.join(header)[:80]!r}: expected each once")
+        number = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(header):
+                text = f"{len(row)} fields; expected {len(header)}: {', '.join(header)[:80]}"
+                yield number, BadRow("another number of fields", text)
+            elif row:
+                yield number, dict(zip(header, row, strict=True))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{number}: not CSV: {error}") from None
+
+
+def _csv_lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    for number, line in _lines(stream):
+        if isinstance(line, BadRow):
+            raise UserError(f"{path}:{number}: {line}")
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+            raise UserError(f"{path}:{number}: not UTF-8: {found}; save the file as UTF-8") from None
+
+
+def _parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, Raw]]:
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryFile() as plain:
+        source: IO[bytes] = raw
+        if path.suffix.lower() in COMPRESSED:  # Parquet is read from its end: it must lie open
+            stream = _uncompressed(path, raw)  # type: ignore[arg-type]
+            while block := stream.read(CHUNK):
+                plain.write(block)
+            source = plain
+        number = 0
+        for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+# ---- The hub
+
+
+def _hub_rows(file: DataFile) -> Iterator[tuple[int, Raw]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(file.name, file.config, split=file.split, streaming=True)
+        yield from enumerate(rows, start=1)
+    except (OSError, ValueError, ImportError, RuntimeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"hub data set {file.name!r}, split {file.split!r}: {type(error).__name__}: {reason}") from None
+
+
+def _hub_digest(file: DataFile) -> str:
+    """Its commit; for a folder given as hub:FOLDER the names, sizes and times of what is in it."""
+    folder = Path(file.name)
+    if folder.is_dir():
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]
+        return repr((stats, file.split, file.config))
+    from huggingface_hub import HfApi
+
+    try:
+        return repr((HfApi().dataset_info(file.name).sha, file.split, file.config))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"hub data set {file.name!r}: {type(error).__name__}: {reason}") from None
