@@ -104,6 +104,8 @@ class Config:
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
     export_dtype: str = key("of the final weights; auto: the dtype trained in",
                             choices=("auto", "float32", "bfloat16", "float16"), default="auto")  # fmt: skip
+    export_max_shard_size: str = key("of a file of the final weights, such as 5GB or 500MB", default="5GB")
+    verify_export: bool = key("load the final model in a fresh process and compare its loss", default=True)
     num_predictions: int = key("validation rows answered at the end", default=3)
     predict_max_new_tokens: int | None = key("tokens of an answer at most; default: max_length", default=None)
     predict_before: bool = key("also show what the model answered before training", default=False)
@@ -453,6 +455,13 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a mapping such as {question: prompt}")
     if known.name in NOT_NEGATIVE and value < 0:
         raise ValueError("0 or more")
+    if known.name == "export_max_shard_size" and not is_size(value):
+        raise ValueError("a size such as 5GB or 500MB")
+
+
+def is_size(text: str) -> bool:
+    """Whether huggingface_hub reads it as a number of bytes."""
+    return re.fullmatch(r"[1-9]\d*[KMGT]B", text.upper()) is not None
 
 
 def _one_of(choices: Iterable[str], value: str) -> str:

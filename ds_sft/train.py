@@ -52,8 +52,9 @@ def run(config: Config, launch: Launch) -> None:
 
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
-    from ds_sft.runtime.export import export_model
+    from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
     from ds_sft.runtime.storage import CompleteOnEachNode, settle_storage
+    from ds_sft.runtime.verify import require_verified
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import describe_batch, training_arguments
@@ -82,16 +83,20 @@ def run(config: Config, launch: Launch) -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if best_checkpoint(trainer):
             launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
+        rows = (data.eval or data.train).take(VERIFIED_ROWS)
+        trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
         export_model(trainer, tokenizer, config, launch)
         results = describe_run(trainer, config, launch, seconds=time.monotonic() - started)
         free(trainer)
         with others_wait():
             if tracker is not None:  # rank 0
+                results["export"] = check_export(trainer, rows, trained_loss, config)
+                write_json(config.output_dir / "run.json", results)
+                require_verified(results["export"], config.output_dir)
                 predictions = predict(config, data.samples, tokenizer)
                 write_predictions(predictions, config.output_dir / "predictions.jsonl")
                 print_predictions(predictions)
                 tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
-                write_json(config.output_dir / "run.json", results)
                 print(summary(results), flush=True)
     trainer.end()  # destroys the process group; without it a rank may abort after all work is done
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.runtime.distributed import Launch, barrier
+from ds_sft.runtime.verify import verify
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, Trainer
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
+
+
+VERIFIED_ROWS = 8
 
 
 def export_dtype(config: Config) -> torch.dtype:
@@ -38,9 +43,30 @@ def export_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: C
         shutil.rmtree(folder, ignore_errors=True)
         _save(trainer.model, weights, config, folder)
         tokenizer.save_pretrained(folder)
-        _move_into(config.output_dir, folder)
+        move_into(config.output_dir, folder)
         launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
     barrier()
+
+
+def check_export(trainer: Trainer, rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
+    """Compare the exported model's loss on `rows` with the trained engine's; what `run.json` says about it.
+
+    None where the engine was not asked (`verify_export: no`).
+    """
+    if trained_loss is None:
+        return None
+    dtypes = [
+        str(export_dtype(replace(config, export_dtype=name))).split(".")[1] for name in ("auto", config.export_dtype)
+    ]
+    columns = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    return verify(
+        config.output_dir,
+        columns,
+        trained_loss,
+        dtypes,
+        use_cpu=trainer.args.use_cpu,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
@@ -74,7 +100,7 @@ def _full_value(parameter: Any) -> torch.Tensor:
 def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
     from transformers import AutoConfig
 
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=config.export_max_shard_size)
     # Trainer switched the cache off for training; whoever loads the model wants what its author set.
     original = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     exported = copy.deepcopy(model.config)
@@ -83,7 +109,7 @@ def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: 
     exported.save_pretrained(folder)
 
 
-def _move_into(output_dir: Path, folder: Path) -> None:
+def move_into(output_dir: Path, folder: Path) -> None:
     """Put finished files in place; weights of an earlier export, perhaps in other shards, go first."""
     for old in (*output_dir.glob("model*.safetensors"), *output_dir.glob("model.safetensors.index.json")):
         old.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +77,6 @@ class SFTTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    @torch.no_grad()
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -85,8 +85,18 @@ class SFTTrainer(Trainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Token mean of the cross-entropy; keeps no logits beyond a batch."""
+        """Token mean of the cross-entropy, with Trainer's progress bar."""
         self.callback_handler.eval_dataloader = dataloader
+        metrics = {f"{metric_key_prefix}_loss": self.token_mean(dataloader, self._show_progress)}
+        num_rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+    def _show_progress(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    @torch.no_grad()
+    def token_mean(self, dataloader: DataLoader[Any], after_batch: Callable[[], None] = lambda: None) -> float:
+        """Mean cross-entropy over all ranks' supervised tokens; keeps no logits beyond a batch. All ranks call it."""
         self.model.eval()  # also switches gradient checkpointing off
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         count = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -95,11 +105,9 @@ class SFTTrainer(Trainer):
             labels = inputs.pop("labels")
             total += loss_sum(self.model(**inputs, use_cache=False).logits, labels)
             count += (labels[:, 1:] != IGNORE_INDEX).sum()
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            after_batch()
         loss, tokens = sum_over_ranks(total.item(), count.item(), device=self.args.device)
-        metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1)}
-        num_rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+        return loss / max(tokens, 1)
 
 
 class EvaluateAtEnd(TrainerCallback):

@@ -88,9 +88,13 @@ def end_tree(pid: int) -> None:
 
 def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 120) -> Done:
     """Write `config` as YAML into `cwd` and train from it."""
-    file = cwd / "run.yaml"
-    file.write_text(yaml.safe_dump(dict(config), allow_unicode=True), encoding="utf-8")
+    write_yaml(cwd / "run.yaml", config)
     return run([*entry(launcher, ranks), "--config", "run.yaml"], cwd=cwd, timeout=timeout)
+
+
+def write_yaml(path: Path, config: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(config), allow_unicode=True), encoding="utf-8")
+    return path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

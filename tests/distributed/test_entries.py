@@ -143,6 +143,8 @@ def test_run_json(results: dict[str, Path], name: str) -> None:
     assert len(record["peak_memory"]) == ranks
     assert set(record["versions"]) >= {"python", "torch", "transformers", "deepspeed", "swanlab"}
     assert record["eval_loss"] < record["eval_loss_first"]
+    assert record["export"]["verified"] is True
+    assert record["export"]["loss_trained"] == pytest.approx(record["eval_loss"], rel=1e-6)  # the same five rows
 
 
 def test_the_final_model_is_whole(results: dict[str, Path], model_dir: Path) -> None:

@@ -34,6 +34,7 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
         "save_strategy": "epoch",
         "eval_strategy": "epoch",
         "logging_steps": 1,
+        "verify_export": False,
         "num_predictions": 1,
         "predict_max_new_tokens": 4,
         **({"deepspeed": engine(name, folder)} if name != "none" else {}),

@@ -27,6 +27,7 @@ def settings(model_dir: Path, rows: Path, name: str, **changes: Any) -> dict[str
         "save_steps": 2,
         "save_total_limit": 1,  # a race between two nodes that rotate would show
         "logging_steps": 1,
+        "verify_export": False,
         "num_predictions": 0,
         **({"deepspeed": str(rows.parent / str(engine(name, rows.parent)))} if name != "none" else {}),
         **changes,

@@ -1,0 +1,181 @@
+"""`ds-sft export CHECKPOINT OUT`: a checkpoint of any kind -> a model folder that anything can load. Needs no GPU.
+
+    ds-sft export output/checkpoint-400 exported --dtype bfloat16
+
+From Trainer's own checkpoints and from those of ZeRO-0 to 3, of any number of ranks; with the float32 masters of ZeRO-1
+to 3. Tensors are read, converted and written one file of weights at a time: memory is that of one such file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import is_size
+from ds_sft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ds_sft.runtime.consolidate import Weight
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    given = _parse(argv)
+    started = time.monotonic()
+    # Heavy imports stand here: --help and mistakes are answered without them.
+    from ds_sft.runtime.consolidate import open_checkpoint
+    from ds_sft.runtime.export import PARTIAL, move_into
+
+    checkpoint = open_checkpoint(given.checkpoint)
+    dtype = _dtype(given)
+    model = _empty_model(given)
+    weights = _named(checkpoint.weights, model, given, dtype) if checkpoint.engine else checkpoint.weights
+    partial = given.out / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    size = _write_weights(weights, partial, dtype, given.max_shard_size)
+    _write_rest(given, partial, dtype)
+    move_into(given.out, partial)
+    print(
+        f"{given.checkpoint} ({checkpoint.source}) -> {given.out}: {len(weights)} tensors, {size / 2**30:.2f} GiB in "
+        f"{str(dtype).split('.')[1]}, in {time.monotonic() - started:.0f} s."
+    )
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ds-sft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder checkpoint-N")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: what the run itself would export (config.yaml beside the checkpoint), else that of config.json",
+    )
+    parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights, such as 500MB [%(default)s]")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    given = parser.parse_args(argv)
+    if not is_size(given.max_shard_size):
+        raise UserError(f"--max_shard_size: expected a size such as 5GB or 500MB, found {given.max_shard_size!r}")
+    if given.out.exists() and (not given.out.is_dir() or {path.name for path in given.out.iterdir()} - {".export"}):
+        raise UserError(f"{given.out}: exists and is not empty; give a new folder")
+    return given
+
+
+def _dtype(given: argparse.Namespace) -> torch.dtype:
+    """`--dtype`; auto is what the run exports at its end."""
+    import torch
+    import yaml
+
+    name = given.dtype
+    record = given.checkpoint.resolve().parent / "config.yaml"
+    if name == "auto" and record.is_file():
+        keys = yaml.safe_load(record.read_text(encoding="utf-8"))
+        trained = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
+        name = keys.get("export_dtype", "auto")
+        name = trained if name == "auto" else name
+    if name == "auto":
+        config = _read_config(given.checkpoint)
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json in it; copy it from the model that training started from") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    return config
+
+
+def _empty_model(given: argparse.Namespace) -> Any:
+    """The model without memory for its weights: which there must be, and which are one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(given.checkpoint, trust_remote_code=given.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=given.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{given.checkpoint}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _named(
+    weights: Mapping[str, Weight], model: Any, given: argparse.Namespace, dtype: torch.dtype
+) -> dict[str, Weight]:
+    """An engine's weights under the names of published files, tied ones once.
+
+    Raises:
+        UserError: a parameter of the model is missing, or has another shape.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from ds_sft.runtime.consolidate import Weight
+
+    model.tie_weights()
+    persistent = set(model.state_dict())
+    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
+    wrong = [n for n, value in wanted.items() if n not in weights or weights[n].shape != tuple(value.shape)]
+    if wrong:
+        found = f"has shape {list(weights[wrong[0]].shape)}" if wrong[0] in weights else "is missing"
+        raise UserError(f"{given.checkpoint}: {wrong[0]} {found}: the weights are not those of its config.json")
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return {name: weights[name] for name in wanted}
+    # transformers holds some models (mixtures of experts) in other tensors than are published: all are needed at once.
+    whole = revert_weight_conversion(model, {name: weights[name].read().to(dtype) for name in wanted})
+    return {
+        name: Weight(tuple(value.shape), lambda v=value: v, value.dtype)  # type: ignore[misc]
+        for name, value in whole.items()
+    }
+
+
+def _write_weights(weights: Mapping[str, Weight], folder: Path, dtype: torch.dtype, max_shard_size: str) -> int:
+    """Write safetensors, and the index where there are several; the number of bytes."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from rich.progress import track
+    from safetensors.torch import save_file
+
+    target = {name: dtype if weight.dtype.is_floating_point else weight.dtype for name, weight in weights.items()}
+    empty = {name: torch.empty(weight.shape, dtype=target[name], device="meta") for name, weight in weights.items()}
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    files = plan.filename_to_tensors
+    for file, names in track(files.items(), "Writing", transient=True, disable=not sys.stdout.isatty()):
+        shard = {name: weights[name].read().to(target[name]).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return int(plan.metadata["total_size"])
+
+
+def _write_rest(given: argparse.Namespace, folder: Path, dtype: torch.dtype) -> None:
+    """Configuration, generation configuration, tokenizer and chat template."""
+    from transformers import AutoTokenizer
+
+    config = _read_config(given.checkpoint) | {"dtype": str(dtype).split(".")[1]}
+    config.pop("use_cache", None)  # Trainer switches the cache off for training; on is what a model has by default
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in (given.checkpoint / "generation_config.json", *given.checkpoint.glob("modeling_*.py")):
+        if file.is_file():
+            shutil.copy(file, folder)
+    for source in (given.checkpoint, given.checkpoint.resolve().parent):
+        if (source / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code).save_pretrained(folder)
+            return
+    print(f"{given.checkpoint} has no tokenizer: copy it from the model that training started from.")

@@ -1,0 +1,200 @@
+"""`ds-sft export`: what it writes, what it refuses, how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from ds_sft.cli import main
+from ds_sft.commands.export import main as export
+from ds_sft.errors import UserError
+
+RANKS = 3
+
+
+@pytest.fixture
+def plain(model_dir: Path, tmp_path: Path) -> Path:
+    """A folder as Trainer leaves it without DeepSpeed."""
+    folder = Path(shutil.copytree(model_dir, tmp_path / "run" / "checkpoint-4"))
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def sharded(plain: Path) -> Path:
+    """The same under ZeRO-2 on three ranks, as DeepSpeed 0.19 writes it; test_trajectory.py has real ones."""
+    weights = load_file(plain / "model.safetensors")
+    (plain / "model.safetensors").unlink()
+    write_shards(plain, weights)
+    return plain
+
+
+def write_shards(plain: Path, weights: dict[str, torch.Tensor]) -> None:
+    names = sorted(weights)
+    vector = torch.cat([weights[name].detach().float().flatten() for name in names])
+    vector = torch.cat([vector, torch.zeros(-len(vector) % (2 * RANKS))])
+    state = plain / "global_step4"
+    state.mkdir()
+    (plain / "latest").write_text("global_step4", encoding="utf-8")
+    for rank, piece in enumerate(vector.chunk(RANKS)):
+        content = {"zero_stage": 2, "single_partition_of_fp32_groups": [piece.clone()]}
+        torch.save({"optimizer_state_dict": content}, state / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    torch.save(
+        {
+            "module": {},
+            "buffer_names": [],
+            "param_shapes": [{name: weights[name].shape for name in names}],
+            "frozen_param_shapes": {},
+            "dp_world_size": RANKS,
+            "mp_world_size": 1,
+        },
+        state / "mp_rank_00_model_states.pt",
+    )
+
+
+def test_experts_get_the_names_they_are_published_under(tmp_path: Path) -> None:
+    """transformers joins experts in memory; a published folder has them one by one."""
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model, checkpoint = Qwen3MoeForCausalLM(config), tmp_path / "checkpoint-4"
+    model.save_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").rename(tmp_path / "published.safetensors")
+    write_shards(checkpoint, dict(model.named_parameters()))
+    assert export([str(checkpoint), str(tmp_path / "out")]) == 0
+    found, expected = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "published.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_shards_become_the_model(
+    sharded: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(sharded), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{sharded} (ZeRO-2, 3 ranks) -> {out}: 24 tensors, 0.00 GiB in bfloat16, in ")
+    found, expected = load_file(out / "model.safetensors"), load_file(model_dir / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sorted(path.name for path in out.iterdir() if path.name != "chat_template.jinja") == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert AutoTokenizer.from_pretrained(out).pad_token == "<|endoftext|>"
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_dtype_and_shards(kind: str, request: pytest.FixtureRequest, model_dir: Path, tmp_path: Path) -> None:
+    checkpoint = request.getfixturevalue(kind)
+    out = tmp_path / "out"
+    assert export([str(checkpoint), str(out), "--dtype", "float32", "--max_shard_size", "50KB"]) == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 3
+    model, original = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (out, model_dir))
+    assert model.config.use_cache is True
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    for name, value in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.float()), name
+
+
+def test_auto_is_what_the_run_would_export(plain: Path, tmp_path: Path) -> None:
+    for number, (record, dtype) in enumerate(
+        [("bf16: true", torch.bfloat16), ("bf16: false", torch.float32), ("export_dtype: float16", torch.float16)]
+    ):
+        (plain.parent / "config.yaml").write_text(record, encoding="utf-8")
+        assert export([str(plain), str(tmp_path / str(number))]) == 0
+        weights = load_file(tmp_path / str(number) / "model.safetensors")
+        assert {value.dtype for value in weights.values()} == {dtype}
+
+
+def test_the_cache_that_training_switched_off_is_on_again(plain: Path, tmp_path: Path) -> None:
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
+    (plain / "config.json").write_text(json.dumps(config | {"use_cache": False}), encoding="utf-8")
+    assert export([str(plain), str(tmp_path / "out")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache is True
+
+
+def test_a_tied_head_that_was_saved_twice_is_written_once(sharded: Path, tmp_path: Path) -> None:
+    file = sharded / "global_step4" / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    assert export([str(sharded), str(tmp_path / "out")]) == 0
+    embedding = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    stage0 = load_file(tmp_path / "out" / "model.safetensors") | {"lm_head.weight": embedding.clone()}
+    torch.save(content | {"param_shapes": None, "module": stage0}, file)
+    assert export([str(sharded), str(tmp_path / "again")]) == 0
+    assert "lm_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        export(argv)
+    return str(caught.value)
+
+
+def test_what_is_refused(sharded: Path, tmp_path: Path) -> None:
+    out, state = str(tmp_path / "out"), sharded / "global_step4"
+    assert refused(str(sharded.parent), out) == (
+        f"{sharded.parent}: the folder of a run; give one of its checkpoints: checkpoint-4"
+    )
+    assert refused(str(tmp_path / "no"), out) == (
+        f"{tmp_path}/no: not a checkpoint: no such folder; expected a folder such as output/checkpoint-400"
+    )
+    assert refused(str(sharded), str(sharded)) == f"{sharded}: exists and is not empty; give a new folder"
+    assert refused(str(sharded), out, "--max_shard_size", "5") == (
+        "--max_shard_size: expected a size such as 5GB or 500MB, found '5'"
+    )
+    shard = state / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    whole = shard.read_bytes()
+    shard.unlink()
+    assert refused(str(sharded), out) == (
+        f"{state}: 1 of 3 shards missing: {shard.name}; copy them from the nodes that wrote them"
+    )
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert refused(str(sharded), out).startswith(f"{shard}: cannot be read: ")
+    torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": [torch.zeros(4)], "zero_stage": 2}}, shard)
+    assert "elements where the parameters have" in refused(str(sharded), out)
+    (state / "mp_rank_00_model_states.pt").unlink()
+    assert refused(str(sharded), out) == f"{state}: no *_model_states.pt in it; the checkpoint is incomplete"
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model_are_refused(sharded: Path, tmp_path: Path) -> None:
+    config = json.loads((sharded / "config.json").read_text(encoding="utf-8"))
+    config |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (sharded / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    said = refused(str(sharded), str(tmp_path / "out"))
+    assert "model.layers.2." in said
+    assert said.endswith("is missing: the weights are not those of its config.json")
+
+
+def test_a_missing_file_of_several(plain: Path, tmp_path: Path) -> None:
+    weights = load_file(plain / "model.safetensors")
+    (plain / "model.safetensors").unlink()
+    save_file(weights, plain / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    files = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    files["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (plain / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    assert refused(str(plain), str(tmp_path / "out")) == (
+        f"{plain}: 1 of 2 shards missing: model-00002-of-00002.safetensors; copy them from the nodes that wrote them"
+    )
+
+
+def test_help_is_answered_at_once() -> None:
+    code = (
+        "import sys; from ds_sft.cli import main\n"
+        "try: main(['export', '--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "CHECKPOINT" in done.stdout
+    assert done.stdout.endswith("False\n")
