@@ -67,9 +67,9 @@ def make_model(folder: Path, hidden: int, layers: int) -> tuple[int, float]:
     return sum(sizes), 2 * max(sizes) / 2**20
 
 
-def launch(folder: Path, ranks: int) -> list[str]:
-    """Start this file on `ranks` ranks; one JSON line from each."""
-    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", "29617", __file__]
+def launch(folder: Path, ranks: int, script: Path = Path(__file__)) -> list[str]:
+    """Start a script on `ranks` ranks with MEASURE set; the JSON lines they print."""
+    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", "29617", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEASURE": str(folder), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

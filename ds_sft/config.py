@@ -64,6 +64,18 @@ MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("num_predictions", "val_size")
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
+# Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
+GENERATION: dict[str, tuple[Any, float, float, str]] = {
+    "do_sample": (bool, 0, 1, "true or false"),
+    "temperature": ((int, float), 0.01, 100, "a number above 0"),
+    "top_p": ((int, float), 0.01, 1, "a number above 0, 1 at most"),
+    "top_k": (int, 1, 1e9, "a whole number, 1 or more"),
+    "min_p": ((int, float), 0, 1, "a number from 0 to 1"),
+    "num_beams": (int, 1, 1000, "a whole number, 1 or more"),
+    "repetition_penalty": ((int, float), 0.01, 100, "a number above 0"),
+    "no_repeat_ngram_size": (int, 0, 1e9, "a whole number, 0 or more"),
+}
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
 def key(help_text: str, *, choices: tuple[str, ...] = (), **options: Any) -> Any:
@@ -108,6 +120,9 @@ class Config:
     verify_export: bool = key("load the final model in a fresh process and compare its loss", default=True)
     num_predictions: int = key("validation rows answered at the end", default=3)
     predict_max_new_tokens: int | None = key("tokens of an answer at most; default: max_length", default=None)
+    generation: dict[str, Any] | None = key(
+        "how answers are made, such as {do_sample: true, temperature: 0.7}; default: greedy", default=None
+    )
     predict_before: bool = key("also show what the model answered before training", default=False)
     swanlab_project: str | None = key("default: SWANLAB_PROJECT, SWANLAB_PROJ_NAME, else ds_sft", default=None)
     swanlab_mode: str | None = key("default: SWANLAB_MODE, else online", choices=MODES, default=None)
@@ -455,8 +470,28 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a mapping such as {question: prompt}")
     if known.name in NOT_NEGATIVE and value < 0:
         raise ValueError("0 or more")
+    if known.name == "generation" and value is not None:
+        _check_generation(value)
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
+
+
+def _check_generation(options: Any) -> None:
+    """`generation` is checked here because answers come last: hours after a mistake in it."""
+    if not isinstance(options, dict):
+        raise ValueError("a mapping such as {do_sample: true, temperature: 0.7}")
+    for name, value in options.items():
+        if name == "max_new_tokens":
+            raise ValueError("no max_new_tokens here: its key is predict_max_new_tokens")
+        if name not in GENERATION:
+            raise ValueError(f"options {_one_of(GENERATION, name)}")
+        kind, low, high, noun = GENERATION[name]
+        right = isinstance(value, bool) if kind is bool else isinstance(value, kind) and not isinstance(value, bool)
+        if not right or not low <= value <= high:
+            raise ValueError(f"{name} to be {noun}")
+    sampling = [name for name in SAMPLING if name in options]
+    if sampling and not options.get("do_sample"):
+        raise ValueError(f"do_sample: true beside {sampling[0]}, which greedy answers ignore")
 
 
 def is_size(text: str) -> bool:

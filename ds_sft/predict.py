@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import Config
+from ds_sft.config import SAMPLING, Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.records import Dialogue
 
@@ -59,6 +59,7 @@ def generate(
     ).eval()
     ends = end_tokens(model, tokenizer, turn_end)
     answers: list[str] = []
+    torch.manual_seed(config.training.get("seed", 42))  # the same sampled answers again
     started = time.monotonic()
     for start in range(0, len(prompts), BATCH):
         answers += _generate_batch(model, prompts[start : start + BATCH], ends, tokenizer, config)
@@ -79,15 +80,21 @@ def _generate_batch(
         output = model.generate(
             **inputs,
             max_new_tokens=config.predict_max_new_tokens or config.max_length,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **generation_options(config),
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
     new = output[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def generation_options(config: Config) -> dict[str, Any]:
+    """Keywords of `generate`. Greedy without `do_sample`: what a model's author recommends for sampling is left out.
+
+    With it, the model's own generation configuration holds for what is not given.
+    """
+    given = dict(config.generation or {})
+    return given if given.get("do_sample") else {"do_sample": False, **dict.fromkeys(SAMPLING), **given}
 
 
 def end_tokens(model: Any, tokenizer: Any, turn_end: str) -> list[int]:

@@ -58,6 +58,9 @@ MEANT = [
     ("deepspeed", "ds_configs/zero2.json", "ds_configs/zero2.json"), ("save_total_limit", "null", None),
     ("include_num_input_tokens_seen", "no", False), ("include_num_input_tokens_seen", "all", "all"),
     ("gradient_checkpointing", "no", False), ("warmup_steps", "0.03", 0.03), ("swanlab_mode", "cloud", "cloud"),
+    ("generation", "{do_sample: yes, temperature: 7e-1}", {"do_sample": True, "temperature": 0.7}),
+    ("generation", "{num_beams: 2}", {"num_beams": 2}), ("generation", "null", None),
+    ("export_max_shard_size", "500mb", "500mb"), ("verify_export", "no", False),
 ]  # fmt: skip
 
 
@@ -102,6 +105,27 @@ def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:
 def test_a_bare_flag_is_true() -> None:
     config = load_config([*NEEDED, "--predict_before", "--bf16", "--seed", "3"])
     assert (config.predict_before, config.training["bf16"], config.training["seed"]) == (True, True, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("generation", "greedy", "a mapping such as {do_sample: true, temperature: 0.7}"),
+        ("generation", "{do_samle: true}", "options one of do_sample, temperature, top_p, top_k, min_p, num_beams, "
+         "repetition_penalty, no_repeat_ngram_size"),
+        ("generation", "{temperature: 0.7}", "do_sample: true beside temperature, which greedy answers ignore"),
+        ("generation", "{do_sample: 1}", "do_sample to be true or false"),
+        ("generation", "{do_sample: true, temperature: 0}", "temperature to be a number above 0"),
+        ("generation", "{do_sample: true, top_p: 1.5}", "top_p to be a number above 0, 1 at most"),
+        ("generation", "{num_beams: 2.5}", "num_beams to be a whole number, 1 or more"),
+        ("generation", "{max_new_tokens: 4}", "no max_new_tokens here: its key is predict_max_new_tokens"),
+        ("export_max_shard_size", "5", "a size such as 5GB or 500MB"),
+    ],
+)  # fmt: skip
+def test_how_answers_and_files_are_made(name: str, value: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config([*NEEDED, f"--{name}", value])
+    assert str(caught.value) == f"--{name}: expected {expected}, found {value!r}"
 
 
 def test_an_empty_text_flag() -> None:

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 from ds_sft.config import Config
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
-from ds_sft.predict import Prediction, as_text, end_tokens, predict, print_predictions, write_predictions
+from ds_sft.predict import (
+    Prediction,
+    as_text,
+    end_tokens,
+    generation_options,
+    predict,
+    print_predictions,
+    write_predictions,
+)
 
 PAIRS = [("What is the capital of France?", "Paris."), ("今天天气怎么样？", "很好。"), ("x", "y")]
 SAMPLES = [Dialogue((Message("user", question), Message("assistant", answer))) for question, answer in PAIRS]
@@ -39,6 +47,29 @@ def test_greedy_answers_do_not_depend_on_the_other_rows(model_dir: Path, tokeniz
             with torch.no_grad():
                 new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
         assert row.prediction == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_sampled_answers_are_the_seeds(model_dir: Path, tokenizer: Any) -> None:
+    def answers(seed: int, **options: Any) -> list[str]:
+        config = make(model_dir, predict_max_new_tokens=8, generation=options or None)
+        config.training["seed"] = seed  # type: ignore[index]
+        return [row.prediction for row in predict(config, SAMPLES, tokenizer)]
+
+    hot = {"do_sample": True, "temperature": 2.0}
+    assert answers(1, **hot) == answers(1, **hot)
+    assert answers(1, **hot) != answers(2, **hot)
+    assert answers(1) == answers(2) != answers(1, **hot)  # greedy unless asked
+    assert answers(1, do_sample=True, top_k=1) == answers(1)
+
+
+def test_options_of_generate() -> None:
+    def options(given: Any) -> dict[str, Any]:
+        return generation_options(make(Path("m"), generation=given))
+
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+    assert options(None) == greedy
+    assert options({"num_beams": 2}) == greedy | {"num_beams": 2}
+    assert options({"do_sample": True, "top_p": 0.9}) == {"do_sample": True, "top_p": 0.9}  # the rest is the model's
 
 
 def test_before_is_the_model_that_training_started_from(model_dir: Path, tokenizer: Any) -> None:

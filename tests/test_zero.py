@@ -72,8 +72,9 @@ def test_stage(engine: Any, expected: int | None) -> None:
 # ---- The linter
 
 
-def lint(engine: dict[str, Any], launch: Launch = LAUNCHED, **training: Any) -> str | None:
-    """What is said of `engine` in a run with these keys."""
+def lint(given: dict[str, Any], launch: Launch = LAUNCHED, **training: Any) -> str | None:
+    """What is said of an engine in a run with these keys; its stage is 2 where it names none."""
+    engine = {"zero_optimization": {"stage": 2}} | given
     keys = {"output_dir": "o", **TRAINING_DEFAULTS, **training, "deepspeed": engine}
     try:
         engine_config(Config(model_name_or_path="m", train_file="t", training=keys), launch)
@@ -159,6 +160,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         'zero_optimization.offload_optimizer.devise: "cpu": unknown key: did you mean device?',
     ),
     "in bf16": ({"bf16": {"enable": True}}, {}, "bf16.enable: true: unknown key: did you mean enabled?"),
+    "stage 0 in bf16": (
+        {"zero_optimization": {"stage": 0}},
+        {},
+        "zero_optimization.stage: 0: with bf16 it keeps no float32 weights and loses updates below a rounding "
+        "(weights of 1 never moved at 1e-3); write 1, or delete the deepspeed key: DDP needs the same memory",
+    ),
     "no block": (
         {"zero_optimization": True},
         {},

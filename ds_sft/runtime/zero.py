@@ -100,7 +100,7 @@ def stage(engine: dict[str, Any] | None) -> int | None:
 def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iterator[str]:
     """What is wrong with `engine`, one line each: the key, its value and what to write instead."""
     yield from _unknown_keys(engine)
-    yield from _zero_block(engine)
+    yield from _zero_block(engine, config.training)
     yield from _contradictions(engine, config.training)
     if launch.distributed:  # else DeepSpeed is not used
         yield from _batch_size(engine, config.training, launch)
@@ -134,11 +134,16 @@ def _not_among(known: frozenset[str], block: Mapping[str, Any], place: str) -> I
             yield f"{place}{name}: {_show(block[name])}: unknown key: {remedy}"
 
 
-def _zero_block(engine: Mapping[str, Any]) -> Iterator[str]:
+def _zero_block(engine: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:
     zero = engine.get("zero_optimization", {})
     number = zero.get("stage", 0)
     if number not in (0, 1, 2, 3) or isinstance(number, bool):
         yield f"zero_optimization.stage: {_show(number)}: expected 0, 1, 2 or 3"
+    if number == 0 and training.get("bf16"):
+        yield (
+            "zero_optimization.stage: 0: with bf16 it keeps no float32 weights and loses updates below a rounding "
+            "(weights of 1 never moved at 1e-3); write 1, or delete the deepspeed key: DDP needs the same memory"
+        )
     gather = "stage3_gather_16bit_weights_on_model_save"
     if number == 3 and zero.get(gather) is not True:
         found = _show(zero[gather]) if gather in zero else "not given"
