@@ -42,8 +42,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 EVAL_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 100.0}  # where there is an eval_file
 
-# transformers 5 renamed these; everybody still says the old name.
+# transformers 5 renamed these; everybody still says the old name. And our name for what Trainer calls differently.
 ALIASES = {
+    "resume_from_checkpoint": "resume",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
@@ -60,6 +61,7 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("num_predictions", "val_size")
@@ -126,6 +128,11 @@ class Config:
     predict_before: bool = key("also show what the model answered before training", default=False)
     swanlab_project: str | None = key("default: SWANLAB_PROJECT, SWANLAB_PROJ_NAME, else ds_sft", default=None)
     swanlab_mode: str | None = key("default: SWANLAB_MODE, else online", choices=MODES, default=None)
+    resume: str = key("auto: from the newest usable checkpoint in output_dir; never; or the folder of one",
+                      default="auto")  # fmt: skip
+    resume_anyway: bool = key("resume although keys or data have changed since", default=False)
+    on_save_error: str = key("a checkpoint that cannot be written ends the run, or is done without",
+                             choices=("stop", "continue"), default="stop")  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -362,6 +369,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     if ours.get("eval_file") is not None and ours.get("val_size"):
         raise UserError(f"{given['val_size'].where}val_size: with an eval_file nothing is set aside: give one of them")
     has_eval = ours.get("eval_file") is not None or bool(ours.get("val_size"))
+    ours["resume"] = RESUME_WORDS.get(str(ours.get("resume") or "auto").lower(), ours.get("resume"))
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
         raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")

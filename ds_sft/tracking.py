@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -35,15 +34,31 @@ SINGLE_VALUES = ("train_runtime", "train_samples_per_second", "train_steps_per_s
 class Tracker:
     """metrics.jsonl, and a SwanLab run beside it where SwanLab works."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, metrics_bytes: int | None = None) -> None:
+        """`metrics_bytes`: of metrics.jsonl when the checkpoint to resume from was saved; None for a new run."""
         self.config = config
         self.log_dir = config.output_dir / "swanlog"
         self.metrics = config.output_dir / "metrics.jsonl"
         self.swanlab: Any = None  # the module, while a run of it is open
         self.mode = "disabled"
-        self.folder: Path | None = None  # of SwanLab's run
+        self.resumed = metrics_bytes is not None
+        self.record = config.output_dir / "swanlab.json"  # the experiment's id, and a folder for each start
+        self.known = self._read_record() if self.resumed else {"id": None, "folders": []}
         self.troubles: set[str] = set()  # what was said to fail; each is said once
-        self.metrics.write_text("", encoding="utf-8")
+        self._cut_metrics(metrics_bytes or 0)
+
+    def _read_record(self) -> dict[str, Any]:
+        """What earlier starts of this run left; a new experiment where it cannot be read."""
+        try:
+            known = json.loads(self.record.read_text(encoding="utf-8"))
+            return {"id": known["id"], "folders": [str(folder) for folder in known["folders"]]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"id": None, "folders": []}
+
+    def _cut_metrics(self, size: int) -> None:
+        """Forget the points behind the checkpoint: they come again."""
+        self.metrics.touch()
+        os.truncate(self.metrics, min(size, self.metrics.stat().st_size))
 
     def start(self) -> None:
         """Open a SwanLab run; say once in which mode, and why if not the one asked for."""
@@ -57,7 +72,7 @@ class Tracker:
         if trouble:
             print(f"SwanLab is off ({trouble}); {self.metrics} has every metric.", flush=True)
         elif self.mode == "offline":
-            print(f"SwanLab: offline; upload later with `{self._sync_command()}`.", flush=True)
+            print(f"SwanLab: offline; upload later with {self._sync_commands()}.", flush=True)
 
     def _open(self, mode: str, project: str) -> str | None:
         """Open a run in `mode`; None, or what went wrong."""
@@ -71,6 +86,7 @@ class Tracker:
                 run = swanlab.init(
                     mode=mode, project=project, name=self.config.training.get("run_name"), log_dir=str(self.log_dir),
                     config=public_config(self.config), settings=_settings(swanlab), reinit=True,
+                    **({"id": self.known["id"], "resume": "allow"} if self.known["id"] else {}),
                 )  # fmt: skip
         except (Exception, SystemExit, TimeUp) as error:
             return _describe(error)
@@ -79,11 +95,26 @@ class Tracker:
             sys.excepthook = hook
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, handler)
-        self.swanlab, self.mode, self.folder = swanlab, mode, run.dir
+        self.swanlab, self.mode = swanlab, mode
+        self.known = {"id": run.id, "folders": [*self.known["folders"], str(run.dir)]}
+        self._write_record()
         return None
 
-    def _sync_command(self) -> str:
-        return f"swanlab sync {shlex.quote(str(self.folder))}"
+    def _write_record(self) -> None:
+        beside = self.record.with_name(self.record.name + ".tmp")
+        try:
+            beside.write_text(json.dumps(self.known, indent=2) + "\n", encoding="utf-8")
+            os.replace(beside, self.record)
+        except OSError as error:
+            self._say_once(f"{self.record}: {error.strerror}; a resumed run would be a new experiment.")
+
+    def _sync_commands(self) -> str:
+        """What uploads every start of this run into one experiment, in order."""
+        folders = [shlex.quote(folder) for folder in self.known["folders"]]
+        if len(folders) == 1:
+            return f"`swanlab sync {folders[0]}`"
+        experiment = shlex.quote(str(self.known["id"]))
+        return "`" + " && ".join(f"swanlab sync {folder} --id {experiment}" for folder in folders) + "`"
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record Trainer's metrics under Trainer's names; SwanLab gets them under transformers' chart names."""
@@ -112,7 +143,7 @@ class Tracker:
         done = self._guard(lambda: self.swanlab.finish(state=state, error=error), FINISH_SECONDS)
         if not done:
             if self.mode == "online":
-                print(f"SwanLab may lack the last points; complete it with `{self._sync_command()}`.", flush=True)
+                print(f"SwanLab may lack the last points; complete it with {self._sync_commands()}.", flush=True)
             _exit_despite_its_threads(0 if state == "success" else 1)
         self.swanlab = None
 
@@ -243,17 +274,17 @@ class TrackerCallback(TrainerCallback):
 
 
 @contextmanager
-def open_tracker(config: Config, launch: Launch) -> Iterator[Tracker | None]:
-    """A tracker on rank 0, None elsewhere; closed as success, aborted (Ctrl-C) or crashed."""
+def open_tracker(config: Config, launch: Launch, metrics_bytes: int | None = None) -> Iterator[Tracker | None]:
+    """A tracker on rank 0, None elsewhere; closed as success, aborted (asked to stop) or crashed."""
     if not launch.is_main:
         yield None
         return
-    tracker = Tracker(config)
+    tracker = Tracker(config, metrics_bytes)
     tracker.start()
     try:
         yield tracker
     except BaseException as error:
-        aborted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        aborted = not isinstance(error, Exception)  # asked to stop
         tracker.finish("aborted" if aborted else "crashed", f"{type(error).__name__}: {error}")
         raise
     tracker.finish("success")

@@ -19,8 +19,20 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch, exit_after, exit_with, gather, others_wait, read_launch, use_one_device
-from ds_sft.runtime.results import git_commit, peak_memory, versions, write_json
+from ds_sft.runtime.checkpoint import Site, newest_complete, where_to_start
+from ds_sft.runtime.distributed import (
+    Launch,
+    end_group,
+    exit_after,
+    exit_with,
+    gather,
+    others_wait,
+    read_launch,
+    use_one_device,
+)
+from ds_sft.runtime.identity import identity
+from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
+from ds_sft.runtime.results import RESULTS, git_commit, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -31,46 +43,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = Launch(launcher="python")
     try:
         launch = read_launch()
-        run(load_config(sys.argv[1:] if argv is None else argv), launch)
+        with watch_for_stop(launch) as stop:
+            config = load_config(sys.argv[1:] if argv is None else argv)
+            try:
+                run(config, launch, stop)
+            except Stopped as stopped:
+                leave(config, launch, stop, str(stopped))
+            end_group()
     except UserError as error:
         exit_with(str(error), launch)
-    except KeyboardInterrupt:
-        launch.say("\nInterrupted. Checkpoints already saved are kept.")
-        return 130
     except Exception as error:
         exit_after(error, launch)
     return 0
 
 
-def run(config: Config, launch: Launch) -> None:
+def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     """The whole run, on every rank."""
     started = time.monotonic()
+    stop.use_output_dir(config.output_dir)
     if not launch.distributed:
         use_one_device(os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
     from transformers import DataCollatorForSeq2Seq
 
+    from ds_sft.data.batches import fingerprint
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
-    from ds_sft.runtime.storage import CompleteOnEachNode, settle_storage
+    from ds_sft.runtime.storage import settle_storage
     from ds_sft.runtime.verify import require_verified
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import describe_batch, training_arguments
     from ds_sft.training.model import load_model, load_tokenizer
+    from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
 
     engine = engine_config(config, launch)
-    tokenizer = load_tokenizer(config, launch)
-    data = load_data(config, tokenizer, launch)
-    print_report(data.report, launch)
+    with stop.until_ranks_meet():
+        tokenizer = load_tokenizer(config, launch)
+        data = load_data(config, tokenizer, launch)
+        print_report(data.report, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
-    settle_storage(args, launch)
+    site = Site(launch, shared=settle_storage(args, launch))
+    stop.use_group()
+    stop.check()
+    this_run = identity(config, engine, fingerprint(data.train) if launch.is_main else "")
+    start = where_to_start(config, this_run, site)
+    if start.finished:
+        return
     launch.say(describe_batch(args, len(data.train)))
     model = load_model(config, args)
     begin_output(config, data.report, launch)
-    with open_tracker(config, launch) as tracker:
+    with open_tracker(config, launch, start.metrics_bytes) as tracker:
         trainer = SFTTrainer(
             model=model,
             args=args,
@@ -78,9 +103,18 @@ def run(config: Config, launch: Launch) -> None:
             eval_dataset=data.eval,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer,
-            callbacks=[TrackerCallback(tracker), CompleteOnEachNode(launch)],
+            callbacks=[TrackerCallback(tracker)],
+            run=Continuity(
+                stop=stop,
+                site=site,
+                resumed=start.checkpoint,
+                on_save_error=config.on_save_error,
+                identity=this_run,
+            ),
         )
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        stop.check()
+        trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
+        stop.check()
         if best_checkpoint(trainer):
             launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
         rows = (data.eval or data.train).take(VERIFIED_ROWS)
@@ -88,22 +122,36 @@ def run(config: Config, launch: Launch) -> None:
         export_model(trainer, tokenizer, config, launch)
         results = describe_run(trainer, config, launch, seconds=time.monotonic() - started)
         free(trainer)
-        with others_wait():
+        with others_wait(), stop.until_ranks_meet():
             if tracker is not None:  # rank 0
                 results["export"] = check_export(trainer, rows, trained_loss, config)
-                write_json(config.output_dir / "run.json", results)
+                write_json(config.output_dir / RESULTS, results)
                 require_verified(results["export"], config.output_dir)
                 predictions = predict(config, data.samples, tokenizer)
                 write_predictions(predictions, config.output_dir / "predictions.jsonl")
                 print_predictions(predictions)
                 tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
-                print(summary(results), flush=True)
-    trainer.end()  # destroys the process group; without it a rank may abort after all work is done
+        stop.check()
+        if tracker is not None:
+            write_json(config.output_dir / RESULTS, results | {"identity": this_run})
+            print(summary(results), flush=True)
+
+
+def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
+    """Say where a stopped run can go on; OUTPUT_DIR/PREEMPTED.json says it to programs."""
+    if not launch.is_main:
+        return
+    checkpoint = newest_complete(config.output_dir)
+    stop.leave(config.output_dir, checkpoint.path.name if checkpoint else None, checkpoint.step if checkpoint else 0)
+    where = f"after step {checkpoint.step:,}; {checkpoint.path} is complete" if checkpoint else "before the first save"
+    print(f"Stopped ({reason}) {where}. The same command goes on from there.", flush=True)
 
 
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:
     """Leave what the run was asked to do and what it found in the output folder, before it starts."""
     if launch.is_main:
+        for old in (PREEMPTED, RESULTS):
+            (config.output_dir / old).unlink(missing_ok=True)
         config.save(config.output_dir / "config.yaml")
         write_json(config.output_dir / "data_report.json", report)
 

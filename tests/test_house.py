@@ -38,6 +38,9 @@ LIGHT = [
     "ds_sft.train",
     "ds_sft.runtime.distributed",
     "ds_sft.runtime.zero",
+    "ds_sft.runtime.checkpoint",
+    "ds_sft.runtime.identity",
+    "ds_sft.runtime.preempt",
 ]
 
 

@@ -154,6 +154,15 @@ def others_wait() -> Iterator[None]:
         dist.barrier(group)
 
 
+def end_group() -> None:
+    """Destroy the process group; without it a rank may abort after all work is done."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def gather(value: T) -> list[T]:
     """`value` of every rank, in rank order, on every rank; must pickle."""
     import torch.distributed as dist

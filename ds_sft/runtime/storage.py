@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing import TYPE_CHECKING
 
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
 
@@ -69,24 +70,3 @@ def _set_save_on_each_node(args: TrainingArguments, value: bool) -> None:
     if args.deepspeed_plugin is not None:
         for config in (args.hf_deepspeed_config.config, args.deepspeed_plugin.deepspeed_config):
             config.setdefault("checkpoint", {})["use_node_local_storage"] = value
-
-
-class CompleteOnEachNode(TrainerCallback):
-    """What a node with a disk of its own needs to resume and Trainer leaves on rank 0's disk only.
-
-    Under DeepSpeed `latest`, which names the newest state; without it the weights.
-    """
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not args.save_on_each_node or self.launch.local_rank != 0 or self.launch.is_main:
-            return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.deepspeed:
-            (checkpoint / "latest").write_text(f"global_step{state.global_step}", encoding="utf-8")
-        else:
-            from safetensors.torch import save_model
-
-            save_model(kwargs["model"], str(checkpoint / "model.safetensors"))  # save_pretrained writes on rank 0 only

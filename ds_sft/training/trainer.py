@@ -1,18 +1,23 @@
-"""The thin Trainer subclass: an exact validation loss, and a count of the tokens trained on."""
+"""The thin Trainer subclass: batches that do not depend on the world size, an exact validation loss, tokens counted."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
+from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.runtime.distributed import sum_over_ranks
+from ds_sft.training.resumable import ResumableTrainer, StepBoundary
+
+OUR_ORDERS = ("random", "sequential")  # train_sampling_strategy; the others are Trainer's
 
 
 class RankRows(Dataset[dict[str, list[int]]]):
@@ -49,23 +54,44 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).sum()
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(ResumableTrainer):
     """Trainer whose `eval_loss` is the mean over all supervised tokens of the validation set, whatever the world size.
 
     Trainer's own is a mean of batch means, and wrong when ranks x batch does not divide the set (transformers#39241).
     """
 
-    control: TrainerControl
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
         self.add_callback(EvaluateAtEnd())
+        self.add_callback(StepBoundary(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, list[int]]]:
+        args = self.args
+        if args.train_sampling_strategy not in OUR_ORDERS:
+            loader: DataLoader[dict[str, list[int]]] = super().get_train_dataloader()
+            return loader
+        batches = GlobalBatches(
+            len(self.train_dataset),
+            micro_batch=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            world_size=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        return TrainLoader(
+            Rows(self.train_dataset),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # its own: making an iterator must not move the state that dropout draws from
+            **_loader_options(args),
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, list[int]]]:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -73,8 +99,8 @@ class SFTTrainer(Trainer):
             RankRows(rows, self.args.process_index, self.args.world_size),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),
+            **_loader_options(self.args),
         )
 
     def evaluation_loop(
@@ -101,6 +127,7 @@ class SFTTrainer(Trainer):
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         count = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for batch in dataloader:
+            self.run.stop.check()
             inputs = self._prepare_inputs(batch)
             labels = inputs.pop("labels")
             total += loss_sum(self.model(**inputs, use_cache=False).logits, labels)
@@ -108,6 +135,21 @@ class SFTTrainer(Trainer):
             after_batch()
         loss, tokens = sum_over_ranks(total.item(), count.item(), device=self.args.device)
         return loss / max(tokens, 1)
+
+
+def _loader_options(args: TrainingArguments) -> dict[str, Any]:
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "worker_init_fn": _ignore_stop_signals,
+    }
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Whoever signals all processes of a job must not kill the loader's workers before their parent has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class EvaluateAtEnd(TrainerCallback):

@@ -1,0 +1,256 @@
+"""The Trainer that stops when asked, saves complete checkpoints, and continues as if it had never stopped.
+
+Trainer's own restart loses what is between two log entries, measures again what was measured, trains a step too many
+from a checkpoint of the last step, and deletes old checkpoints before the new one is complete.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from ds_sft.errors import UserError
+from ds_sft.runtime.checkpoint import Checkpoint, Site, complete, describe, newest_complete, remove, rotate
+from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
+from ds_sft.runtime.preempt import Stopped, StopRequests
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuity:
+    """What makes a run one run, however often it is stopped."""
+
+    stop: StopRequests
+    site: Site
+    resumed: Checkpoint | None  # where this start continues
+    on_save_error: str = "stop"
+    identity: dict[str, Any] = field(default_factory=dict)  # what was trained on what; goes into the manifest
+
+
+class ResumableTrainer(Trainer):
+    """See the module; `StepBoundary` must be its last callback."""
+
+    control: TrainerControl
+
+    def __init__(self, *args: Any, run: Continuity, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run = run
+        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
+        # Rotation is ours: Trainer's looks at names only, and with a limit of 1 deletes the newest for the best.
+        self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+        self.evaluation_due = False  # the run stopped where an evaluation was to come
+        self.write_troubles: list[str] = []
+        if run.resumed is not None:
+            self.evaluation_due = self.args.eval_on_start = bool(run.resumed.manifest["evaluation_due"])
+
+    # ---- Continuing
+
+    def restore_progress(self) -> None:
+        """Take up what Trainer forgets: the loss since the last log entry, the sums over the run."""
+        if self.run.resumed is None:
+            return
+        known = self.run.resumed.manifest
+        pending = known["loss_pending"]  # of each rank
+        same = len(pending) == self.args.world_size
+        self._tr_loss.fill_(pending[self.args.process_index] if same else sum(pending) / len(pending))
+        self._globalstep_last_logged = known["last_logged_step"]
+        self._total_loss_scalar = known["loss_total"]
+        self.tokens_seen.fill_(known["tokens"] if self.args.process_index == 0 else 0)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would take one more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        if self.evaluation_due:  # at the start, for the step that the run stopped at
+            self.evaluation_due = False
+            self._determine_best_metric(metrics, trial)
+            if self.state.best_global_step == self.state.global_step and self.run.resumed is not None:
+                self.state.best_model_checkpoint = str(self.run.resumed.path)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:  # of the run, not of this start
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    # ---- Stopping
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Stopped:  # in the middle of an evaluation, on all ranks: it is made again after the resume
+            self.evaluation_due = True
+            self.control.should_training_stop = True
+            self.control.should_log = self.control.should_evaluate = False
+            self.control.should_save = True
+            self.step_boundary.save_at_epoch_end(self.state, self.control)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @property
+    def step_boundary(self) -> StepBoundary:
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, StepBoundary))
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        if self.run.stop.decided is None:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        # No summary of half a run, and no best model to go back to yet.
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    # ---- Saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.run.site.leader:
+            remove(folder)  # what an earlier start left of it
+        barrier()
+        self.write_troubles.clear()
+        self._record(lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
+        self._record(lambda: self._complete_on_each_node(folder))
+        trouble = complete(folder, self._facts(), self.run.site, next(iter(self.write_troubles), None))
+        if trouble is not None:
+            self._give_up(folder, trouble)
+        elif self.run.site.leader:
+            best = self.state.best_model_checkpoint
+            rotate(folder.parent, self.keep_checkpoints, Path(best) if best else None)
+        barrier()
+
+    def _record(self, write: Callable[[], Any]) -> None:
+        """Let a write fail without leaving this rank's place among the others; `complete` tells them."""
+        try:
+            write()
+        except WRITE_ERRORS as error:
+            self.write_troubles.append(describe(error))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._record(lambda: super(ResumableTrainer, self)._save(output_dir, state_dict))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._record(lambda: super(ResumableTrainer, self)._save_rng_state(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            self._record(lambda: super(ResumableTrainer, self)._save_optimizer_and_scheduler(output_dir))
+            return
+        self._save_engine(output_dir)
+        if self.args.should_save:
+            self._record(lambda: torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt"))
+
+    def _save_engine(self, output_dir: str) -> None:
+        """DeepSpeed's part: a write that fails must not keep this rank from the barriers that follow it."""
+        files = self.model_wrapped.checkpoint_engine
+        save, makedirs = files.save, files.makedirs
+        files.save = lambda *args, **kwargs: self._record(lambda: save(*args, **kwargs))
+        files.makedirs = lambda *args, **kwargs: self._record(lambda: makedirs(*args, **kwargs))
+        try:
+            self.model_wrapped.save_checkpoint(output_dir, save_latest=False)
+        finally:
+            del files.save, files.makedirs
+
+    def _complete_on_each_node(self, folder: Path) -> None:
+        """What a file system of its own needs to resume and upstream leaves on rank 0's only."""
+        if not self.run.site.leader:
+            return
+        if self.is_deepspeed_enabled:
+            (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
+        elif not self.run.site.launch.is_main:
+            save_model(self.model, str(folder / "model.safetensors"))
+
+    def _facts(self) -> dict[str, Any]:
+        """What the manifest says beside its files; all ranks must call it."""
+        args, state = self.args, self.state
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        metrics = Path(args.output_dir) / "metrics.jsonl"
+        (tokens,) = sum_over_ranks(self.tokens_seen.item(), device=args.device)
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "samples": state.global_step * rows,  # the last step of an epoch may have had fewer
+            "rows_a_step": rows,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "world_size": args.world_size,
+            "evaluation_due": self.evaluation_due,
+            "loss_pending": gather(self._tr_loss.item()),
+            "last_logged_step": self._globalstep_last_logged,
+            "loss_total": self._total_loss_scalar,
+            "tokens": int(tokens),
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **self.run.identity,
+        }
+
+    def _give_up(self, folder: Path, trouble: str) -> None:
+        """Remove what a failed save left; end the run or go on without it, as `on_save_error` says; on all ranks."""
+        if self.run.site.leader:
+            remove(folder)
+        older = newest_complete(folder.parent)
+        message = f"{folder} could not be saved: {trouble}; " + (
+            f"the newest complete one is {older.path}" if older else "there is no older one"
+        )
+        if self.run.on_save_error == "stop" or self.run.stop.decided:
+            raise UserError(f"{message} (on_save_error: continue would train on)")
+        self.run.site.launch.say(f"Warning: {message}. Training on (on_save_error: continue).")
+
+
+class StepBoundary(TrainerCallback):
+    """Between two steps: agree on stopping, and see to it that a checkpoint comes after all else of its step."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+        self.save_due = False  # a checkpoint that waits for the end of the epoch
+        self.at_epoch_end = False
+        self.steps_an_epoch = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.restore_progress()
+        control.should_training_stop = False  # a checkpoint of a run that was asked to stop remembers it
+        self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.at_epoch_end = False
+        if self.trainer.run.stop.agreed():
+            control.should_training_stop = control.should_save = True
+            self._postpone_evaluation(control)
+        self.save_at_epoch_end(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.at_epoch_end = True
+        if self.trainer.run.stop.decided and not self._ends_epoch(state):  # Trainer leaves an epoch only this way
+            control.should_log = control.should_evaluate = control.should_save = False
+            return
+        if self.trainer.run.stop.agreed():
+            control.should_training_stop = self.save_due = True
+            self._postpone_evaluation(control)
+        control.should_save, self.save_due = control.should_save or self.save_due, False
+
+    def save_at_epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
+        """The last step of an epoch is not over before the epoch's own evaluation and log entry."""
+        if self._ends_epoch(state) and control.should_save and not self.at_epoch_end:
+            self.save_due, control.should_save = True, False
+
+    def _ends_epoch(self, state: TrainerState) -> bool:
+        return bool(state.global_step >= state.max_steps or state.global_step % self.steps_an_epoch == 0)
+
+    def _postpone_evaluation(self, control: TrainerControl) -> None:
+        self.trainer.evaluation_due |= control.should_evaluate
+        control.should_evaluate = False
