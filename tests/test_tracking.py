@@ -54,7 +54,7 @@ class FakeSwanlab(types.ModuleType):
         if given["mode"] not in self.modes:
             raise SystemExit("no key")
         self._call("init", **given)
-        return types.SimpleNamespace(dir=Path(given["log_dir"]) / "run-1")
+        return types.SimpleNamespace(id="abc", dir=Path(given["log_dir"]) / "run-1")
 
     @staticmethod
     def Settings(**given: Any) -> Any:
@@ -223,7 +223,7 @@ class Fake(types.ModuleType):
                     time.sleep(60)
                 except Exception:  # as SwanLab's own decorators do
                     time.sleep(60)
-            return types.SimpleNamespace(dir=given.get("log_dir"))
+            return types.SimpleNamespace(id="abc", dir=given.get("log_dir"))
         return call
     def log(self, values, step):
         threading.Thread(target=time.sleep, args=(60,)).start()  # an upload that never ends

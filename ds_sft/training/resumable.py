@@ -50,6 +50,7 @@ class ResumableTrainer(Trainer):
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
+        self.num_parameters = 0  # without embeddings, once counted
         if run.resumed is not None:
             self.evaluation_due = self.args.eval_on_start = bool(run.resumed.manifest["evaluation_due"])
 
@@ -81,6 +82,14 @@ class ResumableTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step and self.run.resumed is not None:
                 self.state.best_model_checkpoint = str(self.run.resumed.path)
         return metrics
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Trainer's estimate; its own counts the parameters that ZeRO-3 has gathered at the moment."""
+        if not self.num_parameters:
+            unembedded = (m for m in self.model.modules() if not isinstance(m, torch.nn.Embedding))
+            found = {id(p): p for module in unembedded for p in module.parameters(recurse=False)}
+            self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in found.values())
+        return int(6 * inputs["input_ids"].numel() * self.num_parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # of the run, not of this start
