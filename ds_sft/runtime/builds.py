@@ -1,0 +1,87 @@
+"""Locks that a killed compilation of a C++ op left behind: torch would wait for them forever, without a word.
+
+torch holds the file `lock` of an op's folder open while it compiles, and whoever else needs the op waits until the file
+is gone. A process that was killed cannot remove it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_sft.runtime.distributed import Launch
+
+# On a disk that machines share the owner may be on another one: a lock this old is nobody's, in seconds. Compiling
+# DeepSpeed's CPU Adam takes 1 to 3 minutes.
+OLD = 900.0
+NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "fuse", "cifs", "smb", "afs", "9p", "weka", "panfs")
+
+
+def remove_stale_locks(launch: Launch) -> None:
+    """Let no build wait for a dead one; on each node local rank 0, before anything is compiled.
+
+    A lock that another machine may hold is waited for, with one line, but no longer than `OLD`.
+    """
+    if launch.local_rank != 0:
+        return
+    for lock in sorted(build_root().glob("*/lock")) + sorted(build_root().glob("*/*/lock")):
+        _wait_if_foreign(lock)
+        if lock.exists() and not _held_here(lock):
+            lock.unlink(missing_ok=True)
+            print(
+                f"Removed {lock}: a build that was killed left it, and this run would have waited for it.", flush=True
+            )
+
+
+def build_root() -> Path:
+    """Where torch compiles C++ ops."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(given) if given else Path(cache) / "torch_extensions"
+
+
+def _wait_if_foreign(lock: Path) -> None:
+    said = False
+    while _age(lock) < OLD and not _held_here(lock) and _on_network(lock):
+        if not said:
+            seconds = OLD - _age(lock)
+            print(f"Waiting for {lock}, at most {seconds:.0f} s: another machine may be compiling there.", flush=True)
+            said = True
+        time.sleep(1)
+
+
+def _age(lock: Path) -> float:
+    """Seconds since the lock was made; without end where it is gone."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
+
+
+def _held_here(lock: Path) -> bool:
+    """Whether a process of this machine has the file open (those of other users cannot be looked into)."""
+    try:
+        wanted = lock.stat()
+    except FileNotFoundError:
+        return False
+    return any((found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino) for found in _open_files())
+
+
+def _open_files() -> Iterator[os.stat_result]:
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            yield link.stat()
+        except OSError:
+            continue  # closed meanwhile, or another user's
+
+
+def _on_network(path: Path) -> bool:
+    """Whether other machines can see the file: its mount is of a network file system."""
+    best, kind = "", ""
+    for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
+        _, mount, name, *_ = line.split(" ")
+        if len(mount) > len(best) and path.resolve().is_relative_to(mount):
+            best, kind = mount, name
+    return kind.startswith(NETWORK)

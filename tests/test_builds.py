@@ -1,0 +1,78 @@
+"""A lock left by a killed build of a C++ op cannot hang a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ds_sft.runtime import builds
+from ds_sft.runtime.distributed import Launch
+
+LAUNCHED = Launch(launcher="torchrun", world_size=2)
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    file = tmp_path / "cpu_adam" / "lock"
+    file.touch()
+    return file
+
+
+def test_a_lock_without_an_owner_is_removed(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    builds.remove_stale_locks(LAUNCHED)
+    assert not lock.exists()
+    assert capsys.readouterr().out == (
+        f"Removed {lock}: a build that was killed left it, and this run would have waited for it.\n"
+    )
+
+
+def test_a_lock_that_is_held_stays(lock: Path) -> None:
+    lock.unlink()
+    descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)  # as torch takes it
+    builds.remove_stale_locks(LAUNCHED)
+    assert lock.exists()
+    os.close(descriptor)
+    builds.remove_stale_locks(LAUNCHED)
+    assert not lock.exists()
+
+
+def test_only_local_rank_0_looks(lock: Path) -> None:
+    builds.remove_stale_locks(Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
+    assert lock.exists()
+
+
+def test_another_machine_is_given_its_time(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(builds, "_on_network", lambda path: True)
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            os.utime(lock, (0, time.time() - builds.OLD))
+
+    monkeypatch.setattr(builds.time, "sleep", nap)
+    builds.remove_stale_locks(LAUNCHED)
+    assert naps == [1, 1, 1]
+    assert not lock.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"Waiting for {lock}, at most 900 s: another machine may be compiling there."
+    assert said[1].startswith("Removed ")
+
+
+def test_where_torch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = Path(get_default_build_root())
+    assert root == builds.build_root()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
+    assert builds.build_root() == Path("/somewhere")
+    assert builds._on_network(tmp_path) is False
