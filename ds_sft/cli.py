@@ -13,6 +13,7 @@ from ds_sft.errors import UserError
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
     "export": ("ds_sft.commands.export", "turn a checkpoint of any ZeRO stage into a model folder, without GPUs"),
+    "plan": ("ds_sft.commands.plan", "what a run will need: memory, disk, time; from its configuration alone"),
     "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),
 }
 

@@ -61,7 +61,7 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
     value = config.training.get("deepspeed")
     if value is None:
         return None
-    found = value if isinstance(value, dict) else _read(Path(value))
+    found = value if isinstance(value, dict) else read_engine(Path(value))
     for problem in _problems(found, config, launch):
         raise UserError(f"{'deepspeed' if isinstance(value, dict) else value}: {problem}")
     if not launch.distributed:
@@ -73,7 +73,12 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
     return dict(found)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_engine(path: Path) -> dict[str, Any]:
+    """The options in a DeepSpeed file.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,0 +1,233 @@
+"""`ds-sft plan CONFIG`: what a run will need, before it is queued.
+
+ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80GB
+ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
+ds-sft plan ds_configs/qwen3_dialog.yaml --write planned.yaml            # the recommended configuration
+ds-sft plan ds_configs/qwen3_dialog.yaml --sweep nodes=1..128 --plot sweep.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ds_sft.config import Config, load_config
+from ds_sft.errors import UserError
+from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
+from ds_sft.plan.disk import checkpoint_bytes, export_bytes
+from ds_sft.plan.layouts import (
+    FILES,
+    LAYOUTS,
+    Option,
+    engine_of,
+    name_of,
+    node_bytes,
+    options,
+    recommend,
+    run_of,
+    shipped_engine,
+)
+from ds_sft.plan.schedule import Schedule, measured_rate, schedule
+from ds_sft.plan.shape import Shape, read_shape
+from ds_sft.runtime.zero import read_engine
+
+UNITS = {
+    "": 1.0,
+    "K": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "P": 1e15,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plan a run; 2 where nothing fits.
+
+    Raises:
+        UserError: a mistake in the configuration or a flag, or a model that cannot be planned.
+    """
+    given, rest = parser().parse_known_args(list(argv))
+    config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG")
+    plan = Plan(config, given)
+    if given.sweep:
+        from ds_sft.commands.sweep import show_sweep
+
+        return show_sweep(plan.base, plan.hardware, given.sweep, given.plot, as_json=given.json)
+    if given.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        from ds_sft.commands.plan_tables import show_plan
+
+        show_plan(plan.to_dict(), given)
+    if given.write:
+        write(plan, given.write)
+    return 0 if plan.best else 2
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="ds-sft plan", description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
+    made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
+    made.add_argument("--gpus-per-node", type=count, default=8, help="[%(default)s]")
+    made.add_argument("--gpu-memory", type=size, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
+    made.add_argument("--host-memory", type=size, metavar="512GB", help="of one node [not checked]")
+    made.add_argument("--interconnect", type=size, default=25e9, metavar="25GB",
+                      help="bytes a second and GPU between nodes, reached [25GB: 200 Gbit/s]")  # fmt: skip
+    made.add_argument("--nvlink", type=size, default=200e9, metavar="200GB",
+                      help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
+    made.add_argument("--host-link", type=size, default=20e9, metavar="20GB",
+                      help="bytes a second and GPU to host memory [20GB]")  # fmt: skip
+    made.add_argument("--flops", type=size, default=150e12, metavar="150T",
+                      help="floating-point operations a second that a GPU reaches [150T]")  # fmt: skip
+    made.add_argument(
+        "--tokens-per-second", type=size, help="of all GPUs, measured [run.json of output_dir, else --flops]"
+    )
+    made.add_argument("--rows", type=count, help="of training [counted in train_file]")
+    made.add_argument("--mean-tokens", type=size, help="of a row [data_report.json of output_dir, else max_length]")
+    made.add_argument("--time-limit", type=seconds, metavar="D-HH:MM:SS", help="of the job, as Slurm writes it")
+    made.add_argument("--write", type=Path, metavar="FILE.yaml", help="save the recommended configuration")
+    made.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
+    made.add_argument("--sweep", metavar="nodes=1..128", help="scaling instead: memory, time, efficiency by nodes")
+    made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the sweep (pip install 'ds_sft[plot]')")
+    return made
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def size(text: str) -> float:
+    """A number with a unit: 80GB and 80GiB differ as they should."""
+    found = re.fullmatch(r"([\d.]+)\s*([KMGTP]?I?)B?(?:/S)?", text.strip().upper())
+    if not found or found[1].count(".") > 1 or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 such as 80GB, 24GiB or 150T")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def seconds(text: str) -> int:
+    """Slurm's forms of a time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 30 (minutes), 24:00:00 or 2-12:00:00")
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None:
+        numbers = [0, *numbers, 0][:3] if len(numbers) == 1 else [0, *numbers] if len(numbers) == 2 else numbers
+    hours, minutes, secs = (*numbers, 0, 0)[:3]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + secs
+
+
+class Plan:
+    """The answers for one configuration on one cluster."""
+
+    def __init__(self, config: Config, given: argparse.Namespace) -> None:
+        self.config, self.given = config, given
+        self.shape = read_shape(config.model_name_or_path)
+        self.hardware = Hardware(nodes=given.nodes, gpus_per_node=given.gpus_per_node, flops=given.flops,
+                                 inside=given.nvlink, between=given.interconnect, host=given.host_link)  # fmt: skip
+        self.configured, self.base = layouts(config, self.shape, self.hardware.ranks)
+        limits = (self.hardware, given.gpu_memory, given.host_memory)
+        self.options = options(self.base, *limits)
+        self.best = recommend(self.base, *limits)
+
+    @property
+    def chosen(self) -> Option:
+        """The recommended option, else the configured one."""
+        return self.best or next(o for o in self.options if o.name == self.configured)
+
+    def schedule(self) -> Schedule:
+        given, best = self.given, self.chosen
+        return schedule(self.config, best.run, best.step.total, rows=given.rows, mean_tokens=given.mean_tokens,
+                        rate=given.tokens_per_second or measured_rate(self.config, self.hardware.ranks))  # fmt: skip
+
+    def disk(self) -> dict[str, int]:
+        """Bytes that the run writes, and what is free."""
+        training, run, times = self.config.training, self.chosen.run, self.schedule()
+        one = checkpoint_bytes(self.shape, stage=run.engine.stage, weight_bytes=run.weight)
+        final = export_bytes(self.shape, 4 if self.config.export_dtype == "float32" or not run.half else 2)
+        number = times.checkpoints
+        if number and training.get("save_total_limit"):
+            number = min(number, training["save_total_limit"] + 1)  # the new one is written before the oldest goes
+        folder = next(p for p in (self.config.output_dir.absolute(), *self.config.output_dir.absolute().parents)
+                      if p.exists())  # fmt: skip
+        return {"checkpoint": one, "checkpoints_at_once": number, "final_model": final,
+                "total": one * number + final, "free": shutil.disk_usage(folder).free}  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for --json: bytes, seconds, bytes a second."""
+        times = self.schedule()
+        return {
+            "model": {"parameters": self.shape.parameters, "tied": self.shape.tied, "family": self.shape.family},
+            "ranks": self.hardware.ranks,
+            "configured": self.configured,
+            "options": [self._row(o) for o in self.options],
+            "recommended": self._row(self.best) if self.best else None,
+            "disk": self.disk(),
+            "schedule": vars(times),
+            "time_limit": self.given.time_limit,
+        }
+
+    def _row(self, o: Option) -> dict[str, Any]:
+        sent = traffic(o.run, self.hardware.gpus_per_node)
+        return {
+            "name": o.name,
+            "micro_batch": o.run.micro_batch,
+            "accumulation": o.run.accumulation,
+            "checkpointing": o.run.checkpointing,
+            "fullest_moment": o.memory.moment,
+            "gpu": {**o.memory.device, "allocator margin": o.margin},
+            "gpu_total": o.gpu_bytes,
+            "host": o.memory.host,
+            "node_total": node_bytes(o.run, o.memory, self.hardware),
+            "fits": o.fits,
+            "sent_per_step": sent.total,
+            "hiding_bandwidth": hiding_bandwidth(o.run, self.hardware),
+            "step_seconds": vars(o.step),
+        }
+
+
+def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, Any]]:
+    """The configured layout's name, and each layout's memory question; the configured one has its own options."""
+    value = config.training.get("deepspeed")
+    engines = {name: shipped_engine(name, shape) for name in LAYOUTS}
+    configured = "no DeepSpeed"
+    if value is not None:
+        found = value if isinstance(value, dict) else read_engine(Path(value))
+        engine = engine_of(found.get("zero_optimization", {}), shape)
+        configured = name_of(engine)
+        engines[configured] = engine
+    return configured, {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Save the recommended configuration.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if plan.best is None:
+        raise UserError(f"--write {path}: nothing fits, so there is nothing to recommend")
+    run, training = plan.best.run, dict(plan.config.training)
+    engine = training.get("deepspeed") if plan.best.name == plan.configured else None
+    if engine is None and plan.best.name in FILES:
+        engine = str(CONFIGS / FILES[plan.best.name])
+    training |= {"per_device_train_batch_size": run.micro_batch, "gradient_accumulation_steps": run.accumulation,
+                 "activation_checkpointing": run.checkpointing, "deepspeed": engine}  # fmt: skip
+    replace(plan.config, training=training).save(path)
+    print(f"Saved the recommended configuration: {path}", file=sys.stderr)

@@ -1,0 +1,120 @@
+"""What `ds-sft plan` prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GB = 1e9
+PARTS = ("parameters", "gradients", "master weights", "optimizer states", "activations", "logits", "buckets",
+         "gathered parameters", "reduction", "step buffers", "flat copy", "allocator margin")  # fmt: skip
+
+
+def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
+    """Print the plan's tables and lines."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
+    model = plan["model"]
+    tied = ", tied embeddings" if model["tied"] else ""
+    gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {given.gpu_memory / GB:.0f} GB"
+    console.print(f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus}.")
+    console.print(memory_table(plan))
+    console.print(
+        "Each column is the fullest moment of a step for the fullest rank. The margin is for CUDA, NCCL and fragments: "
+        "an assumption, everything else is counted."
+    )
+    console.print(cost_table(plan))
+    for line in (recommendation(plan), *disk_lines(plan), *time_lines(plan, given)):
+        console.print(line)
+
+
+def memory_table(plan: dict[str, Any]) -> Table:
+    """Memory of a GPU by part, a column for each layout."""
+    table = Table(title="GB of a GPU, by part")
+    table.add_column("")
+    for option in plan["options"]:
+        mark = " *" if option["name"] == plan["configured"] else ""
+        table.add_column(option["name"] + mark, justify="right")
+    for part in PARTS:
+        sizes = [option["gpu"].get(part, 0) for option in plan["options"]]
+        if any(sizes):
+            table.add_row(part, *(f"{size / GB:.2f}" if size else "" for size in sizes))
+    table.add_section()
+    table.add_row("GPU", *(f"{option['gpu_total'] / GB:.1f}" for option in plan["options"]))
+    table.add_row("fullest at", *(option["fullest_moment"] for option in plan["options"]))
+    table.add_row("host memory of a node", *(f"{option['node_total'] / GB:.1f}" for option in plan["options"]))
+    table.add_row("fits", *("yes" if option["fits"] else "no" for option in plan["options"]))
+    first = plan["options"][0]
+    table.caption = (f"* as configured: micro batch {first['micro_batch']} x accumulation {first['accumulation']}, "
+                     f"checkpointing {'on' if first['checkpointing'] else 'off'}")  # fmt: skip
+    return table
+
+
+def cost_table(plan: dict[str, Any]) -> Table:
+    """Traffic and time of a step."""
+    table = Table(title="A step")
+    for name in ("", "sent by a GPU, GB", "hides behind computation above, GB/s", "computes, s", "lasts, s"):
+        table.add_column(name, justify="left" if not name else "right")
+    for option in plan["options"]:
+        step = option["step_seconds"]
+        table.add_row(option["name"], f"{option['sent_per_step'] / GB:.2f}", f"{option['hiding_bandwidth'] / GB:.2f}",
+                      f"{step['compute']:.2f}", f"{step['total']:.2f}")  # fmt: skip
+    return table
+
+
+def recommendation(plan: dict[str, Any]) -> str:
+    best = plan["recommended"]
+    if best is None:
+        least = min(plan["options"], key=lambda option: option["gpu_total"])
+        return (f"Nothing fits: even {least['name']} needs {least['gpu_total'] / GB:.1f} GB of a GPU at micro batch "
+                f"{least['micro_batch']} and {least['node_total'] / GB:.0f} GB of a node. "
+                "Take more GPUs, a smaller max_length, or a smaller model.")  # fmt: skip
+    micro, accumulation, ranks = best["micro_batch"], best["accumulation"], plan["ranks"]
+    return (
+        f"Recommended: {best['name']}, micro batch {micro} x accumulation {accumulation} x {ranks} GPUs = "
+        f"{micro * accumulation * ranks} rows a step, activation checkpointing "
+        f"{'on' if best['checkpointing'] else 'off'}: "
+        f"{best['gpu_total'] / GB:.1f} GB of a GPU, {best['step_seconds']['total']:.2f} s a step."
+    )
+
+
+def disk_lines(plan: dict[str, Any]) -> list[str]:
+    disk = plan["disk"]
+    line = (f"Disk: {disk['checkpoint'] / GB:.1f} GB a checkpoint x {disk['checkpoints_at_once']} + final model "
+            f"{disk['final_model'] / GB:.1f} GB = {disk['total'] / GB:.1f} GB; "
+            f"{disk['free'] / GB:.1f} GB free.")  # fmt: skip
+    if disk["total"] <= disk["free"]:
+        return [line]
+    return [line, "The disk is too small: set save_total_limit, save less often, or choose another output_dir."]
+
+
+def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
+    times = plan["schedule"]
+    if times["steps"] is None:
+        return ["Time: train_file is not there to be counted; give --rows."]
+    length = "" if times["tokens_known"] else " (every row taken to be max_length long; --mean-tokens)"
+    rate = "measured" if times["rate_measured"] else f"estimated at {given.flops / 1e12:.0f} TFLOP/s a GPU"
+    lines = [
+        f"Time: {times['steps']:,} steps, {times['tokens']:,.0f} tokens{length}, {times['flops']:.2e} FLOP: "
+        f"{duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."
+    ]
+    limit = plan["time_limit"]
+    if limit is not None and times["seconds"] > limit:
+        lines.append(f"Longer than the time limit of {duration(limit)}: {-(-times['seconds'] // limit):.0f} jobs, "
+                     "each resuming the one before; or raise the limit.")  # fmt: skip
+    elif limit is not None:
+        lines.append(f"Within the time limit of {duration(limit)}.")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """2 d 03 h, 5 h 07 min, 12 min, 40 s."""
+    minutes = int(seconds // 60)
+    if minutes >= 1440:
+        return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,29 @@
+"""Bytes that a run writes: a checkpoint, the final model."""
+
+from __future__ import annotations
+
+from ds_sft.plan.shape import Shape
+
+ADAM_BYTES = 8  # two float32 moments a parameter
+
+
+def checkpoint_bytes(shape: Shape, *, stage: int | None, weight_bytes: int) -> int:
+    """One `checkpoint-N`, of all ranks together, without the few MB of tokenizer, scheduler and random states.
+
+    Args:
+        stage: of ZeRO; None without DeepSpeed, where the weights themselves are the masters.
+        weight_bytes: of a parameter in the model: 2 under DeepSpeed with bf16 or fp16, else 4.
+    """
+    weights = shape.parameters * weight_bytes  # model.safetensors
+    if stage is None:
+        return weights + shape.parameters * ADAM_BYTES
+    states = shape.parameters * (4 + ADAM_BYTES)  # *_optim_states.pt: float32 masters and moments
+    if stage == 3:
+        return weights + states  # *_model_states.pt has no parameters
+    # mp_rank_00_model_states.pt holds the weights again, and model.safetensors a tied embedding twice
+    return 2 * weights + states + (shape.embedding * weight_bytes if shape.tied else 0)
+
+
+def export_bytes(shape: Shape, export_bytes_per_parameter: int) -> int:
+    """The final `model.safetensors`."""
+    return shape.parameters * export_bytes_per_parameter

@@ -1,0 +1,179 @@
+"""The ways to divide a run over its ranks, side by side, and which of them to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.plan.cost import Hardware, Step, step_time
+from ds_sft.plan.memory import Engine, Memory, Run, peak
+from ds_sft.plan.shape import Shape
+
+LAYOUTS: dict[str, tuple[int | None, bool, bool]] = {  # name -> stage, optimizer offloaded, parameters offloaded
+    "no DeepSpeed": (None, False, False),
+    "ZeRO-1": (1, False, False),
+    "ZeRO-2": (2, False, False),
+    "ZeRO-3": (3, False, False),
+    "ZeRO-2 offload": (2, True, False),
+    "ZeRO-3 offload": (3, True, True),
+}
+# Those with a file in ds_configs/. ZeRO-2 needs less than ZeRO-1 everywhere, so that one is shown and never advised.
+FILES = {"ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json", "ZeRO-2 offload": "zero2_offload.json",
+         "ZeRO-3 offload": "zero3_offload.json"}  # fmt: skip
+CUDA_CONTEXT = 1 << 30  # CUDA's own and NCCL's buffers, bytes; not measured here
+FRAGMENTS = 0.05  # of what is allocated, lost between blocks (ZeRO paper, section 3.2); not measured here
+
+
+def engine_of(zero: Mapping[str, Any], shape: Shape) -> Engine:
+    """The DeepSpeed options that have a size; "auto" as transformers fills it in (`integrations/deepspeed.py`).
+
+    Raises:
+        UserError: stage 0, which is DeepSpeed without ZeRO.
+    """
+    stage = int(zero.get("stage", 0))
+    if stage == 0:
+        raise UserError("zero_optimization.stage: 0: cannot be planned; leave the deepspeed key out, or take stage 1")
+    h, given = shape.hidden, Engine(stage=stage)
+
+    def size(key: str, auto: int, default: int) -> int:
+        value = zero.get(key, default)
+        return auto if value == "auto" else int(value)
+
+    return replace(
+        given,
+        offload_optimizer=_offloaded(zero, "offload_optimizer"),
+        offload_param=stage == 3 and _offloaded(zero, "offload_param"),
+        overlap=bool(zero.get("overlap_comm", stage == 3)),
+        reduce_bucket=size("reduce_bucket_size", h * h, given.reduce_bucket),
+        prefetch_bucket=size("stage3_prefetch_bucket_size", int(0.9 * h * h), given.prefetch_bucket),
+        persistence_threshold=size("stage3_param_persistence_threshold", 10 * h, given.persistence_threshold),
+        max_reuse_distance=size("stage3_max_reuse_distance", given.max_reuse_distance, given.max_reuse_distance),
+        sub_group=size("sub_group_size", given.sub_group, given.sub_group),
+        hierarchical=int(zero.get("zero_hpz_partition_size", 1)),
+    )
+
+
+def _offloaded(zero: Mapping[str, Any], name: str) -> bool:
+    return str((zero.get(name) or {}).get("device", "none")) != "none"
+
+
+def shipped_engine(name: str, shape: Shape) -> Engine:
+    """The engine of a layout as ds_configs/ has it: sizes left to transformers, communication overlapped."""
+    stage, offload_optimizer, offload_param = LAYOUTS[name]
+    if stage is None:
+        return Engine(stage=None)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True}
+    zero |= dict.fromkeys(
+        ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto"
+    )
+    zero |= {"offload_optimizer": {"device": "cpu"}} if offload_optimizer else {}
+    zero |= {"offload_param": {"device": "cpu"}} if offload_param else {}
+    return engine_of(zero, shape)
+
+
+def name_of(engine: Engine) -> str:
+    """The layout that an engine is."""
+    wanted = (engine.stage, engine.offload_optimizer, engine.offload_param)
+    exact = next((name for name, layout in LAYOUTS.items() if layout == wanted), None)
+    return exact or f"ZeRO-{engine.stage} offload"  # stage 3 with its optimizer alone offloaded
+
+
+def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bool = False) -> Run:
+    """The memory question that a configuration asks."""
+    training = config.training
+    return Run(
+        shape=shape,
+        engine=engine,
+        ranks=ranks,
+        micro_batch=training["per_device_train_batch_size"],
+        length=config.max_length,
+        accumulation=training["gradient_accumulation_steps"],
+        checkpointing=bool(training["activation_checkpointing"]),
+        half=bool(training.get("bf16") or training.get("fp16")),
+        padded=training["per_device_train_batch_size"] > 1,
+        attention=config.attn_implementation or "sdpa",
+        lazy=lazy,
+    )
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout with a micro batch, and whether it fits."""
+
+    name: str
+    run: Run
+    memory: Memory
+    margin: int  # bytes of a GPU that the allocator and CUDA need beside
+    step: Step
+    fits_gpu: bool
+    fits_host: bool
+
+    @property
+    def gpu_bytes(self) -> int:
+        return self.memory.device_bytes + self.margin
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_gpu and self.fits_host
+
+
+def option(name: str, run: Run, hardware: Hardware, gpu_memory: float, host_memory: float | None) -> Option:
+    """Judge one layout. `host_memory` is a node's, for all of its ranks."""
+    memory = peak(run)
+    margin = CUDA_CONTEXT + int(FRAGMENTS * memory.device_bytes)
+    needed_on_host = node_bytes(run, memory, hardware)
+    fits_host = host_memory is None or needed_on_host <= host_memory
+    fits_gpu = memory.device_bytes + margin <= gpu_memory
+    return Option(name, run, memory, margin, step_time(run, hardware), fits_gpu, fits_host)
+
+
+def node_bytes(run: Run, memory: Memory, hardware: Hardware) -> int:
+    """Host memory of a node: what is offloaded, or the weights while they are loaded, of all its ranks."""
+    return max(memory.host_bytes, loading_bytes(run)) * hardware.gpus_per_node
+
+
+def loading_bytes(run: Run) -> int:
+    """Host memory of a rank while it loads: all weights, or its share under stage 3 (`training/model.py`)."""
+    weights = run.shape.parameters * run.weight
+    return -(-weights // run.ranks) + max(run.shape.tensors()) * run.weight if run.engine.stage == 3 else weights
+
+
+def micro_batches(rows: int) -> list[int]:
+    """Ways to split a rank's `rows` of a step into equal micro batches, largest first."""
+    return [micro for micro in range(rows, 0, -1) if rows % micro == 0]
+
+
+def options(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> list[Option]:
+    """Every layout as the configuration has it."""
+    return [option(name, run, hardware, gpu_memory, host) for name, run in base.items()]
+
+
+def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> Option | None:
+    """The layout that divides least among those that fit and are about as fast as the fastest.
+
+    Over layouts, checkpointing, and micro batches that keep the global batch. Estimated times that differ by less than
+    a quarter are taken as equal: they leave out what dividing further costs in latency.
+    """
+    found = [best for name, run in base.items() if name in FILES or (name == "no DeepSpeed" and run.ranks == 1)
+             for best in _largest(name, run, hardware, gpu_memory, host)]  # fmt: skip
+    if not found:
+        return None
+    fastest = min(option.step.total for option in found)
+    layout = next(option.name for option in found if option.step.total <= 1.25 * fastest)
+    return min((option for option in found if option.name == layout), key=lambda option: option.step.total)
+
+
+def _largest(name: str, run: Run, hardware: Hardware, gpu_memory: float, host: float | None) -> Iterator[Option]:
+    """The largest fitting micro batch of a layout, without checkpointing and with it."""
+    rows = run.micro_batch * run.accumulation
+    for checkpointing in (False, True):
+        for micro in micro_batches(rows):
+            changed = replace(run, micro_batch=micro, accumulation=rows // micro, checkpointing=checkpointing,
+                              padded=micro > 1)  # fmt: skip
+            tried = option(name, changed, hardware, gpu_memory, host)
+            if tried.fits:
+                yield tried
+                break

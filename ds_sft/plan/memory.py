@@ -1,0 +1,378 @@
+"""Peak memory of a rank, by part: what PyTorch, transformers and DeepSpeed allocate, followed through one step.
+
+Sizes are bytes, counts are elements. The formulas follow the papers where those say enough (ZeRO, arXiv 1910.02054) and
+the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
+`partitioned_param_coordinator.py`), transformers 5.23 (`models/qwen3/modeling_qwen3.py`, `loss/loss_utils.py`).
+`benchmarks/plan_accuracy.py` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ds_sft.plan.shape import Shape
+
+FP32 = 4
+MOMENTS = 8  # Adam's two, in float32
+NORM = 8  # DeepSpeed sums squares of gradients in float64 (runtime/zero/utils.py, get_norm_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the states are divided: the stage and the DeepSpeed options that have a size, in elements."""
+
+    stage: int | None  # None: no DeepSpeed, torch's DistributedDataParallel where there are several ranks
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    overlap: bool = True  # overlap_comm: two reduction buffers
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000  # parameters up to this size stay whole on every rank
+    max_reuse_distance: int = 1_000_000_000
+    sub_group: int = 1_000_000_000  # stage 3 steps through its share in groups of this size
+    hierarchical: int = 1  # zero_hpz_partition_size: ranks that share a second copy of the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What decides the memory of one rank."""
+
+    shape: Shape
+    engine: Engine
+    ranks: int
+    micro_batch: int  # rows
+    length: int  # tokens of a row
+    accumulation: int
+    checkpointing: bool
+    half: bool  # bf16 or fp16
+    padded: bool = False  # rows of different lengths in a batch: attention gets a mask
+    attention: str = "sdpa"
+    lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
+
+    @property
+    def weight(self) -> int:
+        """Bytes of a parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
+        return 2 if self.half and self.engine.stage is not None else FP32
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A rank's peak: the parts alive at the fullest moment of a step."""
+
+    moment: str
+    device: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+def peak(run: Run) -> Memory:
+    """The fullest moment of the fullest rank."""
+    on_host = host(run)
+    fixed = states(run)
+    moments = ((name, {**fixed, **parts}) for name, parts in _moments(run))
+    name, device = max(moments, key=lambda moment: sum(moment[1].values()))
+    return Memory(name, {part: size for part, size in device.items() if size}, on_host)
+
+
+# ---- States
+
+
+def states(run: Run) -> dict[str, int]:
+    """What stays on the device from step to step (ZeRO paper, section 3.1 and figure 1), gradients apart."""
+    engine, share = run.engine, owned(run)
+    if engine.stage is None:
+        ddp = (
+            run.shape.parameters * FP32 if run.ranks > 1 else 0
+        )  # DDP's gradient buckets (gradient_as_bucket_view off)
+        return {"parameters": run.shape.parameters * FP32, "optimizer states": share * MOMENTS, "buckets": ddp}
+    whole = run.shape.parameters if engine.stage < 3 else 0
+    masters = 0 if engine.stage == 3 and run.weight == FP32 else share * FP32  # float32 shares are their own masters
+    on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight}
+    if engine.stage == 3:
+        on_device["parameters"] += persistent(run) * run.weight
+        on_device["parameters"] += (
+            -(-run.shape.parameters // engine.hierarchical) * run.weight * (engine.hierarchical > 1)
+        )
+    if not engine.offload_optimizer:
+        on_device |= {"master weights": masters, "optimizer states": share * MOMENTS}
+    return on_device
+
+
+def host(run: Run) -> dict[str, int]:
+    """What a rank keeps in host memory because of offloading (`stage_1_and_2.py` and `stage3.py`, `__init__`)."""
+    engine, share = run.engine, owned(run)
+    parts = {}
+    if engine.offload_param:
+        parts["parameters"] = share * run.weight
+    if engine.offload_optimizer:
+        parts |= {"master weights": share * FP32, "optimizer states": share * MOMENTS, "gradients": share * FP32}
+        if engine.stage == 3:
+            parts["gradients"] += share * run.weight  # grad_partitions_flat_buffer
+        else:
+            parts["buckets"] = share * run.weight + max(run.shape.tensors()) * run.weight
+            if run.accumulation > 1:
+                parts["gradients"] += max(_partition(run, rank) for rank in _ranks(run)) * run.weight
+    return parts
+
+
+def owned(run: Run) -> int:
+    """Elements of the states that a rank keeps."""
+    if run.engine.stage is None:
+        return run.shape.parameters
+    if run.engine.stage == 3:  # every parameter is cut by itself
+        return sum(-(-size // run.ranks) for size in run.shape.tensors())
+    return -(-run.shape.parameters // run.ranks)
+
+
+def persistent(run: Run) -> int:
+    """Elements of small parameters that stage 3 keeps whole (stage3_param_persistence_threshold)."""
+    return sum(size for size in run.shape.tensors() if size <= run.engine.persistence_threshold)
+
+
+# ---- Activations
+
+
+def layer_activations(run: Run) -> int:
+    """What autograd keeps of one layer for its backward, as transformers' modules compute it.
+
+    Like Korthikanti et al. (arXiv 2205.05198, section 4.1), for this layer: RMS norms in float32, rotary embeddings,
+    grouped queries, a gated MLP, attention that keeps no scores.
+    """
+    s, w = run.shape, 2 if run.half else FP32
+    per_token = _norms(run) + _attention(run) + 2 * s.intermediate * w + 2 * s.intermediate * w
+    return run.tokens * per_token + _scores(run)
+
+
+def _norms(run: Run) -> int:
+    """Both norms of a layer and the input of the matrices behind them, a token."""
+    h = run.shape.hidden
+    if run.weight == 2:  # float32 copy, normalised, output; two float32 factors
+        return 2 * (h * (4 + 2 + 2) + FP32)
+    if not run.half:  # the residual itself, normalised, output
+        return 2 * (h * (4 + 4 + 4) + FP32)
+    # Under autocast the output is cast once for each matrix that reads it: q, k, v and gate, up.
+    return 2 * (h * (4 + 4) + FP32) + 5 * h * 2
+
+
+def _attention(run: Run) -> int:
+    """Queries, keys, values, output and their norms, a token."""
+    s, w = run.shape, 2 if run.half else FP32
+    keys_values = 2 * (s.q_size if run.padded or not _groups_inside(run) else s.kv_size)
+    kept = (s.q_size + keys_values + s.q_size) * w + s.heads * FP32  # the last: log-sum-exp of the scores
+    if s.head_norms:
+        kept += (s.q_size + s.kv_size) * (4 + w) + (s.heads + s.kv_heads) * FP32
+    return kept
+
+
+def _groups_inside(run: Run) -> bool:
+    """Whether attention reads grouped keys as they are; with a mask transformers repeats them for each query."""
+    return run.attention in ("sdpa", "flash_attention_2", "flash_attention_3") and not run.padded
+
+
+def _scores(run: Run) -> int:
+    """Attention's quadratic part in a layer: the mask as numbers, or the scores themselves where eager keeps them."""
+    square = run.micro_batch * run.length**2
+    w = 2 if run.half else FP32
+    if run.attention == "eager":
+        return square * run.shape.heads * (FP32 + w)  # softmax in float32, and cast
+    return square * w if run.padded and run.attention == "sdpa" else 0
+
+
+def kept_between_layers(run: Run) -> int:
+    """What checkpointing keeps of a layer: its input."""
+    residual = FP32 if run.weight == FP32 else run.weight
+    return run.tokens * run.shape.hidden * residual
+
+
+def layer_backward(run: Run) -> int:
+    """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP."""
+    w = 2 if run.half else FP32
+    return run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * w)
+
+
+def outside_layers(run: Run) -> int:
+    """Embeddings, the last norm, the mask: alive from the first layer to the loss."""
+    h = run.shape.hidden
+    norm = h * ((4 + 2 + 2) if run.weight == 2 else (4 + 4 + 4))
+    mask = run.micro_batch * run.length**2 if run.padded else 0
+    return run.tokens * (norm + h * (FP32 if run.weight == FP32 else 2)) + mask
+
+
+def logits(run: Run) -> int:
+    """The loss at its fullest: log-probabilities and two gradients of them, float32 (`ForCausalLMLoss`).
+
+    In forward there are the logits (16 bits), their float32 copy and the log-probabilities: less.
+    """
+    return run.tokens * run.shape.vocab * 3 * FP32
+
+
+def cast_weights(run: Run) -> int:
+    """Without DeepSpeed autocast keeps a 16-bit copy of every matrix from its first use to the end of forward."""
+    return run.shape.multiplied * 2 if run.half and run.engine.stage is None else 0
+
+
+# ---- One step, moment by moment
+
+
+def _moments(run: Run) -> Iterator[tuple[str, dict[str, int]]]:
+    """The parts beside `states` at each moment that could be the fullest."""
+    yield "loading", loading(run)
+    for rank in _ranks(run):
+        yield from _backward(run, rank)
+        yield "optimizer step", step(run, rank)
+
+
+def _ranks(run: Run) -> list[int]:
+    """Ranks whose share differs: the first hold the embedding, the last the output projection."""
+    return sorted({0, 1, run.ranks - 2, run.ranks - 1} & set(range(run.ranks)))
+
+
+def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
+    s, fixed = run.shape, outside_layers(run)
+    layer = layer_activations(run)
+    kept = kept_between_layers(run) if run.checkpointing else layer
+    earlier = gradients(run, rank, s.parameters) if run.accumulation > 1 else 0
+    gathered = gathered_at(run)
+    transient = reduction(run, s.embedding)
+    casts = cast_weights(run)
+
+    def moment(layers: int, **parts: int) -> dict[str, int]:
+        return {"activations": fixed + layers * kept + casts, "gathered parameters": gathered[layers], **parts}
+
+    yield "loss", moment(s.layers, logits=logits(run), gradients=earlier, **_buckets(run))
+    done = 0 if s.tied else s.embedding
+    tied = s.embedding * _gradient_bytes(run) if s.tied else 0  # waits in autograd for the embedding's own
+    head = transient - (s.embedding * _gradient_bytes(run) if done else 0)
+    if not s.tied:
+        held = earlier + max(gradients(run, rank, done), s.embedding * _gradient_bytes(run))
+        yield "output projection", moment(s.layers, gradients=held, reduction=head, **_buckets(run))
+    for i in reversed(range(s.layers)):
+        done += s.layer_parameters
+        held = earlier + gradients(run, rank, done) + tied
+        parts = moment(i, gradients=held, **_buckets(run), reduction=reduction(run, max(s.layer_tensors())))
+        parts["activations"] += layer + layer_backward(run)
+        yield f"backward of layer {i}", parts
+    held = earlier + gradients(run, rank, done) + tied + s.embedding * _gradient_bytes(run)
+    yield "embedding", moment(0, gradients=held, reduction=head if not s.tied else transient, **_buckets(run))
+
+
+def _gradient_bytes(run: Run) -> int:
+    return run.weight
+
+
+def gradients(run: Run, rank: int, done: int) -> int:
+    """Gradients that a rank holds when those of the last `done` elements of the model are computed."""
+    engine, w = run.engine, run.weight
+    if engine.stage is None:
+        return done * FP32
+    if engine.stage == 3:
+        return 0 if engine.offload_optimizer else owned(run) * w
+    if engine.stage == 1:
+        return done * w
+    return 0 if engine.offload_optimizer else _partition(run, rank, done if run.lazy else None) * w
+
+
+def _partition(run: Run, rank: int, done: int | None = None) -> int:
+    """Elements of all parameters that lie in a rank's share, those that lie in it with a part only as well.
+
+    Stage 2 keeps their gradients whole (`copy_grads_in_partition`). `done` counts from the model's end.
+    """
+    reached = 0 if done is None else run.shape.parameters - done
+    return sum(size for start, size, _ in _in_share(run, rank) if start >= reached)
+
+
+def _in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
+    """Start, size and size within the share of each parameter that a rank of stages 1 and 2 has a part of."""
+    share = -(-run.shape.parameters // run.ranks)
+    start = 0
+    for size in run.shape.tensors():
+        inside = min(start + size, (rank + 1) * share) - max(start, rank * share)
+        if inside > 0:
+            yield start, size, inside
+        start += size
+
+
+def _buckets(run: Run) -> dict[str, int]:
+    """DeepSpeed's reduction buffers (reduce_bucket_size); nothing without DeepSpeed: see `states`."""
+    engine = run.engine
+    if engine.stage is None:
+        return {"buckets": run.shape.parameters * FP32 if run.ranks > 1 else 0}
+    buffers = 2 if engine.overlap and engine.stage < 3 else 1
+    size = min(engine.reduce_bucket, run.shape.parameters) if run.lazy else engine.reduce_bucket
+    extra = 2 * max(run.shape.tensors()) if engine.offload_optimizer and engine.stage < 3 else 0
+    return {"buckets": (buffers * size + extra) * run.weight}
+
+
+def reduction(run: Run, size: int) -> int:
+    """A gradient of `size` elements and the copies that reducing it makes.
+
+    One flattened over the ranks that share it (`allreduce_bucket`, `reduce_scatter_coalesced`); with offloading, its
+    square in float64 for the norm.
+    """
+    engine = run.engine
+    if engine.stage is None:
+        return 0
+    copies = 2 if run.ranks > 1 or engine.stage == 3 else 1
+    norm = NORM * size if engine.offload_optimizer and engine.stage < 3 else 0
+    return copies * size * run.weight + norm
+
+
+def gathered_at(run: Run) -> list[int]:
+    """Bytes of whole parameters that stage 3 holds when `i` layers are still to go backward, i = 0 ... layers.
+
+    A parameter stays after its use while the next is nearer than `max_reuse_distance` elements
+    (`partitioned_param_coordinator.py`, `__params_to_release`): models up to about half of it stay whole from forward
+    to backward. `stage3_prefetch_bucket_size` more are fetched ahead.
+    """
+    s, engine = run.shape, run.engine
+    if engine.stage != 3:
+        return [0] * (s.layers + 1)
+    matrices = [size for size in s.layer_tensors() if size > engine.persistence_threshold]
+    layer = sum(matrices)
+    passes = 3 if run.checkpointing else 2  # a layer's recomputation uses its parameters once more
+    held = []
+    for i in range(s.layers + 1):
+        behind = s.embedding * 2  # the output projection, forward and backward
+        near = 0
+        for _ in range(i):  # from the last of the `i` layers to the first
+            if behind >= engine.max_reuse_distance:
+                break
+            near += layer
+            behind += passes * layer
+        current = s.embedding if i == s.layers or i == 0 else layer if near else max(matrices, default=0)
+        held.append((near + current + min(engine.prefetch_bucket, s.parameters)) * run.weight)
+    return held
+
+
+def step(run: Run, rank: int) -> dict[str, int]:
+    """The optimizer step: gradients as they were reduced, then flattened, then in float32 for the fused Adam."""
+    engine, share = run.engine, owned(run)
+    held = gradients(run, rank, run.shape.parameters)
+    if engine.stage is None or engine.offload_optimizer:
+        return {"gradients": held}
+    part = min(share, engine.sub_group) if engine.stage == 3 else share
+    flat = part * (run.weight + FP32 if run.weight != FP32 else FP32)
+    if engine.stage == 3:
+        norm = NORM * -(-max(run.shape.tensors()) // run.ranks)
+    else:
+        norm = NORM * max((inside for *_, inside in _in_share(run, rank)), default=0)
+    return {"gradients": held, "step buffers": max(flat, norm), **({} if engine.stage != 3 else _buckets(run))}
+
+
+def loading(run: Run) -> dict[str, int]:
+    """Before the states exist: stages 1 and 2 copy the weights into one flat buffer."""
+    if run.engine.stage in (1, 2) and not run.engine.offload_optimizer:
+        return {"master weights": 0, "optimizer states": 0, "flat copy": run.shape.parameters * run.weight}
+    return {}

@@ -1,0 +1,143 @@
+"""The shape of a model from its `config.json`: which tensors it has, without downloading or loading any of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_sft.errors import UserError
+
+# Decoders whose layer is [norm, attention, norm, gated MLP], and what their configuration does not say of biases:
+# transformers' models/*/modeling_*.py.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+BIASED_QKV = ("qwen2",)  # on q, k and v, never on the output projection
+HEAD_NORMS = ("qwen3",)  # q and k are normalised a head at a time
+TIED_BY_DEFAULT = ("smollm3",)
+NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a dense decoder."""
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int  # fewer than `heads`: grouped-query attention
+    head_dim: int
+    vocab: int
+    tied: bool  # the output projection is the embedding
+    head_norms: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def layer_tensors(self) -> list[int]:
+        """Elements of each parameter of one layer, matrices first."""
+        h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        sizes = [h * q, h * kv, h * kv, q * h, h * i, h * i, i * h]
+        sizes += [q, kv, kv] if self.qkv_bias else []
+        sizes += [h] if self.output_bias else []
+        sizes += [i, i, h] if self.mlp_bias else []
+        sizes += [self.head_dim, self.head_dim] if self.head_norms else []
+        return [*sizes, h, h]
+
+    def tensors(self) -> list[int]:
+        """Elements of each parameter of the model; tied ones once."""
+        head = [] if self.tied else [self.embedding]
+        return [self.embedding, *self.layer_tensors() * self.layers, self.hidden, *head]
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(self.layer_tensors())
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.tensors())
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that every token is multiplied with: the matrices of the layers and the output projection."""
+        h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        return self.layers * (2 * h * q + 2 * h * kv + 3 * h * i) + self.embedding
+
+
+def read_shape(model_name_or_path: str) -> Shape:
+    """The shape of a folder's or a hub id's model; of the hub only `config.json` is fetched, once.
+
+    Raises:
+        UserError: no such model, no network, or an architecture whose memory this package cannot derive.
+    """
+    path = Path(model_name_or_path).expanduser()
+    file = path / "config.json" if path.is_dir() else _from_hub(model_name_or_path)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model_name_or_path: {model_name_or_path}: this folder has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+    return shape_of(found, str(file))
+
+
+def _from_hub(name: str) -> Path:
+    if Path(name).exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise UserError(f"model_name_or_path: {name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(name, "config.json", etag_timeout=10))
+    except Exception as error:  # a dozen classes of three libraries: no such model, no access, no network, offline mode
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"model_name_or_path: {name}: its config.json is not to be had: {reason}") from None
+
+
+def shape_of(found: Mapping[str, Any], where: str = "config.json") -> Shape:
+    """The shape that the keys of a `config.json` describe.
+
+    Raises:
+        UserError: a mixture of experts, another architecture, or a key missing.
+    """
+    family = str(found.get("model_type"))
+    if any("expert" in key for key in found):
+        raise UserError(f"{where}: model_type {family}: a mixture of experts; only dense models can be planned")
+    if family not in FAMILIES:
+        raise UserError(f"{where}: model_type {family}: cannot be planned; these can: {', '.join(FAMILIES)}")
+    for key in NUMBERS:
+        if not isinstance(found.get(key), int) or found[key] < 1:
+            raise UserError(f"{where}: {key}: expected a whole number above 0, found {found.get(key)!r}")
+    heads, bias = found["num_attention_heads"], bool(found.get("attention_bias", False))
+    return Shape(
+        family=family,
+        hidden=found["hidden_size"],
+        intermediate=found["intermediate_size"],
+        layers=found["num_hidden_layers"],
+        heads=heads,
+        kv_heads=found.get("num_key_value_heads") or heads,
+        head_dim=found.get("head_dim") or (128 if family == "qwen3" else found["hidden_size"] // heads),
+        vocab=found["vocab_size"],
+        tied=bool(found.get("tie_word_embeddings", family in TIED_BY_DEFAULT)),
+        head_norms=family in HEAD_NORMS,
+        qkv_bias=family in BIASED_QKV or (bias and family != "mistral"),
+        output_bias=bias and family not in (*BIASED_QKV, "mistral"),
+        mlp_bias=bool(found.get("mlp_bias", False)) and family in ("llama", "smollm3"),
+    )

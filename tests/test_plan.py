@@ -1,0 +1,264 @@
+"""`ds-sft plan`: its arithmetic against figures worked out by hand, and its command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ds_sft.cli import main
+from ds_sft.commands.plan import seconds, size
+from ds_sft.config import load_config
+from ds_sft.errors import UserError
+from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time, traffic
+from ds_sft.plan.disk import checkpoint_bytes
+from ds_sft.plan.layouts import engine_of, micro_batches, name_of, shipped_engine
+from ds_sft.plan.memory import Engine, Run, gathered_at, logits, owned, peak, states
+from ds_sft.plan.schedule import count_rows
+from ds_sft.plan.shape import Shape
+from ds_sft.plan.sweep import nodes_of
+
+TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+SHAPE = Shape(family="llama", hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=1000,
+              tied=False)  # fmt: skip
+# A layer: q, o 64 x 64 each; k, v 64 x 32 each; gate, up, down 64 x 128 each; two norms of 64.
+LAYER = 2 * 4096 + 2 * 2048 + 3 * 8192 + 128
+PARAMETERS = 2 * LAYER + 2 * 64_000 + 64
+
+
+def run(stage: int | None, ranks: int = 4, **keys: Any) -> Run:
+    engine = keys.pop("engine", Engine(stage=stage))
+    accumulation = keys.pop("accumulation", 1)
+    return Run(shape=SHAPE, engine=engine, ranks=ranks, micro_batch=2, length=128, accumulation=accumulation,
+               checkpointing=False, half=True, **keys)  # fmt: skip
+
+
+def test_parameters_by_hand() -> None:
+    assert SHAPE.parameters == PARAMETERS == 202_048
+    assert SHAPE.multiplied == 2 * (LAYER - 128) + 64_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (None, (4 + 8) * PARAMETERS),  # float32 weights, two moments; DDP's buckets apart
+        (1, 2 * PARAMETERS + (4 + 8) * PARAMETERS // 4),
+        (2, 2 * PARAMETERS + (4 + 8) * PARAMETERS // 4),
+    ],
+)
+def test_states_by_hand(stage: int | None, expected: int) -> None:
+    found = states(run(stage))
+    assert sum(size for part, size in found.items() if part != "buckets") == expected
+
+
+def test_stage_3_divides_each_parameter_and_keeps_small_ones_whole() -> None:
+    engine = Engine(stage=3, persistence_threshold=640)
+    assert owned(run(3, 3)) == 2 * (2 * 1366 + 2 * 683 + 3 * 2731 + 2 * 22) + 2 * 21_334 + 22
+    found = states(run(3, 4, engine=engine))
+    assert found["parameters"] == 2 * (PARAMETERS // 4 + 5 * 64)  # a share, and five norms
+    assert found["master weights"] + found["optimizer states"] == 12 * PARAMETERS // 4
+
+
+def test_offloading_moves_states_to_the_host() -> None:
+    memory = peak(run(3, engine=Engine(stage=3, offload_optimizer=True, offload_param=True)))
+    assert "optimizer states" not in memory.device
+    assert memory.host == {
+        "parameters": 2 * PARAMETERS // 4,
+        "master weights": 4 * PARAMETERS // 4,
+        "optimizer states": 8 * PARAMETERS // 4,
+        "gradients": 6 * PARAMETERS // 4,  # float32, and as they arrive
+    }
+
+
+def test_logits_are_three_float32_copies() -> None:
+    assert logits(run(2)) == 2 * 128 * 1000 * 12
+
+
+def test_gathered_parameters_obey_the_reuse_distance() -> None:
+    near = gathered_at(run(3, engine=Engine(stage=3, prefetch_bucket=0, persistence_threshold=64)))
+    assert near[2] == 2 * (2 * (LAYER - 128) + 64_000)  # both layers' matrices and the projection
+    far = gathered_at(run(3, engine=Engine(stage=3, prefetch_bucket=0, persistence_threshold=64, max_reuse_distance=0)))
+    assert far == [2 * 64_000, 2 * 8192, 2 * 64_000]
+
+
+def test_traffic_in_weights() -> None:
+    """The ZeRO paper's section 7: 2 psi without and with stage 1 or 2 (here as DeepSpeed does it), 3 psi in stage 3."""
+    psi = 2 * PARAMETERS * 3 / 4
+    assert traffic(run(1, accumulation=3), 4).total == 3 * psi
+    assert traffic(run(2, accumulation=3), 4).total == (2 * 3 + 1) * psi
+    assert traffic(run(3, accumulation=3), 4).total == 3 * 3 * psi
+    within = traffic(run(3, engine=Engine(stage=3, hierarchical=2)), 2)
+    assert (within.inside, within.between) == (psi, 2 * psi)
+
+
+def test_step_time_hides_what_fits_behind_computation() -> None:
+    slow = Hardware(nodes=2, gpus_per_node=2, flops=1e12, inside=1e9, between=1e6)
+    fast = Hardware(nodes=2, gpus_per_node=2, flops=1e6, inside=1e12, between=1e12)
+    assert step_time(run(3), slow).total == pytest.approx(3 * 2 * PARAMETERS * 3 / 4 / 1e6)
+    assert step_time(run(3), fast).efficiency == pytest.approx(1.0)
+    assert model_flops_per_token(SHAPE, 128) == 6 * SHAPE.multiplied + 12 * 2 * 64 * 128
+
+
+@pytest.mark.parametrize(
+    ("stage", "weight_bytes", "expected"),
+    [(None, 4, 12 * PARAMETERS), (2, 2, 16 * PARAMETERS), (3, 2, 14 * PARAMETERS), (3, 4, 16 * PARAMETERS)],
+)
+def test_checkpoint_bytes(stage: int | None, weight_bytes: int, expected: int) -> None:
+    assert checkpoint_bytes(SHAPE, stage=stage, weight_bytes=weight_bytes) == expected
+
+
+def test_engine_options_are_those_transformers_fills_in() -> None:
+    engine = shipped_engine("ZeRO-3 offload", SHAPE)
+    assert (engine.reduce_bucket, engine.prefetch_bucket, engine.persistence_threshold) == (4096, 3686, 640)
+    assert name_of(engine) == "ZeRO-3 offload"
+    given = engine_of({"stage": 2, "reduce_bucket_size": 5e8, "offload_optimizer": {"device": "cpu"}}, SHAPE)
+    assert (given.reduce_bucket, given.overlap, name_of(given)) == (500_000_000, False, "ZeRO-2 offload")
+    with pytest.raises(UserError, match="stage: 0: cannot be planned"):
+        engine_of({}, SHAPE)
+
+
+def test_micro_batches_keep_the_rows_of_a_step() -> None:
+    assert micro_batches(12) == [12, 6, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 1800), ("24:00:00", 86400), ("10:30", 630), ("2-12", 216000), ("1-02:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_time_limits_as_slurm_writes_them(text: str, expected: int) -> None:
+    assert seconds(text) == expected
+
+
+def test_sizes() -> None:
+    assert (size("80GB"), size("24GiB"), size("150T"), size("25GB/s")) == (80e9, 24 * 2**30, 150e12, 25e9)
+
+
+def test_nodes_of_a_sweep() -> None:
+    assert nodes_of("nodes=1..128") == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert nodes_of("nodes=3..10") == [3, 6, 10]
+    with pytest.raises(UserError, match=r"--sweep gpus=1: expected nodes=FIRST\.\.LAST"):
+        nodes_of("gpus=1")
+
+
+def test_rows_are_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert count_rows(file) is None
+    file.write_bytes(b"{}\n{}\n{}")
+    assert count_rows(file) == 3
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 100, encoding="utf-8")
+    keys = {"model_name_or_path": "model", "train_file": "rows.jsonl", "output_dir": "out", "max_length": 128}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return tmp_path / "run.yaml"
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["plan", "run.yaml", "--json", *words]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.usefixtures("config_file")
+def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, "--gpus-per-node", "4")
+    assert found["model"] == {"parameters": PARAMETERS, "tied": False, "family": "llama"}
+    assert [o["name"] for o in found["options"]] == ["no DeepSpeed", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload",
+                                                     "ZeRO-3 offload"]  # fmt: skip
+    assert all(sum(o["gpu"].values()) == o["gpu_total"] for o in found["options"])
+    best = found["recommended"]
+    assert best["micro_batch"] * best["accumulation"] == 4  # the rows of a step stay
+    assert found["schedule"]["steps"] == 14  # 7 an epoch of 100 rows, 16 a step; two epochs
+    assert found["schedule"]["tokens"] == 14 * 16 * 128
+    assert found["disk"]["total"] == found["disk"]["checkpoint"] + found["disk"]["final_model"]
+
+
+@pytest.mark.usefixtures("config_file")
+def test_nothing_fits_is_said_and_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.yaml", "--gpu-memory", "1GB"]) == 2
+    assert "Nothing fits: even " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("config_file")
+def test_memory_decides_the_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "80GB")["recommended"]
+    narrow = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "1.095GB")["recommended"]
+    assert wide["micro_batch"] == 32
+    assert 1 <= narrow["micro_batch"] < 32
+    assert narrow["gpu_total"] <= 1.095e9
+    assert narrow["micro_batch"] * narrow["accumulation"] == 32
+
+
+@pytest.mark.usefixtures("config_file")
+def test_written_configuration_is_the_recommended_one(capsys: pytest.CaptureFixture[str]) -> None:
+    best = plan(capsys, "--write", "planned.yaml")["recommended"]
+    written = load_config(["--config", "planned.yaml"])
+    assert written.training["per_device_train_batch_size"] == best["micro_batch"]
+    assert written.training["gradient_accumulation_steps"] == best["accumulation"]
+    assert written.training["activation_checkpointing"] is best["checkpointing"]
+    assert Path(written.training["deepspeed"]).name == "zero2.json"
+    assert Path(written.training["deepspeed"]).is_file()
+
+
+@pytest.mark.usefixtures("config_file")
+def test_a_measured_run_gives_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/run.json").write_text('{"tokens_per_second": 1000.0, "world_size": 8}', encoding="utf-8")
+    times = plan(capsys)["schedule"]
+    assert (times["rate"], times["rate_measured"]) == (1000.0, True)
+    assert times["seconds"] == times["tokens"] / 1000
+    assert plan(capsys, "--nodes", "2")["schedule"]["rate_measured"] is False  # another number of ranks
+
+
+@pytest.mark.usefixtures("config_file")
+def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.yaml", "--sweep", "nodes=1..4", "--plot", "sweep.png", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)
+    assert [(p["layout"], p["nodes"]) for p in points] == [
+        (layout, nodes) for layout in ("ZeRO-2", "ZeRO-3", "hierarchical") for nodes in (1, 2, 4)
+    ]
+    assert Path("sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu-memory", "lots"], "'lots': expected a number above 0 such as 80GB"),
+        (["--time-limit", "soon"], "'soon': expected a time such as 30 (minutes), 24:00:00"),
+        (["--gpu_memory", "80GB"], "--gpu_memory: unknown key"),
+    ],
+)
+@pytest.mark.usefixtures("config_file")
+def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    try:
+        code = main(["plan", "run.yaml", *words])
+    except SystemExit as ended:  # argparse
+        code = int(str(ended.code))
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_answers_in_two_seconds(config_file: Path) -> None:
+    """Half a second on an idle core; the limit leaves room for a busy machine."""
+    best = min(_seconds_of(config_file) for _ in range(3))
+    assert best < 2
+
+
+def _seconds_of(config_file: Path) -> float:
+    started = time.monotonic()
+    script = Path(sys.executable).parent / "ds-sft"
+    subprocess.run([script, "plan", config_file], check=True, capture_output=True, cwd=config_file.parent)
+    return time.monotonic() - started
