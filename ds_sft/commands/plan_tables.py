@@ -94,7 +94,7 @@ def disk_lines(plan: dict[str, Any]) -> list[str]:
 def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
     times = plan["schedule"]
     if times["steps"] is None:
-        return ["Time: train_file is not there to be counted; give --rows."]
+        return ["Time: the rows of train_file cannot be counted from here; give --rows."]
     length = "" if times["tokens_known"] else " (every row taken to be max_length long; --mean-tokens)"
     rate = "measured" if times["rate_measured"] else f"estimated at {given.flops / 1e12:.0f} TFLOP/s a GPU"
     lines = [

@@ -9,7 +9,7 @@ the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ds_sft.plan.shape import Shape
 
@@ -240,48 +240,47 @@ def _ranks(run: Run) -> list[int]:
 
 
 def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
-    s, fixed = run.shape, outside_layers(run)
-    layer = layer_activations(run)
+    s, layer = run.shape, layer_activations(run)
     kept = kept_between_layers(run) if run.checkpointing else layer
-    earlier = gradients(run, rank, s.parameters) if run.accumulation > 1 else 0
-    gathered = gathered_at(run)
-    transient = reduction(run, s.embedding)
-    casts = cast_weights(run)
+    gathered, head = gathered_at(run), s.embedding * run.weight  # bytes of the gradient of either end of the model
 
-    def moment(layers: int, **parts: int) -> dict[str, int]:
-        return {"activations": fixed + layers * kept + casts, "gathered parameters": gathered[layers], **parts}
+    def moment(layers: int, done: int, whole: int, **parts: int) -> dict[str, int]:
+        """`layers` still to go backward, `done` elements behind, `whole` bytes of gradients not yet divided."""
+        return {
+            "activations": outside_layers(run) + layers * kept + cast_weights(run),
+            "gathered parameters": gathered[layers],
+            "gradients": gradients(run, rank, done) + whole,
+            **_buckets(run),
+            **parts,
+        }
 
-    yield "loss", moment(s.layers, logits=logits(run), gradients=earlier, **_buckets(run))
-    done = 0 if s.tied else s.embedding
-    tied = s.embedding * _gradient_bytes(run) if s.tied else 0  # waits in autograd for the embedding's own
-    head = transient - (s.embedding * _gradient_bytes(run) if done else 0)
-    if not s.tied:
-        held = earlier + max(gradients(run, rank, done), s.embedding * _gradient_bytes(run))
-        yield "output projection", moment(s.layers, gradients=held, reduction=head, **_buckets(run))
+    yield "loss", moment(s.layers, 0, 0, logits=logits(run))
+    behind = 0 if s.tied else s.embedding
+    waiting = head if s.tied else 0  # in autograd, for the embedding's own, to be added
+    gradient_of_logits = run.tokens * s.vocab * (2 if run.half else FP32)
+    yield "output projection", moment(s.layers, behind, reduction(run, s.embedding), logits=gradient_of_logits)
     for i in reversed(range(s.layers)):
-        done += s.layer_parameters
-        held = earlier + gradients(run, rank, done) + tied
-        parts = moment(i, gradients=held, **_buckets(run), reduction=reduction(run, max(s.layer_tensors())))
+        behind += s.layer_parameters
+        parts = moment(i, behind, waiting + reduction(run, max(s.layer_tensors())))
         parts["activations"] += layer + layer_backward(run)
         yield f"backward of layer {i}", parts
-    held = earlier + gradients(run, rank, done) + tied + s.embedding * _gradient_bytes(run)
-    yield "embedding", moment(0, gradients=held, reduction=head if not s.tied else transient, **_buckets(run))
-
-
-def _gradient_bytes(run: Run) -> int:
-    return run.weight
+    yield "embedding", moment(0, behind, max(waiting + head, reduction(run, s.embedding)))
 
 
 def gradients(run: Run, rank: int, done: int) -> int:
-    """Gradients that a rank holds when those of the last `done` elements of the model are computed."""
-    engine, w = run.engine, run.weight
-    if engine.stage is None:
-        return done * FP32
+    """Gradients that a rank keeps for the step when those of the last `done` elements of the model are computed.
+
+    With accumulation those of earlier micro batches are there from the start. Without DeepSpeed and in stage 1 new ones
+    are added to them, in stage 2 they lie beside them (`all_grad_tensors`), in stage 3 one buffer takes both.
+    """
+    engine, w, several = run.engine, run.weight, run.accumulation > 1
     if engine.stage == 3:
         return 0 if engine.offload_optimizer else owned(run) * w
-    if engine.stage == 1:
-        return done * w
-    return 0 if engine.offload_optimizer else _partition(run, rank, done if run.lazy else None) * w
+    if engine.stage in (None, 1):
+        return (run.shape.parameters if several else done) * w
+    if engine.offload_optimizer:
+        return 0
+    return (_partition(run, rank, done if run.lazy else None) + several * _partition(run, rank)) * w
 
 
 def _partition(run: Run, rank: int, done: int | None = None) -> int:
@@ -316,16 +315,14 @@ def _buckets(run: Run) -> dict[str, int]:
 
 
 def reduction(run: Run, size: int) -> int:
-    """A gradient of `size` elements and the copies that reducing it makes.
+    """Bytes of a whole gradient of `size` elements while it is reduced, with the copies of it that takes.
 
-    One flattened over the ranks that share it (`allreduce_bucket`, `reduce_scatter_coalesced`); with offloading, its
-    square in float64 for the norm.
+    One is flattened over the ranks that share it (`allreduce_bucket`, `reduce_scatter_coalesced`); offloading takes its
+    norm in float64.
     """
     engine = run.engine
-    if engine.stage is None:
-        return 0
-    copies = 2 if run.ranks > 1 or engine.stage == 3 else 1
-    norm = NORM * size if engine.offload_optimizer and engine.stage < 3 else 0
+    copies = 2 if engine.stage is not None and (run.ranks > 1 or engine.stage == 3) else 1
+    norm = NORM * size if engine.offload_optimizer and engine.stage != 3 else 0
     return copies * size * run.weight + norm
 
 
@@ -359,7 +356,7 @@ def gathered_at(run: Run) -> list[int]:
 def step(run: Run, rank: int) -> dict[str, int]:
     """The optimizer step: gradients as they were reduced, then flattened, then in float32 for the fused Adam."""
     engine, share = run.engine, owned(run)
-    held = gradients(run, rank, run.shape.parameters)
+    held = gradients(replace(run, accumulation=1), rank, run.shape.parameters)
     if engine.stage is None or engine.offload_optimizer:
         return {"gradients": held}
     part = min(share, engine.sub_group) if engine.stage == 3 else share

@@ -34,7 +34,7 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
              rate: float | None) -> Schedule:  # fmt: skip
     """How long a run takes: at `rate` tokens a second, else at the step time that was estimated."""
     training = config.training
-    rows = rows or count_rows(Path(config.train_file))
+    rows = rows or rows_of(config.train_file)
     known = mean_tokens or _mean_tokens(config)
     per_row = min(known or config.max_length, config.max_length)
     per_step = run.micro_batch * run.accumulation * run.ranks
@@ -75,6 +75,13 @@ def _checkpoints(training: Any, steps: int | None, rows: int | None, per_step: i
     every = training.get("save_steps", 500)
     every = max(int(every if every >= 1 else every * steps), 1)
     return -(-steps // every)
+
+
+def rows_of(given: str | list[Any]) -> int | None:
+    """Rows of `train_file` where that names JSON Lines files; None for what only reading it would tell."""
+    names = [given] if isinstance(given, str) else given
+    counts = [count_rows(Path(name)) if isinstance(name, str) and name.endswith(".jsonl") else None for name in names]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def count_rows(path: Path) -> int | None:
