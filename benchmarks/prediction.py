@@ -75,9 +75,9 @@ def measure(folder: Path, way: str, new_tokens: int) -> None:
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": args.world_size}
     options = json.loads(json.dumps(args.hf_deepspeed_config.config).replace('"auto"', "false"))
     zero = {name: value for name, value in options["zero_optimization"].items() if value is not False}
-    engine = deepspeed.initialize(model=model, config={"bf16": {"enabled": True}, "zero_optimization": zero, **sizes})[
-        0
-    ]
+    adam = {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}
+    options = {"bf16": {"enabled": True}, "zero_optimization": zero, "optimizer": adam, **sizes}
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=options)[0]
     torch.manual_seed(0)
     prompts = torch.randint(10, 8000, (8, 32))
     answer(engine.module.eval(), prompts, 2)  # the first pass learns the order of the modules

@@ -52,7 +52,7 @@ def main() -> None:
         base = {ranks: train(folder, "tiny", "ZeRO-2", ranks)["mib"] for ranks in given.ranks}
         for engine, bytes_on in THEORY.items():
             for ranks in given.ranks:
-                found = train(folder, "model", engine, ranks)
+                found = reference if (engine, ranks) == ("DDP", 1) else train(folder, "model", engine, ranks)
                 loss = max(abs(a / b - 1) for a, b in zip(found["losses"], reference["losses"], strict=True))
                 weights = difference(found["weights"], reference["weights"])
                 theory = parameters * bytes_on(ranks) / 2**20

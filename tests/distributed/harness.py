@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,8 +49,17 @@ def entry(launcher: str, ranks: int = 1) -> list[str]:
 
 
 def run(command: Sequence[str], *, cwd: Path, timeout: float = 120, env: Mapping[str, str] | None = None) -> Done:
-    """Run a command in a session of its own; at the time limit all of that session is killed and the test fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
+    """Run a command in a session of its own.
+
+    At the time limit the test fails with what each rank was doing (its Python stacks) and all its processes are killed.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        **(env or {}),
+    }
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -63,9 +73,9 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 120, env: Mapping
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        end_tree(process.pid)
+        show_stacks(process.pid)
         output, _ = process.communicate()
-        raise AssertionError(f"not done after {timeout} s: {command}\n{output[-4000:]}") from None
+        raise AssertionError(f"not done after {timeout} s: {command}\n{output[-12000:]}") from None
     return Done(process.returncode, output)
 
 
@@ -76,6 +86,26 @@ def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, tim
             pool.submit(run, command, cwd=cwd, timeout=timeout) for command, cwd in zip(commands, folders, strict=True)
         ]
         return [job.result() for job in jobs]
+
+
+def show_stacks(pid: int) -> None:
+    """End a command and its ranks, after letting each rank write where it is; `faulthandler` does at SIGABRT."""
+    family = psutil.Process(pid).children(recursive=True)
+    ranks = {}
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if "RANK" in environment:
+                ranks[int(environment["RANK"])] = process
+    psutil.Process(pid).kill()  # a launcher would end the others as soon as the first is gone
+    for rank, process in sorted(ranks.items()):
+        with contextlib.suppress(psutil.Error, OSError):
+            Path(f"/proc/{process.pid}/fd/2").write_text(f"\n---- rank {rank} was here:\n")
+            process.send_signal(signal.SIGABRT)
+            process.wait(10)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def end_tree(pid: int) -> None:
