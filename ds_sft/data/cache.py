@@ -7,6 +7,7 @@ hashes of the other two. What is whole is renamed into place. A folder with a by
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -327,6 +328,7 @@ _builder: Builder | None = None  # of the processes that encode
 
 
 def _start_worker() -> None:
+    gc.freeze()  # what was inherited need not be searched for garbage, nor its pages be copied for that
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody is left behind by a parent that was killed
 

@@ -14,6 +14,7 @@ A row is recognised by its fields. A message may also carry tool_calls, reasonin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -32,6 +33,7 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles for an assistant's message that is a call
+SURROGATE = re.compile("[\ud800-\udfff]")
 EXTRA = ("reasoning_content", "name", "tool_call_id")  # texts of a message that a template may read
 
 
@@ -253,7 +255,7 @@ def _optional_text(row: dict[str, Any], name: str) -> str | None:
 
 
 def _unicode(value: str, name: str) -> str:
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+    if not value.isascii() and SURROGATE.search(value):
         raise BadRow("not Unicode text", f"field {name!r} holds half of a surrogate pair; expected Unicode text")
     return value
 
