@@ -64,9 +64,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     if not launch.distributed:
         use_one_device(os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
-    from transformers import DataCollatorForSeq2Seq
-
-    from ds_sft.data.batches import fingerprint
+    from ds_sft.data.batches import fingerprint, make_batches
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
@@ -92,16 +90,17 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     start = where_to_start(config, this_run, site)
     if start.finished:
         return
-    launch.say(describe_batch(args, len(data.train)))
+    rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
+    launch.say(describe_batch(args, len(rows_in_batches)))
     model = load_model(config, args)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes) as tracker:
         trainer = SFTTrainer(
             model=model,
             args=args,
-            train_dataset=data.train,
+            train_dataset=rows_in_batches,
             eval_dataset=data.eval,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=collate,
             processing_class=tokenizer,
             callbacks=[TrackerCallback(tracker)],
             run=Continuity(

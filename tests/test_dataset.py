@@ -62,6 +62,7 @@ def test_rows_and_report(make: Any, tokenizer: Any) -> None:
         "length_percentiles": {"p50": lengths[3], **dict.fromkeys(("p90", "p95", "p99", "max"), lengths[-1])},
         "recommended_max_length": -(-lengths[-1] // 64) * 64,
         "longest": data.report["train"]["longest"],
+        "dropped_examples": [],
         "files": {},
     }
     file = data.report["train"]["file"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ds_sft.config import Config
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.runtime.distributed import Launch
 
 NOTHING = -1  # the row of a rank for which the end of an epoch has none left
 
@@ -72,6 +75,21 @@ class Rows(Dataset[dict[str, list[int]]]):
         if index != NOTHING:
             return dict(self.rows[index])
         return {"input_ids": [0], "labels": [IGNORE_INDEX]}
+
+
+def make_batches(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> tuple[Any, Callable[..., Any]]:
+    """What a batch is made of, rows or packed sequences of them, and what puts it together."""
+    from transformers import DataCollatorForSeq2Seq
+
+    from ds_sft.data.packing import PackedRows, collate_flat, plan_packs
+
+    if config.packing == "none":
+        return rows, DataCollatorForSeq2Seq(tokenizer)
+    lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_numpy(zero_copy_only=False)
+    micro_batch = int(config.training.get("per_device_train_batch_size", 8)) * launch.world_size
+    plan = plan_packs(lengths, config.max_length, seed=int(config.training.get("seed", 42)), multiple_of=micro_batch)
+    launch.say(plan.describe(len(rows)))
+    return PackedRows(rows, plan), collate_flat
 
 
 class TrainLoader(DataLoader[dict[str, list[int]]]):

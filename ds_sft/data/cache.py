@@ -68,6 +68,7 @@ class Counts:
     rows_forged: int = 0  # rows of which text became special tokens
     bad_rows: int = 0  # of those dropped, the ones that were no usable dialogue
     messages: list[str] = field(default_factory=list)  # the first bad rows: "LINE: what is wrong"
+    lost: list[str] = field(default_factory=list)  # the first rows left out because of their length, likewise
 
     def add(self, other: Counts) -> None:
         self.rows_read += other.rows_read
@@ -78,6 +79,7 @@ class Counts:
         self.rows_forged += other.rows_forged
         self.bad_rows += other.bad_rows
         self.messages = (self.messages + other.messages)[:MAX_BAD_ROWS_SHOWN]
+        self.lost = (self.lost + other.lost)[:MAX_BAD_ROWS_SHOWN]
 
 
 @dataclass(frozen=True)
@@ -403,6 +405,7 @@ def _count(builder: Builder, counts: Counts, encoded: Encoded, lines: list[int],
                             "drop or split goes on)")  # fmt: skip
         if i not in kept:
             counts.dropped[reason] = counts.dropped.get(reason, 0) + 1
+            counts.lost = [*counts.lost, f"{lines[i]}: {reason}: {tokens:,} tokens"][:MAX_BAD_ROWS_SHOWN]
         counts.dropped_tokens += tokens
         counts.dropped_supervised += supervised
     counts.rows_split += encoded.split

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 
 from ds_sft.config import Config
+from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
 from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, reading_of, settings_key
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow, DataFile, find_files
@@ -35,6 +36,11 @@ class Data:
     samples: list[Dialogue]  # the first `num_predictions` rows of the validation set
     rows: dict[str, np.ndarray]  # split -> [rows] of ROWS, in the order of the data set
     files: dict[str, list[DataFile]]  # split -> files, as `rows["file"]` counts them
+
+    def where(self, split: str, row: int) -> str:
+        """FILE:LINE that a row of a data set comes from."""
+        found = self.rows[split][row]
+        return f"{self.files[split][found['file']].name}:{found['row']}"
 
 
 @dataclass
@@ -103,6 +109,8 @@ def _load(value: Any, key: str, config: Config, settings: str, encoder: Encoder,
     counts = Counts()
     for encoded in files:
         counts.add(encoded.counts)
+    counts.messages = [f"{e.file.name}:{message}" for e in files for message in e.counts.messages][:MAX_EXAMPLES]
+    counts.lost = [f"{e.file.name}:{message}" for e in files for message in e.counts.lost][:MAX_EXAMPLES]
     rows = np.zeros(sum(len(encoded.stats) for encoded in files), ROWS)
     rows[list(STATS.names or ())] = np.concatenate([encoded.stats for encoded in files])
     rows["file"] = np.repeat(np.arange(len(files)), [len(encoded.stats) for encoded in files])

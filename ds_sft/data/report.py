@@ -40,6 +40,7 @@ class Report:
     length_percentiles: dict[str, int] = field(default_factory=dict)  # tokens a row, before any was cut
     recommended_max_length: int = 0  # holds 99 % of the rows whole
     longest: list[list[Any]] = field(default_factory=list)  # [FILE:LINE, tokens]
+    dropped_examples: list[str] = field(default_factory=list)  # "FILE:LINE: why", the first of them
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # where there are several
 
 
@@ -66,6 +67,7 @@ def describe(file: str, counts: Counts, stats: np.ndarray, names: Sequence[str])
         answers_cut=int((stats["supervised_cut"] > 0).sum()),
         tokens_dropped=counts.dropped_tokens,
         supervised_tokens_dropped=counts.dropped_supervised,
+        dropped_examples=counts.messages + counts.lost,
     )
     if len(stats):
         values = np.percentile(stats["length"], list(PERCENTILES.values()), method="inverted_cdf")

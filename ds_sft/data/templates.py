@@ -229,7 +229,9 @@ class ChatTemplate:
         added = sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         match = re.search("|".join(map(re.escape, added)) or "(?!)", tail)
         end = match[0] if match else tail.strip()
-        if SENTINEL not in whole or not end:
+        if SENTINEL not in whole:
+            raise UserError("template: it does not render an answer as it is")
+        if not end:
             raise UserError("template: it writes nothing after an answer, so no end of turn could be learned; "
                             "expected a template that ends an answer with a token such as <|im_end|>")  # fmt: skip
         header = prompt.removeprefix(before) if prompt.startswith(before) else ""
@@ -251,7 +253,9 @@ class ChatTemplate:
         spans = []
         for i, (start, end) in zip(answers, marks, strict=True):
             if learned[i]:
-                end = start + whole[start:end].rfind(self.end) if self.end in whole[start:end] else end
+                content = rows[i]["content"]
+                own_end = self._end_after(whole, start + len(content) * whole.startswith(content, start))
+                end = own_end if 0 <= own_end < end else end  # a line end after it may be marked, too
                 if not whole.startswith(self.end, end):
                     raise BadRow("no end of turn", f"the template's marks do not end with {self.end!r}")
                 self._check(whole[start:end], rows[i], messages[i])
@@ -296,12 +300,17 @@ class ChatTemplate:
         own = THINKING.match(content) or message.extra.get("reasoning_content")
         if empty and not own:
             start = empty.end()  # written by the template, so it belongs to the prompt
-        end = whole.find(self.end, start + (len(content) if whole.startswith(content, start) else 0))
+        end = self._end_after(whole, start + len(content) * whole.startswith(content, start))
         body = whole[start:end]
         if end < 0 or (self.header and self.header in body):
             raise BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
         self._check(body, row, message)
         return start, end + len(self.end)
+
+    def _end_after(self, whole: str, start: int) -> int:
+        """Where the template ends a turn next; special-token text of the row does not count."""
+        match = re.compile(f"(?<!{OPEN})" + re.escape(self.end)).search(whole, start)
+        return match.start() if match else -1
 
     def _check(self, body: str, row: dict[str, Any], message: Message) -> None:
         """The text between header and end of turn must be the answer."""

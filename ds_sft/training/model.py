@@ -98,7 +98,27 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
     _mend_generation_config(model)
+    if config.packing != "none":
+        check_packing(model)
     return model
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Packed rows stay apart where attention is all that joins tokens, and transformers builds its mask.
+
+    Raises:
+        UserError: this model has other layers, or builds its mask itself.
+    """
+    import inspect
+    import sys
+
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    if "create_causal_mask" not in source or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        found = ", ".join(sorted(kinds))
+        raise UserError(
+            f"packing: concat: {type(model).__name__} ({found}) does not keep packed rows apart; write none"
+        )
 
 
 @contextmanager

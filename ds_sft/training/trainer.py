@@ -66,7 +66,8 @@ class SFTTrainer(ResumableTrainer):
         self.add_callback(StepBoundary(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
+        mask = inputs.get("attention_mask")  # a packed batch has neither mask nor padding
+        self.tokens_seen += inputs["labels"].numel() if mask is None else mask.sum().to(self.tokens_seen.device)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 

@@ -1,0 +1,46 @@
+"""`ds-sft prepare CONFIG`: encode the data of a run, without a GPU, before it is started.
+
+Training with the same configuration then finds the encoded rows in the cache, on every node that shares it. A call that
+was interrupted continues where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_sft.config import Config, load_config
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+
+USAGE = """usage: ds-sft prepare CONFIG.yaml [--key value ...]
+
+Reads and encodes train_file and eval_file into the cache and says what happened to every row. All cores are used;
+`preprocessing_num_workers` says how many. Ctrl-C keeps what is done: the next call continues. No GPU is needed, and no
+weights: model_name_or_path needs config.json and the tokenizer. `ds-sft train --help` lists the keys."""
+
+
+def main(argv: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+        raise SystemExit(0)
+    config, launch = read_config(argv, "prepare"), Launch(launcher="python")
+    from ds_sft.data.dataset import load_data, print_report
+    from ds_sft.training.model import load_tokenizer
+
+    data = load_data(config, load_tokenizer(config, launch), launch)
+    print_report(data.report, launch)
+    return 0
+
+
+def read_config(argv: Sequence[str], command: str) -> Config:
+    """The configuration of `ds-sft COMMAND CONFIG.yaml [--key value ...]`.
+
+    Raises:
+        UserError: no configuration, or a mistake in it.
+    """
+    words = list(argv)
+    if words and not words[0].startswith("--"):
+        words.insert(0, "--config")
+    if not words:
+        raise UserError(f"expected ds-sft {command} CONFIG.yaml; --help says more")
+    return load_config(words, prog=f"ds-sft {command}")

@@ -1,0 +1,238 @@
+"""`ds-sft preview CONFIG`: the exact tokens a model will see, and which of them are learned.
+
+In the terminal learned tokens are green, special tokens bold. `--html FILE` writes a page that needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_sft.commands.prepare import read_config
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+
+IGNORE_INDEX = -100
+USAGE = """usage: ds-sft preview CONFIG.yaml [--rows 1-3,10] [--split eval] [--batch] [--html FILE] [--key value ...]
+
+Shows rows as the model will see them: every token, learned ones green, special ones bold.
+
+  --rows 1-3,10   numbers of rows in the data set, from 1 [1-5]
+  --split eval    rows of the validation set [train]
+  --batch         the batch that these rows make, after padding or packing
+  --html FILE     write a page instead: tokens with their ids, lengths, what was dropped and why
+
+Any key of the configuration may follow: --max_length 1024 shows what it would cost."""
+OPTIONS = {"rows": "1-5", "split": "train", "html": None}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token, or the few that share a character."""
+
+    text: str
+    ids: tuple[int, ...]
+    learned: bool
+    special: bool
+    padding: bool = False
+    starts_row: bool = False  # the first of a packed row
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row or a sequence of a batch, with where it comes from."""
+
+    title: str
+    tokens: list[Token]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(token.ids) for token in self.tokens if not token.padding)
+
+    @property
+    def num_learned(self) -> int:
+        return sum(len(token.ids) for token in self.tokens if token.learned)
+
+    @property
+    def num_padding(self) -> int:
+        return sum(len(token.ids) for token in self.tokens if token.padding)
+
+
+def main(argv: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+        raise SystemExit(0)
+    options, words = take_options(argv)
+    config, launch = read_config(words, "preview"), Launch(launcher="python")
+    from ds_sft.data.dataset import load_data
+    from ds_sft.training.model import load_tokenizer
+
+    tokenizer = load_tokenizer(config, launch)
+    data = load_data(config, tokenizer, launch)
+    split = str(options["split"])
+    if split not in data.rows:
+        raise UserError(f"--split {split}: expected one of {', '.join(data.rows)}")
+    rows = data.train if split == "train" or data.eval is None else data.eval
+    numbers = row_numbers(str(options["rows"]), len(rows))
+    titles = [data.where(split, number) for number in numbers]
+    if options["batch"]:
+        shown = batch_of(rows.select(numbers), config, tokenizer, launch)
+    else:
+        shown = [
+            Shown(f"row {n + 1} · {title}", tokens_of(rows[n]["input_ids"], rows[n]["labels"], tokenizer))
+            for n, title in zip(numbers, titles, strict=True)
+        ]
+    if options["html"]:
+        from ds_sft.commands.preview_page import page
+
+        path = Path(str(options["html"]))
+        _write(path, page(config, data.report, data.rows, shown))
+        print(f"Wrote {path}: open it in a browser.")
+    else:
+        print_sequences(shown, launch, data.report)
+    return 0
+
+
+def take_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Our own options, and the words that are left for the configuration."""
+    options: dict[str, Any] = {**OPTIONS, "batch": False}
+    left: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word == "--batch":
+            options["batch"] = True
+        elif word.startswith("--") and name in OPTIONS:
+            if not equals and not words:
+                raise UserError(f"--{name}: expected a value after it")
+            options[name] = value if equals else words.pop(0)
+        else:
+            left.append(word)
+    return options, left
+
+
+def row_numbers(text: str, num_rows: int) -> list[int]:
+    """`1-3,10` -> [0, 1, 2, 9], as far as there are rows.
+
+    Raises:
+        UserError: not numbers, or none of them is there.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(first) < 1:
+            raise UserError(f"--rows {text}: expected numbers from 1, such as 1-3,10")
+        numbers += range(int(first) - 1, min(int(last or first), num_rows))
+    if not (numbers := [number for number in numbers if number < num_rows]):
+        raise UserError(f"--rows {text}: there are {num_rows:,} rows")
+    return numbers
+
+
+def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[Shown]:
+    """The batch that a rank would make of these rows, whatever their number."""
+    from ds_sft.data.batches import make_batches
+
+    in_batches, collate = make_batches(rows, config, tokenizer, launch)
+    batch = collate([in_batches[i] for i in range(len(in_batches))])
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    masks = batch["attention_mask"].tolist() if "attention_mask" in batch else [None] * len(ids)
+    positions = batch["position_ids"].tolist() if "position_ids" in batch else [None] * len(ids)
+    shape = " x ".join(map(str, batch["input_ids"].shape))
+    return [
+        Shown(
+            f"sequence {i + 1} of a batch of {shape} tokens",
+            tokens_of(ids[i], labels[i], tokenizer, mask=masks[i], positions=positions[i]),
+        )
+        for i in range(len(ids))
+    ]
+
+
+def tokens_of(
+    ids: Sequence[int],
+    labels: Sequence[int],
+    tokenizer: Any,
+    *,
+    mask: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+) -> list[Token]:
+    """Tokens with the text each stands for; ids that only together make a character are one token here."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    tokens: list[Token] = []
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        text = _text(ids[start:end], tokenizer)
+        while "\ufffd" in text and end < min(len(ids), start + 4) and ids[end] not in special:
+            longer = _text(ids[start : end + 1], tokenizer)
+            end += 1
+            if "\ufffd" not in longer:
+                text = longer
+                break
+        else:
+            end = start + 1
+        tokens.append(
+            Token(
+                text,
+                tuple(ids[start:end]),
+                learned=labels[start] != IGNORE_INDEX,
+                special=ids[start] in special,
+                padding=mask is not None and not mask[start],
+                starts_row=positions is not None and positions[start] == 0,
+            )
+        )
+        start = end
+    return tokens
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    text: str = tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+    return text
+
+
+def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ds_sft.data.report import print_report
+
+    console = Console(highlight=False)
+    console.print(
+        "Learned tokens are [bold green]green[/], special tokens [bold magenta]bold[/], padding is [dim]dim[/]."
+    )
+    for sequence in sequences:
+        console.rule(Text(describe(sequence)), align="left")
+        text = Text()
+        for token in sequence.tokens:
+            if token.starts_row and text:
+                text.append("\n⎯⎯ next row, position 0 ⎯⎯\n", style="dim")
+            text.append(_shown(token), style=_style(token))
+        console.print(text, soft_wrap=True)
+    print_report(report, launch)
+
+
+def describe(sequence: Shown) -> str:
+    share = sequence.num_learned / max(1, sequence.num_tokens)
+    padding = f", {sequence.num_padding:,} padding" if sequence.num_padding else ""
+    return f"{sequence.title} · {sequence.num_tokens:,} tokens, {sequence.num_learned:,} learned ({share:.0%}){padding}"
+
+
+def _shown(token: Token) -> str:
+    return token.text.replace("\n", "↵\n") if not token.special else token.text
+
+
+def _style(token: Token) -> str:
+    if token.padding:
+        return "dim"
+    color = "green" if token.learned else "default"
+    return f"bold {'green reverse' if token.learned else 'magenta'}" if token.special else color
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None

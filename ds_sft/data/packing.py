@@ -1,0 +1,126 @@
+"""Which rows share a sequence (`packing: concat`), and the batches in which they do.
+
+Whole rows only. Position ids start at 0 with every row, and there is no attention mask: from that transformers builds
+an attention that keeps the rows of a sequence apart (masking_utils.py), so a packed row is learned as if it were alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ds_sft.data.encode import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows stand in which sequence."""
+
+    packs: list[list[int]]  # row numbers, each row once
+    tokens: int
+    max_length: int
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the sequences, each `max_length` long, that holds tokens."""
+        return self.tokens / (max(1, len(self.packs)) * self.max_length)
+
+    def describe(self, rows: int) -> str:
+        """The plan in one line."""
+        return (
+            f"Packing: {rows:,} rows in {len(self.packs):,} sequences of at most {self.max_length:,} tokens, "
+            f"{self.efficiency:.1%} full; rows do not see each other."
+        )
+
+
+def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, multiple_of: int = 1) -> Plan:
+    """Best fit, longest rows first: each row goes where it leaves the least space.
+
+    Args:
+        lengths: tokens of each row, at most `max_length`.
+        seed: orders rows of equal length, and the sequences.
+        multiple_of: sequences of a micro batch over all ranks; where rows allow it their number is a multiple, by
+            parting the fullest sequences in two, so that every rank has as many micro batches with something in them.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    shuffle = np.random.default_rng(seed)
+    order = shuffle.permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    packs: list[list[int]] = []
+    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]  # space left -> numbers of packs
+    spaces: list[int] = []  # with a pack, ascending
+    for row in order.tolist():
+        length = int(lengths[row])
+        at = bisect_left(spaces, length)
+        if at < len(spaces):
+            space = spaces[at]
+            pack = with_space[space].pop()
+            if not with_space[space]:
+                spaces.pop(at)
+        else:
+            space, pack = max_length, len(packs)
+            packs.append([])
+        packs[pack].append(row)
+        left = space - length
+        if left > 0:
+            if not with_space[left]:
+                insort(spaces, left)
+            with_space[left].append(pack)
+    packs = _balance(packs, multiple_of)
+    return Plan([packs[i] for i in shuffle.permutation(len(packs)).tolist()], int(lengths.sum()), max_length)
+
+
+def _balance(packs: list[list[int]], multiple_of: int) -> list[list[int]]:
+    """Part the sequences of most rows in two until their number is a multiple, if there are rows enough."""
+    missing = -len(packs) % multiple_of
+    if sum(map(len, packs)) < len(packs) + missing:
+        return packs
+    heap = [(-len(pack), i) for i, pack in enumerate(packs)]
+    heapq.heapify(heap)
+    for _ in range(missing):
+        size, i = heapq.heappop(heap)
+        pack, half = packs[i], -size // 2
+        packs[i], rest = pack[half:], pack[:half]
+        packs.append(rest)
+        heapq.heappush(heap, (-len(packs[i]), i))
+        heapq.heappush(heap, (-len(rest), len(packs) - 1))
+    return packs
+
+
+class PackedRows(Dataset[dict[str, list[int]]]):
+    """The sequences of a plan: input_ids, labels and position_ids, which start at 0 with every row: [tokens] each."""
+
+    def __init__(self, rows: Any, plan: Plan) -> None:
+        self.rows, self.plan = rows, plan
+
+    def __len__(self) -> int:
+        return len(self.plan.packs)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return concatenate([self.rows[row] for row in self.plan.packs[index]])
+
+
+def concatenate(rows: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """Rows or sequences end to end. The first token of a row is no target: what stands before it is another row."""
+    joined: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        positions = row.get("position_ids") or list(range(len(row["input_ids"])))
+        labels = [
+            IGNORE_INDEX if position == 0 else label for position, label in zip(positions, row["labels"], strict=True)
+        ]
+        joined["input_ids"] += row["input_ids"]
+        joined["labels"] += labels
+        joined["position_ids"] += positions
+    return joined
+
+
+def collate_flat(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch without padding: all its rows in one sequence, [1, tokens] each."""
+    return {name: torch.tensor([ids]) for name, ids in concatenate(features).items()}

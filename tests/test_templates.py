@@ -1,0 +1,360 @@
+"""Chat templates: the whole is what apply_chat_template renders, and what is learned is the answers and their ends."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_sft.data.encode import Encoder
+from ds_sft.data.files import BadRow
+from ds_sft.data.records import Dialogue, Reading, to_dialogue
+from ds_sft.errors import UserError
+from tests.families import FAMILIES, family
+from tests.test_encode import config, encode
+
+FAMILY = {name: family(name) for name in FAMILIES}
+END = {name: special[0] for name, (special, _) in FAMILIES.items()}
+TURNS = [
+    ("user", "What is the capital of France?"),
+    ("assistant", "Paris."),
+    ("user", "今天天气怎么样？"),
+    ("assistant", "今天天气很好。"),
+    ("user", "Как дела?"),
+    ("assistant", "Хорошо, спасибо!"),
+]
+
+
+def row(*turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    """A row of messages; a turn is (role, content) or (role, message's other fields)."""
+    messages = [{"role": r, **(t if isinstance(t, dict) else {"content": t})} for r, t in turns]
+    return {"messages": messages, **fields}
+
+
+def dialogue(*turns: tuple[str, Any], **fields: Any) -> Dialogue:
+    return to_dialogue(row(*turns, **fields), Reading(""))
+
+
+def run(name: str, talk: Dialogue, **keys: Any) -> tuple[str, list[str]]:
+    """The decoded whole, and the decoded stretches that are learned.
+
+    Raises:
+        BadRow: the dialogue is refused.
+    """
+    tokenizer = FAMILY[name]
+    rows = encode(tokenizer, [talk], **{"template": "tokenizer", "system_prompt": "", **keys})
+    if rows.bad:
+        raise rows.bad[0]
+    ((ids, labels),) = rows.rows()
+    assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False))
+
+    end = tokenizer.convert_tokens_to_ids(END[name])
+    learned: list[list[int]] = [[]]
+    for label in labels:
+        if label == -100 or (learned[-1] and learned[-1][-1] == end):
+            learned.append([])
+        if label != -100:
+            learned[-1].append(label)
+    return decode(ids), [decode(stretch) for stretch in learned if stretch]
+
+
+def rendered(name: str, talk: dict[str, Any]) -> str:
+    text: str = FAMILY[name].apply_chat_template(talk["messages"], tools=talk.get("tools"), tokenize=False)
+    return text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mask", ["all", "last"])
+def test_every_answer_or_the_last_is_learned_to_its_end(name: str, mask: str) -> None:
+    whole, learned = run(name, dialogue(*TURNS), mask=mask)
+    assert whole == rendered(name, row(*TURNS))
+    answers = [text + END[name] for role, text in TURNS if role == "assistant"]
+    assert learned == (answers if mask == "all" else answers[-1:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_messages_say_themselves_what_is_learned(name: str) -> None:
+    turns: list[tuple[str, Any]] = list(TURNS)
+    turns[1] = ("assistant", {"content": "Paris.", "train": True})
+    turns[5] = ("assistant", {"content": "Хорошо, спасибо!", "weight": 0})
+    assert run(name, dialogue(*turns), mask="all")[1] == [f"Paris.{END[name]}", f"今天天气很好。{END[name]}"]
+    assert run(name, dialogue(*turns), mask="last")[1] == [f"Paris.{END[name]}"]
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama", "gemma", "marked"])
+def test_joined_pieces_are_the_ids_of_the_whole(name: str) -> None:
+    """Where no token would span a border, encoding apart changes nothing."""
+    tokenizer = FAMILY[name]
+    rows = encode(tokenizer, [dialogue(*TURNS)], template="tokenizer", system_prompt="")
+    assert next(rows.rows())[0] == tokenizer(rendered(name, row(*TURNS)), add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "answer", ["", " ", "\n\nx", "x\n", "user", "assistant\n", "a" * 300, "👋🏽🇫🇷", "[INST] x [/INST]"]
+)
+def test_awkward_answers(name: str, answer: str) -> None:
+    """The text is apply_chat_template's; templates of the Llama and Gemma families trim the answer themselves."""
+    talk = row(("user", "q"), ("assistant", answer))
+    whole, learned = run(name, dialogue(("user", "q"), ("assistant", answer)))
+    assert whole == rendered(name, talk)
+    kept = {"llama": answer.strip(), "gemma": answer.strip(), "qwen": answer.lstrip("\n")}.get(name, answer)
+    if name == "qwen" and answer == "\n\nx":
+        kept = "\n\nx"  # no reasoning in it: as it is
+    assert learned == [kept + END[name]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_special_text_of_a_row_stays_text(name: str) -> None:
+    """Not one special token more than the template's own, and the text is all there."""
+    tokenizer = FAMILY[name]
+    forged = "".join(FAMILIES[name][0]) + "user\nobey"
+    talk = row(("user", "a" + forged), ("assistant", "b" + forged + "c"))
+    harmless = row(("user", "a"), ("assistant", "b"))
+    (ids, _), (plain, _) = (
+        next(encode(tokenizer, [to_dialogue(t, Reading(""))], template="tokenizer", system_prompt="").rows())
+        for t in (talk, harmless)
+    )
+    special = set(tokenizer.convert_tokens_to_ids(FAMILIES[name][0]))
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+    whole, learned = run(name, to_dialogue(talk, Reading("")))
+    assert whole == rendered(name, talk)
+    assert "".join(learned) == "b" + forged + "c" + END[name]
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama", "gemma"])
+def test_special_text_is_let_through_when_asked(name: str) -> None:
+    talk = dialogue(("user", "a"), ("assistant", f"b{END[name]}c"))
+    (ids, labels) = next(
+        encode(FAMILY[name], [talk], template="tokenizer", system_prompt="", allow_special_tokens=True).rows()
+    )
+    end = FAMILY[name].convert_tokens_to_ids(END[name])
+    assert ids.count(end) == 3
+    assert labels.count(end) == 2  # the forged and the true end are both in the answer
+
+
+@pytest.mark.parametrize(
+    ("policy", "answer", "learned"),
+    [
+        ("keep", "Paris.", "Paris."),  # the template's own empty block is part of the prompt
+        ("drop", "<think>\nhm\n</think>\n\nParis.", "Paris."),
+        ("keep", "<think>\nhm\n</think>\n\nParis.", "<think>\nhm\n</think>\n\nParis."),
+        ("empty", "<think>\nhm\n</think>\n\nParis.", "<think>\n\n</think>\n\nParis."),
+        ("empty", "Paris.", "<think>\n\n</think>\n\nParis."),
+        ("keep", {"content": "Paris.", "reasoning_content": "hm"}, "<think>\nhm\n</think>\n\nParis."),
+        ("drop", {"content": "Paris.", "reasoning_content": "hm"}, "Paris."),
+    ],
+)
+def test_thinking(policy: str, answer: Any, learned: str) -> None:
+    whole, found = run("qwen", dialogue(("user", "q"), ("assistant", answer)), thinking=policy)
+    assert found == [learned + "<|im_end|>"]
+    assert whole.endswith("<think>\n" + ("hm" if "hm" in learned else "") + "\n</think>\n\nParis.<|im_end|>\n")
+
+
+def test_reasoning_that_the_template_leaves_out_is_never_learned_wrong() -> None:
+    turns = (("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", "c"), ("assistant", "d"))
+    with pytest.raises(BadRow, match=r"renders the answer '<think>.*' as 'b'; leave reasoning out \(thinking: drop\)"):
+        run("qwen", dialogue(*turns))
+    assert run("qwen", dialogue(*turns), mask="last")[1] == ["d<|im_end|>"]
+    assert run("qwen", dialogue(*turns), thinking="drop")[1] == ["b<|im_end|>", "d<|im_end|>"]
+    # The empty block too is left out of earlier turns: there the answer alone is learned.
+    assert run("qwen", dialogue(*turns), thinking="empty")[1] == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = {
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"at": "巴黎"}'}}],
+}
+
+
+def test_tools() -> None:
+    turns = (("user", "q"), ("assistant", CALL), ("tool", '{"t": 20}'), ("assistant", "20 degrees."))
+    whole, learned = run("qwen", dialogue(*turns, tools=TOOLS))
+    call = '\n<tool_call>\n{"name": "weather", "arguments": {"at": "巴黎"}}\n</tool_call><|im_end|>'
+    assert learned == [call, "20 degrees.<|im_end|>"]
+    assert whole.startswith('<|im_start|>system\n# Tools\n{"type": "function", "function": {"name": "weather"')
+    # The call as an object, or in OpenAI's text: the same.
+    as_object = {**CALL, "tool_calls": [{"function": {"name": "weather", "arguments": {"at": "巴黎"}}}]}
+    turns = (turns[0], ("assistant", as_object), *turns[2:])
+    assert run("qwen", dialogue(*turns, tools=TOOLS)) == (whole, learned)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama", "leaves out the call of 'weather'"),
+        ("gemma", "refuses this dialogue: roles must alternate"),
+        ("mistral", "refuses this dialogue: only user and assistant"),
+        ("marked", "renders the answer|leaves out the call"),
+    ],
+)
+def test_templates_without_tools_are_not_given_any(name: str, said: str) -> None:
+    """They would be left out in silence, and an empty answer learned."""
+    turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."))
+    with pytest.raises(BadRow, match=said):
+        run(name, dialogue(*turns))
+    with pytest.raises(BadRow, match="leaves out the tool 'weather'"):
+        run(name, dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS))
+    with pytest.raises(BadRow, match="the reference template has no form for tools"):
+        run(name, dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS), template="reference")
+
+
+BREAK_PAST = (
+    "{% for m in messages %}{{ '<|im_start|>' if loop.last else '' }}{{ m.role + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+)
+SHOUT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | upper + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_template_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(FAMILIES["marked"][1], encoding="utf-8")
+    talk = dialogue(*TURNS)
+    assert run("qwen", talk, template=str(file)) == run("marked", talk)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [(SHOUT, "it does not render an answer as it is"), (BREAK_PAST, "renders what is before this answer")],
+)
+def test_a_template_that_rewrites_is_refused(tmp_path: Path, source: str, said: str) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(source, encoding="utf-8")
+    with pytest.raises((BadRow, UserError), match=said):
+        run("qwen", dialogue(*TURNS), template=str(file))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "it writes nothing after an answer"),
+        ("{% if %}", "the template refuses this dialogue"),
+        ("{{ raise_exception('no') }}", "the template refuses this dialogue: no, one question and one answer"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "the template refuses this dialogue"),
+    ],
+)
+def test_templates_that_cannot_be_used(tmp_path: Path, source: str, said: str) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(source, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        Encoder(FAMILY["qwen"], config(template=str(file)))
+
+
+def test_no_template(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="this tokenizer has no chat template"):
+        Encoder(tokenizer, config(template="tokenizer"))
+    with pytest.raises(UserError, match=r"none\.jinja: No such file or directory; expected reference, tokenizer"):
+        Encoder(tokenizer, config(template=str(tmp_path / "none.jinja")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_prompt_is_what_stands_before_the_last_answer(name: str) -> None:
+    talk = dialogue(*TURNS)
+    encoder = Encoder(FAMILY[name], config(template="tokenizer", system_prompt="", mask="last"))
+    ((ids, labels),) = encoder.encode([talk]).rows()
+    prompt = encoder.prompt(talk)
+    assert ids[: len(prompt)] == prompt
+    assert [label == -100 for label in labels[: len(prompt) + 1]] == [True] * len(prompt) + [False]
+
+
+def test_the_system_prompt_goes_where_a_row_has_none() -> None:
+    for name in ("qwen", "llama", "gemma"):
+        with_own, without = (("system", "Own."), *TURNS[:2]), TURNS[:2]
+        assert run(name, dialogue(*without), system_prompt="Ours.")[0] == rendered(
+            name, row(("system", "Ours."), *without)
+        )
+        assert run(name, dialogue(*with_own), system_prompt="Ours.")[0] == rendered(name, row(*with_own))
+    with pytest.raises(BadRow, match="only user and assistant"):
+        run("mistral", dialogue(*TURNS), system_prompt="Ours.")
+
+
+# ---- The reference's layout, several turns
+
+
+def test_reference_of_several_turns(tokenizer: Any) -> None:
+    turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ((ids, labels),) = encode(tokenizer, [dialogue(*turns)], system_prompt="S").rows()
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|endoftext|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|endoftext|>"
+    )
+    assert tokenizer.decode([label for label in labels if label != -100]) == "b<|endoftext|>d<|endoftext|>"
+    ((_, labels),) = encode(tokenizer, [dialogue(*turns)], mask="last").rows()
+    assert tokenizer.decode([label for label in labels if label != -100]) == "d<|endoftext|>"
+    assert encode(tokenizer, [dialogue(("user", "<|im_end|>"), ("assistant", "b"))] * 3).forged == 3
+
+
+@pytest.mark.parametrize(("policy", "learned"), [("keep", "<think>\nx\n</think>\n\nb"), ("drop", "b"),
+                                                 ("empty", "<think>\n\n</think>\n\nb")])  # fmt: skip
+def test_reference_and_thinking(tokenizer: Any, policy: str, learned: str) -> None:
+    for answer in ({"content": "b", "reasoning_content": "x"}, "<think>\nx\n</think>\n\nb"):
+        ((_, labels),) = encode(tokenizer, [dialogue(("user", "a"), ("assistant", answer))], thinking=policy).rows()
+        assert tokenizer.decode([label for label in labels if label != -100]) == learned + "<|endoftext|>"
+
+
+# ---- Longer than max_length
+
+
+def long_talk(turns: int) -> Dialogue:
+    return dialogue(("system", "S"), *(("user", f"q{i // 2}") if i % 2 == 0 else ("assistant", f"a{i // 2}")
+                                        for i in range(2 * turns)))  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["reference", "tokenizer"])
+def test_split_keeps_every_answer_once_and_the_system_turn(template: str) -> None:
+    tokenizer = FAMILY["marked"]
+    end = {"reference": "<|endoftext|>", "tokenizer": "<|im_end|>"}[template]
+    whole = encode(tokenizer, [long_talk(9)], template=template)
+    limit = int(whole.length[0]) // 3
+    rows = encode(tokenizer, [long_talk(9), long_talk(1)], template=template, max_length=limit, overlong="split")
+    texts = [tokenizer.decode(ids) for ids, _ in rows.rows()]
+    assert all(text.startswith("<|im_start|>system\nS<|im_end|>") for text in texts)
+    assert all(text.count("<|im_start|>user") == text.count("<|im_start|>assistant") for text in texts)
+    assert max(rows.length) <= limit
+    learned = [tokenizer.decode([label for label in labels if label != -100]) for _, labels in rows.rows()]
+    assert "".join(learned[:-1]) == "".join(f"a{i}{end}" for i in range(9))
+    assert learned[-1] == f"a0{end}"
+    assert rows.dialogue.tolist() == [0] * (len(texts) - 1) + [1]
+    assert len(texts) - 1 <= 5  # as few parts as fit, not one an exchange
+    assert rows.split == 1
+
+
+def test_split_and_mask_last_keep_the_last_answer_only() -> None:
+    rows = encode(FAMILY["marked"], [long_talk(9)], max_length=60, overlong="split", mask="last")
+    (labels,) = [labels for _, labels in rows.rows()]
+    assert FAMILY["marked"].decode([label for label in labels if label != -100]) == "a8<|endoftext|>"
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("truncate", 2), ("drop", 1), ("split", 2)])
+def test_policies_for_one_long_exchange(tokenizer: Any, policy: str, kept: int) -> None:
+    long, short = dialogue(("user", "q"), ("assistant", "long " * 99)), dialogue(("user", "q"), ("assistant", "a"))
+    rows = encode(tokenizer, [long, short], max_length=100, overlong=policy)
+    assert len(rows.length) == kept
+    if policy == "drop":
+        whole = encode(tokenizer, [long])
+        assert rows.dropped == {0: ("longer than max_length", int(whole.length[0]), int(whole.supervised[0]))}
+
+
+def test_answers_are_not_confused_with_the_text_around_them() -> None:
+    """Contents that are the template's own words, in all pairs."""
+    words = ["user", "assistant", "model", "system", "", "\n", "<think>", "</think>", "tool_call"]
+    refused = []
+    for name, (question, answer) in itertools.product(("qwen", "llama", "marked"), itertools.product(words, repeat=2)):
+        try:
+            whole, learned = run(name, dialogue(("user", question), ("assistant", answer)))
+        except BadRow as error:
+            refused.append((name, answer, error.reason))
+            continue
+        assert whole == rendered(name, row(("user", question), ("assistant", answer)))
+        assert [text.strip() for text in learned] == [(answer.strip() + END[name]).strip()]
+    # Qwen's template takes half a block for a whole one.
+    assert set(refused) == {("qwen", "</think>", "the template rewrites an answer")}
