@@ -47,15 +47,19 @@ describe() {
     done
 }
 
-# on_ranks OUTPUT COMMAND...: the command as one process for each rank. If one fails, Slurm ends all.
+# on_ranks [FLAG...] -- ARGUMENT...: Python as one process for each rank. If one fails, Slurm ends all.
 on_ranks() {
-    local output=$1 bind=()
+    local flags=() bind=()
+    while [ "$1" != -- ]; do
+        flags+=("$1")
+        shift
+    done
     shift
     ((gpus == 0)) || bind=(--gpu-bind=none)  # every rank sees all GPUs of its node and takes its own
     unset SLURM_CPUS_PER_GPU SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
     srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * ranks)) --ntasks-per-node="$ranks" \
         --cpus-per-task="$cores" --distribution=block --mpi=none --export=ALL "${bind[@]}" \
-        --kill-on-bad-exit=1 --wait=300 --label --output="$output" --open-mode=append \
+        --kill-on-bad-exit=1 --wait=300 --label "${flags[@]}" \
         "${SRUN_FLAGS[@]}" "$DS_SFT_HOME/slurm/task.sh" "${CONTAINER[@]}" "$PYTHON" "$@"
 }
 
@@ -94,33 +98,42 @@ train() {
     trap 'stop USR1' USR1
     trap 'stop TERM' TERM
     requeue begin --config "$@" || exit
-    on_ranks "$logs/%N.log" "$DS_SFT_HOME/ds_sft/train.py" --config "$@" &
+    if [ "${DS_SFT_DOCTOR:-yes}" = yes ]; then
+        on_ranks -- -m ds_sft doctor "$@" &
+        await $! || give_up $? "The doctor found what would stop this run (DS_SFT_DOCTOR=no starts it all the same)"
+    fi
+    on_ranks --output="$logs/%N.log" --open-mode=append -- "$DS_SFT_HOME/ds_sft/train.py" --config "$@" &
     await $!
     code=$?
-    finish "$code" "$@"
+    if requeue end --config "$@"; then
+        still_ours "$code"
+        go_on
+    fi
+    ((code == 0)) || give_up "$code" "The run failed with exit code $code; the first error is in $logs/" "$logs"/*.log
+    say "The run is complete"
 }
 
-# finish CODE CONFIG ...: whether to go on later is decided by what the run left, never by its exit code.
-finish() {
-    local code=$1 state
-    shift
-    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
-    if [ "$state" != RUNNING ]; then
-        say "The job is $state: what happens to it is decided elsewhere (scancel, scontrol requeue, preemption)"
-        exit "$code"
-    fi
-    if requeue end --config "$@"; then
-        go_on
-    elif ((code != 0)) && ! nodes_answer; then
+# give_up CODE MESSAGE [LOG...]: the end of a job that failed, unless it is not for this shell to say.
+give_up() {
+    local code=$1 message=$2
+    shift 2
+    still_ours "$code"
+    if ! nodes_answer; then
         say "A node does not answer"
         go_on
-    elif ((code != 0)); then
-        say "The run failed with exit code $code. The first error is in $logs/"
-        tail -n 15 "$logs"/*.log
-    else
-        say "The run is complete"
     fi
+    (($# == 0)) || tail -n 15 "$@"
+    say "$message" >&2
     exit "$code"
+}
+
+# still_ours CODE: exits if somebody else has decided what becomes of the job: scancel, scontrol requeue, preemption.
+still_ours() {
+    local state
+    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    [ "$state" = RUNNING ] && return
+    say "The job is $state: Slurm decides what happens to it"
+    exit "$1"
 }
 
 go_on() {
@@ -130,3 +143,19 @@ go_on() {
 }
 
 nodes_answer() { timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --mpi=none true; }
+
+# prepare CONFIG [--key value ...]
+prepare() {
+    say "Job $job ($SLURM_JOB_NAME) on $SLURM_JOB_NODELIST, $SLURM_CPUS_ON_NODE cores; Python: $PYTHON; code: $DS_SFT_HOME"
+    exec srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --mpi=none --export=ALL --kill-on-bad-exit=1 \
+        "${SRUN_FLAGS[@]}" "${CONTAINER[@]}" "$PYTHON" -m ds_sft prepare "$@"
+}
+
+# unless_given --KEY VALUE: adds a key to the array `keys` unless it is there.
+unless_given() {
+    local word
+    for word in "${keys[@]}"; do
+        [[ $word != "$1" && $word != "$1="* ]] || return 0
+    done
+    keys+=("$1" "$2")
+}

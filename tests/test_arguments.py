@@ -60,5 +60,6 @@ def test_batch_arithmetic(epochs: float, max_steps: int, rows: int, said: str) -
         world_size=1,
         num_train_epochs=epochs,
         max_steps=max_steps,
+        dataloader_drop_last=False,
     )
     assert describe_batch(args, rows) == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"

@@ -47,6 +47,12 @@ LIGHT = [
     "ds_sft.plan.disk",
     "ds_sft.commands.plan",
     "ds_sft.commands.sweep",
+    "ds_sft.runtime.requeue",
+    "ds_sft.runtime.size",
+    "ds_sft.runtime.network",
+    "ds_sft.training.schedule",
+    "ds_sft.commands.launch",
+    "ds_sft.commands.doctor",
 ]
 
 

@@ -9,6 +9,7 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.builds import remove_stale_locks
 from ds_sft.runtime.distributed import Launch, start_gloo
+from ds_sft.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,15 +59,12 @@ def _other_trackers(report_to: Any) -> list[str]:
 
 def describe_batch(args: TrainingArguments, num_rows: int) -> str:
     """The batch arithmetic in one line."""
-    micro, accumulation, ranks = (
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.world_size,
-    )
-    rows = micro * accumulation * ranks
-    per_epoch = -(-num_rows // rows)
-    steps = args.max_steps if args.max_steps > 0 else int(-(-per_epoch * args.num_train_epochs // 1))
-    return (
-        f"Batch: {micro} rows x {accumulation} accumulated x {ranks} rank{'s' if ranks > 1 else ''} = {rows} rows "
-        f"a step; {num_rows:,} rows => {per_epoch:,} steps an epoch, {steps:,} steps in all."
-    )
+    return Schedule(
+        micro=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        ranks=args.world_size,
+        num_rows=num_rows,
+        epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        drop_last=args.dataloader_drop_last,
+    ).describe()

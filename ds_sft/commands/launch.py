@@ -1,0 +1,292 @@
+"""`ds-sft launch CONFIG --nodes N --gpus-per-node G`: what a run on a cluster will be, and with Slurm its start.
+
+    ds-sft launch --dry-run ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00
+
+Prints the batch arithmetic, the checkpoints and their size, and the command of every node, with Slurm and without.
+Needs neither a GPU nor a cluster, and refuses what cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_sft.config import Config, load_config
+from ds_sft.data.records import Record, read_records
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.size import ModelSize, checkpoint_bytes, in_units, model_folder, model_size, weight_bytes
+from ds_sft.runtime.zero import engine_config, stage
+from ds_sft.training.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGNAL_SECONDS = 600  # how long before its time limit slurm/train.sbatch saves
+PORT = 29500  # torch's own default; slurm/job.sh derives one from the job's number
+NODES_SHOWN = 4
+TRAVELS = "HF_HOME, HF_TOKEN, DS_SFT_CACHE, SWANLAB_API_KEY, proxies, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One machine of the run."""
+
+    rank: int
+    ranks: tuple[int, int]  # the first and the last of its ranks
+    torchrun: str  # the command for it where there is no Slurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will be."""
+
+    nodes: list[Node]
+    ranks_per_node: int
+    world_size: int
+    zero_stage: int | None
+    sbatch: str
+    deepspeed: str
+    master_addr: str
+    master_port: int
+    parameters: int | None
+    rows: int
+    rows_per_step: int
+    steps_per_epoch: int
+    steps: int
+    checkpoints: list[int]  # the steps after which one is written
+    checkpoints_kept: int
+    checkpoint_bytes: int | None  # of one
+    final_model_bytes: int | None
+    batch: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; without `--dry-run` submit it to Slurm too.
+
+    Raises:
+        UserError: the run cannot work like that.
+    """
+    given, keys = _parser().parse_known_args(argv)
+    config = load_config(["--config", given.config, *keys], "ds-sft launch")
+    plan = make_plan(config, given, ["--config", given.config, *keys])
+    print(json.dumps(asdict(plan), indent=2) if given.json else describe(plan, config))
+    if given.dry_run:
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch here; --dry-run prints the commands for nodes without Slurm")
+    return subprocess.call(shlex.split(plan.sbatch))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ds-sft launch",
+        description="Say what a run on a cluster will be, and submit it with sbatch unless --dry-run is given.",
+        epilog="Any key of the configuration can follow: --learning_rate 2e-5.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
+    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
+    parser.add_argument("--gpus-per-node", type=int, default=1, help="ranks of a node; 0: one rank on CPU (default: 1)")
+    parser.add_argument("--time", help="Slurm's time limit: MINUTES, HH:MM:SS, D-HH:MM:SS; default: the template's")
+    parser.add_argument("--hosts", help="names of the nodes, a,b,c, for the commands without Slurm")
+    parser.add_argument("--port", type=int, default=PORT, help=f"of rank 0, without Slurm (default: {PORT})")
+    parser.add_argument("--dry-run", action="store_true", help="print only")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser
+
+
+def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -> Plan:
+    """The plan of a run on `given.nodes` nodes, started with the keys `words`.
+
+    Raises:
+        UserError: it cannot work like that.
+    """
+    if given.nodes < 1 or given.gpus_per_node < 0:
+        raise UserError(
+            f"--nodes {given.nodes} --gpus-per-node {given.gpus_per_node}: expected 1 or more nodes, 0 or more GPUs"
+        )
+    _check_time(given.time)
+    per_node = max(1, given.gpus_per_node)
+    ranks = given.nodes * per_node
+    zero_stage = stage(engine_config(config, Launch(launcher="slurm", world_size=ranks, local_world_size=per_node)))
+    schedule = _schedule(config, ranks)
+    saved = schedule.checkpoints(config.training)
+    size = _size(config)
+    hosts = _hosts(given)
+    return Plan(
+        nodes=[_node(rank, per_node, hosts, given, words) for rank in range(given.nodes)],
+        ranks_per_node=per_node,
+        world_size=ranks,
+        zero_stage=zero_stage,
+        sbatch=_sbatch(given, words),
+        deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, "ds_sft/train.py", *words),
+        master_addr=hosts[0],
+        master_port=given.port,
+        parameters=None if size is None else size.parameters,
+        rows=schedule.num_rows,
+        rows_per_step=schedule.rows_per_step,
+        steps_per_epoch=schedule.steps_per_epoch,
+        steps=schedule.steps,
+        checkpoints=saved,
+        checkpoints_kept=min(len(saved), config.training.get("save_total_limit") or len(saved)),
+        checkpoint_bytes=None if size is None else checkpoint_bytes(size, zero_stage, config),
+        final_model_bytes=None if size is None else weight_bytes(size, config),
+        batch=schedule.describe(),
+    )
+
+
+def _check_time(text: str | None) -> None:
+    if text is None:
+        return
+    seconds = slurm_seconds(text)
+    if seconds <= SIGNAL_SECONDS:
+        raise UserError(
+            f"--time {text}: slurm/train.sbatch saves {SIGNAL_SECONDS} s before the limit, so it would stop at once; "
+            f"give more than {SIGNAL_SECONDS // 60} minutes, or another --signal to sbatch"
+        )
+
+
+def slurm_seconds(text: str) -> int:
+    """Slurm's notations of a time in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *numbers = match.groups()
+    values = [int(number) for number in numbers if number is not None]
+    units = (3600, 60, 1) if days is not None or len(values) == 3 else (60, 1, 0)
+    return int(days or 0) * 86400 + sum(v * unit for v, unit in zip(values, units, strict=False))
+
+
+def _schedule(config: Config, ranks: int) -> Schedule:
+    training = config.training
+    rows = count_rows(config)
+    if rows < ranks:
+        raise UserError(f"train_file: {config.train_file}: {rows} rows cannot be shared by {ranks} ranks")
+    return Schedule(
+        micro=training["per_device_train_batch_size"],
+        accumulation=training["gradient_accumulation_steps"],
+        ranks=ranks,
+        num_rows=rows,
+        epochs=training.get("num_train_epochs", 3.0),
+        max_steps=training.get("max_steps", -1),
+        drop_last=training.get("dataloader_drop_last", False),
+    )
+
+
+def count_rows(config: Config) -> int:
+    """Usable rows of the training file, before the length policy.
+
+    Raises:
+        UserError: there is none, or one is unusable and `on_bad_row` is error.
+    """
+    count = 0
+    for number, row in read_records(Path(config.train_file), system_prompt=config.system_prompt):
+        if isinstance(row, Record):
+            count += 1
+        elif config.on_bad_row == "error":
+            raise UserError(f"{config.train_file}:{number}: {row} (on_bad_row: skip leaves such rows out)")
+    return count
+
+
+def _size(config: Config) -> ModelSize | None:
+    folder = model_folder(config.model_name_or_path)
+    try:
+        return None if folder is None else model_size(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: {config.model_name_or_path}: {error}") from None
+
+
+def _hosts(given: argparse.Namespace) -> list[str]:
+    if given.hosts is None:
+        return [f"node{number}" for number in range(given.nodes)]
+    hosts: list[str] = given.hosts.split(",")
+    if len(hosts) != given.nodes:
+        raise UserError(f"--hosts {given.hosts}: {len(hosts)} names for {given.nodes} nodes")
+    return hosts
+
+
+def _node(rank: int, per_node: int, hosts: Sequence[str], given: argparse.Namespace, words: Sequence[str]) -> Node:
+    command = _join(
+        "torchrun", f"--nnodes={given.nodes}", f"--node_rank={rank}", f"--nproc_per_node={per_node}",
+        f"--master_addr={hosts[0]}", f"--master_port={given.port}", "--max-restarts=0", "ds_sft/train.py", *words,
+    )  # fmt: skip
+    return Node(rank=rank, ranks=(rank * per_node, rank * per_node + per_node - 1), torchrun=command)
+
+
+def _sbatch(given: argparse.Namespace, words: Sequence[str]) -> str:
+    time = [f"--time={given.time}"] if given.time else []
+    template = "slurm/train.sbatch" if Path("slurm/train.sbatch").exists() else ROOT / "slurm" / "train.sbatch"
+    flags = [f"--nodes={given.nodes}", f"--gpus-per-node={given.gpus_per_node}", *time]
+    return _join("sbatch", *flags, template, *words[1:])
+
+
+def _join(*words: Any) -> str:
+    return shlex.join(map(str, words))
+
+
+# ---- For people
+
+
+def describe(plan: Plan, config: Config) -> str:
+    """The plan as text."""
+    zero = "no DeepSpeed" if plan.zero_stage is None else f"ZeRO-{plan.zero_stage}"
+    shown = plan.nodes if len(plan.nodes) <= NODES_SHOWN else [*plan.nodes[: NODES_SHOWN - 1], plan.nodes[-1]]
+    lines = [
+        f"{len(plan.nodes)} nodes x {plan.ranks_per_node} ranks = {plan.world_size} ranks, {zero}.",
+        plan.batch,
+        _checkpoints(plan, config),
+        "",
+        "With Slurm:",
+        f"  {plan.sbatch}",
+        f"  It starts slurm/task.sh python ds_sft/train.py ... {_times(plan.ranks_per_node)} on each node, with",
+        "  RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
+        "  MASTER_PORT 15000 + job number modulo 15000.",
+        "",
+        "Without Slurm, on every node at about the same time:",
+    ]
+    for node in shown:
+        first, last = node.ranks
+        ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
+        lines.append(f"  node {node.rank}, {ranks}:  {node.torchrun}")
+        if node.rank == NODES_SHOWN - 2 and len(plan.nodes) > NODES_SHOWN:
+            lines.append("  ...")
+    host = plan.master_addr
+    lines += [
+        "or, where the first node reaches the others by ssh, there, with a file hosts that has a line for each such as",
+        f"`{host} slots={plan.ranks_per_node}`:",
+        f"  {plan.deepspeed}",
+        f"Rank 0 answers at {host}:{plan.master_port}. Every node needs what you use of {TRAVELS};",
+        "deepspeed --hostfile takes them from lines NAME=VALUE in .deepspeed_env. More in slurm/README.md.",
+    ]
+    return "\n".join(lines)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _checkpoints(plan: Plan, config: Config) -> str:
+    if not plan.checkpoints:
+        return "Checkpoints: none (save_strategy). A run that is stopped starts again from its first step."
+    count, kept = len(plan.checkpoints), plan.checkpoints_kept
+    where = "" if kept == count else f", of which the last {kept} {'stays' if kept == 1 else 'stay'}"
+    text = f"Checkpoints: {count}{where}"
+    if plan.checkpoint_bytes is None or plan.final_model_bytes is None:
+        return f"{text}; size unknown: {config.model_name_or_path} is not on this disk as safetensors."
+    one, model = plan.checkpoint_bytes, plan.final_model_bytes
+    written, disk = one * count + model, one * min(count, kept + 1) + model
+    return (
+        f"{text}; {in_units(one)} each ({plan.parameters:,} parameters), {in_units(written)} written in all, "
+        f"{in_units(disk)} on disk at most."
+    )

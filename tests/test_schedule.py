@@ -1,0 +1,100 @@
+"""Rows -> steps -> checkpoints, and how large a checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_sft.config import Config
+from ds_sft.runtime.size import ModelSize, checkpoint_bytes, in_units, model_size, tensor_shapes, weight_bytes
+from ds_sft.training.schedule import Schedule
+
+BASE: dict[str, Any] = {"micro": 2, "accumulation": 4, "ranks": 2, "num_rows": 100, "epochs": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_epoch", "steps"),
+    [
+        ({}, 7, 14),
+        ({"epochs": 0.5}, 7, 4),
+        ({"max_steps": 3}, 7, 3),
+        ({"num_rows": 112}, 7, 14),
+        ({"num_rows": 97, "drop_last": True}, 6, 12),  # 24 whole micro batches of 4 rows
+        ({"num_rows": 3, "drop_last": True}, 1, 2),
+    ],
+)
+def test_steps(changes: dict[str, Any], per_epoch: int, steps: int) -> None:
+    schedule = Schedule(**{**BASE, **changes})
+    assert (schedule.rows_per_step, schedule.steps_per_epoch, schedule.steps) == (16, per_epoch, steps)
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"save_steps": 5.0}, [5, 10, 14]),
+        ({"save_steps": 7}, [7, 14]),
+        ({"save_steps": 400.0}, [14]),
+        ({"save_steps": 0.25}, [4, 8, 12, 14]),  # a share of all steps, rounded up
+        ({"save_strategy": "epoch", "save_steps": 5}, [7, 14]),
+        ({"save_strategy": "no", "save_steps": 5}, []),
+    ],
+)
+def test_checkpoints(training: dict[str, Any], expected: list[int]) -> None:
+    assert Schedule(**BASE).checkpoints(training) == expected
+
+
+def make(**training: Any) -> Config:
+    return Config(model_name_or_path="m", train_file="t", training=training)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "stage", "bytes_of_100_parameters"),
+    [
+        (True, None, 1200),
+        (True, 2, 2 * 100 + 2 * 100 + 1200 + 2 * 30),
+        (True, 3, 2 * 100 + 1200),
+        (False, 2, 4 * 100 + 4 * 100 + 1200 + 4 * 30),
+        (False, 3, 4 * 100 + 1200),
+    ],
+)
+def test_checkpoint_bytes(bf16: bool, stage: int | None, bytes_of_100_parameters: int) -> None:
+    assert checkpoint_bytes(ModelSize(100, tied=30), stage, make(bf16=bf16)) == bytes_of_100_parameters
+
+
+def test_weight_bytes() -> None:
+    size = ModelSize(100, tied=0)
+    assert [weight_bytes(size, make(bf16=bf16)) for bf16 in (True, False)] == [200, 400]
+    config = Config(model_name_or_path="m", train_file="t", export_dtype="float32", training={"bf16": True})
+    assert weight_bytes(size, config) == 400
+
+
+def test_size_of_a_model_folder(model_dir: Path, tmp_path: Path) -> None:
+    """Against transformers' own count."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert model_size(model_dir) == ModelSize(model.num_parameters(), tied=400 * 64)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert model_size(tmp_path) == model_size(model_dir)
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    assert model_size(tmp_path) is None
+
+
+def test_files_that_are_not_what_they_say(model_dir: Path, tmp_path: Path) -> None:
+    whole = (model_dir / "model.safetensors").read_bytes()
+    for name, content, message in (
+        ("empty", b"", "not a safetensors file"),
+        ("page", b"<html>not found</html>", "not a safetensors file"),
+        ("cut", whole[:-10], r"is cut off: [\d,]+ of [\d,]+ bytes"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            tensor_shapes(tmp_path / name)
+
+
+def test_units() -> None:
+    shown = [in_units(n) for n in (0, 1023, 1536, 2**20, 15 * 2**30, 3 * 2**40, 2**60)]
+    assert shown == ["0 bytes", "1,023 bytes", "1.5 KiB", "1.0 MiB", "15.0 GiB", "3.0 TiB", "1,048,576.0 TiB"]
