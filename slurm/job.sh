@@ -109,7 +109,7 @@ train() {
         still_ours "$code"
         go_on
     fi
-    ((code == 0)) || give_up "$code" "The run failed with exit code $code; the first error is in $logs/" "$logs"/*.log
+    ((code == 0)) || give_up "$code" "The run failed; the first error is in $logs/" "$logs"/*.log
     say "The run is complete"
 }
 

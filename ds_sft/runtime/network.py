@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_sft.runtime.distributed import Launch, gather
 
-CONNECT_SECONDS = 45.0  # for the slowest rank to start
+CONNECT_SECONDS = float(os.environ.get("DS_SFT_CONNECT_SECONDS", "45"))  # for the slowest rank to start
 LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
 ROUND_TRIPS = 20
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20  # of the tensor that measures the bandwidth

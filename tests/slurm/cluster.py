@@ -230,6 +230,12 @@ class Cluster:
         os.kill(node.pid, signal.SIGKILL)
         wait_for(lambda: not psutil.pid_exists(node.pid), f"{name} is gone", 20)
 
+    def mend(self) -> None:
+        """Replace nodes that were killed."""
+        for name in NODES:
+            if name not in self.nodes:
+                self.add_node(name)
+
     def daemon(self, machine: Machine, *command: str) -> None:
         with (self.folder / f"{command[0]}-{machine.name}.out").open("ab") as log:
             subprocess.Popen(

@@ -1,62 +1,55 @@
-"""`sbatch slurm/train.sbatch` on two nodes of a real Slurm."""
+"""`sbatch slurm/train.sbatch` and its siblings on two nodes of a real Slurm, to the end or to an error."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import ROOT, step_losses, train
-from tests.slurm.cluster import SLURM, Cluster, Job
+from ds_sft.cli import main
+from tests.distributed.harness import step_losses, train
+from tests.slurm.cluster import Cluster, Job, wait_for
+from tests.slurm.conftest import FAULTY, SLOW, settings, wait_for_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-
-
-def settings(model_dir: Path, folder: Path, stage: int, **changes: Any) -> dict[str, Any]:
-    """float32, six steps of four rows."""
-    write_rows(folder / "train.jsonl", questions_and_answers(24))
-    return {
-        "model_name_or_path": str(model_dir),
-        "train_file": "train.jsonl",
-        "output_dir": "out",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "num_train_epochs": 1,
-        "learning_rate": "1e-3",
-        "bf16": False,
-        "save_steps": 2,
-        "logging_steps": 1,
-        "num_predictions": 0,
-        "deepspeed": str(ROOT / "ds_configs" / f"zero{stage}.json"),
-        **changes,
-    }
-
-
-def submit(cluster: Cluster, cwd: Path, keys: dict[str, Any], *flags: str, template: str = "train.sbatch") -> Job:
-    (cwd / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
-    return cluster.sbatch("--gpus-per-node=0", "--oversubscribe", *flags, str(SLURM / template), "run.yaml", cwd=cwd)
+Submit = Callable[..., Job]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_nodes_to_the_end(
-    cluster: Cluster, model_dir: Path, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+    submit: Submit,
+    model_dir: Path,
+    tmp_path: Path,
+    stage: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The same numbers as two ranks on one machine, each log in its place, and no key in any."""
+    """What `launch` foretold, the numbers of two ranks on one machine, each log in its place, and no key in any."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    job = submit(cluster, tmp_path, settings(model_dir, tmp_path, stage))
+    job = submit(tmp_path, settings(model_dir, tmp_path, stage), env={"DS_SFT_DOCTOR": "yes"})
     assert job.wait() == "COMPLETED", job.logs()
     run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     assert (run["launcher"], run["world_size"], run["zero_stage"], run["steps"]) == ("slurm", 2, stage, 6)
     assert sorted(path.name for path in tmp_path.glob(f"ds_sft-{job.id}/*.log")) == ["node1.log", "node2.log"]
     log = job.log()
     assert f"2 nodes x 1 ranks (0 GPUs a node), 1 cores a rank; rank 0 at node1:{15000 + int(job.id)}\n" in log
+    assert "0: pass  output       shared by the nodes\n" in log
+    assert "0: pass  names        node1 10.77.0.11, node2 10.77.0.12\n" in log
     assert "The run is complete" in log
     assert "HF_HUB_OFFLINE=1\n" in log
     assert "hf_secret" not in job.logs()
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "--dry-run", "--json", "run.yaml", "--nodes", "2", "--gpus-per-node", "0"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 6
+    checkpoints = [tmp_path / "out" / f"checkpoint-{step}" for step in plan["checkpoints"]]
+    assert sorted((tmp_path / "out").glob("checkpoint-*")) == checkpoints
+    size = sum(file.stat().st_size for file in checkpoints[0].rglob("*") if file.is_file())
+    assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.15)  # of a model smaller than its tokenizer
 
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -65,3 +58,39 @@ def test_two_nodes_to_the_end(
     assert step_losses(tmp_path / "out") == step_losses(alone / "out")
     weights = [folder / "out" / "model.safetensors" for folder in (tmp_path, alone)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_failing_rank_ends_the_job(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
+    """At once, with its error at the end of the job's log, and without starting again."""
+    job = submit(tmp_path, settings(model_dir, tmp_path), script=FAULTY, env={"FAULT": "train raise 1"})
+    wait_for(lambda: "the fault at" in job.log("node2"), "the fault", 120)
+    failed = time.monotonic()
+    assert job.wait() == "FAILED", job.logs()
+    assert time.monotonic() - failed < 30
+    assert "ValueError: a fault in train" in job.log()
+    assert job.log().splitlines()[-1].endswith(f"the first error is in {tmp_path}/ds_sft-{job.id}/")
+    assert job.restarts == 0
+
+
+def test_a_mistake_in_the_config(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
+    """Exit code 2, one line, no second start; what only the ranks see ends the same."""
+    keys = settings(model_dir, tmp_path)
+    typo = submit(tmp_path, keys, more=("--learning_rat", "1"))
+    (tmp_path / "2").mkdir()
+    absent = submit(tmp_path / "2", {**keys, "train_file": "absent.jsonl"})
+    assert typo.wait() == "FAILED"
+    assert (typo.facts()["ExitCode"], typo.restarts) == ("2:0", 0)
+    assert typo.log().endswith("\nds_sft: error: --learning_rat: unknown key: did you mean --learning_rate?\n")
+    assert absent.wait() == "FAILED"
+    assert absent.restarts == 0
+    assert absent.log().count("ds_sft: error: absent.jsonl: no such file") == 1
+
+
+def test_scancel_is_the_end(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path) -> None:
+    job = submit(tmp_path, settings(model_dir, tmp_path, rows=400), script=SLOW, env={"STEP_SECONDS": "0.2"})
+    wait_for_step(job, 2)
+    cluster.client("scancel", job.id)
+    assert job.wait() == "CANCELLED"
+    wait_for(cluster.idle, "nothing is left running", 60)
+    assert job.state == "CANCELLED"
+    assert job.restarts == 0
