@@ -21,6 +21,7 @@ from tests.test_house import ROOT
 def config(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", questions_and_answers(100))
+    write_rows(tmp_path / "bad.jsonl", [*questions_and_answers(1), "{"])
     keys = {
         "model_name_or_path": str(model_dir),
         "train_file": "train.jsonl",
@@ -78,6 +79,15 @@ def test_names_and_port(config: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--node_rank=1 --nproc_per_node=1 --master_addr=a --master_port=1234 " in found["nodes"][1]["torchrun"]
 
 
+def test_rows_of_an_epoch(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, limits, rows set aside and rows skipped are counted as the run counts them."""
+    files = "[{path: train.jsonl, weight: 2, limit: 40}, bad.jsonl]"
+    words = ["--train_file", files, "--on_bad_row", "skip"]
+    assert plan(capsys, *words)["rows"] == 81
+    assert plan(capsys, "--val_size", "0.1")["rows"] == 90
+    assert plan(capsys, "--val_size", "7")["rows"] == 93
+
+
 def test_without_gpus_a_node_is_one_rank(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--nodes", "3", "--gpus-per-node", "0")
     assert (found["world_size"], found["ranks_per_node"]) == (3, 1)
@@ -97,13 +107,14 @@ def test_as_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["--nodes", "0"], "--nodes 0 --gpus-per-node 1: expected 1 or more nodes"),
-        (["--nodes", "26", "--gpus-per-node", "4"], "train_file: train.jsonl: 100 rows cannot be shared by 104 ranks"),
+        (["--nodes", "26", "--gpus-per-node", "4"], "train_file: 100 rows cannot be shared by 104 ranks"),
         (["--time", "10"], "--time 10: slurm/train.sbatch saves 600 s before the limit, so it would stop at once"),
         (["--time", "soon"], "--time soon: expected minutes, HH:MM:SS or D-HH:MM:SS"),
         (["--nodes", "2", "--hosts", "a"], "--hosts a: 1 names for 2 nodes"),
         (["--train_file", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--train_file", "bad.jsonl"], "bad.jsonl:2: "),
         (["--learning_rat", "1"], "--learning_rat: unknown key: did you mean --learning_rate?"),
-        (["--deepspeed", '{train_batch_size: 12}', "--nodes", "2"], "train_batch_size: 12"),
+        (["--deepspeed", '{train_batch_size: 12, zero_optimization: {stage: 2}}', "--nodes", "2"], "train_batch_size: 12"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(

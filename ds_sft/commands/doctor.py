@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.config import Config, load_config
-from ds_sft.data.records import BadRow, read_records
+from ds_sft.data.files import BadRow, find_files
+from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, exit_with, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network
@@ -180,12 +181,17 @@ def _look_at_model(config: Config) -> Facts:
 
 
 def _look_at_data(config: Config) -> Facts:
-    files = [file for file in (config.train_file, config.eval_file) if file is not None]
-    for file in files:
-        first = next(read_records(Path(file), system_prompt=config.system_prompt), None)
-        if first is None or (isinstance(first[1], BadRow) and config.on_bad_row == "error"):
-            raise UserError(f"{file}: no row in it" if first is None else f"{file}:{first[0]}: {first[1]}")
-    return {"bytes": {file: Path(file).stat().st_size for file in files}}
+    """Size of each file; its first row must be readable."""
+    sizes = {}
+    for key, value in (("train_file", config.train_file), ("eval_file", config.eval_file)):
+        for file in find_files(value, key) if value is not None else []:
+            first = next(read_dialogues(file, reading_of(config)), None)
+            if first is None:
+                raise UserError(f"{file.name}: no row in it")
+            if isinstance(first[1], BadRow) and config.on_bad_row == "error":
+                raise UserError(f"{file.name}:{first[0]}: {first[1]}")
+            sizes[file.name] = file.size or 0
+    return {"bytes": sizes}
 
 
 def _look_at_output(folder: Path) -> Facts:
@@ -290,7 +296,8 @@ def _check_data(nodes: Sequence[Facts]) -> Check:
     same = _same("data", nodes, lambda facts: facts["data"]["bytes"], str, "copy the same files to every node")
     if same.status == "fail":
         return same
-    return Check("data", "pass", ", ".join(f"{file}: {in_units(size)}" for file, size in sizes.items()))
+    files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
+    return Check("data", "pass", f"{files}, {in_units(sum(sizes.values()))}")
 
 
 def _check_output(nodes: Sequence[Facts]) -> Check:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.config import Config, load_config
-from ds_sft.data.records import Record, read_records
+from ds_sft.data.files import BadRow, DataFile, find_files
+from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.size import ModelSize, checkpoint_bytes, in_units, model_folder, model_size, weight_bytes
@@ -172,7 +173,7 @@ def _schedule(config: Config, ranks: int) -> Schedule:
     training = config.training
     rows = count_rows(config)
     if rows < ranks:
-        raise UserError(f"train_file: {config.train_file}: {rows} rows cannot be shared by {ranks} ranks")
+        raise UserError(f"train_file: {rows} rows cannot be shared by {ranks} ranks")
     return Schedule(
         micro=training["per_device_train_batch_size"],
         accumulation=training["gradient_accumulation_steps"],
@@ -185,17 +186,24 @@ def _schedule(config: Config, ranks: int) -> Schedule:
 
 
 def count_rows(config: Config) -> int:
-    """Usable rows of the training file, before the length policy.
+    """Rows of an epoch, before the length policy.
 
     Raises:
-        UserError: there is none, or one is unusable and `on_bad_row` is error.
+        UserError: a file cannot be read, or a row of it is unusable and `on_bad_row` is error.
     """
+    found = [(file.weight, _usable_rows(file, config)) for file in find_files(config.train_file, "train_file")]
+    rows = sum(count for _, count in found)
+    aside = round(config.val_size * rows) if config.val_size < 1 else int(config.val_size)
+    return round(sum(weight * count for weight, count in found) * max(0, rows - aside) / max(1, rows))
+
+
+def _usable_rows(file: DataFile, config: Config) -> int:
     count = 0
-    for number, row in read_records(Path(config.train_file), system_prompt=config.system_prompt):
-        if isinstance(row, Record):
+    for number, row in read_dialogues(file, reading_of(config)):
+        if not isinstance(row, BadRow):
             count += 1
         elif config.on_bad_row == "error":
-            raise UserError(f"{config.train_file}:{number}: {row} (on_bad_row: skip leaves such rows out)")
+            raise UserError(f"{file.name}:{number}: {row} (on_bad_row: skip leaves such rows out)")
     return count
 
 

@@ -34,7 +34,7 @@ from filelock import FileLock
 from ds_sft.config import Config
 from ds_sft.data.encode import Encoded, Encoder, use_threads
 from ds_sft.data.files import BadRow, DataFile, Progress, Raw
-from ds_sft.data.records import Dialogue, Reading, parse_row
+from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 
@@ -136,11 +136,6 @@ def cache_dir(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"cache_dir: {path} cannot be made: {error.strerror}; name another folder") from None
     return path
-
-
-def reading_of(config: Config) -> Reading:
-    """What the keys say of how rows are read."""
-    return Reading(config.system_prompt, config.data_format, dict(config.data_fields or {}))  # type: ignore[arg-type]
 
 
 def settings_key(config: Config, tokenizer: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_sft.config import Config
 from ds_sft.data.files import BadRow, DataFile, Raw
 from ds_sft.data.shapes import Message, Shape, to_messages
 
@@ -43,6 +44,11 @@ class Reading:
     system_prompt: str  # an Alpaca instruction that is this prompt is not repeated in the question
     shape: Shape = "auto"
     fields: Mapping[str, str] = field(default_factory=dict)  # our name of a field -> the file's
+
+
+def reading_of(config: Config) -> Reading:
+    """What the keys say of how rows are read."""
+    return Reading(config.system_prompt, config.data_format, dict(config.data_fields or {}))  # type: ignore[arg-type]
 
 
 def read_dialogues(file: DataFile, reading: Reading) -> Iterator[tuple[int, Dialogue | BadRow]]:
