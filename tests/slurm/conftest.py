@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import ROOT, read_lines
+from tests.distributed.harness import ROOT, read_lines, train
 from tests.slurm.cluster import SLURM, Cluster, Job, missing, start_cluster, wait_for
 
 FAULTY, SLOW = ROOT / "tests" / "distributed" / "faulty.py", Path(__file__).with_name("slow.py")
@@ -57,6 +57,15 @@ def settings(model_dir: Path, folder: Path, stage: int = 2, rows: int = 24, **ch
     }
 
 
+@pytest.fixture(scope="session")
+def whole(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of these settings on one machine, without Slurm and without a stop."""
+    cwd = tmp_path_factory.mktemp("whole")
+    done = train("torchrun", 2, settings(model_dir, cwd), cwd=cwd)
+    assert done.code == 0, done.output[-4000:]
+    return cwd / "out"
+
+
 def python_that_starts(script: Path, folder: Path) -> str:
     """A `python` that starts `script` where it is told to start train.py."""
     shim = folder / f"python-{script.stem}"
@@ -79,13 +88,15 @@ def submit(cluster: Cluster, jobs: list[Job]) -> Callable[..., Job]:
         script: Path | None = None,
         env: Mapping[str, str] | None = None,
         more: tuple[str, ...] = (),
+        without: tuple[str, ...] = (),
     ) -> Job:
         """Write `keys` as a config and submit it; the doctor was tested by others."""
-        (cwd / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+        file = cwd / f"run-{len(jobs)}.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in keys.items() if k not in without}), encoding="utf-8")
         environment = {"DS_SFT_DOCTOR": "no", **(env or {})}
         if script is not None:
             environment["PYTHON"] = python_that_starts(script, cwd)
-        words = ["--gpus-per-node=0", "--oversubscribe", *flags, str(SLURM / template), "run.yaml", *more]
+        words = ["--gpus-per-node=0", "--oversubscribe", *flags, str(SLURM / template), file.name, *more]
         jobs.append(cluster.sbatch(*words, cwd=cwd, env=environment))
         return jobs[-1]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ds_sft.cli import main
 from tests.distributed.harness import step_losses, train
@@ -43,7 +44,7 @@ def test_two_nodes_to_the_end(
     assert "hf_secret" not in job.logs()
 
     monkeypatch.chdir(tmp_path)
-    assert main(["launch", "--dry-run", "--json", "run.yaml", "--nodes", "2", "--gpus-per-node", "0"]) == 0
+    assert main(["launch", "--dry-run", "--json", "run-0.yaml", "--nodes", "2", "--gpus-per-node", "0"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"] == 6
     checkpoints = [tmp_path / "out" / f"checkpoint-{step}" for step in plan["checkpoints"]]
@@ -94,3 +95,60 @@ def test_scancel_is_the_end(submit: Submit, cluster: Cluster, model_dir: Path, t
     wait_for(cluster.idle, "nothing is left running", 60)
     assert job.state == "CANCELLED"
     assert job.restarts == 0
+
+
+def test_a_node_that_cannot_reach_the_address(
+    submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path
+) -> None:
+    """The doctor says which node and what to look at, and the job ends before a model is loaded."""
+    rule = ["to", "10.77.0.11", "ipproto", "tcp", "dport", "15000-29999", "prohibit"]
+    cluster.nodes["node2"].run("ip", "rule", "add", *rule)
+    try:
+        env = {"DS_SFT_DOCTOR": "yes", "DS_SFT_CONNECT_SECONDS": "6"}
+        job = submit(tmp_path, settings(model_dir, tmp_path), env=env)
+        assert job.wait() == "FAILED", job.logs()
+    finally:
+        cluster.nodes["node2"].run("ip", "rule", "delete", *rule)
+    address = f"node1:{15000 + int(job.id)}"
+    assert f"fail  network  rank 1 on node2 cannot reach {address}" in job.log()
+    assert "-> a firewall between the nodes, another program on that port, or the wrong network card" in job.log()
+    assert "The doctor found what would stop this run" in job.log()
+    assert not list((tmp_path / f"ds_sft-{job.id}").glob("*.log"))
+    assert job.restarts == 0
+
+
+def test_several_jobs_at_once(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path, whole: Path) -> None:
+    """A sweep of two and a job on two nodes, at the same time on the same nodes and from the same files."""
+    keys = settings(model_dir, tmp_path)
+    both = submit(tmp_path, keys)
+    array = submit(
+        tmp_path,
+        keys,
+        "--array=0-1,5",
+        template="sweep.sbatch",
+        env={"LEARNING_RATES": "1e-3 1e-4"},
+        without=("output_dir",),
+    )
+    rates = {rate: Job(cluster, f"{array.id}_{number}", tmp_path) for number, rate in enumerate(("1e-3", "1e-4"))}
+    for job in (both, *rates.values()):
+        assert job.wait() == "COMPLETED", job.logs()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for rate, job in rates.items():
+        assert f"ds_sft-sweep-{job.id}/; Python" in job.log()
+        config = yaml.safe_load((tmp_path / "output" / "sweep" / f"lr-{rate}" / "config.yaml").read_text())
+        assert (config["learning_rate"], config["run_name"]) == (float(rate), f"lr-{rate}")
+        assert len(step_losses(tmp_path / "output" / "sweep" / f"lr-{rate}")) == 12  # one rank: twice the steps
+    absent = Job(cluster, f"{array.id}_5", tmp_path)
+    assert absent.wait() == "FAILED"
+    assert "there are 2 learning rates, and this is number 5: see --array" in absent.log()
+
+
+def test_the_debug_job(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
+    """Five steps on 2 x 1 ranks into a folder of its own; a key that is given wins."""
+    job = submit(tmp_path, settings(model_dir, tmp_path), template="debug.sbatch", more=("--max_steps", "4"))
+    assert job.wait() == "COMPLETED", job.logs()
+    output = tmp_path / f"ds_sft-debug-{job.id}" / "output"
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert len(step_losses(output)) == 4
+    assert not (tmp_path / "out").exists()
+    assert "NCCL_DEBUG=INFO" in job.log()

@@ -1,0 +1,194 @@
+"""`ds-sft doctor`: what each rank sees, and what is made of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ds_sft.cli import main
+from ds_sft.commands.doctor import Check, compare, judge_network, look_around
+from ds_sft.config import Config, load_config
+from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.network import Network
+from tests.conftest import questions_and_answers, write_rows
+from tests.distributed.harness import BIN, free_port, run
+from tests.test_house import ROOT
+
+
+@pytest.fixture
+def config(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.jsonl", questions_and_answers(8))
+    keys = {
+        "model_name_or_path": str(model_dir),
+        "train_file": "train.jsonl",
+        "output_dir": "out",
+        "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
+        "save_total_limit": 2,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return load_config(["--config", "run.yaml"])
+
+
+@pytest.fixture
+def nodes(config: Config) -> list[dict[str, Any]]:
+    """What two nodes of one rank see, if they are alike."""
+    first = look_around(config, Launch(launcher="slurm", world_size=2))
+    first |= {"host": "node1", "address": {"address": "10.0.0.1"}}
+    second = {**copy.deepcopy(first), "rank": 1, "host": "node2", "address": {"address": "10.0.0.2"}}
+    return [first, second]
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def test_two_nodes_alike(nodes: list[dict[str, Any]], config: Config) -> None:
+    checks = compare(nodes, config, 2)
+    assert {check.status for check in checks} == {"pass"}
+    assert not any(check.remedy for check in checks)
+    assert by_name(checks)["names"].value == "node1 10.0.0.1, node2 10.0.0.2"
+
+
+def change(path: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
+    """Set a fact of the second node."""
+
+    def apply(nodes: list[dict[str, Any]]) -> None:
+        *parents, last = path.split(".")
+        place = nodes[1]
+        for name in parents:
+            place = place[name]
+        place[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "status", "value"),
+    [
+        (change("code.hash", "beef"), "code", "fail", "on node1, beef on node2"),
+        (change("config.max_length", 7), "config", "fail", "max_length: 2048 on node1, 7 on node2"),
+        (change("versions.torch", "2.0"), "packages", "fail", "on node1, 2.0 on node2"),
+        (change("device.trouble", "local rank 1 finds 1 GPUs"), "device", "fail", "finds 1 GPUs (on node2)"),
+        (change("device.kind", "cuda"), "device", "fail", "GPUs on some nodes only"),
+        (change("model", {"trouble": "x: no such folder"}), "model", "fail", "x: no such folder (on node2)"),
+        (change("model", {"download": True}), "model", "fail", "is not on node2"),  # HF_HUB_OFFLINE in tests
+        (change("data", {"trouble": "t: no such file"}), "data", "fail", "t: no such file (on node2)"),
+        (change("data.bytes", {"train.jsonl": 1}), "data", "fail", "on node1, 1 on node2"),
+        (change("output", {"trouble": "out: Permission denied"}), "output", "fail", "Permission denied (on node2)"),
+        (change("output.free", 3 << 20), "disk", "warn", "room for 1 checkpoints of 1."),
+        (change("output.free", 1 << 20), "disk", "fail", "1.0 MiB free: room for 0 checkpoints"),
+        (change("address", {"address": "127.0.1.1"}), "names", "fail", "the name of node2 stands for 127.*"),
+        (change("address", {"trouble": "does not resolve"}), "names", "fail", "does not resolve (on node2)"),
+    ],
+)
+def test_a_difference_is_named_with_its_remedy(
+    nodes: list[dict[str, Any]], config: Config, fault: Any, name: str, status: str, value: str
+) -> None:
+    fault(nodes)
+    checks = by_name(compare(nodes, config, 2))
+    found = checks.pop(name)
+    assert found.status == status
+    assert value in found.value
+    assert found.remedy
+    assert {check.status for check in checks.values()} == {"pass"}
+
+
+def test_a_named_card_needs_no_name(
+    nodes: list[dict[str, Any]], config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes[1]["address"] = {"address": "127.0.1.1"}
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert by_name(compare(nodes, config, 2))["names"] == Check("names", "pass", "GLOO_SOCKET_IFNAME=ib0")
+
+
+def network(**changes: Any) -> Network:
+    keys = {"address": "node1", "port": 1, "backend": "nccl", "world_size": 2, "latency": 1e-5, "bandwidth": 25e9,
+            "clock_skew": 0.0, "shared": True}  # fmt: skip
+    return Network(**{**keys, **changes})
+
+
+def test_what_zero_spends_communicating(nodes: list[dict[str, Any]], config: Config) -> None:
+    """1e9 parameters in bfloat16, 4 micro batches, 2 ranks, 1 GB/s: 1 s each time the weights' size is moved."""
+    nodes[0]["model"]["size"] = {"parameters": 10**9, "tied": 0}
+    checks = by_name(judge_network(network(bandwidth=1e9), nodes, config))
+    assert checks["ZeRO"].value.startswith(
+        "communication takes about 5 s a step under ZeRO-2, 12 s under ZeRO-3 (4 micro"
+    )
+    assert checks["output"].value == "shared by the nodes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status"),
+    [
+        ({}, "collectives", "pass"),
+        ({"bandwidth": 0.1e9}, "collectives", "warn"),
+        ({"bandwidth": 0.1e9, "backend": "gloo"}, "collectives", "pass"),  # CPUs: not what anybody waits for
+        ({"clock_skew": 1.5}, "clocks", "warn"),
+        ({"clock_skew": 0.5}, "clocks", "pass"),
+    ],
+)
+def test_slow_networks_and_wrong_clocks(
+    nodes: list[dict[str, Any]], config: Config, changes: dict[str, Any], name: str, status: str
+) -> None:
+    found = by_name(judge_network(network(**changes), nodes, config))[name]
+    assert (found.status, bool(found.remedy)) == (status, status != "pass")
+
+
+def test_gpus_that_torch_does_not_see(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    device = look_around(config, Launch(launcher="slurm"))["device"]
+    assert device["trouble"].startswith("Slurm gave 8 GPUs, torch ")
+
+
+def test_on_one_box(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "run.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[1] for line in lines if line.startswith("pass")]
+    assert names == ["code", "config", "packages", "device", "model", "data", "output", "disk"]
+    assert lines[-1] == "0 fail, 0 warn, 8 pass"
+    assert main(["doctor", "--json", "run.yaml"]) == 0
+    assert [check["name"] for check in json.loads(capsys.readouterr().out.splitlines()[-1])] == names
+
+
+def test_each_part_that_is_wrong_here(
+    config: Config, tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    write_rows(tmp_path / "bad.jsonl", ["{"])
+    shutil.copytree(model_dir, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-1])
+    for key, value, said in (
+        ("output_dir", "file/out", "fail  output    file/out: Not a directory (on "),
+        ("train_file", "absent.jsonl", "fail  data      absent.jsonl: no such file"),
+        ("train_file", "bad.jsonl", "fail  data      bad.jsonl:1: "),
+        ("model_name_or_path", "./absent", "fail  model     ./absent: no such folder (on "),
+        ("model_name_or_path", "./cut", "fail  model     cut/model.safetensors: is cut off: "),
+    ):
+        assert main(["doctor", "run.yaml", f"--{key}", value]) == 1
+        assert said in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_config_is_2(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "run.yaml", "--max_lenght", "7"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "ds_sft: error: --max_lenght: unknown key: did you mean --max_length?\n"
+
+
+@pytest.mark.distributed
+def test_between_two_ranks(config: Config, tmp_path: Path) -> None:
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = run([*command, "-m", "ds_sft", "doctor", "--json", "run.yaml"], cwd=tmp_path)
+    assert done.code == 0, done.output
+    checks = json.loads(next(line for line in done.output.splitlines() if line.startswith("[{")))
+    assert {check["status"] for check in checks} == {"pass"}
+    assert [check["name"] for check in checks][-4:] == ["network", "collectives", "ZeRO", "clocks"]
+    assert not list((tmp_path / "out").iterdir())
