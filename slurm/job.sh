@@ -11,7 +11,7 @@ die() {
 
 # ---- Where things are
 
-job=$SLURM_JOB_ID
+job=$SLURM_JOB_ID  # of one task of an array, too: the bare number may stand for the whole array
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 logs=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$job  # one log for each node; the job's own is beside the folder
 mkdir -p "$logs" || die "$logs cannot be made: submit from a folder that all nodes can write"
@@ -21,7 +21,7 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(command -v python3)
     [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$DS_SFT_HOME/.venv/bin/python" ] || PYTHON=$DS_SFT_HOME/.venv/bin/python
 fi
-export PYTHONPATH=$DS_SFT_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONFAULTHANDLER=1
+export DS_SFT_HOME PYTHONPATH=$DS_SFT_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONFAULTHANDLER=1
 
 # ---- Ranks
 
@@ -105,10 +105,11 @@ train() {
     on_ranks --output="$logs/%N.log" --open-mode=append -- "$DS_SFT_HOME/ds_sft/train.py" --config "$@" &
     await $!
     code=$?
-    if requeue end --config "$@"; then
-        still_ours "$code"
-        go_on
-    fi
+    requeue end --config "$@"
+    case $? in
+        0) still_ours "$code" && go_on ;;
+        1) exit 1 ;; # no progress, which it has said
+    esac
     ((code == 0)) || give_up "$code" "The run failed; the first error is in $logs/" "$logs"/*.log
     say "The run is complete"
 }
@@ -130,7 +131,7 @@ give_up() {
 # still_ours CODE: exits if somebody else has decided what becomes of the job: scancel, scontrol requeue, preemption.
 still_ours() {
     local state
-    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    state=$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
     [ "$state" = RUNNING ] && return
     say "The job is $state: Slurm decides what happens to it"
     exit "$1"
@@ -138,7 +139,7 @@ still_ours() {
 
 go_on() {
     say "Requeueing job $job"
-    scontrol requeue "$SLURM_JOB_ID" || die "Slurm refused to requeue (was the job submitted with --no-requeue?)"
+    scontrol requeue "$job" || die "Slurm refused to requeue (was the job submitted with --no-requeue?)"
     exit 0
 }
 

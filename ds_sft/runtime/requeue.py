@@ -1,7 +1,7 @@
 """Whether a Slurm job that stopped should start again; asked by slurm/job.sh on the first node.
 
     python -m ds_sft.runtime.requeue begin --starts FILE --config CONFIG.yaml [--key value ...]    # 0: go on
-    python -m ds_sft.runtime.requeue end --starts FILE --config CONFIG.yaml [--key value ...]      # 0: requeue
+    python -m ds_sft.runtime.requeue end --starts FILE --config CONFIG.yaml [--key value ...]      # 0: requeue, 3: done
 
 Decided from what the run left in `output_dir`, never from an exit code: launchers and srun change those. A job that
 comes no further between its starts would run for ever; after `DS_SFT_MAX_STALLS` (2) such starts it stops.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,9 +20,10 @@ from typing import Any
 
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
+from ds_sft.runtime.checkpoint import newest_complete
+from ds_sft.runtime.preempt import PREEMPTED
 
-PREEMPTED = "PREEMPTED.json"  # what a run leaves that was asked to stop: step, checkpoint, reason, time
-DONE = 3  # exit code where there is nothing to requeue
+DONE = 3  # exit code of a run that was not stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def begin(starts: Path, output_dir: Path, limit: int) -> int:
 
 
 def end(starts: Path, output_dir: Path, limit: int) -> int:
-    """0 if the run was stopped before its end and came further than it was; `DONE` if there is nothing to requeue."""
+    """0 if the run was stopped before its end, 1 if it came no further too often, `DONE` if it was not stopped."""
     stopped = read_stopped(output_dir / PREEMPTED)
     if stopped is None:
         return DONE
@@ -73,7 +73,7 @@ def end(starts: Path, output_dir: Path, limit: int) -> int:
     if stalls([*read_steps(starts), step]) < limit:
         return 0
     print(no_progress(step, limit), file=sys.stderr)
-    return DONE
+    return 1
 
 
 def no_progress(step: int, limit: int) -> str:
@@ -105,13 +105,9 @@ def read_stopped(path: Path) -> dict[str, Any] | None:
 
 
 def newest_step(output_dir: Path) -> int:
-    """The step of the newest checkpoint that has its state; 0 without one."""
-    found = [
-        int(match[1])
-        for path in output_dir.glob("checkpoint-*/trainer_state.json")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
-    ]
-    return max(found, default=0)
+    """The step of the newest complete checkpoint; 0 without one."""
+    found = newest_complete(output_dir)
+    return found.step if found else 0
 
 
 if __name__ == "__main__":
