@@ -50,7 +50,7 @@ LIGHT = [
     "ds_sft.runtime.requeue",
     "ds_sft.runtime.size",
     "ds_sft.runtime.network",
-    "ds_sft.training.schedule",
+    "ds_sft.plan.steps",
     "ds_sft.commands.launch",
     "ds_sft.commands.doctor",
 ]

@@ -30,7 +30,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, exit_with, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network
 from ds_sft.runtime.results import git_commit, versions
-from ds_sft.runtime.size import ModelSize, checkpoint_bytes, in_units, model_folder, model_size, weight_bytes
+from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
 
 CLOCK_SECONDS = 1.0  # more makes "newer than" of files on a shared disk a lie
@@ -313,8 +313,7 @@ def _check_disk(nodes: Sequence[Facts], config: Config, zero_stage: int | None) 
     size = nodes[0]["model"].get("size")
     if size is None:
         return [Check("disk", "pass", f"{in_units(free)} free")]
-    parameters = ModelSize(**size)
-    one, model = checkpoint_bytes(parameters, zero_stage, config), weight_bytes(parameters, config)
+    one, model = written_bytes(ModelSize(**size), zero_stage, config)
     room = max(0, free - model) // one
     wanted = (config.training.get("save_total_limit") or 2) + 1  # the new one is written before the oldest goes
     status = "fail" if room < 1 else "warn" if room < wanted else "pass"

@@ -23,10 +23,10 @@ from ds_sft.config import Config, load_config
 from ds_sft.data.files import BadRow, DataFile, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
+from ds_sft.plan.steps import Steps, steps_of
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.size import ModelSize, checkpoint_bytes, in_units, model_folder, model_size, weight_bytes
+from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
-from ds_sft.training.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNAL_SECONDS = 600  # how long before its time limit slurm/train.sbatch saves
@@ -117,9 +117,10 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
     per_node = max(1, given.gpus_per_node)
     ranks = given.nodes * per_node
     zero_stage = stage(engine_config(config, Launch(launcher="slurm", world_size=ranks, local_world_size=per_node)))
-    schedule = _schedule(config, ranks)
-    saved = schedule.checkpoints(config.training)
+    steps = _steps(config, ranks)
+    saved = steps.checkpoints(config.training)
     size = _size(config)
+    one, model = (None, None) if size is None else written_bytes(size, zero_stage, config)
     hosts = _hosts(given)
     return Plan(
         nodes=[_node(rank, per_node, hosts, given, words) for rank in range(given.nodes)],
@@ -131,15 +132,15 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         master_addr=hosts[0],
         master_port=given.port,
         parameters=None if size is None else size.parameters,
-        rows=schedule.num_rows,
-        rows_per_step=schedule.rows_per_step,
-        steps_per_epoch=schedule.steps_per_epoch,
-        steps=schedule.steps,
+        rows=steps.num_rows,
+        rows_per_step=steps.rows_per_step,
+        steps_per_epoch=steps.steps_per_epoch,
+        steps=steps.steps,
         checkpoints=saved,
         checkpoints_kept=min(len(saved), config.training.get("save_total_limit") or len(saved)),
-        checkpoint_bytes=None if size is None else checkpoint_bytes(size, zero_stage, config),
-        final_model_bytes=None if size is None else weight_bytes(size, config),
-        batch=schedule.describe(),
+        checkpoint_bytes=one,
+        final_model_bytes=model,
+        batch=steps.describe(),
     )
 
 
@@ -169,20 +170,13 @@ def slurm_seconds(text: str) -> int:
     return int(days or 0) * 86400 + sum(v * unit for v, unit in zip(values, units, strict=False))
 
 
-def _schedule(config: Config, ranks: int) -> Schedule:
+def _steps(config: Config, ranks: int) -> Steps:
     training = config.training
     rows = count_rows(config)
     if rows < ranks:
         raise UserError(f"train_file: {rows} rows cannot be shared by {ranks} ranks")
-    return Schedule(
-        micro=training["per_device_train_batch_size"],
-        accumulation=training["gradient_accumulation_steps"],
-        ranks=ranks,
-        num_rows=rows,
-        epochs=training.get("num_train_epochs", 3.0),
-        max_steps=training.get("max_steps", -1),
-        drop_last=training.get("dataloader_drop_last", False),
-    )
+    keys = (training["per_device_train_batch_size"], training["gradient_accumulation_steps"])
+    return steps_of(training, *keys, ranks, rows)
 
 
 def count_rows(config: Config) -> int:

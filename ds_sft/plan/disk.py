@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from ds_sft.plan.shape import Shape
+from typing import Protocol
 
 ADAM_BYTES = 8  # two float32 moments a parameter
 
 
-def checkpoint_bytes(shape: Shape, *, stage: int | None, weight_bytes: int) -> int:
+class Sized(Protocol):
+    """A `Shape`, or what the headers of a model's files say (`runtime/size.py`)."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def embedding(self) -> int: ...
+    @property
+    def tied(self) -> bool: ...
+
+
+def checkpoint_bytes(shape: Sized, *, stage: int | None, weight_bytes: int) -> int:
     """One `checkpoint-N`, of all ranks together, without the few MB of tokenizer, scheduler and random states.
 
     Args:
@@ -24,6 +35,6 @@ def checkpoint_bytes(shape: Shape, *, stage: int | None, weight_bytes: int) -> i
     return 2 * weights + states + (shape.embedding * weight_bytes if shape.tied else 0)
 
 
-def export_bytes(shape: Shape, export_bytes_per_parameter: int) -> int:
+def export_bytes(shape: Sized, export_bytes_per_parameter: int) -> int:
     """The final `model.safetensors`."""
     return shape.parameters * export_bytes_per_parameter

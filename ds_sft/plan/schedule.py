@@ -10,6 +10,7 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.memory import Run
+from ds_sft.plan.steps import steps_of
 
 COUNTED = 256 * 2**20  # bytes of a file that are searched for line ends; the rest is estimated from them
 
@@ -38,7 +39,8 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     known = mean_tokens or _mean_tokens(config)
     per_row = min(known or config.max_length, config.max_length)
     per_step = run.micro_batch * run.accumulation * run.ranks
-    steps = _steps(training, rows, per_step)
+    counted = steps_of(training, run.micro_batch, run.accumulation, run.ranks, rows or 0)
+    steps = counted.steps if rows or counted.max_steps > 0 else None
     tokens = None if steps is None else steps * per_step * per_row
     # Estimated steps are of rows as long as max_length: shorter ones are padded or take less time, none takes more.
     estimated = per_step * run.length / step_seconds
@@ -53,28 +55,8 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
         seconds=None if tokens is None else tokens / used,
         rate=used,
         rate_measured=rate is not None,
-        checkpoints=_checkpoints(training, steps, rows, per_step),
+        checkpoints=0 if steps is None else len(counted.checkpoints(training)),
     )
-
-
-def _steps(training: Any, rows: int | None, per_step: int) -> int | None:
-    if training.get("max_steps", -1) > 0:
-        return int(training["max_steps"])
-    if rows is None:
-        return None
-    return int(-(-(-(-rows // per_step) * training["num_train_epochs"]) // 1))
-
-
-def _checkpoints(training: Any, steps: int | None, rows: int | None, per_step: int) -> int:
-    """How many `checkpoint-N` are written; the last step writes one under both strategies."""
-    strategy = training.get("save_strategy", "steps")
-    if strategy == "no" or steps is None:
-        return 0
-    if strategy == "epoch" and rows is not None:
-        return -(-steps // max(-(-rows // per_step), 1))
-    every = training.get("save_steps", 500)
-    every = max(int(every if every >= 1 else every * steps), 1)
-    return -(-steps // every)
 
 
 def rows_of(given: str | list[Any]) -> int | None:

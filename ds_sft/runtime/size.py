@@ -1,4 +1,4 @@
-"""How large a model is and how large its checkpoints will be, from the headers of its files; loads no tensor."""
+"""How large a model of any architecture is, from the headers of its files; loads no tensor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.config import Config
+from ds_sft.plan.disk import checkpoint_bytes, export_bytes
 
 MAX_HEADER = 100 << 20  # bytes; the safetensors format's own limit
 
@@ -19,7 +20,8 @@ class ModelSize:
     """Numbers of parameters."""
 
     parameters: int
-    tied: int  # of the embedding, where the output layer is the same tensor; else 0
+    embedding: int
+    tied: bool  # the output projection is the embedding
 
 
 def model_folder(name: str) -> Path | None:
@@ -50,10 +52,10 @@ def model_size(folder: Path) -> ModelSize | None:
         return None
     shapes = {name: shape for file in names for name, shape in tensor_shapes(folder / file).items()}
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
-    tied = embedding is not None and not any(name.endswith("lm_head.weight") for name in shapes)
     return ModelSize(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        tied=math.prod(shapes[embedding]) if embedding is not None and tied else 0,
+        embedding=0 if embedding is None else math.prod(shapes[embedding]),
+        tied=not any(name.endswith("lm_head.weight") for name in shapes),
     )
 
 
@@ -71,26 +73,12 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
-def checkpoint_bytes(size: ModelSize, stage: int | None, config: Config) -> int:
-    """Bytes of one checkpoint, all ranks together; 1 % is left out: tokenizer, random states, file headers.
-
-    `stage` is ZeRO's, None without DeepSpeed. Adam keeps two float32 numbers a parameter, ZeRO float32 masters besides.
-    Up to stage 2 DeepSpeed writes the weights a second time, and a tied embedding twice into the first.
-    """
+def written_bytes(size: ModelSize, stage: int | None, config: Config) -> tuple[int, int]:
+    """Bytes of one checkpoint of all ranks together, and of the final model; `stage` is ZeRO's, None without it."""
     half = bool(config.training.get("bf16") or config.training.get("fp16"))
     weight = 2 if half and stage is not None else 4
-    if stage is None:
-        return size.parameters * (4 + 8)
-    if stage == 3:
-        return size.parameters * (weight + 12)
-    return size.parameters * (2 * weight + 12) + size.tied * weight
-
-
-def weight_bytes(size: ModelSize, config: Config) -> int:
-    """Bytes of the final model."""
-    half = config.training.get("bf16") or config.training.get("fp16")
-    dtype = {"auto": 2 if half else 4, "float32": 4}.get(config.export_dtype, 2)
-    return size.parameters * dtype
+    exported = {"auto": 2 if half else 4, "float32": 4}.get(config.export_dtype, 2)
+    return checkpoint_bytes(size, stage=stage, weight_bytes=weight), export_bytes(size, exported)
 
 
 def in_units(num_bytes: float) -> str:

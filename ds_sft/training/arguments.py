@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.steps import Steps
 from ds_sft.runtime.builds import remove_stale_locks
 from ds_sft.runtime.distributed import Launch, start_gloo
-from ds_sft.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -59,7 +59,7 @@ def _other_trackers(report_to: Any) -> list[str]:
 
 def describe_batch(args: TrainingArguments, num_rows: int) -> str:
     """The batch arithmetic in one line."""
-    return Schedule(
+    return Steps(
         micro=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         ranks=args.world_size,

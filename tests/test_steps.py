@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ds_sft.config import Config
-from ds_sft.runtime.size import ModelSize, checkpoint_bytes, in_units, model_size, tensor_shapes, weight_bytes
-from ds_sft.training.schedule import Schedule
+from ds_sft.plan.steps import Steps
+from ds_sft.runtime.size import ModelSize, in_units, model_size, tensor_shapes, written_bytes
 
 BASE: dict[str, Any] = {"micro": 2, "accumulation": 4, "ranks": 2, "num_rows": 100, "epochs": 2.0}
 
@@ -26,8 +26,8 @@ BASE: dict[str, Any] = {"micro": 2, "accumulation": 4, "ranks": 2, "num_rows": 1
     ],
 )
 def test_steps(changes: dict[str, Any], per_epoch: int, steps: int) -> None:
-    schedule = Schedule(**{**BASE, **changes})
-    assert (schedule.rows_per_step, schedule.steps_per_epoch, schedule.steps) == (16, per_epoch, steps)
+    counted = Steps(**{**BASE, **changes})
+    assert (counted.rows_per_step, counted.steps_per_epoch, counted.steps) == (16, per_epoch, steps)
 
 
 @pytest.mark.parametrize(
@@ -42,32 +42,33 @@ def test_steps(changes: dict[str, Any], per_epoch: int, steps: int) -> None:
     ],
 )
 def test_checkpoints(training: dict[str, Any], expected: list[int]) -> None:
-    assert Schedule(**BASE).checkpoints(training) == expected
+    assert Steps(**BASE).checkpoints(training) == expected
 
 
 def make(**training: Any) -> Config:
     return Config(model_name_or_path="m", train_file="t", training=training)
 
 
+SIZE = ModelSize(100, embedding=30, tied=True)
+
+
 @pytest.mark.parametrize(
-    ("bf16", "stage", "bytes_of_100_parameters"),
+    ("bf16", "stage", "written"),
     [
-        (True, None, 1200),
-        (True, 2, 2 * 100 + 2 * 100 + 1200 + 2 * 30),
-        (True, 3, 2 * 100 + 1200),
-        (False, 2, 4 * 100 + 4 * 100 + 1200 + 4 * 30),
-        (False, 3, 4 * 100 + 1200),
+        (True, None, (1200, 200)),
+        (True, 2, (2 * 100 + 2 * 100 + 1200 + 2 * 30, 200)),
+        (True, 3, (2 * 100 + 1200, 200)),
+        (False, 2, (4 * 100 + 4 * 100 + 1200 + 4 * 30, 400)),
+        (False, 3, (4 * 100 + 1200, 400)),
     ],
 )
-def test_checkpoint_bytes(bf16: bool, stage: int | None, bytes_of_100_parameters: int) -> None:
-    assert checkpoint_bytes(ModelSize(100, tied=30), stage, make(bf16=bf16)) == bytes_of_100_parameters
+def test_written_bytes(bf16: bool, stage: int | None, written: tuple[int, int]) -> None:
+    assert written_bytes(SIZE, stage, make(bf16=bf16)) == written
 
 
-def test_weight_bytes() -> None:
-    size = ModelSize(100, tied=0)
-    assert [weight_bytes(size, make(bf16=bf16)) for bf16 in (True, False)] == [200, 400]
+def test_the_dtype_of_the_final_model() -> None:
     config = Config(model_name_or_path="m", train_file="t", export_dtype="float32", training={"bf16": True})
-    assert weight_bytes(size, config) == 400
+    assert written_bytes(SIZE, 3, config) == (1400, 400)
 
 
 def test_size_of_a_model_folder(model_dir: Path, tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_size_of_a_model_folder(model_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    assert model_size(model_dir) == ModelSize(model.num_parameters(), tied=400 * 64)
+    assert model_size(model_dir) == ModelSize(model.num_parameters(), embedding=400 * 64, tied=True)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert model_size(tmp_path) == model_size(model_dir)

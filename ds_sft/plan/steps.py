@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Steps:
     """The batch of one step, and how many steps there are."""
 
     micro: int  # rows of a rank in one forward pass
@@ -47,8 +47,21 @@ class Schedule:
         strategy = training.get("save_strategy", "steps")
         if strategy not in ("steps", "epoch"):
             return []
-        given = training["save_steps"]
+        given = training.get("save_steps", 500)
         every = math.ceil(self.steps * given) if given < 1 else int(given)
         if strategy == "epoch":
             every = self.steps_per_epoch
         return sorted({*range(every, self.steps + 1, every), self.steps})  # the last step counts in any case
+
+
+def steps_of(training: Mapping[str, Any], micro: int, accumulation: int, ranks: int, num_rows: int) -> Steps:
+    """The steps of a run with these keys of TrainingArguments."""
+    return Steps(
+        micro=micro,
+        accumulation=accumulation,
+        ranks=ranks,
+        num_rows=num_rows,
+        epochs=training.get("num_train_epochs", 3.0),
+        max_steps=training.get("max_steps", -1),
+        drop_last=training.get("dataloader_drop_last", False),
+    )
