@@ -46,7 +46,7 @@ def main() -> None:
         parameters, _ = make_model(folder / "model", given.hidden, given.layers)
         make_model(folder / "tiny", 64, 1)
         make_rows_and_tokenizer(folder)
-        print(f"{parameters / 1e6:.0f} M parameters, float32, 8 rows a step, 6 steps; memory in MiB a rank")
+        print(f"{parameters / 1e6:.0f} M parameters, float32, 8 rows a step, 3 steps; memory in MiB a rank")
         print(f"{'':<8}{'ranks':>6}{'loss':>10}{'weights':>10}{'memory':>8}{'theory':>8}{'s/step':>8}", flush=True)
         reference = train(folder, "model", "DDP", 1)
         base = {ranks: train(folder, "tiny", "ZeRO-2", ranks)["mib"] for ranks in given.ranks}
@@ -65,11 +65,11 @@ def main() -> None:
 
 
 def make_rows_and_tokenizer(folder: Path) -> None:
-    """48 dialogues of very different lengths, and a byte-level tokenizer beside each model."""
+    """24 dialogues of very different lengths, and a byte-level tokenizer beside each model."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rows = [{"question": f"What is {i}?", "answer": "It is a number. " * (1 + i * 7 % 11)} for i in range(48)]
+    rows = [{"question": f"What is {i}?", "answer": "It is a number. " * (1 + i * 7 % 11)} for i in range(24)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE())
@@ -91,8 +91,9 @@ def train(folder: Path, model: str, engine: str, ranks: int) -> dict[str, Any]:
         "train_file": folder / "train.jsonl",
         "output_dir": out,
         "cache_dir": folder / "cache",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4 // ranks,
+        "system_prompt": "Answer.",
+        "per_device_train_batch_size": 1,  # short rows, one at a time: activations next to nothing
+        "gradient_accumulation_steps": 8 // ranks,
         "num_train_epochs": 1,
         "bf16": "no",
         "gradient_checkpointing": "no",
@@ -140,7 +141,7 @@ def watch(process: subprocess.Popen[bytes], metrics: Path, peaks: dict[int, floa
                 continue
             anonymous = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
             peaks[child.pid] = max(peaks.get(child.pid, 0), anonymous / 2**10)
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.03)
 
 
 def difference(file: Path, other: Path) -> float:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from ds_sft.cli import main
 from ds_sft.commands.export import main as export
@@ -187,6 +198,48 @@ def test_a_missing_file_of_several(plain: Path, tmp_path: Path) -> None:
     assert refused(str(plain), str(tmp_path / "out")) == (
         f"{plain}: 1 of 2 shards missing: model-00002-of-00002.safetensors; copy them from the nodes that wrote them"
     )
+
+
+def peak_above_now(work: Callable[[], object]) -> float:
+    """MiB of memory that is no file's: its peak while `work` runs, above that before."""
+
+    def anonymous() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed could hide what this one takes
+    done, before = threading.Event(), anonymous()
+    peaks = [before]
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peaks.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return max(peaks) - before
+
+
+def test_memory_is_that_of_one_file_of_weights(sharded: Path, tmp_path: Path) -> None:
+    """The model is 90 MiB, a file of its weights 10: read, and converted, that is some 20, and allocators keep some."""
+    config = Qwen3Config(
+        vocab_size=400, hidden_size=512, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model, big = Qwen3ForCausalLM(config), tmp_path / "big" / "checkpoint-4"
+    assert 90 < sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20 < 110
+    big.mkdir(parents=True)
+    config.save_pretrained(big)
+    write_shards(big, dict(model.named_parameters()))
+    del model
+    assert export([str(sharded), str(tmp_path / "small")]) == 0  # everything is imported
+    arguments = [str(big), str(tmp_path / "out"), "--dtype", "float32", "--max_shard_size"]
+    assert peak_above_now(lambda: export([*arguments, "10MB"])) < 45
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) >= 9
 
 
 def test_help_is_answered_at_once() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +88,13 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     options: dict[str, Any] = {"dtype": training_dtype(args), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     try:
-        with freed_memory_returned():
+        with freed_memory_returned() if is_deepspeed_zero3_enabled() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
