@@ -67,6 +67,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.data.batches import fingerprint, make_batches
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.runtime.expectation import compare_with_plan, expect_memory
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
     from ds_sft.runtime.storage import settle_storage
     from ds_sft.runtime.verify import require_verified
@@ -92,6 +93,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         return
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
     launch.say(describe_batch(args, len(rows_in_batches)))
+    longest, on_gpu = int(data.rows["train"]["tokens"].max()), args.device.type != "cpu"
+    expected = expect_memory(config, engine, longest=longest, ranks=args.world_size, on_gpu=on_gpu, launch=launch)
     model = load_model(config, args)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes) as tracker:
@@ -114,12 +117,13 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
+        planned = compare_with_plan(expected, launch)
         if best_checkpoint(trainer):
             launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
         rows = (data.eval or data.train).take(VERIFIED_ROWS)
         trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
         export_model(trainer, tokenizer, config, launch)
-        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started)
+        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
         free(trainer)
         with others_wait(), stop.until_ranks_meet():
             if tracker is not None:  # rank 0

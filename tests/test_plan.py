@@ -114,6 +114,19 @@ def test_checkpoint_bytes(stage: int | None, weight_bytes: int, expected: int) -
     assert checkpoint_bytes(SHAPE, stage=stage, weight_bytes=weight_bytes) == expected
 
 
+def test_published_figures() -> None:
+    """Table 1 of the ZeRO paper within its rounding; where other sources count differently the reason is given."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import plan_papers
+
+    rows = plan_papers.rows()
+    paper = [row for row in rows if row.source == "ZeRO, table 1"]
+    assert len(paper) == 18
+    for row in paper:
+        assert row.ours == pytest.approx(row.published, rel=0.004, abs=0.005), row.what
+    assert all(row.why for row in rows if abs(row.difference) > 0.025)
+
+
 def test_engine_options_are_those_transformers_fills_in() -> None:
     engine = shipped_engine("ZeRO-3 offload", SHAPE)
     assert (engine.reduce_bucket, engine.prefetch_bucket, engine.persistence_threshold) == (4096, 3686, 640)

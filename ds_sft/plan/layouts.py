@@ -95,6 +95,7 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         half=bool(training.get("bf16") or training.get("fp16")),
         padded=training["per_device_train_batch_size"] > 1,
         attention=config.attn_implementation or "sdpa",
+        eval_batch=training.get("per_device_eval_batch_size", 8) if training.get("eval_strategy", "no") != "no" else 0,
         lazy=lazy,
     )
 

@@ -48,6 +48,7 @@ class Run:
     half: bool  # bf16 or fp16
     padded: bool = False  # rows of different lengths in a batch: attention gets a mask
     attention: str = "sdpa"
+    eval_batch: int = 0  # rows of a validation batch; 0: no validation
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
 
     @property
@@ -141,6 +142,19 @@ def persistent(run: Run) -> int:
     return sum(size for size in run.shape.tensors() if size <= run.engine.persistence_threshold)
 
 
+def model_states(run: Run) -> int:
+    """Parameters, gradients, masters and optimizer states of the fullest rank when the optimizer is about to step.
+
+    Wherever they are, and with the buffers that DeepSpeed never frees; without DDP's, which Python cannot see.
+    """
+    fixed, on_host = states(run), host(run)
+    if run.engine.stage is None:
+        fixed.pop("buckets")
+    held = max(gradients(replace(run, accumulation=1), rank, run.shape.parameters) for rank in _ranks(run))
+    buckets = _buckets(run)["buckets"] if run.engine.stage == 3 else 0
+    return sum(fixed.values()) + sum(on_host.values()) + held + buckets
+
+
 # ---- Activations
 
 
@@ -229,6 +243,7 @@ def cast_weights(run: Run) -> int:
 def _moments(run: Run) -> Iterator[tuple[str, dict[str, int]]]:
     """The parts beside `states` at each moment that could be the fullest."""
     yield "loading", loading(run)
+    yield "validation", validation(run)
     for rank in _ranks(run):
         yield from _backward(run, rank)
         yield "optimizer step", step(run, rank)
@@ -366,6 +381,15 @@ def step(run: Run, rank: int) -> dict[str, int]:
     else:
         norm = NORM * max((inside for *_, inside in _in_share(run, rank)), default=0)
     return {"gradients": held, "step buffers": max(flat, norm), **({} if engine.stage != 3 else _buckets(run))}
+
+
+def validation(run: Run) -> dict[str, int]:
+    """A validation batch: its logits, and those of one row twice in float32 (`training/trainer.py`, `loss_sum`)."""
+    w = 2 if run.half else FP32
+    each = run.length * run.shape.vocab
+    wide = run.eval_batch * run.length * max(run.shape.hidden, run.shape.intermediate) * 2 * FP32
+    size = run.eval_batch * each * w + 2 * each * FP32 if run.eval_batch else 0
+    return {"logits": size, "activations": wide, "gathered parameters": gathered_at(run)[-1], **_buckets(run)}
 
 
 def loading(run: Run) -> dict[str, int]:

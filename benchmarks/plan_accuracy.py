@@ -1,0 +1,268 @@
+"""Is `ds-sft plan` right? Train real models through `train.py` and compare each rank's memory with the plan.
+
+    python benchmarks/plan_accuracy.py                    # the subset that README shows: an hour on two cores, 6 GiB
+    python benchmarks/plan_accuracy.py --full             # all models x layouts x ranks x checkpointing: a day, 40 GiB
+    python benchmarks/plan_accuracy.py --only zero3 --only 2r --results results.jsonl   # cases whose name has both
+
+On a machine with GPUs it measures `torch.cuda.max_memory_allocated` instead, with as many GPUs as a case has ranks
+(not tried where this was written: there was no GPU). On a CPU it measures anonymous resident memory above what the
+process had before the model was loaded, with glibc told to return freed blocks at once (plan_worker.py). Offloaded
+memory counts as well there, for on a CPU it is the same memory.
+
+Weights are random: what is measured depends on shapes alone. Every row is as long as max_length. Finished cases are
+kept in --results and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ds_sft.plan.layouts import shipped_engine  # noqa: E402
+from ds_sft.plan.memory import Run, model_states, peak  # noqa: E402
+from ds_sft.plan.shape import read_shape  # noqa: E402
+
+MIB = 2**20
+RUNTIME = 64 * MIB  # modules imported and threads started after the baseline: the same for a model of any size
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
+MODELS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> family, SIZES
+    "qwen3-10m": ("qwen3", (256, 768, 8, 8, 4, 32, 16384, True)),
+    "llama-30m": ("llama", (384, 1024, 6, 6, 2, 64, 32000, False)),
+    "qwen3-50m-big-vocab": ("qwen3", (256, 1024, 10, 8, 2, 64, 151936, True)),
+    "llama-90m-big-vocab": ("llama", (256, 1024, 10, 4, 2, 64, 151936, False)),
+    "llama-135m": ("llama", (576, 1536, 30, 9, 3, 64, 49152, True)),
+    "qwen3-300m": ("qwen3", (1024, 3072, 16, 16, 8, 128, 49152, True)),
+    "qwen3-600m-big-vocab": ("qwen3", (1024, 3072, 28, 16, 8, 128, 151936, True)),
+}
+LAYOUTS = {"none": "no DeepSpeed", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3",
+           "zero2-offload": "ZeRO-2 offload", "zero3-offload": "ZeRO-3 offload"}  # fmt: skip
+STEPS = 4  # stage 3 records the order of modules in the second and fetches ahead from the third on
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training to measure."""
+
+    model: str
+    layout: str
+    ranks: int
+    checkpointing: bool
+    micro_batch: int = 2
+    length: int = 256  # tokens
+    accumulation: int = 1
+
+    @property
+    def name(self) -> str:
+        extra = f" x{self.accumulation}" if self.accumulation > 1 else ""
+        return f"{self.model} {self.layout} {self.ranks}r {'ckpt' if self.checkpointing else 'whole'}{extra}"
+
+
+def all_cases() -> Iterator[Case]:
+    for model in MODELS:
+        for layout in LAYOUTS:
+            for ranks in (1, 2, 4):
+                for checkpointing in (True, False):
+                    yield Case(model, layout, ranks, checkpointing)
+
+
+def subset() -> list[Case]:
+    """Every layout with and without checkpointing on one model; every model, number of ranks and vocabulary once."""
+    big, small = "qwen3-50m-big-vocab", "qwen3-10m"
+    cases = [Case(big, layout, 2, checkpointing) for layout in LAYOUTS for checkpointing in (False, True)]
+    cases += [Case(small, layout, ranks, True) for layout in ("zero2", "zero3") for ranks in (1, 2, 4)]
+    cases += [Case(small, "none", 1, False), Case(big, "zero2", 1, False), Case(big, "zero3", 4, True)]
+    cases += [Case("llama-30m", layout, 2, False, length=512) for layout in ("none", "zero1", "zero2", "zero3")]
+    cases += [Case("llama-30m", layout, 2, False, accumulation=2) for layout in ("zero2", "zero3", "zero2-offload")]
+    cases += [Case("llama-90m-big-vocab", layout, 2, True) for layout in ("zero2", "zero3")]
+    cases += [Case("llama-135m", "zero2", 2, True), Case("llama-135m", "zero3", 2, False)]
+    return [*cases, Case("qwen3-300m", "zero3", 2, True, micro_batch=1)]
+
+
+def predicted(case: Case, model: Path, *, lazy: bool) -> tuple[int, int]:
+    """Bytes of the fullest rank: the states when the optimizer is about to step, and the peak."""
+    shape = read_shape(str(model))
+    run = Run(
+        shape=shape,
+        engine=shipped_engine(LAYOUTS[case.layout], shape),
+        ranks=case.ranks,
+        micro_batch=case.micro_batch,
+        length=case.length,
+        accumulation=case.accumulation,
+        checkpointing=case.checkpointing,
+        half=True,
+        lazy=lazy,
+    )
+    memory = peak(run)
+    return model_states(run), memory.device_bytes + (memory.host_bytes + RUNTIME if lazy else 0)
+
+
+def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
+    """What each rank measured. Ends the program where the training fails."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        line = json.dumps({"question": "?", "answer": "abcdefgh " * case.length})
+        rows.write_text((line + "\n") * 64, encoding="utf-8")
+    out = folder / case.name.replace(" ", "-")
+    keys = {
+        "model_name_or_path": model,
+        "train_file": rows,
+        "output_dir": out,
+        "cache_dir": folder / "cache",
+        "max_length": case.length,
+        "per_device_train_batch_size": case.micro_batch,
+        "gradient_accumulation_steps": case.accumulation,
+        "activation_checkpointing": case.checkpointing,
+        "max_steps": STEPS,
+        "save_strategy": "no",
+        "num_predictions": 0,
+        "swanlab_mode": "disabled",
+    }
+    if case.layout != "none":
+        keys["deepspeed"] = engine_file(case.layout, folder)
+    flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
+    worker = str(ROOT / "benchmarks" / "plan_worker.py")
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={case.ranks}"]
+    alone = case.layout == "none" and case.ranks == 1
+    command = [*([sys.executable] if alone else torchrun), worker, str(out), *flags]
+    out.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    found = [json.loads(file.read_text()) for file in sorted(out.glob("rank-*.json"))]
+    if len(found) != case.ranks:
+        sys.exit(f"{case.name}: exit code {done.returncode}\n{done.stdout[-4000:]}")
+    return found
+
+
+def engine_file(layout: str, folder: Path) -> Path:
+    """The shipped configuration of a layout; stage 1 is that of stage 2 with another number."""
+    if layout != "zero1":
+        return ROOT / "ds_configs" / f"{layout.replace('-', '_')}.json"
+    engine = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    engine["zero_optimization"]["stage"] = 1
+    file = folder / "zero1.json"
+    file.write_text(json.dumps(engine))
+    return file
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """A model with random weights and a byte-level tokenizer."""
+    path = folder / name
+    if (path / "model.safetensors").exists():
+        return path
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    family, sizes = MODELS[name]
+    config = AutoConfig.for_model(
+        family, **dict(zip(SIZES, sizes, strict=True)), pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2]).save_pretrained(path)
+    return path
+
+
+def compare(case: Case, folder: Path) -> dict[str, Any]:
+    """Predict and measure one case."""
+    model = make_model(case.model, folder)
+    ranks = measure(case, model, folder)
+    on_gpu = "reserved" in ranks[0]
+    states, whole = predicted(case, model, lazy=not on_gpu)
+    return {
+        "case": case.name,
+        "parameters": read_shape(str(model)).parameters,
+        "states_predicted": states,
+        "states_measured": max(rank["states"] for rank in ranks),
+        "whole_predicted": whole,
+        "whole_measured": max(rank["peak"] for rank in ranks),
+        "gpu": on_gpu,
+    }
+
+
+def again(found: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:
+    """A kept measurement beside the prediction of the code as it is now."""
+    states, whole = predicted(case, config_only(case.model, folder), lazy=not found["gpu"])
+    return {**found, "states_predicted": states, "whole_predicted": whole}
+
+
+def config_only(name: str, folder: Path) -> Path:
+    family, sizes = MODELS[name]
+    path = folder / f"{name}-config"
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"model_type": family, **dict(zip(SIZES, sizes, strict=True))}))
+    return path
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, MiB, errors of the prediction in per cent of what was measured."""
+    lines = [
+        "| case | states: predicted | measured | error | whole: predicted | measured | error |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in results:
+        cells = [r["case"]]
+        for kind in ("states", "whole"):
+            guess, truth = r[f"{kind}_predicted"], r[f"{kind}_measured"]
+            cells += [f"{guess / MIB:,.0f}", f"{truth / MIB:,.0f}", f"{guess / truth - 1:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    def errors(kind: str) -> list[float]:
+        return [r[f"{kind}_predicted"] / r[f"{kind}_measured"] - 1 for r in results]
+
+    states, whole = errors("states"), errors("whole")
+    return (
+        f"{len(results)} cases. States: {min(states):+.1%} to {max(states):+.1%} (target 2 %). "
+        f"Whole: {min(whole):+.1%} to {max(whole):+.1%}, {sum(abs(e) <= 0.1 for e in whole)} within 10 %, "
+        f"{sum(e < -0.05 for e in whole)} more than 5 % too low."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every combination")
+    parser.add_argument("--only", action="append", default=[], help="cases whose name has this text; all of several")
+    parser.add_argument("--folder", type=Path, help="models and runs are kept here [a temporary folder]")
+    parser.add_argument("--results", type=Path, help="finished cases, one JSON object a line [none are kept]")
+    parser.add_argument("--table", action="store_true", help="no runs: the table of --results")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ds_sft-plan-") as name:
+        folder = given.folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        cases = [c for c in (all_cases() if given.full else subset()) if all(text in c.name for text in given.only)]
+        lines = given.results.read_text().splitlines() if given.results and given.results.exists() else []
+        kept = {found["case"]: found for found in map(json.loads, lines)}
+        results = []
+        for case in cases:
+            if case.name in kept:
+                results.append(again(kept[case.name], case, folder))
+            elif not given.table:
+                results.append(compare(case, folder))
+                print(table(results[-1:]).splitlines()[-1], flush=True)
+                if given.results:
+                    with given.results.open("a") as file:
+                        file.write(json.dumps(results[-1]) + "\n")
+        print(table(results), summary(results) if results else "", sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
