@@ -184,7 +184,8 @@ def _attention(run: Run) -> int:
     """Queries, keys, values, output and their norms, a token."""
     s, w = run.shape, 2 if run.half else FP32
     keys_values = 2 * (s.q_size if run.padded or not _groups_inside(run) else s.kv_size)
-    kept = (s.q_size + keys_values + s.q_size) * w + s.heads * FP32  # the last: log-sum-exp of the scores
+    log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
+    kept = (s.q_size + keys_values + s.q_size) * w + log_sums
     if s.head_norms:
         kept += (s.q_size + s.kv_size) * (4 + w) + (s.heads + s.kv_heads) * FP32
     return kept
@@ -200,7 +201,7 @@ def _scores(run: Run) -> int:
     square = run.micro_batch * run.length**2
     w = 2 if run.half else FP32
     if run.attention == "eager":
-        return square * run.shape.heads * (FP32 + w)  # softmax in float32, and cast
+        return square * run.shape.heads * (FP32 + (2 if run.half else 0))  # softmax in float32, and cast
     return square * w if run.padded and run.attention == "sdpa" else 0
 
 
