@@ -94,6 +94,7 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         checkpointing=bool(training["activation_checkpointing"]),
         half=bool(training.get("bf16") or training.get("fp16")),
         padded=training["per_device_train_batch_size"] > 1,
+        packed=config.packing != "none",
         attention=config.attn_implementation or "sdpa",
         eval_batch=training.get("per_device_eval_batch_size", 8) if training.get("eval_strategy", "no") != "no" else 0,
         lazy=lazy,

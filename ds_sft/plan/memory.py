@@ -47,6 +47,7 @@ class Run:
     checkpointing: bool
     half: bool  # bf16 or fp16
     padded: bool = False  # rows of different lengths in a batch: attention gets a mask
+    packed: bool = False  # a micro batch is one sequence of `micro_batch` x `length` tokens, with a mask between rows
     attention: str = "sdpa"
     eval_batch: int = 0  # rows of a validation batch; 0: no validation
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
@@ -59,6 +60,15 @@ class Run:
     @property
     def tokens(self) -> int:
         return self.micro_batch * self.length
+
+    @property
+    def masked(self) -> bool:
+        return self.padded or self.packed
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that attention's mask or scores cover."""
+        return self.tokens * (self.tokens if self.packed else self.length)
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,7 @@ def _norms(run: Run) -> int:
 def _attention(run: Run) -> int:
     """Queries, keys, values, output and their norms, a token."""
     s, w = run.shape, 2 if run.half else FP32
-    keys_values = 2 * (s.q_size if run.padded or not _groups_inside(run) else s.kv_size)
+    keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
     log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
     kept = (s.q_size + keys_values + s.q_size) * w + log_sums
     if s.head_norms:
@@ -193,16 +203,15 @@ def _attention(run: Run) -> int:
 
 def _groups_inside(run: Run) -> bool:
     """Whether attention reads grouped keys as they are; with a mask transformers repeats them for each query."""
-    return run.attention in ("sdpa", "flash_attention_2", "flash_attention_3") and not run.padded
+    return run.attention.startswith("flash") or (run.attention == "sdpa" and not run.masked)
 
 
 def _scores(run: Run) -> int:
     """Attention's quadratic part in a layer: the mask as numbers, or the scores themselves where eager keeps them."""
-    square = run.micro_batch * run.length**2
     w = 2 if run.half else FP32
     if run.attention == "eager":
-        return square * run.shape.heads * (FP32 + (2 if run.half else 0))  # softmax in float32, and cast
-    return square * w if run.padded and run.attention == "sdpa" else 0
+        return run.pairs * run.shape.heads * (FP32 + (2 if run.half else 0))  # softmax in float32, and cast
+    return run.pairs * w if run.masked and run.attention == "sdpa" else 0
 
 
 def kept_between_layers(run: Run) -> int:
@@ -221,7 +230,7 @@ def outside_layers(run: Run) -> int:
     """Embeddings, the last norm, the mask: alive from the first layer to the loss."""
     h = run.shape.hidden
     norm = h * ((4 + 2 + 2) if run.weight == 2 else (4 + 4 + 4))
-    mask = run.micro_batch * run.length**2 if run.padded else 0
+    mask = run.pairs if run.masked and run.attention == "sdpa" else 0
     return run.tokens * (norm + h * (FP32 if run.weight == FP32 else 2)) + mask
 
 

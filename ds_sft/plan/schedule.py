@@ -19,7 +19,7 @@ COUNTED = 256 * 2**20  # bytes of a file that are searched for line ends; the re
 class Schedule:
     """A run from its first step to its last."""
 
-    rows: int | None  # of training; None: the file is not there to be counted
+    rows: int | None  # of training, or sequences of packed rows; None: not to be counted from here
     tokens_per_row: float
     tokens_known: bool  # measured; else every row is taken to be `max_length` long
     steps: int | None
@@ -39,6 +39,8 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     known = mean_tokens or _mean_tokens(config)
     per_row = min(known or config.max_length, config.max_length)
     per_step = run.micro_batch * run.accumulation * run.ranks
+    if run.packed and rows is not None:  # sequences that are full, near enough
+        rows, per_row = max(round(rows * per_row / config.max_length), 1), config.max_length
     counted = steps_of(training, run.micro_batch, run.accumulation, run.ranks, rows or 0)
     steps = counted.steps if rows or counted.max_steps > 0 else None
     tokens = None if steps is None else steps * per_step * per_row

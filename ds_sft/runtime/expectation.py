@@ -50,7 +50,8 @@ def expect_memory(
     except UserError as error:
         launch.say(f"No memory plan: {error}")
         return None
-    run = replace(run_of(config, shape, states, ranks, lazy=not on_gpu), length=longest)
+    run = run_of(config, shape, states, ranks, lazy=not on_gpu)
+    run = run if run.packed else replace(run, length=longest)
     found = Expectation(name_of(states), peak(run), on_gpu, before_gib=resident_gib())
     kind = "GPU memory" if on_gpu else "memory"
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in found.memory.device.items())
