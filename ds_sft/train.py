@@ -70,10 +70,11 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.expectation import compare_with_plan, expect_memory
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
     from ds_sft.runtime.storage import settle_storage
+    from ds_sft.runtime.universal import load_data_only, make_universal
     from ds_sft.runtime.verify import require_verified
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
-    from ds_sft.training.arguments import describe_batch, training_arguments
+    from ds_sft.training.arguments import continue_from, describe_batch, training_arguments
     from ds_sft.training.model import load_model, load_tokenizer
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -91,6 +92,12 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     start = where_to_start(config, this_run, site)
     if start.finished:
         return
+    if start.checkpoint is not None:
+        if engine is not None:
+            load_data_only()
+        if start.universal:
+            make_universal(start.checkpoint, site)
+        continue_from(args, start.accumulation, universal=start.universal)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
     launch.say(describe_batch(args, len(rows_in_batches)))
     longest, on_gpu = int(data.rows["train"]["tokens"].max()), args.device.type != "cpu"

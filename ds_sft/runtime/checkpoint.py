@@ -32,8 +32,8 @@ from ds_sft.runtime.results import RESULTS
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NAME = re.compile(r"checkpoint-(\d+)")
-UNIVERSAL = "universal"  # a converted copy for other world sizes, with a manifest of its own
 OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
 BLOCK = 1 << 24  # bytes read at a time
 HASH_THREADS = 4  # of one rank; a thread hashes faster than most disks read
@@ -228,6 +228,8 @@ class Start:
 
     checkpoint: Checkpoint | None = None
     finished: bool = False
+    accumulation: int = 0  # micro batches a step, where the checkpoint decides it
+    universal: bool = False  # the checkpoint is of another number of ranks and has to be converted
 
     @property
     def metrics_bytes(self) -> int | None:
@@ -244,13 +246,66 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
     if config.resume == "auto" and _is_finished(config, this_run, site.launch):
         return Start(finished=True)
     found = choose(config.resume, config.output_dir, site)
-    if found is not None and not config.resume_anyway:
-        _refuse_another_run(found.path, gather(differences(found.manifest, this_run))[0])
+    if found is not None:
+        _refuse_another_stage(found, gather(this_run["zero_stage"])[0])
+        if not config.resume_anyway:
+            _refuse_another_run(found.path, gather(differences(found.manifest, this_run))[0])
     if site.leader and config.resume != "auto":
         here = found is not None and found.path.resolve().parent == config.output_dir.resolve()
         set_aside(config.output_dir, found.step if here and found else 0, site.launch)
     gather(None)  # nobody writes into the folder before that
-    return Start(found)
+    return Start() if found is None else _fit(found, config, site)
+
+
+def _fit(found: Checkpoint, config: Config, site: Site) -> Start:
+    """Keep the rows of a step, on however many ranks.
+
+    Raises:
+        UserError: this number of ranks cannot have as many; says which can.
+    """
+    then, launch = found.manifest, site.launch
+    micro, accumulation = (int(config.training[key]) for key in BATCH_KEYS)
+    if then["world_size"] == launch.world_size:
+        if not config.resume_anyway:
+            changed = [f"{key}: {then[key]} -> {config.training[key]}" for key in BATCH_KEYS
+                       if then[key] != config.training[key]]  # fmt: skip
+            _refuse_another_run(found.path, changed)
+        return Start(found, accumulation=accumulation)
+    rows = int(then["rows_a_step"])
+    if rows % (micro * launch.world_size):
+        raise UserError(_numbers_that_work(found, rows, micro, launch.world_size))
+    accumulation = rows // (micro * launch.world_size)
+    if then["zero_stage"] is not None and not site.shared:
+        raise UserError(
+            f"{found.path}: {then['world_size']} ranks saved it, each node its own part; to resume on "
+            f"{launch.world_size} copy the parts into one folder that all nodes share"
+        )
+    launch.say(
+        f"The checkpoint is of {then['world_size']} ranks, this run has {launch.world_size}: "
+        f"gradient_accumulation_steps is set to {accumulation}, so that a step keeps its {rows} rows."
+    )
+    return Start(found, accumulation=accumulation, universal=then["zero_stage"] is not None)
+
+
+def _numbers_that_work(found: Checkpoint, rows: int, micro: int, world_size: int) -> str:
+    ranks = [str(n) for n in range(1, rows // micro + 1) if rows % (micro * n) == 0]
+    micros = [str(n) for n in range(1, rows // world_size + 1) if rows % (n * world_size) == 0]
+    batches = f"; {world_size} ranks with per_device_train_batch_size {', '.join(micros)}" if micros else ""
+    return (
+        f"{found.path} learned from {rows} rows a step, which {world_size} ranks x {micro} rows "
+        f"(per_device_train_batch_size) cannot make up. What can: {', '.join(ranks) or 'no number of'} ranks with "
+        f"per_device_train_batch_size {micro}{batches}"
+    )
+
+
+def _refuse_another_stage(found: Checkpoint, stage: int | None) -> None:
+    then = found.manifest["zero_stage"]
+    if then != stage:
+        names = [f"ZeRO-{s}" if s is not None else "without DeepSpeed" for s in (then, stage)]
+        raise UserError(
+            f"{found.path} was saved {names[0]}, this run is {names[1]}: a checkpoint can change its number of ranks, "
+            "not its form. Start as before, or --resume never to start anew (`ds-sft` export gives its model)"
+        )
 
 
 def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
@@ -311,27 +366,27 @@ def complete(folder: Path, facts: Mapping[str, Any], site: Site, trouble: str | 
 
 def _sync_and_hash(folder: Path, site: Site) -> dict[str, tuple[int, str]]:
     """Size and hash of this rank's files, which are on the disk then; some threads at a time."""
-    names = site.mine(_files_below(folder))
+    names = site.mine(files_below(folder))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries = list(pool.map(lambda name: _sync_and_hash_one(folder / name), names))
     if site.leader:
         for directory in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            _sync(directory)
-        _sync(folder.parent)
+            sync(directory)
+        sync(folder.parent)
     return dict(zip(names, entries, strict=True))
 
 
-def _files_below(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _sync_and_hash_one(path: Path) -> tuple[int, str]:
     digest = hash_file(path)  # from memory: it was written a moment ago
-    _sync(path)
+    sync(path)
     return path.stat().st_size, digest
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -347,7 +402,7 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove(folder: Path) -> None:

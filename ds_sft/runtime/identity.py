@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_sft.config import Config
+from ds_sft.runtime.zero import stage
 
 # Keys that say where, how often and how fast, but not what is learned; every other key counts.
 INDIFFERENT = {
@@ -31,11 +32,12 @@ INDIFFERENT = {
 INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def identity(config: Config, engine: Mapping[str, Any] | None, data: str) -> dict[str, Any]:
+def identity(config: Config, engine: dict[str, Any] | None, data: str) -> dict[str, Any]:
     """The keys that decide the result, the content of the DeepSpeed configuration, and the hash of the data."""
     keys = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
-    return {"config": keys | {f"deepspeed.{name}": value for name, value in _flat(kept).items()}, "data": data}
+    flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
+    return {"config": keys | flat, "data": data, "zero_stage": stage(engine)}
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:

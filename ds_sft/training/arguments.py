@@ -68,3 +68,15 @@ def describe_batch(args: TrainingArguments, num_rows: int) -> str:
         max_steps=args.max_steps,
         drop_last=args.dataloader_drop_last,
     ).describe()
+
+
+def continue_from(args: TrainingArguments, accumulation: int, *, universal: bool) -> None:
+    """Take up a checkpoint's rows a step, and its converted form; also in what was made of `args` for DeepSpeed."""
+    args.gradient_accumulation_steps = accumulation
+    if args.deepspeed_plugin is None:
+        return
+    for config in (args.hf_deepspeed_config.config, args.deepspeed_plugin.deepspeed_config):
+        config["gradient_accumulation_steps"] = accumulation
+        config["train_batch_size"] = args.per_device_train_batch_size * accumulation * args.world_size
+        if universal:
+            config.setdefault("checkpoint", {})["load_universal"] = True

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, set_seed
 
 from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import Checkpoint, Site, complete, describe, newest_complete, remove, rotate
@@ -67,6 +67,13 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = known["last_logged_step"]
         self._total_loss_scalar = known["loss_total"]
         self.tokens_seen.fill_(known["tokens"] if self.args.process_index == 0 else 0)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        resumed = self.run.resumed
+        if resumed is None or resumed.manifest["world_size"] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:  # another number of ranks: the saved states are of others
+            set_seed(self.args.seed + self.state.global_step)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would take one more
@@ -189,7 +196,7 @@ class ResumableTrainer(Trainer):
         return {
             "step": state.global_step,
             "epoch": state.epoch,
-            "samples": state.global_step * rows,  # the last step of an epoch may have had fewer
+            "samples": self._samples_seen(rows),
             "rows_a_step": rows,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -203,6 +210,11 @@ class ResumableTrainer(Trainer):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.run.identity,
         }
+
+    def _samples_seen(self, rows_a_step: int) -> int:
+        """Rows learned from so far; the last step of an epoch has what is left."""
+        epochs, steps = divmod(self.state.global_step, self.step_boundary.steps_an_epoch)
+        return int(epochs * len(self.train_dataset) + steps * rows_a_step)
 
     def _give_up(self, folder: Path, trouble: str) -> None:
         """Remove what a failed save left; end the run or go on without it, as `on_save_error` says; on all ranks."""
