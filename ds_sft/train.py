@@ -67,14 +67,15 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.data.batches import fingerprint, make_batches
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.runtime.disk import check_space, predict_size
     from ds_sft.runtime.expectation import compare_with_plan, expect_memory
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
     from ds_sft.runtime.storage import settle_storage
     from ds_sft.runtime.universal import load_data_only, make_universal
     from ds_sft.runtime.verify import require_verified
-    from ds_sft.runtime.zero import engine_config
+    from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
-    from ds_sft.training.arguments import continue_from, describe_batch, training_arguments
+    from ds_sft.training.arguments import continue_from, describe_batch, num_steps, training_arguments
     from ds_sft.training.model import load_model, load_tokenizer
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -103,6 +104,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     longest, on_gpu = int(data.rows["train"]["tokens"].max()), args.device.type != "cpu"
     expected = expect_memory(config, engine, longest=longest, ranks=args.world_size, on_gpu=on_gpu, launch=launch)
     model = load_model(config, args)
+    size = predict_size(model, stage(engine), site)
+    check_space(config.output_dir, size, args, num_steps(args, len(data.train)), site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes) as tracker:
         trainer = SFTTrainer(
@@ -118,6 +121,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
                 site=site,
                 resumed=start.checkpoint,
                 on_save_error=config.on_save_error,
+                size=size,
                 identity=this_run,
             ),
         )

@@ -52,6 +52,10 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_tokenizer(folder: Path) -> Path:
     """A byte-level BPE tokenizer with ChatML's special tokens, like Qwen3's, trained on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +67,6 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
     )
-    folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     tokenizer.save_pretrained(folder)
     return folder
@@ -78,6 +81,10 @@ def tokenizer(tokenizer_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), tokenizer_dir)
+
+
+def make_model(folder: Path, tokenizer_dir: Path, **changes: Any) -> Path:
     """A two-layer Qwen3 with tied embeddings and its tokenizer, in bfloat16 as published models are."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -95,8 +102,8 @@ def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=2,
+        **changes,
     )
-    folder = tmp_path_factory.mktemp("model")
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
     return folder

@@ -32,6 +32,11 @@ from ds_sft.runtime.results import RESULTS
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+FACTS = {  # what a manifest says beside its files
+    "step", "epoch", "samples", "rows_a_step", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "world_size", "zero_stage", "config", "data", "evaluation_due", "loss_pending", "last_logged_step", "loss_total",
+    "tokens", "metrics_bytes", "save_id",
+}  # fmt: skip
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NAME = re.compile(r"checkpoint-(\d+)")
 OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
@@ -85,6 +90,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
         raise Broken(f"its manifest cannot be read ({type(error).__name__})") from None
     if manifest.get("format") != FORMAT:
         raise Broken(f"its manifest has format {manifest.get('format')}, this version reads {FORMAT}")
+    if name == MANIFEST and not manifest.keys() >= FACTS:
+        raise Broken(f"its manifest lacks {', '.join(sorted(FACTS - manifest.keys()))}")
     return dict(manifest)
 
 
@@ -95,6 +102,12 @@ def newest_complete(output_dir: Path) -> Checkpoint | None:
         with contextlib.suppress(Broken):
             return Checkpoint(folder, read_manifest(folder))
     return None
+
+
+def read_manifest_size(output_dir: Path) -> int:
+    """Bytes of the newest complete checkpoint; 0 without one."""
+    newest = newest_complete(output_dir)
+    return sum(size for size, _ in newest.manifest["files"].values()) if newest else 0
 
 
 def check_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:

@@ -57,8 +57,8 @@ def _other_trackers(report_to: Any) -> list[str]:
     return [name for name in names if name not in ("swanlab", "none")] or ["none"]
 
 
-def describe_batch(args: TrainingArguments, num_rows: int) -> str:
-    """The batch arithmetic in one line."""
+def run_steps(args: TrainingArguments, num_rows: int) -> Steps:
+    """The batch of a step, and how many steps there are."""
     return Steps(
         micro=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
@@ -67,7 +67,7 @@ def describe_batch(args: TrainingArguments, num_rows: int) -> str:
         epochs=args.num_train_epochs,
         max_steps=args.max_steps,
         drop_last=args.dataloader_drop_last,
-    ).describe()
+    )
 
 
 def continue_from(args: TrainingArguments, accumulation: int, *, universal: bool) -> None:

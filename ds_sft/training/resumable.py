@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import Checkpoint, Site, complete, describe, newest_complete, remove, rotate
+from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
 from ds_sft.runtime.preempt import Stopped, StopRequests
 
@@ -34,6 +35,7 @@ class Continuity:
     site: Site
     resumed: Checkpoint | None  # where this start continues
     on_save_error: str = "stop"
+    size: int = 0  # bytes of a checkpoint, as predicted
     identity: dict[str, Any] = field(default_factory=dict)  # what was trained on what; goes into the manifest
 
 
@@ -68,9 +70,36 @@ class ResumableTrainer(Trainer):
         self._total_loss_scalar = known["loss_total"]
         self.tokens_seen.fill_(known["tokens"] if self.args.process_index == 0 else 0)
 
+    @property
+    def other_world_size(self) -> bool:
+        """Whether the checkpoint to continue from is of another number of ranks."""
+        return self.run.resumed is not None and self.run.resumed.manifest["world_size"] != self.args.world_size
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        self.weight_decays = [group["weight_decay"] for group in getattr(optimizer, "param_groups", [])]
+        return optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.other_world_size and self.is_deepspeed_enabled:
+            self._mend_universal_load(self.model_wrapped.optimizer.optimizer)
+        return prepared
+
+    def _mend_universal_load(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo two errors of DeepSpeed 0.19.8 in loading a universal checkpoint under ZeRO-3.
+
+        All parameter groups got one and the same `step` tensor, which Adam then advances once for every group, and the
+        weight decay of the first group, biases and norms included.
+        """
+        for state in optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        for group, weight_decay in zip(optimizer.param_groups, self.weight_decays, strict=False):
+            group["weight_decay"] = weight_decay
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        resumed = self.run.resumed
-        if resumed is None or resumed.manifest["world_size"] == self.args.world_size:
+        if not self.other_world_size:
             super()._load_rng_state(checkpoint)
         else:  # another number of ranks: the saved states are of others
             set_seed(self.args.seed + self.state.global_step)
@@ -93,9 +122,9 @@ class ResumableTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate; its own counts the parameters that ZeRO-3 has gathered at the moment."""
         if not self.num_parameters:
-            unembedded = (m for m in self.model.modules() if not isinstance(m, torch.nn.Embedding))
-            found = {id(p): p for module in unembedded for p in module.parameters(recurse=False)}
-            self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in found.values())
+            embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+            counted = (p for p in self.model.parameters() if id(p) not in embeddings)
+            self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in counted)
         return int(6 * inputs["input_ids"].numel() * self.num_parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -132,6 +161,10 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        full = next(filter(None, gather(no_room(folder.parent, self.run.size))), None)
+        if full:
+            self._give_up(folder, full)
+            return
         if self.run.site.leader:
             remove(folder)  # what an earlier start left of it
         barrier()
@@ -140,6 +173,8 @@ class ResumableTrainer(Trainer):
         self._record(lambda: self._complete_on_each_node(folder))
         trouble = complete(folder, self._facts(), self.run.site, next(iter(self.write_troubles), None))
         if trouble is not None:
+            if self.run.site.leader:
+                remove(folder)
             self._give_up(folder, trouble)
         elif self.run.site.leader:
             best = self.state.best_model_checkpoint
@@ -217,9 +252,7 @@ class ResumableTrainer(Trainer):
         return int(epochs * len(self.train_dataset) + steps * rows_a_step)
 
     def _give_up(self, folder: Path, trouble: str) -> None:
-        """Remove what a failed save left; end the run or go on without it, as `on_save_error` says; on all ranks."""
-        if self.run.site.leader:
-            remove(folder)
+        """End the run or go on without this checkpoint, as `on_save_error` says; on all ranks."""
         older = newest_complete(folder.parent)
         message = f"{folder} could not be saved: {trouble}; " + (
             f"the newest complete one is {older.path}" if older else "there is no older one"

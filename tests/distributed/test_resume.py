@@ -1,0 +1,198 @@
+"""A run that was stopped and resumed ends bit-equal to one that was not, wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import questions_and_answers, write_rows
+from tests.distributed.harness import ROOT, read_lines, run
+from tests.distributed.test_trajectory import engine
+
+pytestmark = pytest.mark.distributed
+
+NUM_ROWS = 13  # 4 rows a step: four steps an epoch, the last of which has a single row
+STEPS = 8
+TIMES = ("runtime", "per_second")  # the only numbers that may differ
+
+
+@pytest.fixture(scope="module")
+def dropout_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The usual model with dropout: the state of the random numbers matters."""
+    folder = tmp_path_factory.mktemp("dropout")
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.config.attention_dropout = 0.1
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return folder
+
+
+def settings(model: Path, folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Nothing of the schedule falls together: log every 3 steps, evaluate every 2, save every 5."""
+    write_rows(folder / "train.jsonl", questions_and_answers(NUM_ROWS))
+    write_rows(folder / "eval.jsonl", questions_and_answers(3))
+    return {
+        "model_name_or_path": model,
+        "train_file": "train.jsonl",
+        "eval_file": "eval.jsonl",
+        "output_dir": "out",
+        "system_prompt": "Answer.",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4 if name == "plain" else 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "bf16": False,
+        "logging_steps": 3,
+        "eval_steps": 2,
+        "save_steps": 5,
+        "save_total_limit": 2,
+        "num_predictions": 1,
+        "predict_max_new_tokens": 4,
+        "verify_export": False,
+        **({"deepspeed": engine(name, folder)} if name.startswith("zero") else {}),
+        **changes,
+    }
+
+
+def flags(keys: dict[str, Any], **changes: Any) -> list[str]:
+    return [str(word) for key, value in {**keys, **changes}.items() for word in (f"--{key}", value)]
+
+
+def job(keys: dict[str, Any], ranks: int | None, at: str = "", log: str = "log", **changes: Any) -> dict[str, Any]:
+    return {"argv": flags(keys, **changes), "ranks": ranks, "at": at, "log": log}
+
+
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 280) -> None:
+    """Run them in `folder`; every rank of every job must end with 0."""
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    script = str(Path(__file__).with_name("forked.py"))
+    done = run([sys.executable, script, "jobs.json"], cwd=folder, timeout=timeout, env={"PYTHONPATH": str(ROOT)})
+    logs = "\n".join(path.read_text(encoding="utf-8")[-2500:] for path in folder.glob("*log*"))
+    assert done.code == 0, done.output + logs
+    codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
+    assert {code for ranks in codes for code in ranks} == {0}, f"{codes}\n{logs}"
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not any(time in name for time in TIMES)}
+        for row in read_lines(out / "metrics.jsonl")
+    ]
+
+
+def assert_bit_equal(out: Path, reference: Path) -> None:
+    assert metrics(out) == metrics(reference)
+    weights, wanted = load_file(out / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert weights.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(weights[name], wanted[name])] == []
+
+
+def test_any_step_of_a_plain_run(dropout_dir: Path, tmp_path: Path) -> None:
+    keys = settings(dropout_dir, tmp_path, "plain")
+    jobs = [job(keys, None, output_dir="reference")]
+    for step in range(1, STEPS + 1):
+        jobs += [job(keys, None, f"step {step} SIGTERM 0", output_dir=f"out{step}", log=f"log{step}"),
+                 job(keys, None, output_dir=f"out{step}", log=f"log{step}")]  # fmt: skip
+    run_jobs(tmp_path, jobs)
+    assert len(metrics(tmp_path / "reference")) == 2 + 4 + 1  # losses, validation losses, the summary
+    for step in range(1, STEPS + 1):
+        log = (tmp_path / f"log{step}").read_text(encoding="utf-8")
+        assert f"Stopped (SIGTERM) after step {step}; out{step}/checkpoint-{step} is complete." in log
+        assert f"Resuming from out{step}/checkpoint-{step}, step {step}, the newest usable checkpoint." in log
+        assert_bit_equal(tmp_path / f"out{step}", tmp_path / "reference")
+        assert not (tmp_path / f"out{step}" / "PREEMPTED.json").exists()
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_several_stops_of_two_ranks(dropout_dir: Path, tmp_path: Path, name: str) -> None:
+    """In the middle of an epoch, during an evaluation, at the end of an epoch; one rank is told, both stop."""
+    keys = settings(dropout_dir, tmp_path, name)
+    jobs = [job(keys, 2, output_dir="reference"), job(keys, 2, "step 1 SIGUSR1 1"), job(keys, 2, "eval 2 SIGTERM 0"),
+            job(keys, 2, "step 4 SIGINT 1"), job(keys, 2, "save 5 SIGTERM 1"), job(keys, 2)]  # fmt: skip
+    run_jobs(tmp_path, jobs)
+    log = (tmp_path / "log").read_text(encoding="utf-8")
+    stops = [line.split(";")[0] for line in log.splitlines() if line.startswith("Stopped")]
+    assert stops == ["Stopped (SIGUSR1) after step 1", "Stopped (SIGTERM) after step 2",
+                     "Stopped (SIGINT) after step 4", "Stopped (SIGTERM) after step 6"]  # fmt: skip
+    assert_bit_equal(tmp_path / "out", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_epochs_and_the_best_model(dropout_dir: Path, tmp_path: Path, strategy: str) -> None:
+    """What belongs to the end of an epoch happens once: its log entry, its evaluation, its checkpoint."""
+    how = "epoch" if strategy == "epoch" else "steps"
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    keys = settings(dropout_dir, tmp_path, "plain", eval_strategy=how, logging_strategy=how, save_strategy=strategy,
+                    save_total_limit=1, learning_rate=1e-2, **best)  # fmt: skip
+    jobs = [job(keys, None, output_dir="reference"), job(keys, None, "step 4 SIGTERM 0"),
+            job(keys, None, "eval 4 SIGTERM 0"), job(keys, None, "eval 8 SIGTERM 0"), job(keys, None)]  # fmt: skip
+    run_jobs(tmp_path, jobs)
+    assert_bit_equal(tmp_path / "out", tmp_path / "reference")
+    results = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("out", "reference")]
+    assert results[0]["best_checkpoint"] == results[1]["best_checkpoint"] is not None
+    assert results[0]["tokens"] == results[1]["tokens"]
+
+
+def test_stops_outside_of_steps(model_dir: Path, tmp_path: Path) -> None:
+    """While rows are encoded, before the first step, while answers are generated: at once, and nothing is lost."""
+    keys = settings(model_dir, tmp_path, "ddp", cache_dir="cache")
+    places = [
+        "encode 0 SIGTERM 0",
+        "encode 0 SIGTERM 1",
+        "start 0 SIGUSR1 1",
+        "eval 0 SIGTERM 0",
+        "predict 0 SIGTERM 0",
+    ]
+    jobs = [job(keys, 2, at, log=f"log{n}", eval_on_start=True) for n, at in enumerate(places)]
+    run_jobs(tmp_path, [*jobs, job(keys, 2, log="log5"), job(keys, 2, log="log6")])
+    logs = [(tmp_path / f"log{n}").read_text(encoding="utf-8") for n in range(7)]
+    for log in logs[:4]:
+        assert log.count(") before the first save. The same command goes on from there.") == 1
+    assert logs[4].count(f"Stopped (SIGTERM) after step {STEPS}; out/checkpoint-{STEPS} is complete.") == 1
+    assert f"Resuming from out/checkpoint-{STEPS}, step {STEPS}" in logs[5]
+    assert logs[5].count("Answered 1 of 1") == 1
+    assert logs[6].count("This run is finished: out holds its model.") == 1
+    assert "Answered" not in logs[6]
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_another_number_of_ranks(model_dir: Path, tmp_path: Path, name: str) -> None:
+    """1, 2 and 4 ranks after 2, from the middle of an epoch whose last step they cannot share out evenly."""
+    keys = settings(model_dir, tmp_path, name, logging_steps=1, eval_strategy="no", max_grad_norm=0.5)
+    run_jobs(tmp_path, [job(keys, 2, output_dir="reference"), job(keys, 2, "step 2 SIGTERM 0")])
+    jobs = []
+    for ranks in (1, 4):
+        shutil.copytree(tmp_path / "out", tmp_path / f"out{ranks}")
+        jobs.append(job(keys, ranks, output_dir=f"out{ranks}", log=f"log{ranks}"))
+    if name == "zero3":  # and back again; the converted copy is found
+        shutil.copytree(tmp_path / "out", tmp_path / "again")
+        jobs += [job(keys, 1, "step 5 SIGTERM 0", output_dir="again", log="log-a"),
+                 job(keys, 2, output_dir="again", log="log-a")]  # fmt: skip
+    run_jobs(tmp_path, jobs)
+    losses = [row["loss"] for row in metrics(tmp_path / "reference") if "loss" in row]
+    assert len(losses) == STEPS
+    for out in ["out1", "out4"] + (["again"] if name == "zero3" else []):
+        assert [row["loss"] for row in metrics(tmp_path / out) if "loss" in row] == pytest.approx(losses, rel=1e-5)
+        wanted = load_file(tmp_path / "reference" / "model.safetensors")
+        for key, value in load_file(tmp_path / out / "model.safetensors").items():
+            torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=2e-5, msg=key)
+    log = (tmp_path / "log4").read_text(encoding="utf-8")
+    assert log.count("gradient_accumulation_steps is set to 1, so that a step keeps its 4 rows.") == 1
+
+
+def test_a_number_of_ranks_that_cannot_keep_the_batch(model_dir: Path, tmp_path: Path) -> None:
+    keys = settings(model_dir, tmp_path, "ddp")
+    run_jobs(tmp_path, [job(keys, 2, "step 1 SIGTERM 0")])
+    with pytest.raises(AssertionError) as refused:
+        run_jobs(tmp_path, [job(keys, 3, per_device_train_batch_size=1)])
+    said = "learned from 4 rows a step, which 3 ranks x 1 rows (per_device_train_batch_size) cannot make up."
+    assert f"{said} What can: 1, 2, 4 ranks with per_device_train_batch_size 1" in str(refused.value)

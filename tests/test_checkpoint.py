@@ -1,0 +1,212 @@
+"""A checkpoint is complete or it does not exist; the newest one that is intact is taken; rotation keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.runtime import checkpoint
+from ds_sft.runtime.checkpoint import (
+    FACTS,
+    Broken,
+    Site,
+    choose,
+    complete,
+    newest_complete,
+    read_manifest,
+    rotate,
+    set_aside,
+    where_to_start,
+)
+from ds_sft.runtime.distributed import Launch
+
+ALONE = Site(Launch(launcher="python"), shared=True)
+RUN = {"config": {"learning_rate": 1e-4}, "data": "abc", "zero_stage": None}
+
+
+def facts(step: int, **changes: Any) -> dict[str, Any]:
+    known = dict.fromkeys(FACTS - {"save_id"}, 0) | {"step": step, "world_size": 1, "rows_a_step": 4} | RUN
+    return known | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4} | changes
+
+
+def save(output_dir: Path, step: int, **changes: Any) -> Path:
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"w" * 1000)
+    (folder / "global_step" / "zero_pp_rank_0_states.pt").write_bytes(bytes(range(256)) * 40)
+    assert complete(folder, facts(step, **changes), ALONE) is None
+    return folder
+
+
+def config(output_dir: Path, **changes: Any) -> Config:
+    training = {"output_dir": str(output_dir), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    return Config(model_name_or_path="m", train_file="t", training=training | changes.pop("training", {}), **changes)
+
+
+def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
+    manifest = json.loads((save(tmp_path, 4) / "manifest.json").read_text(encoding="utf-8"))
+    sizes = {name: size for name, (size, _) in manifest["files"].items()}
+    assert sizes == {"global_step/zero_pp_rank_0_states.pt": 10240, "model.safetensors": 1000}
+    assert manifest["files"]["model.safetensors"][1] == "aec7cf595ec38a7e4ac08ee5da1c44c7"
+    assert (manifest["step"], manifest["format"], len(manifest["save_id"])) == (4, 1, 32)
+    assert manifest.keys() >= FACTS
+
+
+DAMAGE = {
+    "truncated": (
+        lambda f: os.truncate(f / "model.safetensors", 999),
+        "model.safetensors has 999 bytes instead of 1,000",
+    ),
+    "a flipped bit": (
+        lambda f: (f / "model.safetensors").write_bytes(b"w" * 500 + b"v" + b"w" * 499),
+        "model.safetensors has other contents than were saved (hash)",
+    ),
+    "missing": (
+        lambda f: (f / "global_step" / "zero_pp_rank_0_states.pt").unlink(),
+        "global_step/zero_pp_rank_0_states.pt is missing",
+    ),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "it was never completed: no manifest"),
+    "half a manifest": (
+        lambda f: os.truncate(f / "manifest.json", 100), "its manifest cannot be read (JSONDecodeError)"
+    ),
+    "another format": (
+        lambda f: (f / "manifest.json").write_text('{"format": 9, "step": 8, "files": {}}'),
+        "its manifest has format 9, this version reads 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    save(tmp_path, 4)
+    damage, reason = DAMAGE[name]
+    damage(save(tmp_path, 8))
+    (tmp_path / "checkpoint-12").mkdir()
+    found = choose("auto", tmp_path, ALONE)
+    assert found is not None
+    assert found.step == 4
+    assert capsys.readouterr().out.splitlines() == [
+        f"Passed over {tmp_path}/checkpoint-12: it was never completed: no manifest.",
+        f"Passed over {tmp_path}/checkpoint-8: {reason}.",
+        f"Resuming from {tmp_path}/checkpoint-4, step 4, the newest usable checkpoint.",
+    ]
+    with pytest.raises(UserError, match="checkpoint-8: "):
+        choose(str(tmp_path / "checkpoint-8"), tmp_path, ALONE)
+
+
+def test_nothing_usable_starts_from_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose("auto", tmp_path, ALONE) is None
+    assert capsys.readouterr().out == ""
+    (tmp_path / "checkpoint-3").mkdir()
+    assert choose("auto", tmp_path, ALONE) is None
+    assert "No checkpoint in" in capsys.readouterr().out
+
+
+def test_a_failed_save_has_no_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    assert complete(folder, facts(4), ALONE, "optimizer.pt: No space left on device") == (
+        "optimizer.pt: No space left on device"
+    )
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    folder.parent.joinpath("checkpoint-4").write_text("a file in its place")
+    assert "Not a directory" in str(complete(folder, facts(4), ALONE))
+
+
+def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the files and the manifest: no checkpoint."""
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 4)
+    with pytest.raises(Broken):
+        read_manifest(tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "left"),
+    [
+        (None, None, [2, 4, 6, 8, 10]),
+        (0, None, [2, 4, 6, 8, 10]),
+        (3, None, [2, 4, 8, 10]),
+        (2, None, [4, 8, 10]),
+        (1, None, [8, 10]),
+        (2, 2, [2, 8, 10]),
+        (1, 2, [2, 8, 10]),
+    ],
+)
+def test_rotation(tmp_path: Path, limit: int | None, keep: int | None, left: list[int]) -> None:
+    """10 is being written, 6 never was: both are no checkpoints, and only the older one goes."""
+    for step in (2, 4, 8):
+        save(tmp_path, step)
+    for step in (6, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, limit, tmp_path / f"checkpoint-{keep}" if keep else None)
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == left
+    newest = newest_complete(tmp_path)
+    assert newest is not None
+    assert newest.step == 8
+
+
+def test_a_new_start_moves_later_checkpoints_aside(tmp_path: Path) -> None:
+    for step in (2, 4, 8):
+        save(tmp_path, step)
+    set_aside(tmp_path, 2, ALONE.launch)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.glob("earlier-*/*")) == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    here = config(tmp_path)
+    assert where_to_start(here, RUN, ALONE).checkpoint is not None
+    other = {**RUN, "config": {"learning_rate": 1e-5, "seed": 1}}
+    with pytest.raises(UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; seed: None -> 1\. Take another"):
+        where_to_start(here, other, ALONE)
+    assert where_to_start(config(tmp_path, resume_anyway=True), other, ALONE).checkpoint is not None
+    with pytest.raises(UserError, match="the rows of train_file, or how they are encoded"):
+        where_to_start(here, {**RUN, "data": "xyz"}, ALONE)
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4 -> 8"):
+        where_to_start(config(tmp_path, training={"gradient_accumulation_steps": 8}), RUN, ALONE)
+    with pytest.raises(UserError, match="was saved without DeepSpeed, this run is ZeRO-2"):
+        where_to_start(config(tmp_path, resume_anyway=True), {**RUN, "zero_stage": 2}, ALONE)
+    assert where_to_start(config(tmp_path, resume="never"), other, ALONE).checkpoint is None
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = config(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"identity": RUN}))
+    assert where_to_start(here, RUN, ALONE).finished
+    assert "This run is finished: " in capsys.readouterr().out
+    other = {**RUN, "config": {"learning_rate": 1e-5}}
+    with pytest.raises(UserError, match=r"learning_rate: 0.0001 -> 1e-05"):
+        where_to_start(here, other, ALONE)
+    assert not where_to_start(config(tmp_path, resume="never"), other, ALONE).finished
+    (tmp_path / "run.json").write_text(json.dumps({"steps": 3}))  # its model was exported, but it did not end well
+    assert not where_to_start(here, RUN, ALONE).finished
+
+
+def test_files_have_one_owner_each() -> None:
+    names = ["model.safetensors", "g/zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng_state_3.pth", "rng_state_7.pth"]
+
+    def owned(shared: bool, world_size: int, local: int) -> list[list[str]]:
+        ranks = [Launch(launcher="torchrun", rank=r, local_rank=r % local, world_size=world_size,
+                        local_world_size=local) for r in range(world_size)]  # fmt: skip
+        return [Site(rank, shared).mine(names) for rank in ranks]
+
+    assert owned(True, 4, 2) == [[names[0], names[1]], [], [], [names[2], names[3]]]
+    assert owned(True, 2, 2) == [[names[0], names[1]], [names[2], names[3]]]  # of a checkpoint of 8 ranks
+    assert owned(False, 4, 2) == [
+        [names[0], names[1]],
+        [names[2], names[3]],
+        [names[0], names[1]],
+        [names[2], names[3]],
+    ]
