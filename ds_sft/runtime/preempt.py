@@ -53,7 +53,8 @@ class StopRequests:
         self._note: Path | None = None
         self._store: Any = None
         self._first_signal: float | None = None
-        self._interruptible = self._closed = False
+        self.interruptible = False  # the main thread may be interrupted where it is
+        self._closed = False
         self._ancestors = _launcher_processes(launch)
         self._main = threading.main_thread().ident
         self._reader, self._writer = os.pipe()
@@ -99,31 +100,16 @@ class StopRequests:
             if self.reason:
                 self._tell(self.reason)
 
-    @contextlib.contextmanager
-    def anywhere(self) -> Iterator[None]:
-        """In the block a request raises `Stopped` at once: no other rank waits for what is done here."""
-        if self.reason:
-            raise Stopped(self.reason)
-        self._interruptible = True
-        try:
-            yield
-        finally:
-            self._interruptible = False
-        if self.reason:
-            raise Stopped(self.reason)
+    def anywhere(self) -> Interruptible:
+        """In the block a request raises `Stopped` at once: no other rank waits for what is done there."""
+        return Interruptible(self, quietly=False)
 
-    @contextlib.contextmanager
-    def until_ranks_meet(self) -> Iterator[None]:
+    def until_ranks_meet(self) -> Interruptible:
         """In the block a request ends the block; the ranks then meet and `check`, which raises on all of them.
 
         A rank that nobody waits for, or that has lost its launcher and so the others, raises `Stopped` instead.
         """
-        try:
-            with self.anywhere():
-                yield
-        except Stopped:
-            if self.launch.world_size == 1 or self.reason == LAUNCHER_DIED:
-                raise
+        return Interruptible(self, quietly=self.launch.world_size > 1)
 
     def agreed(self) -> str | None:
         """Why the run stops here, if any rank was asked to; all ranks must call it, and all get the same answer."""
@@ -151,9 +137,10 @@ class StopRequests:
     # ---- The main thread's signal handler, and the thread
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        """The thread has been told by the time this runs, or will be: it wakes the main thread again."""
-        if self._interruptible and self.reason:
-            self._interruptible = False
+        """The thread has been told of the signal, or will be: it wakes the main thread again until that has stopped."""
+        here = frame is not None and frame.f_code.co_filename == __file__  # entering or leaving a block
+        if self.interruptible and self.reason and not here:
+            self.interruptible = False
             raise Stopped(self.reason)
 
     def _watch(self) -> None:
@@ -164,6 +151,8 @@ class StopRequests:
                     self._signalled(signal.Signals(number))
             if self.reason is None and not self._closed:
                 self._look()
+            if self.reason is not None and self.interruptible and self._main is not None:
+                signal.pthread_kill(self._main, WAKE)
 
     def _signalled(self, number: signal.Signals) -> None:
         now = time.monotonic()
@@ -196,8 +185,6 @@ class StopRequests:
                 place = f"[rank {self.launch.rank}] " if self.launch.world_size > 1 else ""
                 os.write(1, f"\nds_sft: {place}asked to stop ({reason}); a second signal ends at once.\n".encode())
                 self._tell(reason)
-        if self._interruptible and self._main is not None:
-            signal.pthread_kill(self._main, WAKE)
 
     def _tell(self, reason: str) -> None:
         """Let the other ranks of the run know."""
@@ -207,6 +194,25 @@ class StopRequests:
             elif self._note is not None and self.launch.world_size > 1:
                 self._note.parent.mkdir(parents=True, exist_ok=True)
                 self._note.write_text(reason, encoding="utf-8")
+
+
+class Interruptible:
+    """A block that a request ends; `quietly`: without an exception."""
+
+    def __init__(self, stop: StopRequests, *, quietly: bool) -> None:
+        self.stop, self.quietly = stop, quietly
+
+    def __enter__(self) -> None:
+        if self.stop.reason and not self.quietly:
+            raise Stopped(self.stop.reason)
+        self.stop.interruptible = True
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> bool:
+        self.stop.interruptible = False
+        if self.stop.reason and kind is None and not self.quietly:
+            raise Stopped(self.stop.reason)
+        stopped = kind is not None and issubclass(kind, Stopped)
+        return stopped and self.quietly and self.stop.reason != LAUNCHER_DIED
 
 
 class _StopInParentOnly:

@@ -1,0 +1,128 @@
+"""A request to stop is noticed in any place, once, and a second signal ends the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.preempt import Stopped, StopRequests, watch_for_stop
+
+ALONE = Launch(launcher="python")
+
+
+def wait_for(stop: StopRequests) -> str:
+    deadline = time.monotonic() + 20
+    while stop.reason is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return stop.reason
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_a_request(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with watch_for_stop(ALONE) as stop:
+        assert stop.agreed() is None
+        os.kill(os.getpid(), getattr(signal, name))
+        assert wait_for(stop) == name
+        assert stop.agreed() == name
+        with pytest.raises(Stopped, match=name):
+            stop.check()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"asked to stop ({name}); a second signal ends at once." in capfd.readouterr().out
+
+
+def test_work_that_nobody_waits_for_ends_at_once() -> None:
+    with watch_for_stop(ALONE) as stop:
+        started = time.monotonic()
+        subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({os.getpid()}, 15)"])
+        with pytest.raises(Stopped), stop.anywhere():
+            time.sleep(60)
+        assert time.monotonic() - started < 30
+        with pytest.raises(Stopped), stop.until_ranks_meet():
+            raise AssertionError("it does not even begin")
+
+
+def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
+    launch = Launch(launcher="environment", world_size=2, local_world_size=2)
+    other = Launch(launcher="environment", rank=1, local_rank=1, world_size=2, local_world_size=2)
+    heard = StopRequests(other)  # of another process; its thread is not needed here
+    heard.use_output_dir(tmp_path)
+    with watch_for_stop(launch) as stop:
+        stop.use_output_dir(tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(stop)
+        with stop.until_ranks_meet():
+            time.sleep(60)
+        heard._look()
+        assert heard.reason == "SIGTERM"  # through a note in the folder
+    assert list(tmp_path.iterdir()) == []  # which is gone
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_stop_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    file = tmp_path / "STOP" if own else tmp_path / "all-runs"
+    if not own:
+        monkeypatch.setenv("DS_SFT_STOP_FILE", str(file))
+    with watch_for_stop(ALONE) as stop:
+        stop.use_output_dir(tmp_path)
+        file.touch()
+        assert wait_for(stop) == f"stop file {file}"
+        stop.leave(tmp_path, "checkpoint-4", 4)
+    record = json.loads((tmp_path / "PREEMPTED.json").read_text(encoding="utf-8"))
+    assert record.pop("time")
+    assert record == {"step": 4, "checkpoint": "checkpoint-4", "reason": f"stop file {file}"}
+    assert file.exists() != own  # obeyed; a file that others look at stays
+
+
+SECOND = """
+import os, signal, sys, time
+from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.preempt import watch_for_stop
+with watch_for_stop(Launch(launcher="python")) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while stop.reason is None:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.system("sleep 20")  # not even Python code runs: the thread ends the process
+print("still here")
+"""
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "SIGINT again: ending at once. Complete checkpoints are kept." in done.stderr
+    assert "still here" not in done.stdout
+
+
+FORKS = """
+import multiprocessing, os, signal, time
+from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.preempt import watch_for_stop
+def work(pid):
+    os.kill(os.getpid(), signal.SIGINT)  # what a terminal does to every process
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return pid
+with watch_for_stop(Launch(launcher="python")) as stop:
+    pool = multiprocessing.get_context("fork").Pool(1)
+    assert pool.apply(work, (7,)) == 7
+    pool.terminate()  # by SIGTERM
+    pool.join()
+    time.sleep(1)
+    assert stop.reason is None
+print("done")
+"""
+
+
+def test_children_leave_requests_to_their_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "done\n", done.stderr
