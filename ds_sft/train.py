@@ -75,7 +75,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.verify import require_verified
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
-    from ds_sft.training.arguments import continue_from, describe_batch, num_steps, training_arguments
+    from ds_sft.training.arguments import continue_from, run_steps, training_arguments
     from ds_sft.training.model import load_model, load_tokenizer
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -100,12 +100,13 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             make_universal(start.checkpoint, site)
         continue_from(args, start.accumulation, universal=start.universal)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
-    launch.say(describe_batch(args, len(rows_in_batches)))
+    steps = run_steps(args, len(rows_in_batches))
+    launch.say(steps.describe())
     longest, on_gpu = int(data.rows["train"]["tokens"].max()), args.device.type != "cpu"
     expected = expect_memory(config, engine, longest=longest, ranks=args.world_size, on_gpu=on_gpu, launch=launch)
     model = load_model(config, args)
     size = predict_size(model, stage(engine), site)
-    check_space(config.output_dir, size, args, num_steps(args, len(data.train)), site)
+    check_space(config, size, steps, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes) as tracker:
         trainer = SFTTrainer(

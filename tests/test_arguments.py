@@ -11,7 +11,7 @@ import pytest
 from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.arguments import describe_batch, training_arguments
+from ds_sft.training.arguments import run_steps, training_arguments
 
 ALONE = Launch(launcher="python")
 
@@ -62,4 +62,4 @@ def test_batch_arithmetic(epochs: float, max_steps: int, rows: int, said: str) -
         max_steps=max_steps,
         dataloader_drop_last=False,
     )
-    assert describe_batch(args, rows) == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"
+    assert run_steps(args, rows).describe() == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"

@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {"micro": 2, "accumulation": 4, "ranks": 2, "num_rows": 1
         ({"epochs": 0.5}, 7, 4),
         ({"max_steps": 3}, 7, 3),
         ({"num_rows": 112}, 7, 14),
-        ({"num_rows": 97, "drop_last": True}, 6, 12),  # 24 whole micro batches of 4 rows
+        ({"num_rows": 97, "drop_last": True}, 6, 12),
         ({"num_rows": 3, "drop_last": True}, 1, 2),
     ],
 )

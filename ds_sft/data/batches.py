@@ -86,8 +86,8 @@ def make_batches(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> t
     if config.packing == "none":
         return rows, DataCollatorForSeq2Seq(tokenizer)
     lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_numpy(zero_copy_only=False)
-    micro_batch = int(config.training.get("per_device_train_batch_size", 8)) * launch.world_size
-    plan = plan_packs(lengths, config.max_length, seed=int(config.training.get("seed", 42)), multiple_of=micro_batch)
+    # The plan must not depend on the number of ranks: a checkpoint may be resumed by another.
+    plan = plan_packs(lengths, config.max_length, seed=int(config.training.get("seed", 42)))
     launch.say(plan.describe(len(rows)))
     return PackedRows(rows, plan), collate_flat
 

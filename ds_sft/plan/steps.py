@@ -26,9 +26,9 @@ class Steps:
 
     @property
     def steps_per_epoch(self) -> int:
-        micro_batches = self.num_rows / (self.micro * self.ranks)  # of each rank
-        batches = math.floor(micro_batches) if self.drop_last else math.ceil(micro_batches)
-        return max(1, math.ceil(batches / self.accumulation))
+        if self.drop_last:  # whole steps only, so that it does not depend on the number of ranks
+            return max(1, self.num_rows // self.rows_per_step)
+        return math.ceil(self.num_rows / self.rows_per_step)
 
     @property
     def steps(self) -> int:

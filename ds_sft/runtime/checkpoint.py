@@ -104,12 +104,6 @@ def newest_complete(output_dir: Path) -> Checkpoint | None:
     return None
 
 
-def read_manifest_size(output_dir: Path) -> int:
-    """Bytes of the newest complete checkpoint; 0 without one."""
-    newest = newest_complete(output_dir)
-    return sum(size for size, _ in newest.manifest["files"].values()) if newest else 0
-
-
 def check_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
     """Compare files with what the manifest says of them; sizes first.
 
