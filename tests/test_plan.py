@@ -192,8 +192,10 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [o["name"] for o in found["options"]] == ["no DeepSpeed", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload",
                                                      "ZeRO-3 offload"]  # fmt: skip
     assert all(sum(o["gpu"].values()) == o["gpu_total"] for o in found["options"])
+    assert all(o["activations"]["checkpointing"] < o["activations"]["without"] for o in found["options"])
     best = found["recommended"]
     assert best["micro_batch"] * best["accumulation"] == 4  # the rows of a step stay
+    assert best["tokens_per_micro_batch"] == best["micro_batch"] * 128
     assert found["schedule"]["steps"] == 14  # 7 an epoch of 100 rows, 16 a step; two epochs
     assert found["schedule"]["tokens"] == 14 * 16 * 128
     assert found["disk"]["total"] == found["disk"]["checkpoint"] + found["disk"]["final_model"]

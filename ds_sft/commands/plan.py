@@ -34,6 +34,7 @@ from ds_sft.plan.layouts import (
     run_of,
     shipped_engine,
 )
+from ds_sft.plan.memory import activations
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule
 from ds_sft.plan.shape import Shape, read_shape
 from ds_sft.runtime.zero import read_engine
@@ -193,6 +194,11 @@ class Plan:
             "fullest_moment": o.memory.moment,
             "gpu": {**o.memory.device, "allocator margin": o.margin},
             "gpu_total": o.gpu_bytes,
+            "activations": {
+                "checkpointing": activations(o.run, checkpointing=True),
+                "without": activations(o.run, checkpointing=False),
+            },
+            "tokens_per_micro_batch": o.run.tokens,
             "host": o.memory.host,
             "node_total": node_bytes(o.run, o.memory, self.hardware),
             "fits": o.fits,

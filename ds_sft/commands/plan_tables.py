@@ -47,6 +47,9 @@ def memory_table(plan: dict[str, Any]) -> Table:
     table.add_row("fullest at", *(option["fullest_moment"] for option in plan["options"]))
     table.add_row("host memory of a node", *(f"{option['node_total'] / GB:.1f}" for option in plan["options"]))
     table.add_row("fits", *("yes" if option["fits"] else "no" for option in plan["options"]))
+    table.add_section()
+    for way, title in (("checkpointing", "activations with checkpointing"), ("without", "activations without")):
+        table.add_row(title, *(f"{option['activations'][way] / GB:.2f}" for option in plan["options"]))
     first = plan["options"][0]
     table.caption = (f"* as configured: micro batch {first['micro_batch']} x accumulation {first['accumulation']}, "
                      f"checkpointing {'on' if first['checkpointing'] else 'off'}")  # fmt: skip
@@ -75,7 +78,8 @@ def recommendation(plan: dict[str, Any]) -> str:
     micro, accumulation, ranks = best["micro_batch"], best["accumulation"], plan["ranks"]
     return (
         f"Recommended: {best['name']}, micro batch {micro} x accumulation {accumulation} x {ranks} GPUs = "
-        f"{micro * accumulation * ranks} rows a step, activation checkpointing "
+        f"{micro * accumulation * ranks} rows a step, {best['tokens_per_micro_batch']:,} tokens a GPU at once, "
+        f"checkpointing "
         f"{'on' if best['checkpointing'] else 'off'}: "
         f"{best['gpu_total'] / GB:.1f} GB of a GPU, {best['step_seconds']['total']:.2f} s a step."
     )

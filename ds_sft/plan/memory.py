@@ -220,6 +220,13 @@ def kept_between_layers(run: Run) -> int:
     return run.tokens * run.shape.hidden * residual
 
 
+def activations(run: Run, *, checkpointing: bool) -> int:
+    """Activations at their most: of all layers, or what checkpointing keeps of them and one layer computed again."""
+    layer = layer_activations(run)
+    layers = run.shape.layers * kept_between_layers(run) + layer if checkpointing else run.shape.layers * layer
+    return outside_layers(run) + layers
+
+
 def layer_backward(run: Run) -> int:
     """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP."""
     w = 2 if run.half else FP32
