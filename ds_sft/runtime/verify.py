@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,8 +26,15 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "PMI_", "OMPI_")
 
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # what a scheduler sends to every process
+
+
 class ExportError(RuntimeError):
     """The weights on disk are not the trained ones."""
+
+
+class Interrupted(Exception):
+    """The fresh process was told to stop, as the run was: it says nothing about the weights."""
 
 
 def verify(
@@ -47,6 +55,8 @@ def verify(
         found = _ask_fresh_process(question)
     except ExportError as error:
         return {"verified": False, "error": str(error)}
+    except Interrupted:
+        return {"verified": None}
     bound = max(BOUNDS[dtype] for dtype in dtypes) * max(1.0, trained_loss)
     difference = abs(found["loss"] - trained_loss)
     return {
@@ -68,6 +78,9 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     """
     if result is None:
         return
+    if result["verified"] is None:
+        print("Export not verified: the fresh process was stopped by a signal.", flush=True)
+        return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
     line = (
@@ -87,6 +100,8 @@ def _ask_fresh_process(question: dict[str, Any]) -> dict[str, Any]:
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "ds_sft.runtime.verify"]
     done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False, env=env)
+    if -done.returncode in STOPS:
+        raise Interrupted
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ExportError(f"{question['folder']} cannot be loaded in a fresh process: {said[-1]}")
