@@ -132,10 +132,15 @@ def host(run: Run) -> dict[str, int]:
         if engine.stage == 3:
             parts["gradients"] += share * run.weight  # grad_partitions_flat_buffer
         else:
-            parts["buckets"] = share * run.weight + max(run.shape.tensors()) * run.weight
+            parts["buckets"] = share * run.weight + _largest_copy(run)
             if run.accumulation > 1:
                 parts["gradients"] += max(_partition(run, rank) for rank in _ranks(run)) * run.weight
     return parts
+
+
+def _largest_copy(run: Run) -> int:
+    """Stage 2 with offloading: a buffer for the largest gradient, on the device and on the host each."""
+    return max(run.shape.tensors()) * run.weight
 
 
 def owned(run: Run) -> int:
@@ -162,6 +167,8 @@ def model_states(run: Run) -> int:
         fixed.pop("buckets")
     held = max(gradients(replace(run, accumulation=1), rank, run.shape.parameters) for rank in _ranks(run))
     buckets = _buckets(run)["buckets"] if run.engine.stage == 3 else 0
+    if run.engine.offload_optimizer and run.engine.stage != 3:
+        buckets += _largest_copy(run)
     return sum(fixed.values()) + sum(on_host.values()) + held + buckets
 
 
@@ -342,8 +349,8 @@ def _buckets(run: Run) -> dict[str, int]:
         return {"buckets": run.shape.parameters * FP32 if run.ranks > 1 else 0}
     buffers = 2 if engine.overlap and engine.stage < 3 else 1
     size = min(engine.reduce_bucket, run.shape.parameters) if run.lazy else engine.reduce_bucket
-    extra = 2 * max(run.shape.tensors()) if engine.offload_optimizer and engine.stage < 3 else 0
-    return {"buckets": (buffers * size + extra) * run.weight}
+    extra = _largest_copy(run) if engine.offload_optimizer and engine.stage < 3 else 0
+    return {"buckets": buffers * size * run.weight + extra}
 
 
 def reduction(run: Run, size: int) -> int:
@@ -354,7 +361,7 @@ def reduction(run: Run, size: int) -> int:
     """
     engine = run.engine
     copies = 2 if engine.stage is not None and (run.ranks > 1 or engine.stage == 3) else 1
-    norm = NORM * size if engine.offload_optimizer and engine.stage != 3 else 0
+    norm = NORM * (-(-size // run.ranks) if engine.stage == 3 else min(size, owned(run))) * engine.offload_optimizer
     return copies * size * run.weight + norm
 
 
