@@ -288,3 +288,39 @@ def test_a_real_offline_run(
     assert folder.parent == out / "swanlog"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > 500
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["out"]  # nothing in the working directory
+
+
+def test_a_resumed_run_is_the_same_experiment(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The id is kept in the output folder; points behind the checkpoint come again, the others are there once."""
+    monkeypatch.delenv("SWANLAB_MODE")
+    config = make(tmp_path, swanlab_mode="offline")
+    swanlab = fake()
+    with open_tracker(config, ALONE) as tracker:
+        tracker.log({"loss": 3.0}, 1)
+        at_checkpoint = (tmp_path / "metrics.jsonl").stat().st_size
+        tracker.log({"loss": 2.0}, 2)
+    assert "resume" not in swanlab.calls[0][1]
+    with open_tracker(config, ALONE, at_checkpoint) as tracker:
+        tracker.log({"loss": 2.0}, 2)
+        tracker.log({"loss": 1.0}, 3)
+    resumed = swanlab.calls[-4][1]
+    assert (resumed["id"], resumed["resume"]) == ("abc", "allow")
+    assert lines(tmp_path) == [{"step": step, "loss": 4.0 - step} for step in (1, 2, 3)]
+    folder = tmp_path / "swanlog" / "run-1"
+    assert json.loads((tmp_path / "swanlab.json").read_text()) == {"id": "abc", "folders": [str(folder)] * 2}
+    command = f"swanlab sync {folder} --id abc"
+    assert f"SwanLab: offline; upload later with `{command} && {command}`." in capsys.readouterr().out
+    with open_tracker(config, ALONE) as tracker:  # another run in the same folder
+        pass
+    assert "id" not in swanlab.calls[-2][1]
+    assert lines(tmp_path) == []
+
+
+def test_a_record_that_cannot_be_read_is_a_new_experiment(tmp_path: Path, fake: Any) -> None:
+    (tmp_path / "swanlab.json").write_text("{")
+    swanlab = fake()
+    with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE, 0):
+        pass
+    assert "id" not in swanlab.calls[0][1]

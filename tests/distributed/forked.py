@@ -1,14 +1,16 @@
 """Many short runs of train.py without paying for the imports each time; started by test_resume.py.
 
-python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at"}, run one after the other. The process imports
-everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP SIGNAL RANK": PLACE is
-step, eval, save, start, encode or predict. Writes the exit codes of the ranks of every job as JSON into JOBS.json.done.
+python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at", "file_limit"}, run one after the other. The process
+imports everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP SIGNAL RANK":
+PLACE is step, eval, save, start, encode or predict. "file_limit" is how many bytes a file may have: the disk is full
+beyond it. Writes the exit codes of the ranks of every job as JSON into JOBS.json.done.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -76,8 +78,10 @@ def child(job: dict[str, Any], rank: int, port: int) -> None:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         values = (rank, rank, job["ranks"], job["ranks"], "127.0.0.1", port)
         os.environ |= dict(zip(names, map(str, values), strict=True))
-    if job.get("at"):
+    if job["at"]:
         install(job["at"])
+    if job["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
     code = 1
     try:
         code = train.main(job["argv"])
