@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from ds_sft.errors import UserError
+from ds_sft.runtime.universal import load_data_only
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,11 @@ def _require(folder: Path, files: Sequence[str]) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The tensors stay in the file until they are used. Unpickles: for files of one's own runs."""
+    """The tensors stay in the file until they are used; nothing in it is run."""
+    load_data_only()
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except (OSError, RuntimeError, ValueError, EOFError, ImportError) as error:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, ImportError, UnpicklingError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: cannot be read: {said[0][:200]}") from None
     return content
