@@ -101,8 +101,9 @@ class Machine:
     pid: int
 
     def enter(self, *command: str, cwd: Path | None = None) -> list[str]:
-        where = f"--wd={cwd or '/'}"  # entering another mount namespace forgets it
-        return ["nsenter", f"--target={self.pid}", "--pid", "--net", "--mount", "--uts", where, "--", *command]
+        """The command as run on this machine; the folder is entered there, as its mounts are others."""
+        separate = ["nsenter", f"--target={self.pid}", "--pid", "--net", "--mount", "--uts", "--wd=/", "--"]
+        return [*separate, "sh", "-c", 'cd "$0" && exec "$@"', str(cwd or "/"), *command]
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.enter(*command), text=True, check=True, **options)
@@ -236,8 +237,32 @@ class Cluster:
             if name not in self.nodes:
                 self.add_node(name)
 
+    def start_sshd(self) -> None:
+        """Let the head and the nodes log into the nodes by ssh, with keys and settings of their own."""
+        for name in ("host_key", "user_key"):
+            if not (self.folder / name).exists():
+                words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)]
+                subprocess.run(words, check=True)
+        client = f"IdentityFile {self.folder}/user_key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
+        (self.folder / "ssh_config").write_text(f"{client}LogLevel ERROR\n")
+        server = f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/user_key.pub\nPidFile none\n"
+        (self.folder / "sshd_config").write_text(f"{server}UsePAM no\nStrictModes no\nPermitRootLogin yes\n")
+        for machine in (self.head, *self.nodes.values()):
+            machine.run("mount", "--bind", str(self.folder / "ssh_config"), "/etc/ssh/ssh_config")
+        for node in self.nodes.values():
+            node.run("mount", "-t", "tmpfs", "none", "/run")
+            node.run("mkdir", "/run/sshd")
+            self.daemon(node, "/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config"))
+            address = ADDRESS[node.name]
+            wait_for(lambda a=address: self.answers(a, 22), f"sshd of {node.name} answers", 20)  # type: ignore[misc]
+
+    def answers(self, address: str, port: int) -> bool:
+        """Whether the head reaches a port."""
+        code = f"import socket; socket.create_connection(({address!r}, {port}), 2)"
+        return self.client(sys.executable, "-c", code, check=False).returncode == 0
+
     def daemon(self, machine: Machine, *command: str) -> None:
-        with (self.folder / f"{command[0]}-{machine.name}.out").open("ab") as log:
+        with (self.folder / f"{Path(command[0]).name}-{machine.name}.out").open("ab") as log:
             subprocess.Popen(
                 machine.enter(*command), env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,

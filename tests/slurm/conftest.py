@@ -52,6 +52,7 @@ def settings(model_dir: Path, folder: Path, stage: int = 2, rows: int = 24, **ch
         "save_steps": 2,
         "logging_steps": 1,
         "num_predictions": 0,
+        "verify_export": False,  # a process more in each job
         "deepspeed": str(ROOT / "ds_configs" / f"zero{stage}.json"),
         **changes,
     }

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -152,3 +153,25 @@ def test_the_debug_job(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
     assert len(step_losses(output)) == 4
     assert not (tmp_path / "out").exists()
     assert "NCCL_DEBUG=INFO" in job.log()
+
+
+def test_prepare_and_then_train(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
+    """The training waits for the data, finds it encoded, and does not start where that failed."""
+    keys = settings(model_dir, tmp_path, cache_dir="cache")
+
+    def pair(keys: dict[str, Any]) -> tuple[Job, Job]:
+        prepared = submit(tmp_path, keys, "--cpus-per-task=2", template="prepare.sbatch")
+        after = (f"--dependency=afterok:{prepared.id}", "--kill-on-invalid-dep=yes")
+        return prepared, submit(tmp_path, keys, *after)
+
+    prepared, training = pair(keys)
+    failed, never = pair({**keys, "train_file": "absent.jsonl"})
+    assert training.wait() == "COMPLETED", prepared.logs() + training.logs()
+    assert prepared.state == "COMPLETED"
+    assert prepared.facts()["EndTime"] <= training.facts()["StartTime"]
+    assert "train.jsonl: reading and encoding into cache/" in prepared.log()
+    assert "train.jsonl: already encoded in cache/" in training.log("node1")
+    assert failed.wait() == "FAILED"
+    assert "absent.jsonl: no such file" in failed.log()
+    assert never.wait() == "CANCELLED"
+    assert never.log() == ""
