@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_sft.runtime.checkpoint import FACTS, FORMAT
 from ds_sft.runtime.requeue import DONE, main, stalls
 
 
@@ -29,7 +30,7 @@ def stopped_at(folder: Path, step: int) -> None:
     if step:
         checkpoint = folder / "out" / f"checkpoint-{step}"
         checkpoint.mkdir(exist_ok=True)
-        manifest = {"format": 1, "step": step, "files": {}}
+        manifest = {**dict.fromkeys(FACTS, 0), "format": FORMAT, "step": step, "files": {}}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
