@@ -124,7 +124,8 @@ class Option:
 
 def option(name: str, run: Run, hardware: Hardware, gpu_memory: float, host_memory: float | None) -> Option:
     """Judge one layout. `host_memory` is a node's, for all of its ranks."""
-    memory = peak(run)
+    # DeepSpeed flattens the weights on the host where a GPU has no room for two copies of them.
+    memory = peak(run, loading=False)
     margin = CUDA_CONTEXT + int(FRAGMENTS * memory.device_bytes)
     needed_on_host = node_bytes(run, memory, hardware)
     fits_host = host_memory is None or needed_on_host <= host_memory

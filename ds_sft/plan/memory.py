@@ -88,11 +88,11 @@ class Memory:
         return sum(self.host.values())
 
 
-def peak(run: Run) -> Memory:
-    """The fullest moment of the fullest rank."""
+def peak(run: Run, *, loading: bool = True) -> Memory:
+    """The fullest moment of the fullest rank; `loading`: also before the first step."""
     on_host = host(run)
     fixed = states(run)
-    moments = ((name, {**fixed, **parts}) for name, parts in _moments(run))
+    moments = ((name, {**fixed, **parts}) for name, parts in _moments(run) if loading or name != "loading")
     name, device = max(moments, key=lambda moment: sum(moment[1].values()))
     return Memory(name, {part: size for part, size in device.items() if size}, on_host)
 
@@ -319,7 +319,8 @@ def gradients(run: Run, rank: int, done: int) -> int:
         return (run.shape.parameters if several else done) * w
     if engine.offload_optimizer:
         return 0
-    return (_partition(run, rank, done if run.lazy else None) + several * _partition(run, rank)) * w
+    new = _partition(run, rank, done if run.lazy or not done else None)  # a GPU reserves the buffer at the first one
+    return (new + several * _partition(run, rank)) * w
 
 
 def _partition(run: Run, rank: int, done: int | None = None) -> int:

@@ -49,5 +49,5 @@ def sweep(base: dict[str, Run], hardware: Hardware, nodes: list[int]) -> list[Po
             there = replace(hardware, nodes=number)
             scaled = replace(run, ranks=there.ranks)
             step = step_time(scaled, there)
-            points.append(Point(layout, number, peak(scaled).device_bytes, step, step.efficiency))
+            points.append(Point(layout, number, peak(scaled, loading=False).device_bytes, step, step.efficiency))
     return points
