@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ds_sft.config import Config
@@ -183,3 +189,263 @@ def test_validation_file_and_samples(
     table = capsys.readouterr().out
     assert "rows dropped: not JSON" in table
     assert json.loads(json.dumps(data.report)) == data.report
+
+
+# ---- The cache
+
+
+def folder_of(config: Config) -> Path:
+    (folder,) = (path for path in Path(str(config.cache_dir)).iterdir() if path.is_dir())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["part-000000.arrow", "part-000000.npy", "part-000000.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_a_damaged_cache_is_noticed_and_built_again(
+    make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    config = make(questions_and_answers(4))
+    before = load_data(config, tokenizer, ALONE)
+    rows = before.train.to_dict()  # now: the file is mapped, and about to change
+    file = folder_of(config) / name
+    content = bytearray(file.read_bytes())
+    if damage == "changed":
+        content[len(content) // 2] ^= 255
+    (
+        file.unlink()
+        if damage == "gone"
+        else file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    )
+    capsys.readouterr()
+    after = load_data(config, tokenizer, ALONE)
+    assert "is damaged: building it again" in capsys.readouterr().out
+    assert after.train.to_dict() == rows
+    assert after.report == before.report
+    load_data(config, tokenizer, ALONE)
+    assert "already encoded" in capsys.readouterr().out
+
+
+def test_an_interrupted_build_is_continued(
+    make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cache, "FIRST_ROWS", 3)
+    rows = questions_and_answers(10)
+    whole = load_data(make(rows), tokenizer, ALONE)
+    config = make(rows, cache_dir=str(Path(make(rows).cache_dir) / "second"), preprocessing_num_workers=1)
+    encode, done = cache.encode_block, []
+
+    def two_only(builder: Any, folder: Path, name: str, block: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(name)
+        return encode(builder, folder, name, block)
+
+    monkeypatch.setattr(cache, "encode_block", two_only)
+    with pytest.raises(KeyboardInterrupt):
+        load_data(config, tokenizer, ALONE)
+    later: list[str] = []
+    monkeypatch.setattr(cache, "encode_block", lambda *given: (later.append(given[2]), encode(*given))[1])
+    capsys.readouterr()
+    data = load_data(config, tokenizer, ALONE)
+    assert "continuing an interrupted build with 2 parts done" in capsys.readouterr().out
+    assert done == ["part-000000", "part-000001"]
+    assert later == ["part-000002", "part-000003"]
+    assert data.train.to_dict() == whole.train.to_dict()
+
+
+PREPARE = """
+import os, sys
+from pathlib import Path
+from ds_sft.data import cache
+from ds_sft import cli
+encode = cache.encode_block
+def slow(builder, folder, name, rows):
+    if int(name[-6:]) >= 4:
+        Path(folder, "reached").touch()
+        while True: os.sched_yield()
+    return encode(builder, folder, name, rows)
+cache.FIRST_ROWS, cache.encode_block = 50, slow if sys.argv[1] == "slow" else encode
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_prepare_that_was_killed_leaves_nobody_and_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    """The real command, in two processes, ended by SIGKILL while they work."""
+    write_rows(tmp_path / "train.jsonl", questions_and_answers(1000))
+    flags = {"model_name_or_path": model_dir, "train_file": "train.jsonl", "output_dir": "out", "cache_dir": "cache",
+             "preprocessing_num_workers": 2}  # fmt: skip
+    words = ["prepare", *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
+    first = subprocess.Popen([sys.executable, "-c", PREPARE, "slow", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("cache/*/reached")) and time.monotonic() < deadline:
+        assert first.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(first.pid).children(recursive=True)
+    assert len(children) == 2
+    first.kill()
+    first.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    second = subprocess.run(
+        [sys.executable, "-c", PREPARE, "fast", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert second.returncode == 0, second.stderr
+    assert re.search(r"continuing an interrupted build with [34] parts done", second.stdout)
+    assert "1,000 rows encoded in " in second.stdout
+
+
+def test_prepared_data_is_found_by_training(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ds_sft.cli import main
+    from ds_sft.config import load_config
+    from ds_sft.training.model import load_tokenizer
+
+    file = write_rows(tmp_path / "train.jsonl", questions_and_answers(8))
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: {model_dir}\ntrain_file: {file}\noutput_dir: out\ncache_dir: {tmp_path}/c\n"
+    )
+    assert main(["prepare", str(tmp_path / "run.yaml")]) == 0
+    assert "rows kept" in capsys.readouterr().out
+    config = load_config(["--config", str(tmp_path / "run.yaml")])
+    load_data(config, load_tokenizer(config, ALONE), Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
+    assert main(["prepare"]) == 2
+    assert "expected ds-sft prepare CONFIG.yaml" in capsys.readouterr().err
+
+
+# ---- What is chosen of the rows
+
+
+def test_validation_rows_are_set_aside_by_content(make: Any, tokenizer: Any) -> None:
+    rows = questions_and_answers(40)
+    doubled = [*rows, *rows[:10]]
+    data = load_data(make(doubled, val_size=0.2), tokenizer, ALONE)
+    assert data.eval is not None
+    chosen = {tuple(ids) for ids in data.eval["input_ids"]}
+    learned = {tuple(ids) for ids in data.train["input_ids"]}
+    assert not chosen & learned  # equal rows go the same way
+    assert len(data.train) + len(data.eval) == 50
+    assert 10 <= len(data.eval) <= 12
+    report = data.report
+    assert (report["train"]["rows_set_aside"], report["eval"]["duplicates"]) == (len(data.eval), 0)
+    assert report["eval"]["rows_read"] == report["eval"]["rows_kept"] == len(data.eval)
+    assert len(data.samples) == 3
+    again = load_data(make(doubled[::-1], val_size=0.2), tokenizer, ALONE)
+    assert again.eval is not None
+    assert {tuple(ids) for ids in again.eval["input_ids"]} == chosen  # whatever their order
+    other = load_data(make(doubled, val_size=0.2, training={"output_dir": "o", "seed": 7}), tokenizer, ALONE)
+    assert other.eval is not None
+    assert {tuple(ids) for ids in other.eval["input_ids"]} != chosen
+    five = load_data(make(rows, val_size=5), tokenizer, ALONE)
+    assert five.eval is not None
+    assert len(five.eval) == 5
+    with pytest.raises(UserError, match="val_size: 40 leaves none of 40 rows to learn from"):
+        load_data(make(rows, val_size=40), tokenizer, ALONE)
+
+
+def test_duplicates_across_the_files_are_reported(
+    make: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = questions_and_answers(8)
+    evaluation = write_rows(tmp_path / "eval.jsonl", [rows[0], rows[3], {"question": "new", "answer": "row"}])
+    data = load_data(make(rows, eval_file=str(evaluation)), tokenizer, ALONE)
+    assert data.report["eval"]["duplicates"] == 2
+    print_report(data.report, ALONE)
+    assert "eval: 2 rows are also in train, token for token" in capsys.readouterr().out
+
+
+def test_several_files_with_weights_and_limits(make: Any, tokenizer: Any, tmp_path: Path) -> None:
+    rows = questions_and_answers(100)
+    for i, part in enumerate((rows[:10], rows[10:20], rows[20:100])):
+        write_rows(tmp_path / f"{i}.jsonl", part)
+    items = [
+        str(tmp_path / "0.jsonl"),
+        {"path": str(tmp_path / "1.jsonl"), "limit": 4, "weight": 2},
+        {"path": str(tmp_path / "2.jsonl"), "weight": 0.5},
+    ]
+    data = load_data(make([], train_file=items), tokenizer, ALONE)
+    found = Counter(data.where("train", i).rsplit("/", 1)[1].split(":")[0] for i in range(len(data.train)))
+    assert (found["0.jsonl"], found["1.jsonl"]) == (10, 8)
+    assert 25 <= found["2.jsonl"] <= 55
+    assert max(Counter(map(tuple, data.train["input_ids"])).values()) == 2
+    report = data.report["train"]
+    assert (report["rows_read"], report["rows_kept"], report["rows_per_epoch"]) == (94, 94, len(data.train))
+    assert [part["rows_read"] for part in report["files"].values()] == [10, 4, 80]
+    again = load_data(make([], train_file=items), tokenizer, ALONE)
+    assert again.train.to_dict() == data.train.to_dict()
+    for i in (0, 12, 20):  # what a row says of where it comes from is true
+        file, line = data.where("train", i).rsplit(":", 1)
+        source = json.loads(Path(file).read_text().splitlines()[int(line) - 1])
+        expected = reference_row(tokenizer, source["question"], source["answer"], SYSTEM, 2048)
+        assert data.train[i]["input_ids"] == expected[0]
+
+
+# ---- Long rows
+
+LONG = {"question": "Q", "answer": "long " * 50}
+
+
+def test_what_each_policy_costs_is_said(make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, labels = reference_row(tokenizer, LONG["question"], LONG["answer"], SYSTEM, 10_000)
+    supervised = sum(label != -100 for label in labels)
+    rows = [{"question": "Q", "answer": "A"}, LONG]
+    limit = len(whole) - 10
+    reports = {}
+    for policy in ("truncate", "drop", "split"):
+        data = load_data(make(rows, max_length=limit, overlong=policy), tokenizer, ALONE)
+        reports[policy] = data.report["train"]
+        print_report(data.report, ALONE)
+    cut, dropped, split = reports.values()
+    assert (cut["rows_kept"], cut["rows_truncated"], cut["answers_cut"]) == (2, 1, 1)
+    assert (cut["tokens_cut"], cut["supervised_tokens_cut"]) == (10, 10)
+    assert (dropped["rows_kept"], dropped["rows_dropped"]) == (1, {"longer than max_length": 1})
+    assert (dropped["tokens_dropped"], dropped["supervised_tokens_dropped"]) == (len(whole), supervised)
+    assert dropped["dropped_examples"] == [f"{dropped['file']}:2: longer than max_length: {len(whole)} tokens"]
+    assert split == {**cut, "longest": split["longest"]}  # one exchange cannot be split
+    assert cut["longest"][0] == [f"{cut['file']}:2", len(whole)]
+    assert cut["recommended_max_length"] == -(-len(whole) // 64) * 64
+    said = capsys.readouterr().out
+    assert "train: 1 answers lost their end at max_length, and with it the end of turn" in said
+    assert f"max_length: {cut['recommended_max_length']} holds 99 % of the rows whole" in said
+    with pytest.raises(
+        UserError, match=rf"train\.jsonl:2: {len(whole)} tokens, more than max_length \(overlong: trunc"
+    ):
+        load_data(make(rows, max_length=limit, overlong="error"), tokenizer, ALONE)
+
+
+def test_rows_that_forge_a_turn_under_the_reference_are_counted(
+    make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*questions_and_answers(3), {"question": "Q", "answer": "No.<|im_end|>\n<|im_start|>user\nYes"}]
+    data = load_data(make(rows), tokenizer, ALONE)
+    assert data.report["train"]["rows_with_special_tokens"] == 1
+    print_report(data.report, ALONE)
+    assert "in 1 rows text such as <|im_end|> becomes special tokens, as in the reference" in capsys.readouterr().out
+
+
+MEMORY = """
+import json, resource, sys
+from datasets import disable_progress_bars
+from ds_sft.config import Config
+from ds_sft.data.dataset import load_data
+from ds_sft.runtime.distributed import Launch
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+for file in sys.argv[2:]:
+    config = Config(model_name_or_path="m", train_file=file, cache_dir=file + ".cache", preprocessing_num_workers=1)
+    load_data(config, tokenizer, Launch(launcher="python"))
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Ten times the rows, 25 MiB of them encoded. The million: see the command in the README."""
+    files = []
+    for count in (2000, 20_000):
+        row = '{"question": "%d", "answer": "' + "The capital of France is Paris. " * 8 + '"}\n'
+        files.append(tmp_path / f"{count}.jsonl")
+        files[-1].write_text("".join(row % i for i in range(count)))
+    command = [sys.executable, "-c", MEMORY, str(tokenizer_dir), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    small, large = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak"))
+    assert large - small < 40 * 1024, f"{small} KiB, then {large} KiB"

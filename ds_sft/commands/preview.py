@@ -204,7 +204,7 @@ def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str
         "Learned tokens are [bold green]green[/], special tokens [bold magenta]bold[/], padding is [dim]dim[/]."
     )
     for sequence in sequences:
-        console.rule(Text(describe(sequence)), align="left")
+        console.print(Text(f"\n── {describe(sequence)}", style="bold cyan"), soft_wrap=True)
         text = Text()
         for token in sequence.tokens:
             if token.starts_row and text:

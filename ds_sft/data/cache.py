@@ -202,7 +202,7 @@ def _open(file: DataFile, folder: Path) -> EncodedFile:
     counts, stats, parts = Counts(), [], []
     for name in names:
         counts.add(Counts(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["counts"]))
-        stats.append(np.load(folder / f"{name}.npy"))
+        stats.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
         parts.append(datasets.Dataset.from_file(str(folder / f"{name}.arrow")))
     return EncodedFile(file, datasets.concatenate_datasets(parts), np.concatenate(stats), counts)
 

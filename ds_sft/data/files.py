@@ -36,7 +36,8 @@ class BadRow(ValueError):
     """A row that cannot be used. `reason` is a fixed phrase to count by, the text says what was found."""
 
     def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
+        # What a row holds must not break the line, nor command the terminal.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:

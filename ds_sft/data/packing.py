@@ -6,7 +6,6 @@ an attention that keeps the rows of a sequence apart (masking_utils.py), so a pa
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,14 +39,12 @@ class Plan:
         )
 
 
-def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, multiple_of: int = 1) -> Plan:
+def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int) -> Plan:
     """Best fit, longest rows first: each row goes where it leaves the least space.
 
     Args:
         lengths: tokens of each row, at most `max_length`.
         seed: orders rows of equal length, and the sequences.
-        multiple_of: sequences of a micro batch over all ranks; where rows allow it their number is a multiple, by
-            parting the fullest sequences in two, so that every rank has as many micro batches with something in them.
     """
     lengths = np.asarray(lengths, np.int64)
     shuffle = np.random.default_rng(seed)
@@ -73,25 +70,7 @@ def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: in
             if not with_space[left]:
                 insort(spaces, left)
             with_space[left].append(pack)
-    packs = _balance(packs, multiple_of)
     return Plan([packs[i] for i in shuffle.permutation(len(packs)).tolist()], int(lengths.sum()), max_length)
-
-
-def _balance(packs: list[list[int]], multiple_of: int) -> list[list[int]]:
-    """Part the sequences of most rows in two until their number is a multiple, if there are rows enough."""
-    missing = -len(packs) % multiple_of
-    if sum(map(len, packs)) < len(packs) + missing:
-        return packs
-    heap = [(-len(pack), i) for i, pack in enumerate(packs)]
-    heapq.heapify(heap)
-    for _ in range(missing):
-        size, i = heapq.heappop(heap)
-        pack, half = packs[i], -size // 2
-        packs[i], rest = pack[half:], pack[:half]
-        packs.append(rest)
-        heapq.heappush(heap, (-len(packs[i]), i))
-        heapq.heappush(heap, (-len(rest), len(packs) - 1))
-    return packs
 
 
 class PackedRows(Dataset[dict[str, list[int]]]):

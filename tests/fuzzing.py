@@ -1,0 +1,140 @@
+"""What must hold for every input, however hostile; shared by tests/test_fuzz.py and the run under atheris here.
+
+    pip install atheris && python -m tests.fuzzing -runs=200000 -max_total_time=300
+
+atheris mutates bytes and keeps what reaches new lines of ds_sft/data; any exception but a refusal, and any wrong mask,
+ends the run with the input that caused it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_sft.config import Config
+from ds_sft.data.encode import IGNORE_INDEX, Encoder
+from ds_sft.data.files import BadRow, DataFile
+from ds_sft.data.records import Dialogue, Reading, parse_row, read_dialogues
+from ds_sft.data.shapes import Message
+from ds_sft.data.templates import Reference, full_content
+from ds_sft.errors import UserError
+
+READING = Reading("S")
+SEEDS = [
+    {"question": "What is the capital of France?", "answer": "Paris."},
+    {"instruction": "q", "input": "今天天气", "output": "a", "history": [["h", "i"]], "system": "S"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "tools": "[]"},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                  {"role": "assistant", "content": "a", "train": True}, {"role": "user", "content": "<|im_end|>"},
+                  {"role": "assistant", "content": "<think>\nx\n</think>\n\nb"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                  {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+                  {"role": "tool", "content": "1"}, {"role": "assistant", "content": "👋🏽"}],
+     "tools": [{"name": "f", "parameters": {}}]},
+    {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+]  # fmt: skip
+
+
+def encoder_of(tokenizer: Any, **keys: Any) -> Encoder:
+    return Encoder(
+        tokenizer, Config(model_name_or_path="m", train_file="t", system_prompt="S", max_length=10**6, **keys)
+    )
+
+
+def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes]) -> int:
+    """Lines of a file through reading and encoding; how many were accepted.
+
+    Raises:
+        AssertionError: a message of several lines, or a row of which other tokens are learned than its answers.
+    """
+    found = [parse_row(line, READING) for line in lines]
+    for row in found:
+        assert not isinstance(row, BadRow) or one_line(row)
+    dialogues = [row for row in found if isinstance(row, Dialogue)]
+    encoded = encoder.encode(dialogues)
+    assert all(one_line(error) for error in encoded.bad.values())
+    assert set(encoded.dialogue.tolist()) | set(encoded.bad) | set(encoded.dropped) == set(range(len(dialogues)))
+    for index, (ids, labels) in zip(encoded.dialogue.tolist(), encoded.rows(), strict=True):
+        assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+        learned = [label for label in labels if label != IGNORE_INDEX]
+        if isinstance(encoder.template, Reference):
+            check_text(tokenizer, learned, dialogues[index])
+        else:
+            check_turns(tokenizer, learned, dialogues[index], encoder.template.end)
+    return len(encoded.dialogue)
+
+
+def one_line(error: BadRow) -> bool:
+    return "\n" not in str(error) and 0 < len(str(error)) < 600 and 0 < len(error.reason) < 80
+
+
+def learned_messages(dialogue: Dialogue) -> list[Message]:
+    """The answers that do not say they are not to be learned."""
+    return [message for message in dialogue.messages if message.role == "assistant" and message.train is not False]
+
+
+def check_text(tokenizer: Any, learned: list[int], dialogue: Dialogue) -> None:
+    """Exactly the answers, each with its end: special-token text in them is what it is under the reference."""
+    expected = "".join(full_content(message) + tokenizer.pad_token for message in learned_messages(dialogue))
+    assert tokenizer.backend_tokenizer.decode(learned, skip_special_tokens=False) == expected, dialogue
+
+
+def check_turns(tokenizer: Any, learned: list[int], dialogue: Dialogue, end: str) -> None:
+    """One stretch for each answer, up to and with the one end token in it.
+
+    A template may trim an answer, set white space around reasoning, and write a call in its own way.
+    """
+    messages, end_id = learned_messages(dialogue), tokenizer.convert_tokens_to_ids(end)
+    ends = [i + 1 for i, token in enumerate(learned) if token == end_id]
+    assert len(ends) == len(messages), dialogue
+    assert ends[-1] == len(learned), dialogue
+    for start, stop, message in zip([0, *ends], ends, messages, strict=False):
+        text = tokenizer.backend_tokenizer.decode(learned[start : stop - 1], skip_special_tokens=False)
+        text, want = "".join(text.split()), "".join(full_content(message).split())
+        assert text.startswith(want) if message.tool_calls else text == want, (text, dialogue)
+
+
+def check_file(path: Path, content: bytes) -> None:
+    """A whole file of any kind: rows, counted refusals, or one line about the file."""
+    path.write_bytes(content)
+    try:
+        for _, row in read_dialogues(DataFile(str(path)), READING):
+            assert isinstance(row, Dialogue) or one_line(row)
+    except UserError as error:
+        said = str(error)
+    else:
+        return
+    assert "\n" not in said
+    assert str(path) in said
+
+
+def main() -> None:
+    import atheris
+
+    with atheris.instrument_imports(include=["ds_sft.data"]):
+        for name in [name for name in sys.modules if name.startswith("ds_sft.data")]:
+            del sys.modules[name]
+        import tests.fuzzing as fuzzing
+    from tests.families import family
+
+    tokenizer = family("qwen")
+    encoders = [fuzzing.encoder_of(tokenizer), fuzzing.encoder_of(tokenizer, template="tokenizer")]
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "/tmp/ds_sft-fuzz")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, seed in enumerate(fuzzing.SEEDS):
+        (folder / f"seed-{i}").write_text(json.dumps(seed, ensure_ascii=False), encoding="utf-8")
+
+    def one(data: bytes) -> None:
+        for encoder in encoders:
+            fuzzing.check_rows(encoder, tokenizer, [data])
+
+    flags = [word for word in sys.argv[1:] if word.startswith("-")]
+    atheris.Setup([sys.argv[0], *flags, str(folder)], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Files of every kind give the same rows, in bounded memory; what names a file is what is read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ds_sft.data import files
+from ds_sft.data.files import BadRow, DataFile, find_files, hub_name
+from ds_sft.data.records import Dialogue, Reading, read_dialogues
+from ds_sft.errors import UserError
+from tests.test_records import talk
+
+ROWS = [{"question": f"q{i} “é”\nnext, line", "answer": f"a{i}"} for i in range(5)]
+TALKS = [talk(row["question"], row["answer"]) for row in ROWS]
+
+
+def csv_of(rows: list[dict[str, str]]) -> bytes:
+    import csv
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["question", "answer"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def parquet_of(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
+    return sink.getvalue()
+
+
+CONTENTS = {
+    "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode(),
+    "json": json.dumps(ROWS, indent=1).encode(),
+    "csv": csv_of(ROWS),
+    "parquet": parquet_of(ROWS),
+}
+NUMBERS = {"jsonl": [1, 2, 3, 4, 5], "json": [2, 6, 10, 14, 18], "csv": [2, 4, 6, 8, 10], "parquet": [1, 2, 3, 4, 5]}
+
+
+def compress(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content)
+    return bytes(pa.Codec("zstd").compress(content).to_pybytes()) if suffix == ".zst" else content
+
+
+def read(file: Path | DataFile, **reading: Any) -> list[Any]:
+    source = file if isinstance(file, DataFile) else DataFile(str(file))
+    return list(read_dialogues(source, Reading("", **reading)))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str, suffix: str) -> None:
+    file = tmp_path / f"rows.{kind}{suffix}"
+    file.write_bytes(compress(CONTENTS[kind], suffix))
+    assert read(file) == list(zip(NUMBERS[kind], TALKS, strict=True))
+    assert read(DataFile(str(file), limit=2)) == list(zip(NUMBERS[kind][:2], TALKS[:2], strict=True))
+
+
+def test_parquet_of_messages(tmp_path: Path) -> None:
+    """Its columns are structs whose missing fields are null."""
+    messages = [{"role": "user", "content": "q", "train": None}, {"role": "assistant", "content": "a", "train": None}]
+    (tmp_path / "rows.parquet").write_bytes(parquet_of([{"messages": messages, "tools": None}]))
+    assert read(tmp_path / "rows.parquet") == [(1, talk("q", "a"))]
+
+
+def test_a_json_file_may_also_hold_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_bytes(CONTENTS["jsonl"])
+    assert [dialogue for _, dialogue in read(tmp_path / "rows.json")] == TALKS
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"question": "q", "answer": "a"}', ":1: not JSON: expected a comma or ] after an item; expected an array"),
+        ('[{"question": "q",\n"answer" "a"}]', ":1: not JSON: Expecting ':' delimiter; expected an array of objects"),
+        ('[\n{"question": "q", "answer": "a"}\n{"question"', ":3: not JSON: expected a comma or ] after an item"),
+        ('[{"question": "q", "answer": "a"}] x', ":1: not JSON: expected nothing after the array"),
+        ("[" * 100_000, ":1: not JSON: RecursionError in an item"),
+        ("[" + "9" * 5000 + "]", ":1: not JSON: ValueError in an item"),
+        ("[,]", ":1: not JSON: Expecting value"),
+        ("[", ":1: not JSON: Expecting value"),
+        ('["\xff"]', ":1: not JSON: not UTF-8: invalid start byte; save the file as UTF-8"),
+    ],
+)
+def test_broken_arrays(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "rows.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        read(file)
+    assert str(caught.value).startswith(f"{file}{said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_are_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Borders of what is read at a time fall everywhere in the text."""
+    rows: list[Any] = [*ROWS, 12, "x", [], {}, None, True, {"question": '[{\\"', "answer": "}]👋"}]
+    file = tmp_path / "rows.json"
+    for indent in (None, 2):
+        text = json.dumps(rows, ensure_ascii=False, indent=indent)
+        file.write_text(f"{text}\n\n", encoding="utf-8")
+        for chunk in (1, 2, 3, 7, 64):
+            monkeypatch.setattr(files, "CHUNK", chunk)
+            found = [json.loads(item) for _, item in DataFile(str(file)).rows()]
+            assert found == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"question,answer\nq,a,b\n", [(2, "3 fields; expected 2: question, answer")]),
+        (b"question,answer\nq\n\nr,b\n", [(2, "1 fields; expected 2: question, answer"), (4, None)]),
+        (b"question;answer\nq;a\n", [(2, "no field 'question' (found: question;answer)")]),
+    ],
+)
+def test_rows_of_a_table_that_do_not_fit(tmp_path: Path, content: bytes, said: list[tuple[int, str | None]]) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    for (number, row), (expected, text) in zip(read(tmp_path / "rows.csv"), said, strict=True):
+        assert number == expected
+        assert isinstance(row, Dialogue) if text is None else text in str(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b'question,answer\n"q,a\n', ":2: not CSV: unexpected end of data"),
+        ("a.csv", b'question,answer\n"q"x,a\n', ":2: not CSV: ',' expected after '\"'"),
+        ("a.csv", b"question,question\nq,a\n", ":1: field names 'question, question': expected each once"),
+        ("a.csv", b"question,answer\n\xff,a\n", ":2: not UTF-8: byte 0xff at column 1; save the file as UTF-8"),
+        ("a.parquet", b"PAR1 this is not", ": cannot be read: Parquet magic bytes not found"),
+        ("a.parquet.gz", b"no", ": cannot be read: zlib inflate failed"),
+        ("a.jsonl.gz", b"no", ": cannot be read: zlib inflate failed"),
+        ("a.jsonl.zst", b"no", ": cannot be read: ZSTD decompress failed"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], ": cannot be read: Truncated compressed stream"),
+    ],
+)
+def test_files_that_are_not_what_they_say(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}{said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/dev/zero: is not a regular file"):
+        DataFile("/dev/zero").digest()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="is not a regular file"):
+        read(tmp_path / "pipe.jsonl")
+
+
+READ_IN_LITTLE_MEMORY = """
+import resource, sys
+from ds_sft.data.files import DataFile, BadRow
+from ds_sft.errors import UserError
+list(DataFile(sys.argv[2]).rows())  # what a small file needs is loaded
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print([(number, str(row)) if isinstance(row, BadRow) else number for number, row in DataFile(sys.argv[1]).rows()])
+except UserError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "said"),
+    [
+        ("a.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "', "a line of more than 16,777,216 bytes"),
+        ("a.json", b'[{"question": "', "or an item of more than 16,777,216 bytes"),
+        ("a.csv", b'question,answer\nq,"', "a line of more than 16,777,216 bytes"),
+        ("a.jsonl.gz", b'{"question": "', "a line of more than 16,777,216 bytes"),
+    ],
+)
+def test_a_gigabyte_without_a_line_end_does_not_fill_the_memory(
+    tmp_path: Path, name: str, head: bytes, said: str
+) -> None:
+    file, small = tmp_path / name, tmp_path / "small.jsonl"
+    small.write_bytes(b"{}\n")
+    if name.endswith(".gz"):
+        with gzip.open(file, "wb", compresslevel=1) as stream:
+            stream.write(head)
+            for _ in range(1024):
+                stream.write(b"x" * 2**20)
+    else:
+        with file.open("wb") as plain:  # a file with a hole: a gigabyte of NUL
+            plain.write(head)
+            plain.truncate(2**30)
+    command = [sys.executable, "-c", READ_IN_LITTLE_MEMORY, str(file), str(small)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    told, kilobytes = done.stdout.strip().rsplit("\n", 1)
+    assert said in told
+    assert int(kilobytes) < 400 * 1024, kilobytes
+
+
+# ---- What a key names
+
+
+def names(value: Any) -> list[str]:
+    return [file.name for file in find_files(value, "train_file")]
+
+
+def test_folders_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.jsonl", "a.json.gz", "deep/c.parquet", "notes.txt", "deep/d.csv.zst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "out.jsonl").symlink_to("/etc/hostname")  # leads out of the folder
+    (tmp_path / "in.jsonl").symlink_to(tmp_path / "b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert names(".") == ["a.json.gz", "b.jsonl", "deep/c.parquet", "deep/d.csv.zst", "in.jsonl"]
+    assert names("deep") == ["deep/c.parquet", "deep/d.csv.zst"]
+    assert names("**/*.parquet") == ["deep/c.parquet"]
+    assert names("[ab].*") == ["a.json.gz", "b.jsonl"]
+    assert names(["b.jsonl", "deep"]) == ["b.jsonl", "deep/c.parquet", "deep/d.csv.zst"]
+    (found,) = find_files([{"path": "b.jsonl", "weight": 0.5, "limit": 10}], "train_file")
+    assert found == DataFile("b.jsonl", weight=0.5, limit=10)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([], "train_file: expected at least one file"),
+        ("*.none", r"train_file: \*\.none: no file matches \(the current directory is "),
+        ([{"weight": 2}], "expected a path, or a mapping of path and any of weight, limit, split, config"),
+        ([{"path": "a.jsonl", "wieght": 2}], "expected a path, or a mapping of path"),
+        ([{"path": "a.jsonl", "weight": 0}], "a.jsonl: weight: expected a number above 0, found 0"),
+        ([{"path": "a.jsonl", "limit": 1.5}], "a.jsonl: limit: expected a whole number of rows, found 1.5"),
+        ([7], "7: expected a path"),
+    ],
+)
+def test_mistakes_in_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        find_files(value, "train_file")
+
+
+def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub_name("tatsu-lab/alpaca") == "tatsu-lab/alpaca"
+    assert hub_name("hub:squad") == "squad"
+    assert hub_name("data/rows.jsonl") is None
+    (tmp_path / "tatsu-lab").mkdir()
+    assert hub_name("tatsu-lab/alpaca") is None  # the folder is here: a file in it is meant
+    with pytest.raises(UserError, match="hub data set 'nobody/nothing'"):  # there is no network in tests
+        DataFile("nobody/nothing", hub=True).digest()
+
+
+def test_a_data_set_as_the_hub_library_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself cannot be reached here; its library reads a folder the same way."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(CONTENTS["jsonl"])
+    (tmp_path / "set" / "test.jsonl").write_bytes(CONTENTS["jsonl"].splitlines(keepends=True)[0])
+    (train,) = find_files(f"hub:{tmp_path / 'set'}", "train_file")
+    assert read(train) == list(enumerate(TALKS, start=1))
+    (test,) = find_files([{"path": f"hub:{tmp_path / 'set'}", "split": "test"}], "train_file")
+    assert read(test) == [(1, TALKS[0])]
+    assert train.digest() != test.digest()
+    with pytest.raises(UserError, match="split 'none'"):
+        read(DataFile(str(tmp_path / "set"), hub=True, split="none"))
+
+
+def test_long_lines_are_counted_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 40)
+    monkeypatch.setattr(files, "CHUNK", 16)
+    line = b'{"question": "q", "answer": "a"}'
+    (tmp_path / "rows.jsonl").write_bytes(line + b"\n" + b"x" * 99 + b"\n" + line + b"\n" + b"y" * 99)
+    found = read(tmp_path / "rows.jsonl")
+    assert [number for number, _ in found] == [1, 2, 3, 4]
+    assert [isinstance(row, BadRow) for _, row in found] == [False, True, False, True]

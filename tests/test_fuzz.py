@@ -1,0 +1,132 @@
+"""More than 100,000 hostile inputs: no traceback, no wrong mask. What must hold is in tests/fuzzing.py."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.families import family
+from tests.fuzzing import SEEDS, check_file, check_rows, encoder_of
+
+QWEN, LLAMA = family("qwen"), family("llama")
+ENCODERS = {
+    "reference": (encoder_of(QWEN), QWEN),
+    "qwen": (encoder_of(QWEN, template="tokenizer"), QWEN),
+    "llama": (encoder_of(LLAMA, template="tokenizer"), LLAMA),
+}
+SPECIAL = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<think>\n",
+    "</think>\n\n",
+    "{{ x }}",
+]
+ODD = [
+    "\\n",
+    "\\ud83d",
+    "\\u0000",
+    "\ufdd0",
+    "\ufdd1",
+    "👋🏽",
+    "e\u0301",
+    "null",
+    "true",
+    "-1e999",
+    "NaN",
+    "role",
+    "train",
+]
+SNIPPETS = [*SPECIAL, *ODD, *'[]{}"\\,:']
+
+
+def mutants(seed: int, count: int) -> list[bytes]:
+    """Rows with bytes changed, cut, doubled, and with snippets put in."""
+    chance, rows = random.Random(seed), [json.dumps(row, ensure_ascii=False).encode() for row in SEEDS]
+    found = []
+    for _ in range(count):
+        row = bytearray(chance.choice(rows))
+        for _ in range(chance.randint(1, 3)):
+            at, what = chance.randrange(len(row) + 1), chance.random()
+            if what < 0.7:  # into a text, where the row stays a row
+                at = chance.choice([match.end() for match in re.finditer(rb'": "', row)] or [0])
+                row[at:at] = json.dumps(chance.choice(SNIPPETS))[1:-1].encode()
+            elif what < 0.8:
+                row[at:at] = chance.choice(SNIPPETS).encode()
+            elif what < 0.87:
+                row[at : at + 1] = bytes([chance.randrange(256)])
+            elif what < 0.94:
+                row[at : at + chance.randint(1, 9)] = b""
+            else:
+                row[at:at] = row[at : at + chance.randint(1, 30)]
+        found.append(bytes(row).replace(b"\n", b" "))
+    return found
+
+
+@pytest.mark.parametrize(("name", "count"), [("reference", 80_000), ("qwen", 10_000), ("llama", 10_000)])
+def test_mutated_rows(name: str, count: int) -> None:
+    encoder, tokenizer = ENCODERS[name]
+    accepted = sum(check_rows(encoder, tokenizer, mutants(seed, 1000)) for seed in range(count // 1000))
+    assert count / 10 < accepted < count * 0.9  # both ways are walked
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.zst"])
+def test_mutated_files(tmp_path: Path, kind: str) -> None:
+    from tests.test_files import CONTENTS, compress
+
+    chance, name = random.Random(kind), kind.split(".")[0]
+    for _ in range(400):
+        content = bytearray(CONTENTS[name])
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(content))
+            content[at : at + chance.choice([0, 1, 40])] = chance.choice(
+                [b"", b"\xff", b"\0", b'"', b"[", b"\n", b",,"]
+            )
+        packed = compress(bytes(content), Path(kind).suffix if "." in kind else "")
+        if kind == "jsonl.gz" and chance.random() < 0.5:
+            packed = gzip.compress(bytes(content))[: chance.randrange(40)]
+        check_file(tmp_path / f"rows.{kind}", packed)
+
+
+BYTES = [b"", b"\xff", b"\0", b'"', b"[", b"\n", b",,"]
+TEXT = st.text(max_size=20) | st.sampled_from(SNIPPETS)
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+ANY = st.recursive(
+    SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+)
+ROLE = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "observation", "function_call"])
+CALLS = st.lists(
+    st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT, "arguments": ANY})}), max_size=2
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": ROLE, "content": TEXT},
+    optional={"train": st.booleans(), "tool_calls": CALLS, "reasoning_content": TEXT, "name": TEXT},
+)
+ROW = st.one_of(
+    st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=6)}, optional={"tools": ANY, "system": TEXT}),
+    st.fixed_dictionaries({"question": TEXT, "answer": TEXT}, optional={"system": SCALAR, "history": ANY}),
+    st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}, optional={"input": SCALAR}),
+    st.fixed_dictionaries({"prompt": st.lists(MESSAGE, max_size=3) | TEXT, "completion": TEXT}),
+    st.dictionaries(st.sampled_from(["messages", "conversations", "question", "answer", "output", "prompt"]), ANY),
+    ANY,
+)
+
+
+def as_line(row: Any) -> bytes:
+    return json.dumps(row).encode()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(ROW, min_size=1, max_size=4))
+def test_rows_of_any_structure(rows: list[Any]) -> None:
+    for encoder, tokenizer in ENCODERS.values():
+        check_rows(encoder, tokenizer, [as_line(row) for row in rows])
