@@ -39,6 +39,45 @@ def test_a_site_edits_ten_lines_at_most() -> None:
 def test_every_template(file: Path) -> None:
     """Says how it is used, appends to its log, and shares its code with the others."""
     text = file.read_text(encoding="utf-8")
-    assert f"sbatch slurm/{file.name} " in text
+    assert f" slurm/{file.name} CONFIG.yaml [--key value ...]" in text
     assert "#SBATCH --open-mode=append\n" in text
     assert '. "$DS_SFT_HOME/slurm/job.sh"\n' in text
+
+
+@pytest.mark.parametrize(
+    ("env", "expected", "bound"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}, "2 nodes x 4 ranks (4 GPUs a node), 8 cores", True),
+        ({"SLURM_CPUS_ON_NODE": "9", "SEEN": "3"}, "2 nodes x 3 ranks (3 GPUs a node), 3 cores", True),  # by nvidia-smi
+        (
+            {"SLURM_CPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2"},
+            "2 nodes x 2 ranks (0 GPUs a node), 4 cores",
+            False,
+        ),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "4"}, "8 ranks on a node, but 4 cores: ask for more", False),
+    ],
+)
+def test_ranks_and_cores_of_a_node(tmp_path: Path, env: dict[str, str], expected: str, bound: bool) -> None:
+    """One rank for each GPU, the cores shared out; what srun is told, with programs in place of Slurm's."""
+    programs = {
+        "scontrol": "echo first; echo second",
+        "srun": 'echo "srun $*"',
+        "nvidia-smi": 'for i in $(seq "$SEEN"); do echo "GPU $i: of some kind"; done',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "15007", "SLURM_JOB_NAME": "j", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+    script = f". {SLURM}/job.sh; set_ranks; describe; on_ranks --x -- train.py --config c"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "DS_SFT_HOME": str(ROOT), "SLURM_SUBMIT_DIR": str(tmp_path),
+             "SEEN": "0", "PYTHON": "py", **slurm, **env},
+    )  # fmt: skip
+    assert expected in done.stdout + done.stderr
+    if done.returncode:
+        assert expected.endswith("ask for more")
+        return
+    assert "rank 0 at first:15007\n" in done.stdout
+    assert ("--gpu-bind=none" in done.stdout) == bound
+    assert done.stdout.rstrip().endswith(f"--label --x {ROOT}/slurm/task.sh py train.py --config c")

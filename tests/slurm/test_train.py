@@ -144,6 +144,16 @@ def test_several_jobs_at_once(submit: Submit, cluster: Cluster, model_dir: Path,
     assert "there are 2 learning rates, and this is number 5: see --array" in absent.log()
 
 
+def test_one_node(submit: Submit, model_dir: Path, tmp_path: Path, whole: Path) -> None:
+    """Two ranks on it give what two ranks on two nodes give."""
+    job = submit(tmp_path, settings(model_dir, tmp_path), "--ntasks-per-node=2", "--cpus-per-task=1",
+                 template="one_node.sbatch")  # fmt: skip
+    assert job.wait() == "COMPLETED", job.logs()
+    assert "1 nodes x 2 ranks (0 GPUs a node), 1 cores a rank" in job.log()
+    assert len(list(tmp_path.glob(f"ds_sft-{job.id}/*.log"))) == 1
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_the_debug_job(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
     """Five steps on 2 x 1 ranks into a folder of its own; a key that is given wins."""
     job = submit(tmp_path, settings(model_dir, tmp_path), template="debug.sbatch", more=("--max_steps", "4"))
