@@ -48,7 +48,7 @@ def entry(launcher: str, ranks: int = 1) -> list[str]:
     return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, TRAIN]
 
 
-def run(command: Sequence[str], *, cwd: Path, timeout: float = 120, env: Mapping[str, str] | None = None) -> Done:
+def run(command: Sequence[str], *, cwd: Path, timeout: float = 240, env: Mapping[str, str] | None = None) -> Done:
     """Run a command in a session of its own.
 
     At the time limit the test fails with what each rank was doing (its Python stacks) and all its processes are killed.
@@ -79,7 +79,7 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 120, env: Mapping
     return Done(process.returncode, output)
 
 
-def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 120) -> list[Done]:
+def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 240) -> list[Done]:
     """Run one command for each node at the same time, each in its folder."""
     with ThreadPoolExecutor(len(commands)) as pool:
         jobs = [
@@ -116,7 +116,7 @@ def end_tree(pid: int) -> None:
             process.kill()
 
 
-def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 120) -> Done:
+def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 240) -> Done:
     """Write `config` as YAML into `cwd` and train from it."""
     write_yaml(cwd / "run.yaml", config)
     return run([*entry(launcher, ranks), "--config", "run.yaml"], cwd=cwd, timeout=timeout)

@@ -14,7 +14,10 @@ from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, entry, listing, read_lines, run, step_losses, train
 from tests.test_encode import reference_row
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(900),
+]  # the fixture is five runs, each with a limit of its own
 
 SYSTEM = "Answer."
 NUM_ROWS, NUM_EVAL = 24, 5  # 5 validation rows: no number of ranks here divides them
