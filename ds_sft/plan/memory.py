@@ -9,7 +9,7 @@ the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ds_sft.plan.shape import Shape
 
@@ -165,7 +165,7 @@ def model_states(run: Run) -> int:
     fixed, on_host = states(run), host(run)
     if run.engine.stage is None:
         fixed.pop("buckets")
-    held = max(gradients(replace(run, accumulation=1), rank, run.shape.parameters) for rank in _ranks(run))
+    held = max(step_gradients(run, rank) for rank in _ranks(run))
     buckets = _buckets(run)["buckets"] if run.engine.stage == 3 else 0
     if run.engine.offload_optimizer and run.engine.stage != 3:
         buckets += _largest_copy(run)
@@ -323,6 +323,13 @@ def gradients(run: Run, rank: int, done: int) -> int:
     return (new + several * _partition(run, rank)) * w
 
 
+def step_gradients(run: Run, rank: int) -> int:
+    """Gradients left when the optimizer steps: in stages 1 and 2 those of a rank's share (`_clear_param_grad_only`)."""
+    if run.engine.stage in (1, 2):
+        return 0 if run.engine.offload_optimizer else _partition(run, rank) * run.weight
+    return gradients(run, rank, run.shape.parameters)
+
+
 def _partition(run: Run, rank: int, done: int | None = None) -> int:
     """Elements of all parameters that lie in a rank's share, those that lie in it with a part only as well.
 
@@ -396,7 +403,7 @@ def gathered_at(run: Run) -> list[int]:
 def step(run: Run, rank: int) -> dict[str, int]:
     """The optimizer step: gradients as they were reduced, then flattened, then in float32 for the fused Adam."""
     engine, share = run.engine, owned(run)
-    held = gradients(replace(run, accumulation=1), rank, run.shape.parameters)
+    held = step_gradients(run, rank)
     if engine.stage is None or engine.offload_optimizer:
         return {"gradients": held}
     part = min(share, engine.sub_group) if engine.stage == 3 else share
