@@ -65,6 +65,7 @@ class Recorder:
     def count_states(self) -> None:
         self.steps += 1
         if self.steps == 3:  # optimizer states exist, gradients too
+            time.sleep(0.5)  # gloo's threads let go of what they have sent
             self.states = all_tensors()
 
     def finish(self) -> None:

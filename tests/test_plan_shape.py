@@ -92,6 +92,18 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         read_shape(str(tmp_path))
 
 
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # a name that never resolves, RFC 2606
+    monkeypatch.setattr("ds_sft.plan.shape.getproxies", dict)
+    with pytest.raises(
+        UserError, match=r"some/model: hub\.invalid cannot be reached \(.*\); give the folder of a model"
+    ):
+        read_shape("some/model")
+
+
 def test_hub_without_network_is_one_line() -> None:
     with pytest.raises(UserError) as error:
         read_shape("some/model")

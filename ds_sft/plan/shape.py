@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ds_sft.errors import UserError
 
@@ -104,11 +107,28 @@ def _from_hub(name: str) -> Path:
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return Path(cached)
+    _reach_hub(name)
     try:
         return Path(hf_hub_download(name, "config.json", etag_timeout=10))
     except Exception as error:  # a dozen classes of three libraries: no such model, no access, no network, offline mode
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model_name_or_path: {name}: its config.json is not to be had: {reason}") from None
+
+
+def _reach_hub(name: str) -> None:
+    """Say at once that there is no network: the library would try six times, aloud, for half a minute."""
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies():  # the library says so itself; a proxy resolves names for us
+        return
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"model_name_or_path: {name}: {hub.hostname} cannot be reached ({error.strerror or error}); "
+            "give the folder of a model, or copy its config.json into one"
+        ) from None
 
 
 def shape_of(found: Mapping[str, Any], where: str = "config.json") -> Shape:
