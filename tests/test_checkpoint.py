@@ -25,6 +25,7 @@ from ds_sft.runtime.checkpoint import (
     where_to_start,
 )
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.identity import differences, identity
 
 ALONE = Site(Launch(launcher="python"), shared=True)
 RUN = {"config": {"learning_rate": 1e-4}, "data": "abc", "zero_stage": None}
@@ -179,6 +180,37 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
         where_to_start(config(tmp_path, resume_anyway=True), {**RUN, "zero_stage": 2}, ALONE)
     assert where_to_start(config(tmp_path, resume="never"), other, ALONE).checkpoint is None
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 4)
+    save(tmp_path, 8, model_only=True)
+    found = choose("auto", tmp_path, ALONE)
+    assert found is not None
+    assert found.step == 4
+    assert "checkpoint-8: it has the weights alone (save_only_model)." in capsys.readouterr().out
+    save(tmp_path, 12, world_size=2)
+    assert where_to_start(config(tmp_path), RUN, ALONE).accumulation == 4
+    grouped = config(tmp_path, training={"train_sampling_strategy": "group_by_length"})
+    with pytest.raises(UserError, match="2 ranks saved it, this run has 1: the order of rows can only be kept with"):
+        where_to_start(grouped, RUN, ALONE)
+    with pytest.raises(UserError, match=r"What can: no number of ranks .* 3; 1 ranks with .* 1, 2, 4$"):
+        where_to_start(config(tmp_path, training={"per_device_train_batch_size": 3}), RUN, ALONE)
+
+
+def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
+    def keys(**training: Any) -> dict[str, Any]:
+        return identity(config(tmp_path, training={"bf16": True, **training}), None, "abc")
+
+    same = {"seed": 42, "weight_decay": 0.0, "logging_steps": 7, "save_steps": 3, "output_dir": "elsewhere"}
+    assert differences(keys(), keys(**same)) == []
+    assert differences(keys(), keys(seed=1, bf16=False)) == ["bf16: True -> False", "seed: None -> 1"]
+    engine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "train_batch_size": "auto"}
+    other = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 6}, "train_batch_size": 8}
+    known = identity(config(tmp_path), engine, "abc")
+    assert known["zero_stage"] == 2
+    said = differences(known, identity(config(tmp_path), other, "abc"))
+    assert said == ["deepspeed.zero_optimization.reduce_bucket_size: 5 -> 6"]
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ FACTS = {  # what a manifest says beside its files
     "world_size", "zero_stage", "config", "data", "evaluation_due", "loss_pending", "last_logged_step", "loss_total",
     "tokens", "metrics_bytes", "save_id",
 }  # fmt: skip
+OUR_ORDERS = ("random", "sequential")  # values of train_sampling_strategy that no number of ranks changes
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NAME = re.compile(r"checkpoint-(\d+)")
 OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
@@ -221,6 +222,8 @@ def _usable_everywhere(folder: Path, site: Site) -> tuple[Checkpoint | None, str
 
 
 def _trouble_with(folder: Path, manifest: Mapping[str, Any], site: Site) -> str | None:
+    if manifest.get("model_only"):
+        return "it has the weights alone (save_only_model)"
     files = manifest["files"]
     try:
         check_files(folder, {name: files[name] for name in site.mine(files)})
@@ -278,6 +281,11 @@ def _fit(found: Checkpoint, config: Config, site: Site) -> Start:
                        if then[key] != config.training[key]]  # fmt: skip
             _refuse_another_run(found.path, changed)
         return Start(found, accumulation=accumulation)
+    if config.training.get("train_sampling_strategy", "random") not in OUR_ORDERS:
+        raise UserError(
+            f"{found.path}: {then['world_size']} ranks saved it, this run has {launch.world_size}: the order of rows "
+            f"can only be kept with train_sampling_strategy {' or '.join(OUR_ORDERS)}"
+        )
     rows = int(then["rows_a_step"])
     if rows % (micro * launch.world_size):
         raise UserError(_numbers_that_work(found, rows, micro, launch.world_size))

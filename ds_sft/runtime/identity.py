@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config import TRAINING_DEFAULTS, Config, training_keys
 from ds_sft.runtime.zero import stage
 
 # Keys that say where, how often and how fast, but not what is learned; every other key counts.
@@ -34,10 +35,22 @@ INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_
 
 def identity(config: Config, engine: dict[str, Any] | None, data: str) -> dict[str, Any]:
     """The keys that decide the result, the content of the DeepSpeed configuration, and the hash of the data."""
-    keys = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT}
+    given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT}
+    keys = {name: value for name, value in given.items() if not _is_trainers_default(name, value)}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
     return {"config": keys | flat, "data": data, "zero_stage": stage(engine)}
+
+
+def _is_trainers_default(name: str, value: Any) -> bool:
+    """Whether leaving the key out would have meant the same."""
+    known = training_keys().get(name)
+    if known is None or name in TRAINING_DEFAULTS:
+        return False
+    try:
+        return bool(ast.literal_eval(known.default) == value)
+    except (ValueError, SyntaxError):  # made by a function
+        return False
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:

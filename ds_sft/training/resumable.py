@@ -236,6 +236,7 @@ class ResumableTrainer(Trainer):
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "world_size": args.world_size,
+            "model_only": args.save_only_model,
             "evaluation_due": self.evaluation_due,
             "loss_pending": gather(self._tr_loss.item()),
             "last_logged_step": self._globalstep_last_logged,

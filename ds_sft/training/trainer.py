@@ -14,10 +14,9 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import sum_over_ranks
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
-
-OUR_ORDERS = ("random", "sequential")  # train_sampling_strategy; the others are Trainer's
 
 
 class RankRows(Dataset[dict[str, list[int]]]):
