@@ -42,7 +42,7 @@ RUNS = {
     "torchrun-zero3": ("torchrun", 2, "zero3"),
     "deepspeed-zero2": ("deepspeed", 2, "zero2"),
 }
-SHARES = {"plain": 5, "torchrun-zero2": 3, "torchrun-zero3": 3, "deepspeed-zero2": 1}
+SHARES = {"plain": 6, "torchrun-zero2": 2, "torchrun-zero3": 3, "deepspeed-zero2": 1}  # of 12 rounds
 KILLS = [("SIGKILL", "rank"), ("SIGKILL", "all"), ("SIGKILL", "launcher")]
 STOPS = [("SIGTERM", "rank"), ("SIGINT", "all"), ("SIGUSR1", "rank"), ("SIGTERM", "launcher"), ("SIGUSR1", "launcher"),
          ("stop file", "")]  # fmt: skip
@@ -84,7 +84,7 @@ class Campaign:
         keys = {
             "model_name_or_path": self.model, "train_file": self.folder / "train.jsonl",
             "eval_file": self.folder / "eval.jsonl", "cache_dir": self.folder / "cache", "output_dir": out,
-            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks, "num_train_epochs": 6,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks, "num_train_epochs": 4,
             "learning_rate": 1e-3, "bf16": False, "logging_steps": 3, "eval_steps": 7, "save_steps": 2,
             "save_total_limit": 3, "num_predictions": 0, "verify_export": False, "disable_tqdm": True,
             **({"deepspeed": ROOT / "ds_configs" / f"{engine}.json"} if engine else {}),
