@@ -31,9 +31,10 @@ def starts(job: Job) -> list[int]:
 
 
 def test_time_limit(submit: Submit, model_dir: Path, tmp_path: Path, whole: Path) -> None:
+    # Slurm looks every half minute, and sends the signal up to a minute early.
     job = submit(
-        tmp_path, settings(model_dir, tmp_path), "--time=2", "--signal=B:USR1@75",
-        script=SLOW, env={"STEP_SECONDS": "7", **PATIENT},
+        tmp_path, settings(model_dir, tmp_path), "--time=3", "--signal=B:USR1@90",
+        script=SLOW, env={"STEP_SECONDS": "15", **PATIENT},
     )  # fmt: skip
     assert job.wait(600) == "COMPLETED", job.logs()
     assert job.restarts >= 1
