@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import SAMPLING, Config
 from ds_sft.data.encode import Encoder
+from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 
 if TYPE_CHECKING:
@@ -36,13 +37,24 @@ def predict(config: Config, samples: Sequence[Dialogue], tokenizer: PreTrainedTo
     if not samples:
         return []
     encoder = Encoder(tokenizer, config)
-    prompts, end = [encoder.prompt(sample) for sample in samples], encoder.template.end
+    found = [(sample, prompt) for sample in samples if (prompt := _prompt(encoder, sample))]
+    samples, prompts, end = [sample for sample, _ in found], [prompt for _, prompt in found], encoder.template.end
+    if not samples:
+        return []
     after = generate(str(config.output_dir), prompts, end, tokenizer, config)
     before: Sequence[str | None] = [None] * len(samples)
     if config.predict_before:
         before = generate(config.model_name_or_path, prompts, end, tokenizer, config)
     rows = zip(samples, after, before, strict=True)
     return [Prediction(s.question, s.answer, a, b) for s, a, b in rows]
+
+
+def _prompt(encoder: Encoder, sample: Dialogue) -> list[int]:
+    """What stands before the last answer; nothing where that answer is one the template rewrites and nobody learned."""
+    try:
+        return encoder.prompt(sample)
+    except BadRow:
+        return []
 
 
 def generate(

@@ -94,6 +94,15 @@ def test_a_dialogue_is_continued_where_its_last_answer_stands(model_dir: Path, t
     assert row.prediction == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_a_dialogue_that_the_reference_cannot_write_is_passed_over(model_dir: Path, tokenizer: Any) -> None:
+    """At the end of a run of hours nothing may fail on one row."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    odd = Dialogue((Message("user", "q"), Message("assistant", "", tool_calls=(call,))))
+    rows = predict(make(model_dir, predict_max_new_tokens=2), [odd, SAMPLES[0]], tokenizer)
+    assert [row.question for row in rows] == [SAMPLES[0].question]
+    assert predict(make(Path("/nowhere")), [odd], tokenizer) == []
+
+
 def test_no_rows_load_no_model(tokenizer: Any) -> None:
     assert predict(make(Path("/nowhere")), [], tokenizer) == []
 
