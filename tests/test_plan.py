@@ -83,7 +83,7 @@ def test_logits_are_three_float32_copies() -> None:
 
 def test_gathered_parameters_obey_the_reuse_distance() -> None:
     near = gathered_at(run(3, engine=Engine(stage=3, prefetch_bucket=0, persistence_threshold=64)))
-    assert near[2] == 2 * (2 * (LAYER - 128) + 64_000)  # both layers' matrices and the projection
+    assert near[2] == 2 * (2 * (LAYER - 128) + 2 * 64_000)  # both layers' matrices, the embedding and the projection
     far = gathered_at(run(3, engine=Engine(stage=3, prefetch_bucket=0, persistence_threshold=64, max_reuse_distance=0)))
     assert far == [2 * 64_000, 2 * 8192, 2 * 64_000]
 

@@ -386,16 +386,20 @@ def gathered_at(run: Run) -> list[int]:
     matrices = [size for size in s.layer_tensors() if size > engine.persistence_threshold]
     layer = sum(matrices)
     passes = 3 if run.checkpointing else 2  # a layer's recomputation uses its parameters once more
+
+    def stays(layers_behind: int) -> bool:
+        """Whether what so many layers follow is kept; the output projection is used by forward and backward."""
+        return 2 * s.embedding + passes * layer * layers_behind < engine.max_reuse_distance
+
+    # Untied, the embedding waits for its own backward; tied, it is the output projection.
+    embedding = 0 if s.tied or not stays(s.layers) else s.embedding
     held = []
     for i in range(s.layers + 1):
-        behind = s.embedding * 2  # the output projection, forward and backward
-        near = 0
-        for _ in range(i):  # from the last of the `i` layers to the first
-            if behind >= engine.max_reuse_distance:
-                break
-            near += layer
-            behind += passes * layer
-        current = s.embedding if i == s.layers or i == 0 else layer if near else max(matrices, default=0)
+        near = sum(layer for number in range(i) if stays(s.layers - 1 - number))
+        if i in (0, s.layers):
+            current = s.embedding + (embedding if i else 0)
+        else:
+            current = (layer if stays(s.layers - 1 - i) else max(matrices, default=0)) + embedding
         held.append((near + current + min(engine.prefetch_bucket, s.parameters)) * run.weight)
     return held
 
