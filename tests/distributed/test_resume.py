@@ -17,7 +17,7 @@ from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, read_lines, run
 from tests.distributed.test_trajectory import engine
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # many short runs each
 
 NUM_ROWS = 13  # 4 rows a step: four steps an epoch, the last of which has a single row
 STEPS = 8
@@ -73,7 +73,7 @@ def job(
     return {"argv": flags(keys, **changes), "ranks": ranks, "at": at, "log": log, "file_limit": file_limit}
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 280, expected: int = 0) -> None:
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 850, expected: int = 0) -> None:
     """Run them in `folder`; every rank of every job must end with the expected code."""
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     script = str(Path(__file__).with_name("forked.py"))
