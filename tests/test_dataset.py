@@ -104,6 +104,9 @@ def test_bad_rows_stop_the_run_or_are_counted(make: Any, tokenizer: Any, capsys:
     assert report["rows_read"] == 34
     assert report["rows_dropped"] == {"not JSON": 31, "no field 'answer'": 1}
     said = capsys.readouterr().out.splitlines()
+    load_data(make(rows, on_bad_row="skip"), tokenizer, ALONE)  # from the cache: they are bad all the same
+    again = capsys.readouterr().out.splitlines()
+    assert [line for line in again if line.startswith("skipped ")] == [line for line in said if "skipped " in line[:8]]
     assert sum(line.startswith("skipped ") for line in said) == 20
     assert any(line.endswith("12 more rows skipped") for line in said)
 
@@ -143,6 +146,12 @@ def test_cache_is_keyed_by_content(
     assert encodes(make(rows, system_prompt="Another."))
     assert encodes(make(rows[:3]))
     assert not encodes(make(rows))
+    array = tmp_path / "one.json"  # as lines this is one bad row, as an array one good one
+    array.write_text(json.dumps(rows[:1]) + "\n")
+    assert encodes(make(rows, train_file=str(array)))
+    array.rename(tmp_path / "one.jsonl")
+    with pytest.raises(UserError, match=r"one\.jsonl:1: found an array"):
+        load_data(make(rows, train_file=str(tmp_path / "one.jsonl")), tokenizer, ALONE)
 
 
 def test_a_build_that_was_killed_is_not_taken_for_finished(make: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -199,7 +208,9 @@ def folder_of(config: Config) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["part-000000.arrow", "part-000000.npy", "part-000000.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["part-000000.arrow", "part-000000.npy", "part-000000.lost.npy", "part-000000.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_cache_is_noticed_and_built_again(
     make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str], name: str, damage: str
@@ -380,7 +391,39 @@ def test_several_files_with_weights_and_limits(make: Any, tokenizer: Any, tmp_pa
         assert data.train[i]["input_ids"] == expected[0]
 
 
+def test_rows_set_aside_are_told_of_once(make: Any, tokenizer: Any) -> None:
+    """Of the other split's rows the report on eval says nothing."""
+    forged = [{"question": f"Q{i} <|im_end|>", "answer": "A"} for i in range(20)]
+    rows = [*forged, {"question": "Q", "answer": "A " * 400}]
+    report = load_data(make(rows, val_size=1, max_length=200, overlong="drop"), tokenizer, ALONE).report
+    train, held = report["train"], report["eval"]
+    assert (train["rows_kept"], held["rows_kept"], held["rows_read"]) == (19, 1, 1)
+    assert (train["rows_with_special_tokens"], held["rows_with_special_tokens"]) == (19, 1)
+    assert train["rows_dropped"] == {"longer than max_length": 1}
+    assert train["supervised_tokens_dropped"] > 400
+    assert [held[name] for name in ("rows_dropped", "tokens_dropped", "supervised_tokens_dropped",
+                                    "dropped_examples")] == [{}, 0, 0, []]  # fmt: skip
+    assert held["length_percentiles"]["max"] < 200
+
+
 # ---- Long rows
+
+
+def test_rows_left_out_count_in_what_is_recommended(
+    make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*questions_and_answers(21)[::4], *[{"question": "Q", "answer": "long " * 100}] * 30]
+    whole = len(reference_row(tokenizer, "Q", "long " * 100, SYSTEM, 10_000)[0])
+    data = load_data(make(rows, max_length=128, overlong="drop"), tokenizer, ALONE)
+    report = data.report["train"]
+    assert (report["rows_kept"], report["rows_dropped"]) == (6, {"longer than max_length": 30})
+    assert report["length_percentiles"]["p50"] == report["length_percentiles"]["max"] == whole
+    assert report["recommended_max_length"] == -(-whole // 64) * 64
+    assert report["longest"][0] == [f"{report['file']}:7", whole]
+    print_report(data.report, ALONE)
+    said = capsys.readouterr().out
+    assert f"30 rows are left out because of their length. max_length: {-(-whole // 64) * 64} holds 99 %" in said
+
 
 LONG = {"question": "Q", "answer": "long " * 50}
 

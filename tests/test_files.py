@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import io
 import json
@@ -75,6 +76,27 @@ def test_parquet_of_messages(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "q", "train": None}, {"role": "assistant", "content": "a", "train": None}]
     (tmp_path / "rows.parquet").write_bytes(parquet_of([{"messages": messages, "tools": None}]))
     assert read(tmp_path / "rows.parquet") == [(1, talk("q", "a"))]
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"question": "q0", "answer": "a"}, oops]', '[{"question": "q0", "answer": "a"} x']
+)
+def test_nothing_is_read_beyond_the_limit(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    assert read(DataFile(str(tmp_path / "rows.json"), limit=1)) == [(1, talk("q0", "a"))]
+
+
+def test_values_of_parquet_that_json_has_no_form_for(tmp_path: Path) -> None:
+    """A date, bytes: in tools and in a call's arguments."""
+    odd = {"at": datetime.datetime(2026, 1, 1), "raw": b"\xff"}
+    call = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"function": {"name": "f", "arguments": odd}}]}]  # fmt: skip
+    for name, row in (("tools", {"question": "q", "answer": "a", "tools": [{"name": "f", "parameters": odd}]}),
+                      ("call", {"messages": call})):  # fmt: skip
+        (tmp_path / f"{name}.parquet").write_bytes(parquet_of([row]))
+        ((_, found),) = read(tmp_path / f"{name}.parquet")
+        assert isinstance(found, BadRow)
+        assert found.reason == "not JSON values"
 
 
 def test_a_json_file_may_also_hold_lines(tmp_path: Path) -> None:

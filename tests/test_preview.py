@@ -125,6 +125,17 @@ def test_mistakes(run: Any) -> None:
     assert row_numbers("1-3,2,9-11", 10) == [0, 1, 2, 1, 8, 9]
 
 
+def test_a_row_does_not_command_the_terminal(run: Any, tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "rows.jsonl", [{"question": "a\x1b]0;title\x07\u202e\x9b", "answer": "\x1b[2J\r\ttab 👨\u200d👩"}]
+    )
+    shown = run("--rows", "1")
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(shown)
+    assert r"a\x1b]0;title\x07\u202e\x9b" in shown
+    assert r"\x1b[2J\r" in shown
+    assert "👨\u200d👩" in shown
+
+
 def test_characters_of_several_tokens_are_shown_whole(tokenizer: Any) -> None:
     text = "a👋🏽é天\n"
     ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -12,10 +12,10 @@ from typing import Any
 
 from ds_sft.commands.prepare import read_config
 from ds_sft.config import Config
+from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 
-IGNORE_INDEX = -100
 USAGE = """usage: ds-sft preview CONFIG.yaml [--rows 1-3,10] [--split eval] [--batch] [--html FILE] [--key value ...]
 
 Shows rows as the model will see them: every token, learned ones green, special ones bold.
@@ -221,7 +221,12 @@ def describe(sequence: Shown) -> str:
 
 
 def _shown(token: Token) -> str:
-    return token.text.replace("\n", "↵\n") if not token.special else token.text
+    return visible(token.text if token.special else token.text.replace("\n", "↵\n"))
+
+
+def visible(text: str) -> str:
+    """Characters that would command the terminal, or turn the direction of a line, by their codes; joiners stay."""
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else repr(c)[1:-1] for c in text)
 
 
 def _style(token: Token) -> str:

@@ -51,6 +51,7 @@ STATS = np.dtype(
         ("supervised", "<i4"),
         ("supervised_cut", "<i4"),
         ("hash", "<u8"),  # of the ids
+        ("forged", "?"),  # whether text of it became special tokens
     ]
 )
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
@@ -65,7 +66,6 @@ class Counts:
     dropped_tokens: int = 0  # of rows left out because of their length
     dropped_supervised: int = 0
     rows_split: int = 0
-    rows_forged: int = 0  # rows of which text became special tokens
     bad_rows: int = 0  # of those dropped, the ones that were no usable dialogue
     messages: list[str] = field(default_factory=list)  # the first bad rows: "LINE: what is wrong"
     lost: list[str] = field(default_factory=list)  # the first rows left out because of their length, likewise
@@ -76,7 +76,6 @@ class Counts:
         self.dropped_tokens += other.dropped_tokens
         self.dropped_supervised += other.dropped_supervised
         self.rows_split += other.rows_split
-        self.rows_forged += other.rows_forged
         self.bad_rows += other.bad_rows
         self.messages = (self.messages + other.messages)[:MAX_BAD_ROWS_SHOWN]
         self.lost = (self.lost + other.lost)[:MAX_BAD_ROWS_SHOWN]
@@ -89,6 +88,7 @@ class EncodedFile:
     file: DataFile
     data: datasets.Dataset  # columns input_ids, labels
     stats: np.ndarray  # [rows] of STATS
+    lost: np.ndarray  # [rows left out because of their length] of STATS
     counts: Counts
 
 
@@ -120,6 +120,7 @@ def encode_file(file: DataFile, config: Config, settings: str, encoder: Encoder,
         _wait_for(folder)
     elif intact(folder):
         launch.say(f"{file.name}: already encoded in {folder}")
+        _say_bad_rows(file, _open(file, folder).counts, launch)
     else:
         with FileLock(f"{folder}.lock"):
             if not intact(folder):  # another node may have built it meanwhile
@@ -157,7 +158,7 @@ def settings_key(config: Config, tokenizer: Any) -> str:
 
 
 def _file_key(file: DataFile, settings: str) -> str:
-    return hashlib.sha256(f"{file.digest()} {file.limit} {settings}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{file.digest()} {file.kind} {file.limit} {settings}".encode()).hexdigest()[:24]
 
 
 # ---- What is there
@@ -199,12 +200,13 @@ def _wait_for(folder: Path) -> None:
 
 def _open(file: DataFile, folder: Path) -> EncodedFile:
     names = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parts"]
-    counts, stats, parts = Counts(), [], []
+    counts, stats, lost, parts = Counts(), [], [], []
     for name in names:
         counts.add(Counts(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["counts"]))
         stats.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
+        lost.append(np.load(folder / f"{name}.lost.npy"))
         parts.append(datasets.Dataset.from_file(str(folder / f"{name}.arrow")))
-    return EncodedFile(file, datasets.concatenate_datasets(parts), np.concatenate(stats), counts)
+    return EncodedFile(file, datasets.concatenate_datasets(parts), np.concatenate(stats), np.concatenate(lost), counts)
 
 
 # ---- Building
@@ -347,19 +349,21 @@ def _result(name: str, counts: Future[Counts] | Counts) -> tuple[str, Counts]:
 
 
 def encode_block(builder: Builder, folder: Path, name: str, rows: list[tuple[int, Raw]]) -> Counts:
-    """Encode rows into a part: NAME.arrow, NAME.npy and, last, NAME.json.
+    """Encode rows into a part: NAME.arrow, NAME.npy, NAME.lost.npy and, last, NAME.json.
 
     Raises:
         UserError: a row cannot be used and the keys say that this ends the run.
     """
-    counts, stats = Counts(), [np.zeros(0, STATS)]
+    counts, stats, lost = Counts(), [np.zeros(0, STATS)], [np.zeros(0, STATS)]
     with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for start in range(0, len(rows), BATCH_ROWS):
             encoded, lines = _encode_batch(builder, rows[start : start + BATCH_ROWS], counts)
             writer.write_batch(_record_batch(encoded))
             stats.append(_stats(encoded, lines))
+            lost.append(_lost(encoded, lines))
     np.save(folder / f"{name}.npy", np.concatenate(stats))
-    files = {file: _fingerprint(folder / file) for file in (f"{name}.arrow", f"{name}.npy")}
+    np.save(folder / f"{name}.lost.npy", np.concatenate(lost))
+    files = {file: _fingerprint(folder / file) for file in (f"{name}.arrow", f"{name}.npy", f"{name}.lost.npy")}
     text = json.dumps({"files": files, "counts": asdict(counts)}, ensure_ascii=False)
     beside = folder / f"{name}.json.tmp"
     beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -404,7 +408,6 @@ def _count(builder: Builder, counts: Counts, encoded: Encoded, lines: list[int],
         counts.dropped_tokens += tokens
         counts.dropped_supervised += supervised
     counts.rows_split += encoded.split
-    counts.rows_forged += encoded.forged
 
 
 def _record_batch(encoded: Encoded) -> pa.RecordBatch:
@@ -420,8 +423,18 @@ def _stats(encoded: Encoded, lines: list[int]) -> np.ndarray:
     stats["tokens"] = np.diff(encoded.starts)
     stats["supervised"] = encoded.supervised
     stats["supervised_cut"] = encoded.supervised_cut
+    stats["forged"] = np.isin(encoded.dialogue, list(encoded.forged_dialogues))
     data, starts = encoded.input_ids.tobytes(), (encoded.starts * 4).tolist()
     stats["hash"] = [xxhash.xxh3_64_intdigest(data[a:b]) for a, b in pairwise(starts)]
+    return stats
+
+
+def _lost(encoded: Encoded, lines: list[int]) -> np.ndarray:
+    """Dialogues that gave no row because of their length; `tokens` is 0."""
+    kept = set(encoded.dialogue.tolist())
+    lost = [(lines[i], tokens) for i, (_, tokens, _) in sorted(encoded.dropped.items()) if i not in kept]
+    stats = np.zeros(len(lost), STATS)
+    stats["row"], stats["length"] = [row for row, _ in lost], [tokens for _, tokens in lost]
     return stats
 
 

@@ -50,6 +50,7 @@ class Split:
     key: str
     files: list[EncodedFile]
     rows: np.ndarray  # [rows] of ROWS
+    lost: np.ndarray  # likewise, of the rows left out because of their length
     counts: Counts
 
     @property
@@ -91,14 +92,11 @@ def load_data(config: Config, tokenizer: Any, launch: Launch) -> Data:
     evaluation = None
     if config.eval_file is not None or len(measured):
         evaluation = held.select(measured)
-        report["eval"] = _report(held, measured)
+        report["eval"] = _report(held, measured, set_aside=held is train)
         rows["eval"], files["eval"] = held.rows[measured], [encoded.file for encoded in held.files]
         report["eval"].duplicates = int(np.isin(rows["eval"]["hash"], train.rows["hash"][learned]).sum())
     if held is train:
         report["train"].rows_set_aside = len(measured)
-        if evaluation is not None:
-            report["eval"].rows_read = report["eval"].rows_kept
-            report["eval"].rows_dropped = {}
     samples = read_rows(rows["eval"], files["eval"], config, config.num_predictions) if evaluation is not None else []
     reports = {split: asdict(found) for split, found in report.items()}
     return Data(train.select(chosen), evaluation, reports, samples, rows, files)
@@ -111,13 +109,19 @@ def _load(value: Any, key: str, config: Config, settings: str, encoder: Encoder,
         counts.add(encoded.counts)
     counts.messages = [f"{e.file.name}:{message}" for e in files for message in e.counts.messages][:MAX_EXAMPLES]
     counts.lost = [f"{e.file.name}:{message}" for e in files for message in e.counts.lost][:MAX_EXAMPLES]
-    rows = np.zeros(sum(len(encoded.stats) for encoded in files), ROWS)
-    rows[list(STATS.names or ())] = np.concatenate([encoded.stats for encoded in files])
-    rows["file"] = np.repeat(np.arange(len(files)), [len(encoded.stats) for encoded in files])
-    split = Split(key, files, rows, counts)
+    rows = _numbered([encoded.stats for encoded in files])
+    split = Split(key, files, rows, _numbered([encoded.lost for encoded in files]), counts)
     if not len(rows):
         raise UserError(f"{split.title}: {_why_empty(counts)}")
     return split
+
+
+def _numbered(stats: Sequence[np.ndarray]) -> np.ndarray:
+    """STATS of each file -> [rows] of ROWS."""
+    rows = np.zeros(sum(map(len, stats)), ROWS)
+    rows[list(STATS.names or ())] = np.concatenate(stats)
+    rows["file"] = np.repeat(np.arange(len(stats)), [len(part) for part in stats])
+    return rows
 
 
 def _why_empty(counts: Counts) -> str:
@@ -127,15 +131,17 @@ def _why_empty(counts: Counts) -> str:
     return f"none of the {counts.rows_read} rows can be used ({reasons})"
 
 
-def _report(split: Split, rows: np.ndarray) -> Report:
-    report = describe(split.title, split.counts, split.rows[rows], split.names)
+def _report(split: Split, rows: np.ndarray, *, set_aside: bool = False) -> Report:
+    """The report on `rows`. What was dropped or split is told of train_file, not again of rows `set_aside` from it."""
+    counts = Counts(rows_read=len(rows)) if set_aside else split.counts
+    report = describe(split.title, counts, split.rows[rows], split.names, None if set_aside else split.lost)
     if len(split.files) > 1:
         kept = np.bincount(split.rows["file"][rows], minlength=len(split.files))
         report.files = {
             encoded.file.name: {
-                "rows_read": encoded.counts.rows_read,
+                "rows_read": int(kept[i]) if set_aside else encoded.counts.rows_read,
                 "rows_kept": int(kept[i]),
-                "rows_dropped": encoded.counts.dropped,
+                "rows_dropped": {} if set_aside else encoded.counts.dropped,
                 "weight": encoded.file.weight,
                 "limit": encoded.file.limit,
             }

@@ -7,7 +7,9 @@ which serves as end of turn, supervised.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +27,9 @@ from ds_sft.data.templates import Piece, learned_messages, open_template
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss's default `ignore_index`
 TOO_LONG = "the prompt alone fills max_length"
 LONGER = "longer than max_length"
+HIDDEN = BadRow("special-token text", "text of this row becomes special tokens once the tokenizer has normalised it "
+                "(as <|IM_END|> where it lowers case); remove it, or write allow_special_tokens: true")  # fmt: skip
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 BEFORE = "\n"  # what text is encoded after where the tokenizer puts a space before every text
 
 
@@ -43,7 +48,11 @@ class Encoded:
     # Dialogue -> reason, tokens and supervised tokens of those that are left out because of their length.
     dropped: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     split: int = 0  # dialogues that became several rows
-    forged: int = 0  # dialogues of which text became special tokens
+    forged_dialogues: frozenset[int] = frozenset()  # those of which text became special tokens
+
+    @property
+    def forged(self) -> int:
+        return len(self.forged_dialogues)
 
     def rows(self) -> Iterator[tuple[list[int], list[int]]]:
         """Ids and labels, row by row."""
@@ -64,13 +73,21 @@ class Encoder:
         self.backend = tokenizer.backend_tokenizer
         # The reference encodes prompt and answer apart with every tokenizer; so does its template.
         self.spaced = config.template != "reference" and _puts_space_before_text(self.backend)
+        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        # Unknown characters and single bytes become tokens that are declared special; they command nothing.
+        ordinary = {i for i, text in added.items() if text == tokenizer.unk_token or BYTE.fullmatch(text)}
+        special = [i for i, text in added.items() if self.template.special.fullmatch(text) and i not in ordinary]
+        self.special_ids = np.array(special, np.int32)
 
     @cached_property
     def plain(self) -> Any:
         """A tokenizer that reads special tokens as text; it takes a second to make, so only when needed."""
         from tokenizers import Tokenizer
 
-        plain = Tokenizer.from_str(self.backend.to_str())
+        state = json.loads(self.backend.to_str())
+        for token in state["added_tokens"]:  # what a template writes as a header need not be declared special
+            token["special"] = token["special"] or self.template.special.fullmatch(token["content"]) is not None
+        plain = Tokenizer.from_str(json.dumps(state))
         plain.encode_special_tokens = True
         return plain
 
@@ -79,11 +96,31 @@ class Encoder:
         bad: dict[int, BadRow] = {}
         pieces = [self._pieces(dialogue, bad, i) for i, dialogue in enumerate(dialogues)]
         rows = self._join(pieces, np.arange(len(pieces)))
+        forged = {i for i, dialogue in enumerate(dialogues) if self.template.forged(dialogue)}
+        hidden = self._hidden_special_tokens(rows, pieces)
+        if hidden and not self.template.allow_special_tokens:
+            bad |= dict.fromkeys(hidden, HIDDEN)
+            pieces = [[] if i in hidden else row for i, row in enumerate(pieces)]
+            rows = self._join(pieces, np.arange(len(pieces)))
         rows.bad = bad
         if self.overlong == "split" and (rows.length > self.max_length).any():
             rows = self._split_long(dialogues, pieces, rows)
-        forged = sum(self.template.forged(dialogue) for dialogue in dialogues)
-        return replace(self._fit(rows), forged=forged)
+        return replace(self._fit(rows), forged_dialogues=frozenset((forged | hidden) - set(bad)))
+
+    def _hidden_special_tokens(self, rows: Encoded, pieces: Sequence[Sequence[Piece]]) -> set[int]:
+        """Dialogues with more special tokens among their ids than their text shows: a normaliser made them."""
+        is_special = np.isin(rows.input_ids, self.special_ids)
+        found = _sums(is_special, rows.starts).tolist()
+        return {
+            i for i, count in zip(rows.dialogue.tolist(), found, strict=True)
+            if count and count > sum(map(self._special_in, pieces[i]))
+        }  # fmt: skip
+
+    def _special_in(self, piece: Piece) -> int:
+        """Special tokens that a piece may become."""
+        if isinstance(piece.text, int):
+            return 1
+        return 0 if piece.plain else len(self.template.special.findall(piece.text))
 
     def prompt(self, dialogue: Dialogue) -> list[int]:
         """What stands before the last answer, in training and in prediction.
@@ -93,7 +130,7 @@ class Encoder:
         """
         learned = [i == dialogue.last_answer for i in range(len(dialogue.messages))]
         before: list[Piece] = []
-        for piece in self.template.pieces(dialogue, learned):
+        for piece in self._rendered(dialogue, learned):
             if piece.learned:
                 break
             before.append(piece)
@@ -105,10 +142,20 @@ class Encoder:
         try:
             if not any(learned):
                 raise BadRow("no answer to learn", "mask: last, and the last answer says train: false")
-            return self.template.pieces(dialogue, learned)
+            return self._rendered(dialogue, learned)
         except BadRow as error:
             bad[index] = error
             return []
+
+    def _rendered(self, dialogue: Dialogue, learned: Sequence[bool]) -> list[Piece]:
+        """Raises BadRow: the template cannot render the dialogue."""
+        try:
+            return self.template.pieces(dialogue, learned)
+        except BadRow:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:  # tools nested hundreds deep, and the like
+            text = f"the dialogue cannot be rendered: {type(error).__name__}: {str(error)[:150]}"
+            raise BadRow("cannot be rendered", text) from None
 
     def _ids(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """Token ids of each piece, encoded apart."""
@@ -189,7 +236,7 @@ class Encoder:
 
     def _part(self, dialogue: Dialogue, learned: list[bool], first: int, start: int, end: int) -> list[Piece]:
         messages = (*dialogue.messages[:first], *dialogue.messages[start:end])
-        return self.template.pieces(replace(dialogue, messages=messages), [*learned[:first], *learned[start:end]])
+        return self._rendered(replace(dialogue, messages=messages), [*learned[:first], *learned[start:end]])
 
     def _fit(self, rows: Encoded) -> Encoded:
         """Apply `max_length`: leave rows out, or cut their ends, and leave out those with nothing to learn."""

@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,6 +64,12 @@ class DataFile:
         """Bytes on disk; None where it is not known."""
         return None if self.hub else Path(self.name).stat().st_size
 
+    @property
+    def kind(self) -> str:
+        """How its bytes are read: the same ones may be a JSON array, or lines, or compressed."""
+        path = Path(self.name)
+        return "hub" if self.hub else f"{kind_of(path) or 'json'} {COMPRESSED.get(path.suffix.lower())}"
+
     def rows(self, progress: Progress | None = None) -> Iterator[tuple[int, Raw]]:
         """Yield the line number (the row number in Parquet and on the hub) and the row.
 
@@ -70,10 +77,7 @@ class DataFile:
             UserError: the file as a whole cannot be read, from here on.
         """
         rows = _hub_rows(self) if self.hub else _file_rows(Path(self.name), progress or Progress())
-        for count, row in enumerate(rows):
-            if self.limit is not None and count >= self.limit:
-                return
-            yield row
+        yield from islice(rows, self.limit)  # and not a row further: what comes next may be broken
 
     def digest(self) -> str:
         """A hash of the bytes; of the commit for a hub data set."""

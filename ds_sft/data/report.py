@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ds_sft.data.cache import Counts
+from ds_sft.data.encode import LONGER, TOO_LONG
 from ds_sft.runtime.distributed import Launch
 
 LONGEST = 10  # rows named with their lengths
@@ -37,18 +38,21 @@ class Report:
     answers_cut: int = 0  # rows whose answer lost its end
     tokens_dropped: int = 0  # of rows left out because of their length
     supervised_tokens_dropped: int = 0
-    length_percentiles: dict[str, int] = field(default_factory=dict)  # tokens a row, before any was cut
+    # Of these and the rows left out because of their length: tokens a row, before any was cut
+    length_percentiles: dict[str, int] = field(default_factory=dict)
     recommended_max_length: int = 0  # holds 99 % of the rows whole
     longest: list[list[Any]] = field(default_factory=list)  # [FILE:LINE, tokens]
     dropped_examples: list[str] = field(default_factory=list)  # "FILE:LINE: why", the first of them
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # where there are several
 
 
-def describe(file: str, counts: Counts, stats: np.ndarray, names: Sequence[str]) -> Report:
-    """The report over rows that are kept.
+def describe(
+    file: str, counts: Counts, stats: np.ndarray, names: Sequence[str], left_out: np.ndarray | None = None
+) -> Report:
+    """The report over rows that are kept; lengths are told over those `left_out` for their length, too.
 
     Args:
-        stats: [rows] of `cache.STATS` with a field `file`: index into `names`.
+        stats, left_out: [rows] of `cache.STATS` with a field `file`: index into `names`.
     """
     lost = stats["length"] - stats["tokens"]
     report = Report(
@@ -59,7 +63,7 @@ def describe(file: str, counts: Counts, stats: np.ndarray, names: Sequence[str])
         rows_truncated=int((lost > 0).sum()),
         rows_split=counts.rows_split,
         rows_per_epoch=len(stats),
-        rows_with_special_tokens=counts.rows_forged,
+        rows_with_special_tokens=int(stats["forged"].sum()),
         tokens=int(stats["tokens"].sum(dtype=np.int64)),
         tokens_cut=int(lost.sum(dtype=np.int64)),
         supervised_tokens=int(stats["supervised"].sum(dtype=np.int64)),
@@ -69,6 +73,7 @@ def describe(file: str, counts: Counts, stats: np.ndarray, names: Sequence[str])
         supervised_tokens_dropped=counts.dropped_supervised,
         dropped_examples=counts.messages + counts.lost,
     )
+    stats = stats if left_out is None else np.concatenate([stats, left_out])
     if len(stats):
         values = np.percentile(stats["length"], list(PERCENTILES.values()), method="inverted_cdf")
         report.length_percentiles = {name: int(value) for name, value in zip(PERCENTILES, values, strict=True)}
@@ -112,6 +117,8 @@ def _table_rows(counts: dict[str, Any]) -> dict[str, str]:
         rows["rows split between turns"] = f"{counts['rows_split']:,}"
     rows["tokens"] = f"{counts['tokens']:,}"
     rows["supervised tokens"] = f"{counts['supervised_tokens']:,} ({share:.1%})"
+    if counts["tokens_dropped"]:
+        rows["tokens left out because of length"] = f"{counts['tokens_dropped']:,}"
     lost = counts["supervised_tokens_cut"] + counts["supervised_tokens_dropped"]
     if lost:
         rows["supervised tokens lost to length"] = f"{lost:,}"
@@ -130,6 +137,13 @@ def advice(split: str, counts: dict[str, Any]) -> list[str]:
             f"{split}: {counts['answers_cut']:,} answers lost their end at max_length, and with it the end of turn: a "
             f"model that learns this stops late. max_length: {counts['recommended_max_length']:,} holds 99 % of the "
             f"rows whole; or overlong: drop or split. Longest: {longest}."
+        )
+    left_out = sum(counts["rows_dropped"].get(reason, 0) for reason in (LONGER, TOO_LONG))
+    if left_out:
+        longest = ", ".join(f"{where} ({tokens:,})" for where, tokens in counts["longest"][:3])
+        lines.append(
+            f"{split}: {left_out:,} rows are left out because of their length. max_length: "
+            f"{counts['recommended_max_length']:,} holds 99 % of the rows whole. Longest: {longest}."
         )
     if counts["rows_with_special_tokens"]:
         lines.append(

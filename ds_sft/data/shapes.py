@@ -261,7 +261,13 @@ def _unicode(value: str, name: str) -> str:
 
 
 def _check_unicode(value: Any, name: str) -> None:
-    _unicode(json.dumps(value, ensure_ascii=False), name)
+    """Raises BadRow: half of a surrogate pair somewhere in it, or what JSON has no form for."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # a date or bytes of a Parquet file; nested without end
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is no JSON: {error}"
+        raise BadRow("not JSON values", f"field {name!r} {reason}; expected JSON values") from None
+    _unicode(text, name)
 
 
 def _unpacked(value: Any) -> Any:

@@ -78,10 +78,11 @@ def learned_messages(dialogue: Dialogue, mask: str) -> list[bool]:
     ]
 
 
-def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the text of any special token."""
+def special_tokens(tokenizer: Any, written: str) -> re.Pattern[str]:
+    """Matches the text of any special token, and of any other added token in what a template has `written`."""
     added = tokenizer.added_tokens_decoder.values()
-    texts = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    texts = {str(token) for token in added if token.special or str(token) in written}
+    texts = {text for text in texts | set(tokenizer.all_special_tokens) if text}
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
@@ -119,13 +120,18 @@ class Reference:
     def end(self) -> str:
         return str(self.tokenizer.pad_token)
 
+    @property
+    def allow_special_tokens(self) -> bool:
+        return True  # as in the reference; `forged` counts them
+
     @cached_property
-    def _special(self) -> re.Pattern[str]:
-        return special_tokens(self.tokenizer)
+    def special(self) -> re.Pattern[str]:
+        """Matches text that becomes special tokens."""
+        return special_tokens(self.tokenizer, "<|im_start|> <|im_end|>")
 
     def forged(self, dialogue: Dialogue) -> bool:
         """Whether text of the row becomes special tokens, as in the reference."""
-        return any(self._special.search(message.content) for message in dialogue.messages)
+        return any(self.special.search(message.content) for message in dialogue.messages)
 
     def pieces(self, dialogue: Dialogue, learned: Sequence[bool]) -> list[Piece]:
         """Raises BadRow: the row has what this layout has no form for."""
@@ -159,8 +165,10 @@ class ChatTemplate:
         self.tokenizer, self.source, self.thinking = tokenizer, source, thinking
         self.system_prompt, self.allow_special_tokens = system_prompt, allow_special_tokens
         self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-        self.special = special_tokens(tokenizer)
-        self.end, self.header = self._probe()
+        whole, before, prompt = self._probe()
+        # Of a thinking block the tokens are not structure: answers write it themselves.
+        self.special = special_tokens(tokenizer, THINKING.sub("", self._probe_system() + prompt + whole))
+        self.end, self.header = self._end_and_header(whole, before, prompt)
 
     def forged(self, dialogue: Dialogue) -> bool:
         return False
@@ -217,14 +225,33 @@ class ChatTemplate:
             raise BadRow("the template refuses it", f"the template refuses this dialogue: {reason}") from None
         return texts[0], spans[0] if marks else []
 
-    def _probe(self) -> tuple[str, str]:
-        """What the template writes after an answer to end the turn, and before one, where that can be told."""
+    def _probe(self) -> tuple[str, str, str]:
+        """What the template makes of a question and an answer, of the question, and of that as a prompt.
+
+        Raises:
+            UserError: it cannot be used.
+        """
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}
         try:
             whole, _ = self._render([question, answer], [])
             before, prompt = self._render([question], [])[0], self._render([question], [], generation=True)[0]
         except BadRow as error:
             raise UserError(f"template: {error}, one question and one answer") from None
+        return whole, before, prompt
+
+    def _probe_system(self) -> str:
+        """A system turn; nothing where the template has no form for it."""
+        try:
+            return self._render([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], [])[0]
+        except BadRow:
+            return ""
+
+    def _end_and_header(self, whole: str, before: str, prompt: str) -> tuple[str, str]:
+        """What the template writes after an answer to end the turn, and before one, where that can be told.
+
+        Raises:
+            UserError: nothing that could be learned.
+        """
         tail = whole.partition(SENTINEL)[2]
         added = sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         match = re.search("|".join(map(re.escape, added)) or "(?!)", tail)
