@@ -1,8 +1,8 @@
 """Stop requests: a signal to any rank, a stop file, a launcher that died -> all ranks stop at the same step.
 
 A thread in every rank notices requests, also while the main thread waits inside a collective. It passes them on to the
-other ranks: through a note in the output folder until a process group exists, then through the group's store. The ranks
-agree at the end of a step (`agreed`), because one that stops alone leaves the others waiting for it.
+other ranks: through a note in the node's temporary folder until a process group exists, then through the group's store.
+The ranks agree at the end of a step (`agreed`), because one that stops alone leaves the others waiting for it.
 
 Nothing here imports torch until a process group exists.
 """
@@ -13,6 +13,7 @@ import contextlib
 import os
 import select
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ class StopRequests:
         """From here on OUTPUT_DIR/STOP counts, and ranks of this launch that have no process group tell each other."""
         if self._file is None:
             self._file, self._own_file = output_dir / "STOP", True
-        self._note = output_dir / f".stop-{_launch_id()}"
+        self._note = Path(tempfile.gettempdir()) / f"ds_sft-stop-{os.getuid()}-{_launch_id()}"  # of one node
         if self.reason:
             self._tell(self.reason)
 
@@ -192,7 +193,6 @@ class StopRequests:
             if self._store is not None:
                 self._store.set(STORE_KEY, reason)
             elif self._note is not None and self.launch.world_size > 1:
-                self._note.parent.mkdir(parents=True, exist_ok=True)
                 self._note.write_text(reason, encoding="utf-8")
 
 
