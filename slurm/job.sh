@@ -26,7 +26,9 @@ export DS_SFT_HOME PYTHONPATH=$DS_SFT_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONFAUL
 # ---- Ranks
 
 set_ranks() {
-    gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')}
+    gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}  # the second says that a job asked for none, the first not
+    gpus=${gpus##*:}                                      # of KIND:NUMBER
+    gpus=${gpus:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')}
     ranks=$((gpus > 0 ? gpus : ${SLURM_NTASKS_PER_NODE:-1}))  # on a node
     cores=$((SLURM_CPUS_ON_NODE / ranks))                      # of a rank
     ((cores > 0)) || die "$ranks ranks on a node, but $SLURM_CPUS_ON_NODE cores: ask for more (--cpus-per-task)"
@@ -108,7 +110,9 @@ train() {
     requeue end --config "$@"
     case $? in
         0) still_ours "$code" && go_on ;;
-        1) exit 1 ;; # no progress, which it has said
+        3) ;;        # it was not stopped
+        4) exit 1 ;; # no progress, which it has said
+        *) give_up 1 "It could not be found out whether the run was stopped; nothing is requeued" ;;
     esac
     ((code == 0)) || give_up "$code" "The run failed; the first error is in $logs/" "$logs"/*.log
     say "The run is complete"
@@ -131,15 +135,29 @@ give_up() {
 # still_ours CODE: exits if somebody else has decided what becomes of the job: scancel, scontrol requeue, preemption.
 still_ours() {
     local state
-    state=$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
-    [ "$state" = RUNNING ] && return
+    state=$(job_state)
+    [ -n "$state" ] || say "slurmctld does not answer: the job is taken to be running"
+    [ "${state:-RUNNING}" = RUNNING ] && return
     say "The job is $state: Slurm decides what happens to it"
     exit "$1"
 }
 
+# job_state: empty if slurmctld did not answer for five minutes, as long as a restart or a failover takes.
+job_state() {
+    local state
+    for _ in {1..20}; do
+        state=$(scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+        [ -z "$state" ] || break
+        sleep 15
+    done
+    echo "$state"
+}
+
 go_on() {
     say "Requeueing job $job"
-    scontrol requeue "$job" || die "Slurm refused to requeue (was the job submitted with --no-requeue?)"
+    # A second time only if nobody was there to answer the first.
+    scontrol requeue "$job" || { still_ours 0 && scontrol requeue "$job"; } ||
+        die "Slurm refused to requeue (was the job submitted with --no-requeue?)"
     exit 0
 }
 

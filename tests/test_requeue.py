@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_sft.runtime.checkpoint import FACTS, FORMAT
-from ds_sft.runtime.requeue import DONE, main, stalls
+from ds_sft.runtime.requeue import DONE, NO_PROGRESS, main, stalls
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def test_no_progress(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(folder, "begin") == 0
     stopped_at(folder, 10)
     capsys.readouterr()
-    assert ask(folder, "end") == 1
+    assert ask(folder, "end") == NO_PROGRESS
     assert "No progress: the last 2 starts of this job came no further than step 10;" in capsys.readouterr().err
 
 
 def test_no_progress_where_slurm_requeues(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nodes that die leave no PREEMPTED.json; the third start from one step is refused."""
-    assert [ask(folder, "begin") for _ in range(3)] == [0, 0, 1]
+    assert [ask(folder, "begin") for _ in range(3)] == [0, 0, NO_PROGRESS]
     assert "the last 2 starts of this job came no further than step 0;" in capsys.readouterr().err
 
 
@@ -73,7 +73,7 @@ def test_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("DS_SFT_MAX_STALLS", "1")
     assert ask(folder, "begin") == 0
     stopped_at(folder, 0)
-    assert ask(folder, "end") == 1
+    assert ask(folder, "end") == NO_PROGRESS
     for wrong in ("0", "many"):
         monkeypatch.setenv("DS_SFT_MAX_STALLS", wrong)
         assert ask(folder, "begin") == 2
@@ -84,6 +84,25 @@ def test_a_mistake_in_the_config(folder: Path, capsys: pytest.CaptureFixture[str
     assert ask(folder, "begin", "--max_lenght", "7") == 2
     assert capsys.readouterr().err == "ds_sft: error: --max_lenght: unknown key: did you mean --max_length?\n"
     assert not (folder / "starts.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"reason": "x"}', b'{"step": null}', b"\xff"])
+def test_malformed_preempted(folder: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    """That it is there says that the run was stopped; the newest checkpoint says where. One line, no traceback."""
+    assert ask(folder, "begin") == 0
+    stopped_at(folder, 10)
+    (folder / "out" / "PREEMPTED.json").write_bytes(content)
+    assert ask(folder, "end") == 0
+    said = capsys.readouterr()
+    assert said.out == "The run was stopped at step 10 (no reason given).\n"
+    assert said.err.endswith("PREEMPTED.json: malformed; the newest complete checkpoint stands for its step\n")
+    assert said.err.count("\n") == 1
+
+
+def test_a_start_that_was_cut_off_while_it_was_noted(folder: Path) -> None:
+    (folder / "starts.jsonl").write_text('{"step": 0}\n{"st\n', encoding="utf-8")
+    assert ask(folder, "begin") == 0
+    assert ask(folder, "begin") == NO_PROGRESS
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
     python -m ds_sft.runtime.requeue begin --starts FILE --config CONFIG.yaml [--key value ...]    # 0: go on
     python -m ds_sft.runtime.requeue end --starts FILE --config CONFIG.yaml [--key value ...]      # 0: requeue, 3: done
 
+Other codes: 2 a mistake in the configuration, 4 no progress; any further one says that there was no answer.
+
 Decided from what the run left in `output_dir`, never from an exit code: launchers and srun change those. A job that
 comes no further between its starts would run for ever; after `DS_SFT_MAX_STALLS` (2) such starts it stops.
 """
@@ -16,7 +18,6 @@ import time
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
@@ -24,6 +25,7 @@ from ds_sft.runtime.checkpoint import newest_complete
 from ds_sft.runtime.preempt import PREEMPTED
 
 DONE = 3  # exit code of a run that was not stopped
+NO_PROGRESS = 4  # never 1, with which a Python ends that fails
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +53,7 @@ def max_stalls() -> int:
 
 
 def begin(starts: Path, output_dir: Path, limit: int) -> int:
-    """Note from which step this start goes on; 1 if it is one start too many from there."""
+    """Note from which step this start goes on; `NO_PROGRESS` if it is one start too many from there."""
     (output_dir / PREEMPTED).unlink(missing_ok=True)
     step = newest_step(output_dir)
     steps = [*read_steps(starts), step]
@@ -60,20 +62,22 @@ def begin(starts: Path, output_dir: Path, limit: int) -> int:
     if stalls(steps) < limit:
         return 0
     print(no_progress(step, limit), file=sys.stderr)
-    return 1
+    return NO_PROGRESS
 
 
 def end(starts: Path, output_dir: Path, limit: int) -> int:
-    """0 if the run was stopped before its end, 1 if it came no further too often, `DONE` if it was not stopped."""
+    """0 if the run was stopped before its end, `NO_PROGRESS` if it came no further too often, `DONE` if not stopped."""
     stopped = read_stopped(output_dir / PREEMPTED)
     if stopped is None:
         return DONE
-    step = stopped["step"]
-    print(f"The run was stopped at step {step} ({stopped.get('reason', 'no reason given')}).")
+    step, reason = stopped
+    if step is None:
+        step = newest_step(output_dir)
+    print(f"The run was stopped at step {step} ({reason}).")
     if stalls([*read_steps(starts), step]) < limit:
         return 0
     print(no_progress(step, limit), file=sys.stderr)
-    return 1
+    return NO_PROGRESS
 
 
 def no_progress(step: int, limit: int) -> str:
@@ -90,18 +94,29 @@ def stalls(steps: Sequence[int]) -> int:
 
 
 def read_steps(starts: Path) -> list[int]:
-    """The step from which each earlier start of this job went on."""
+    """The step from which each earlier start of this job went on; a line that was cut off says nothing."""
     lines = starts.read_text(encoding="utf-8").splitlines() if starts.exists() else []
-    return [json.loads(line)["step"] for line in lines]
+    return [step for line in lines if (step := _read(line)[0]) is not None]
 
 
-def read_stopped(path: Path) -> dict[str, Any] | None:
-    """PREEMPTED.json; None where the run was not stopped."""
+def read_stopped(path: Path) -> tuple[int | None, str] | None:
+    """Step and reason of PREEMPTED.json; no step where it is malformed; None where the run was not stopped."""
     try:
-        stopped = json.loads(path.read_text(encoding="utf-8"))
+        step, reason = _read(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return None
-    return {**stopped, "step": int(stopped["step"])}
+    if step is None:
+        print(f"{path}: malformed; the newest complete checkpoint stands for its step", file=sys.stderr)
+    return step, reason
+
+
+def _read(text: str) -> tuple[int | None, str]:
+    """The step and the reason in a JSON object; no step where there is none."""
+    try:
+        found = json.loads(text)
+        return int(found["step"]), str(found.get("reason", "no reason given"))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None, "no reason given"
 
 
 def newest_step(output_dir: Path) -> int:
