@@ -98,10 +98,33 @@ def test_traffic_in_weights() -> None:
     assert (within.inside, within.between) == (psi, 2 * psi)
 
 
+def test_traffic_of_single_reduces() -> None:
+    """Where buckets are not all-reduced each rank's part is reduced to it: psi a micro batch."""
+    zero = {"stage": 2, "use_multi_rank_bucket_allreduce": False}
+    psi = 2 * PARAMETERS * 3 / 4
+    assert traffic(run(2, engine=engine_of(zero, SHAPE), accumulation=3), 4).total == (3 + 1) * psi
+    whole = engine_of({**zero, "reduce_scatter": False}, SHAPE)
+    assert traffic(run(2, engine=whole, accumulation=3), 4).total == (2 * 3 + 1) * psi
+
+
+@pytest.mark.parametrize(
+    ("inside", "seconds_by_hand"),
+    [
+        # 2 nodes of 8 GPUs: a rank sends 3 psi x 15 / 16, an eighth of it over its own card of 1e6 bytes a second.
+        (1e12, 3 * 2 * PARAMETERS * 15 / 16 / 8 / 1e6),
+        # Seven eighths stay inside, here the slower way.
+        (1e6, 3 * 2 * PARAMETERS * 15 / 16 * 7 / 8 / 1e6),
+    ],
+)
+def test_each_card_carries_its_part_of_a_ring(inside: float, seconds_by_hand: float) -> None:
+    cluster = Hardware(nodes=2, gpus_per_node=8, flops=1e15, inside=inside, between=1e6)
+    assert step_time(run(3, 16), cluster).communication == pytest.approx(seconds_by_hand)
+
+
 def test_step_time_hides_what_fits_behind_computation() -> None:
     slow = Hardware(nodes=2, gpus_per_node=2, flops=1e12, inside=1e9, between=1e6)
     fast = Hardware(nodes=2, gpus_per_node=2, flops=1e6, inside=1e12, between=1e12)
-    assert step_time(run(3), slow).total == pytest.approx(3 * 2 * PARAMETERS * 3 / 4 / 1e6)
+    assert step_time(run(3), slow).total == pytest.approx(3 * 2 * PARAMETERS * 3 / 4 / 2e6)
     assert step_time(run(3), fast).efficiency == pytest.approx(1.0)
     assert model_flops_per_token(SHAPE, 128) == 6 * SHAPE.multiplied + 12 * 2 * 64 * 128
 

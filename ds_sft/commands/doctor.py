@@ -27,6 +27,8 @@ from ds_sft.config import Config, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
+from ds_sft.plan.cost import collectives
+from ds_sft.plan.memory import Engine
 from ds_sft.runtime.distributed import Launch, exit_with, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network
 from ds_sft.runtime.results import git_commit, versions
@@ -365,15 +367,14 @@ def judge_network(network: Network, everyone: Sequence[Facts], config: Config) -
 
 
 def _estimate(size: ModelSize, network: Network, config: Config) -> str:
-    """Seconds of a step spent communicating if nothing overlaps (Rajbhandari et al. 2020, section 7).
-
-    A ring moves (n - 1) / n of a tensor through each rank to reduce-scatter or to gather it, which is what `bandwidth`
-    counts. ZeRO-2 reduces gradients each micro batch and gathers the weights once; ZeRO-3 gathers them twice each.
-    """
+    """Seconds of a step spent communicating if nothing overlaps: what `ds-sft plan` counts, at the measured speed."""
     half = config.training.get("bf16") or config.training.get("fp16")
-    moved = size.parameters * (2 if half else 4) * (network.world_size - 1) / network.world_size / network.bandwidth
-    micro_batches = config.training["gradient_accumulation_steps"]
+    weights, micro_batches = size.parameters * (2 if half else 4), config.training["gradient_accumulation_steps"]
+    two, three = (
+        sum(collectives(Engine(stage=stage), weights, network.world_size, micro_batches)) / network.bandwidth
+        for stage in (2, 3)
+    )
     return (
-        f"communication takes about {moved * (micro_batches + 1):.2g} s a step under ZeRO-2, "
-        f"{moved * 3 * micro_batches:.2g} s under ZeRO-3 ({micro_batches} micro batches), less what overlaps"
+        f"communication takes about {two:.2g} s a step under ZeRO-2, {three:.2g} s under ZeRO-3 "
+        f"({micro_batches} micro batches), less what overlaps"
     )

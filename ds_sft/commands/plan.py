@@ -87,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpu-memory", type=size, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
     made.add_argument("--host-memory", type=size, metavar="512GB", help="of one node [not checked]")
     made.add_argument("--interconnect", type=size, default=25e9, metavar="25GB",
-                      help="bytes a second and GPU between nodes, reached [25GB: 200 Gbit/s]")  # fmt: skip
+                      help="bytes a second and GPU between nodes, reached: of its own card, or its part of a shared one "
+                           "[25GB: 200 Gbit/s]")  # fmt: skip
     made.add_argument("--nvlink", type=size, default=200e9, metavar="200GB",
                       help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
     made.add_argument("--host-link", type=size, default=20e9, metavar="20GB",
@@ -176,6 +177,7 @@ class Plan:
         return {
             "model": {"parameters": self.shape.parameters, "tied": self.shape.tied, "family": self.shape.family},
             "ranks": self.hardware.ranks,
+            "ring_bandwidth": self.hardware.ring if self.hardware.nodes > 1 else self.hardware.inside,
             "configured": self.configured,
             "options": [self._row(o) for o in self.options],
             "recommended": self._row(self.best) if self.best else None,

@@ -58,7 +58,7 @@ def memory_table(plan: dict[str, Any]) -> Table:
 
 def cost_table(plan: dict[str, Any]) -> Table:
     """Traffic and time of a step."""
-    table = Table(title="A step")
+    table = Table(title=f"A step; links reached: {plan['ring_bandwidth'] / GB:.0f} GB/s sent by each GPU of a ring")
     for name in ("", "sent by a GPU, GB", "hides behind computation above, GB/s", "computes, s", "lasts, s"):
         table.add_column(name, justify="left" if not name else "right")
     for option in plan["options"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_sft.plan.memory import FP32, Run
+from ds_sft.plan.memory import Engine, Run
 from ds_sft.plan.shape import Shape
 
 
@@ -16,12 +16,23 @@ class Hardware:
     gpus_per_node: int
     flops: float  # a second and GPU
     inside: float  # bytes a second and GPU between GPUs of a node
-    between: float  # bytes a second and GPU between nodes
+    between: float  # bytes a second and GPU between nodes: of each GPU's own card, or its part of a shared one
     host: float = 20e9  # bytes a second and GPU between a GPU and its node's memory, for offloading
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def ring(self) -> float:
+        """Bytes a second that each GPU sends in collectives over all nodes (NCCL calls it the bus bandwidth).
+
+        There are as many rings as cards, each with a part of the data, and each leaves a node at another GPU. So of what
+        a GPU sends, one part in `gpus_per_node` takes its card and the others stay inside; the slower link decides.
+        """
+        inside = self.gpus_per_node - 1
+        over_cards = self.between * self.gpus_per_node
+        return min(over_cards, self.inside * self.gpus_per_node / inside) if inside else over_cards
 
 
 def model_flops_per_token(shape: Shape, length: int) -> float:
@@ -38,10 +49,10 @@ def step_flops(run: Run) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in a step, beside computation and after it, over each kind of link."""
+    """Bytes that a rank sends in a step, beside computation and after it."""
 
-    inside: float = 0.0
-    between: float = 0.0
+    inside: float = 0.0  # in collectives of one node's ranks
+    between: float = 0.0  # in collectives of ranks on several nodes: `Hardware.ring` says how fast
     host: float = 0.0
     after_inside: float = 0.0
     after_between: float = 0.0
@@ -51,29 +62,35 @@ class Traffic:
         return self.inside + self.between + self.after_inside + self.after_between
 
 
-def traffic(run: Run, gpus_per_node: int) -> Traffic:
-    """Bytes of a step, as ring collectives move them; psi is the bytes of all weights (ZeRO paper, section 7).
+def collectives(engine: Engine, weights: float, ranks: int, accumulation: int) -> tuple[float, float]:
+    """Bytes that a rank sends in a step: beside computation, and after it.
 
-    No DeepSpeed, stage 1: gradients all-reduced once, 2 psi (stage 1 gathers the weights again: psi more). Stage 2 does
-    so for every micro batch, and reduces buckets with an all-reduce (`use_multi_rank_bucket_allreduce`): 2 psi each,
-    psi for the weights. Stage 3: weights gathered for forward and for backward, gradients scattered: 3 psi each micro
-    batch; with hierarchical partitioning (ZeRO++, arXiv 2306.10209) those for backward stay inside the node.
+    psi is the bytes of all weights: a ring sends (n - 1) / n psi to gather or to reduce-scatter them, twice that to
+    all-reduce (ZeRO paper, section 7). As DeepSpeed 0.19 does it (`runtime/zero/stage_1_and_2.py`, `average_tensor`):
+    stage 2 reduces the gradients of every micro batch, stage 1 and no DeepSpeed once a step; `reduce_scatter` is an
+    all-reduce of whole buckets of which each rank keeps its part, 2 psi, and one reduce for each rank's part, psi, only
+    without `use_multi_rank_bucket_allreduce`. Then both gather the weights, psi. Stage 3: weights gathered for forward
+    and for backward, gradients reduce-scattered, 3 psi each micro batch.
     """
-    engine, ranks = run.engine, run.ranks
-    psi = run.shape.parameters * run.weight * (ranks - 1) / max(ranks, 1)
-    micro = run.accumulation
-    nodes = ranks > gpus_per_node
-    host = _offloaded(run)
+    psi = weights * (ranks - 1) / ranks
     if engine.stage is None:
-        volume = 2 * run.shape.parameters * FP32 * (ranks - 1) / ranks
-        return Traffic(0.0 if nodes else volume, volume if nodes else 0.0)
-    if engine.stage < 3:
-        volume = 2 * psi * (micro if engine.stage == 2 else 1)
-        moved = (0.0, volume) if nodes else (volume, 0.0)
-        return Traffic(*moved, host, *((0.0, psi) if nodes else (psi, 0.0)))
-    if engine.hierarchical > 1 and nodes:
-        return Traffic(micro * psi, micro * 2 * psi, host)
-    return Traffic(0.0, micro * 3 * psi, host) if nodes else Traffic(micro * 3 * psi, 0.0, host)
+        return 2 * psi, 0.0
+    if engine.stage == 3:
+        return 3 * psi * accumulation, 0.0
+    return (2 if engine.allreduce else 1) * psi * (accumulation if engine.stage == 2 else 1), psi
+
+
+def traffic(run: Run, gpus_per_node: int) -> Traffic:
+    """Bytes of a step, by where they go.
+
+    With hierarchical partitioning (ZeRO++, arXiv 2306.10209) the weights for backward stay inside the node.
+    """
+    beside, after = collectives(run.engine, run.shape.parameters * run.weight, run.ranks, run.accumulation)
+    host = _offloaded(run)
+    if run.ranks <= gpus_per_node:
+        return Traffic(inside=beside, host=host, after_inside=after)
+    within = beside / 3 if run.engine.stage == 3 and run.engine.hierarchical > 1 else 0.0
+    return Traffic(inside=within, between=beside - within, host=host, after_between=after)
 
 
 def _offloaded(run: Run) -> float:
@@ -102,14 +119,14 @@ def step_time(run: Run, hardware: Hardware, *, overlap: float = 1.0) -> Step:
     """Seconds of a step; `overlap` is the share of the traffic during computation that can hide behind it."""
     sent = traffic(run, hardware.gpus_per_node)
     compute = run.accumulation * step_flops(run) / hardware.flops
-    beside = sent.inside / hardware.inside + sent.between / hardware.between + sent.host / hardware.host
-    after = sent.after_inside / hardware.inside + sent.after_between / hardware.between
+    beside = sent.inside / hardware.inside + sent.between / hardware.ring + sent.host / hardware.host
+    after = sent.after_inside / hardware.inside + sent.after_between / hardware.ring
     hidden = min(compute, beside * overlap) if run.engine.overlap else 0.0
     return Step(compute, beside + after, compute + beside - hidden + after)
 
 
 def hiding_bandwidth(run: Run, hardware: Hardware) -> float:
-    """Bytes a second and GPU below which communication no longer hides behind computation."""
+    """Bytes a second sent by each GPU (`Hardware.ring`) below which communication no longer hides behind computation."""
     sent = traffic(run, hardware.gpus_per_node)
     compute = run.accumulation * step_flops(run) / hardware.flops
     return (sent.inside + sent.between) / compute

@@ -47,6 +47,7 @@ def engine_of(zero: Mapping[str, Any], shape: Shape) -> Engine:
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         offload_param=stage == 3 and _offloaded(zero, "offload_param"),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
+        allreduce=bool(zero.get("use_multi_rank_bucket_allreduce", True)) or not zero.get("reduce_scatter", True),
         reduce_bucket=size("reduce_bucket_size", h * h, given.reduce_bucket),
         prefetch_bucket=size("stage3_prefetch_bucket_size", int(0.9 * h * h), given.prefetch_bucket),
         persistence_threshold=size("stage3_param_persistence_threshold", 10 * h, given.persistence_threshold),

@@ -26,6 +26,7 @@ class Engine:
     offload_optimizer: bool = False
     offload_param: bool = False
     overlap: bool = True  # overlap_comm: two reduction buffers
+    allreduce: bool = True  # stages 1 and 2 all-reduce whole buckets; else one reduce for each rank's part
     reduce_bucket: int = 500_000_000
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000  # parameters up to this size stay whole on every rank
