@@ -225,8 +225,8 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("config_file")
-def test_nothing_fits_is_said_and_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "run.yaml", "--gpu-memory", "1GB"]) == 2
+def test_nothing_fits_is_said_and_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.yaml", "--gpu-memory", "1GB"]) == 1
     assert "Nothing fits: even " in capsys.readouterr().out
 
 
@@ -249,6 +249,14 @@ def test_written_configuration_is_the_recommended_one(capsys: pytest.CaptureFixt
     assert written.training["activation_checkpointing"] is best["checkpointing"]
     assert Path(written.training["deepspeed"]).name == "zero2.json"
     assert Path(written.training["deepspeed"]).is_file()
+
+
+def test_a_configuration_written_in_the_checkout_can_move_with_it(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ds_sft.commands.plan.CONFIGS", config_file.parent / "ds_configs")
+    assert plan(capsys, "--write", "planned.yaml")["recommended"]["name"] == "ZeRO-2"
+    assert "deepspeed: ds_configs/zero2.json\n" in Path("planned.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("config_file")

@@ -30,7 +30,7 @@ from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives
 from ds_sft.plan.memory import Engine
 from ds_sft.runtime.distributed import Launch, exit_with, read_launch
-from ds_sft.runtime.network import Network, Unreachable, connect, measure_network
+from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launch()
         config = load_config(["--config", given.config, *keys], "ds-sft doctor")
         zero_stage = stage(engine_config(config, launch))
+        patience()
     except UserError as error:
         exit_with(str(error), launch)
     try:
@@ -103,8 +104,6 @@ def examine(config: Config, launch: Launch, zero_stage: int | None) -> list[Chec
         Unreachable: ranks cannot talk to each other.
     """
     mine = look_around(config, launch)
-    if launch.world_size == 1:
-        return compare([mine], config, zero_stage)
     store = connect(launch)
     everyone = store.exchange(mine)
     checks = compare(everyone, config, zero_stage) if launch.is_main else []
@@ -229,7 +228,7 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
         _check_data(nodes),
         _check_output(nodes),
         *_check_disk(nodes, config, zero_stage),
-        *([_check_names(nodes)] if len(nodes) > 1 else []),
+        _check_names(nodes),
     ]  # fmt: skip
 
 
@@ -335,7 +334,7 @@ def _check_names(nodes: Sequence[Facts]) -> Check:
     trouble = _troubles("address", nodes, remedy)
     if trouble:
         return Check("names", "fail", trouble.value, remedy)
-    loop = [facts["host"] for facts in nodes if facts["address"]["address"].startswith("127.")]
+    loop = len(nodes) > 1 and [facts["host"] for facts in nodes if facts["address"]["address"].startswith("127.")]
     if loop:
         return Check(
             "names", "fail", f"the name of {', '.join(loop)} stands for 127.*, which only that node reaches", remedy
@@ -344,7 +343,12 @@ def _check_names(nodes: Sequence[Facts]) -> Check:
 
 
 def judge_network(network: Network, everyone: Sequence[Facts], config: Config) -> list[Check]:
-    """What was measured between the ranks."""
+    """What was measured between the ranks, or by one with itself."""
+    if network.world_size == 1:
+        return [
+            Check("network", "pass", f"listens on {network.address}:{network.port}"),
+            Check("collectives", "pass", f"{network.backend}: {network.latency * 1e3:.2f} ms a round trip of one rank"),
+        ]
     num_nodes = sum(facts["local_rank"] == 0 for facts in everyone)
     checks = [Check("network", "pass", f"every rank reaches {network.address}:{network.port}")]
     if num_nodes > 1:

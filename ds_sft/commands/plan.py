@@ -4,6 +4,8 @@ ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memor
 ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
 ds-sft plan ds_configs/qwen3_dialog.yaml --write planned.yaml            # the recommended configuration
 ds-sft plan ds_configs/qwen3_dialog.yaml --sweep nodes=1..128 --plot sweep.png
+
+The exit code is 1 if nothing fits, 2 for a mistake.
 """
 
 from __future__ import annotations
@@ -52,10 +54,11 @@ UNITS = {
     "TI": 2**40,
 }
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+NOTHING_FITS = 1  # exit code
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan a run; 2 where nothing fits.
+    """Plan a run; `NOTHING_FITS` where nothing does, 2 (raised) for a mistake.
 
     Raises:
         UserError: a mistake in the configuration or a flag, or a model that cannot be planned.
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         show_plan(plan.to_dict(), given)
     if given.write:
         write(plan, given.write)
-    return 0 if plan.best else 2
+    return 0 if plan.best else NOTHING_FITS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpu-memory", type=size, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
     made.add_argument("--host-memory", type=size, metavar="512GB", help="of one node [not checked]")
     made.add_argument("--interconnect", type=size, default=25e9, metavar="25GB",
-                      help="bytes a second and GPU between nodes, reached: of its own card, or its part of a shared one "
+                      help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's "
                            "[25GB: 200 Gbit/s]")  # fmt: skip
     made.add_argument("--nvlink", type=size, default=200e9, metavar="200GB",
                       help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
@@ -234,7 +237,8 @@ def write(plan: Plan, path: Path) -> None:
     run, training = plan.best.run, dict(plan.config.training)
     engine = training.get("deepspeed") if plan.best.name == plan.configured else None
     if engine is None and plan.best.name in FILES:
-        engine = str(CONFIGS / FILES[plan.best.name])
+        file = CONFIGS / FILES[plan.best.name]
+        engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
     training |= {"per_device_train_batch_size": run.micro_batch, "gradient_accumulation_steps": run.accumulation,
                  "activation_checkpointing": run.checkpointing, "deepspeed": engine}  # fmt: skip
     replace(plan.config, training=training).save(path)

@@ -32,8 +32,8 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
         console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
         console.print(table(points, hardware))
         console.print(f"At {hardware.flops / 1e12:.0f} TFLOP/s a GPU, {hardware.inside / GB:.0f} GB/s inside a node, "
-                      f"{hardware.between / GB:.0f} GB/s a GPU between nodes, all of it reached; the same rows for each GPU. "
-                      "what can hide behind computation does. Arithmetic, not a measurement.")  # fmt: skip
+                      f"{hardware.between / GB:.0f} GB/s a GPU between nodes, all of it reached; the same rows for "
+                      "each GPU. What can hide behind computation does. Arithmetic, not a measurement.")  # fmt: skip
     if plot:
         draw(points, plot)
         Console(stderr=True).print(f"Drew {plot}")

@@ -27,8 +27,8 @@ class Hardware:
     def ring(self) -> float:
         """Bytes a second that each GPU sends in collectives over all nodes (NCCL calls it the bus bandwidth).
 
-        There are as many rings as cards, each with a part of the data, and each leaves a node at another GPU. So of what
-        a GPU sends, one part in `gpus_per_node` takes its card and the others stay inside; the slower link decides.
+        There are as many rings as cards, each with a part of the data, and each leaves a node at another GPU. Of what a
+        GPU sends, one part in `gpus_per_node` takes its card and the others stay inside; the slower link decides.
         """
         inside = self.gpus_per_node - 1
         over_cards = self.between * self.gpus_per_node
@@ -126,7 +126,7 @@ def step_time(run: Run, hardware: Hardware, *, overlap: float = 1.0) -> Step:
 
 
 def hiding_bandwidth(run: Run, hardware: Hardware) -> float:
-    """Bytes a second sent by each GPU (`Hardware.ring`) below which communication no longer hides behind computation."""
+    """Bytes a second that each GPU must send (`Hardware.ring`) for communication to hide behind computation."""
     sent = traffic(run, hardware.gpus_per_node)
     compute = run.accumulation * step_flops(run) / hardware.flops
     return (sent.inside + sent.between) / compute

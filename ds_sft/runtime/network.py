@@ -12,12 +12,28 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
 
-CONNECT_SECONDS = float(os.environ.get("DS_SFT_CONNECT_SECONDS", "45"))  # for the slowest rank to start
 LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
 ROUND_TRIPS = 20
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20  # of the tensor that measures the bandwidth
+
+
+def patience() -> float:
+    """Seconds that the slowest rank has to start.
+
+    Raises:
+        UserError: the variable is no number above 0.
+    """
+    text = os.environ.get("DS_SFT_CONNECT_SECONDS", "45")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"environment: DS_SFT_CONNECT_SECONDS={text!r}: expected seconds, a number above 0")
+    return seconds
 
 
 class Unreachable(Exception):
@@ -58,12 +74,12 @@ class Ranks:
         if not self.launch.is_main:
             return [mine]
         names = [f"facts-{rank}" for rank in range(self.launch.world_size)]
-        deadline = time.monotonic() + CONNECT_SECONDS
+        deadline = time.monotonic() + patience()
         while absent := [rank for rank, name in enumerate(names) if not self.store.check([name])]:
             if time.monotonic() > deadline:
                 few = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
                 raise Unreachable(
-                    f"no word from rank {few} within {CONNECT_SECONDS:.0f} s at {self.address}:{self.port}",
+                    f"no word from rank {few} within {patience():.0f} s at {self.address}:{self.port}",
                     "its node's log says why, or a firewall, MASTER_ADDR or MASTER_PORT keeps it from this address",
                 )
             time.sleep(0.1)
@@ -73,7 +89,9 @@ class Ranks:
         """What rank 0 decides."""
         if self.launch.is_main:
             self.store.set("verdict", str(value))
-            self.store.wait(["heard"], timedelta(seconds=CONNECT_SECONDS))
+            if self.launch.world_size == 1:
+                return value
+            self.store.wait(["heard"], timedelta(seconds=patience()))
             return value
         decided: bool = self.store.get("verdict") == b"True"
         if self.store.add("ears", 1) == self.launch.world_size - 1:
@@ -104,7 +122,7 @@ def connect(launch: Launch) -> Ranks:
             address,
             port,
             is_master=launch.is_main and not agent,
-            timeout=timedelta(seconds=CONNECT_SECONDS),
+            timeout=timedelta(seconds=patience()),
             wait_for_workers=False,
         )
     except Exception as error:
@@ -129,7 +147,7 @@ def measure_network(ranks: Ranks, output_dir: Path) -> Network:
         store=ranks.store,
         rank=ranks.launch.rank,
         world_size=ranks.launch.world_size,
-        timeout=timedelta(seconds=CONNECT_SECONDS),
+        timeout=timedelta(seconds=patience()),
     )
     try:
         device = torch.device("cuda", ranks.launch.local_rank) if gpu else torch.device("cpu")
