@@ -173,10 +173,19 @@ def test_on_one_box(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert [check["name"] for check in json.loads(capsys.readouterr().out.splitlines()[-1])] == names
 
 
-def test_a_port_that_is_taken(config: Config, port: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("launcher", "status"), [({}, "warn"), ({"RANK": "0", "WORLD_SIZE": "1"}, "fail")])
+def test_a_port_that_is_taken(
+    config: Config, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    launcher: dict[str, str], status: str,
+) -> None:  # fmt: skip
+    """The other checks are made all the same. A process that no launcher started trains without one."""
+    for name, value in {**launcher, "LOCAL_RANK": "0"}.items() if launcher else ():
+        monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", port)):
-        assert main(["doctor", "run.yaml"]) == 1
-    assert f"cannot listen on 127.0.0.1:{port}: " in capsys.readouterr().out
+        assert main(["doctor", "run.yaml"]) == int(status == "fail")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{status}  network   rank 0 on ") and f"127.0.0.1:{port}: " in line for line in lines)
+    assert sum(line.startswith("pass  ") for line in lines) == 9
 
 
 def test_a_name_that_does_not_resolve(

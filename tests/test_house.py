@@ -52,6 +52,7 @@ LIGHT = [
     "ds_sft.runtime.network",
     "ds_sft.plan.steps",
     "ds_sft.commands.launch",
+    "ds_sft.commands.rows",
     "ds_sft.commands.doctor",
 ]
 

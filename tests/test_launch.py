@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.launch import slurm_seconds
 from ds_sft.errors import UserError
+from ds_sft.plan.schedule import slurm_seconds
 from tests.conftest import questions_and_answers, write_rows
 from tests.test_house import ROOT
 
@@ -62,6 +62,7 @@ def test_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "master_addr": "node0",
         "master_port": 29500,
         "rows": 100,
+        "known": "exact",
         "rows_per_step": 32,
         "steps_per_epoch": 4,
         "steps": 8,
@@ -88,6 +89,19 @@ def test_rows_of_an_epoch(config: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert plan(capsys, "--val_size", "7")["rows"] == 93
 
 
+def test_packed_rows_are_fewer_sequences(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as the mean length of an earlier report says; without one at most one for each row, and it is said."""
+    words = ["--packing", "concat", "--max_length", "400"]
+    found = plan(capsys, *words)
+    assert (found["rows"], found["steps"], found["known"]) == (100, 50, "at most")
+    Path("out").mkdir()
+    Path("out/data_report.json").write_text('{"train": {"tokens": 4000, "rows_kept": 100}}', encoding="utf-8")
+    found = plan(capsys, *words)
+    assert (found["rows"], found["steps"], found["known"]) == (10, 6, "about")
+    assert main(["launch", "--dry-run", "run.yaml", *words]) == 0
+    assert "sequences of about that number, from the mean length in data_report.json" in capsys.readouterr().out
+
+
 def test_without_gpus_a_node_is_one_rank(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--nodes", "3", "--gpus-per-node", "0")
     assert (found["world_size"], found["ranks_per_node"]) == (3, 1)
@@ -109,7 +123,7 @@ def test_as_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes", "0"], "--nodes 0 --gpus-per-node 1: expected 1 or more nodes"),
         (["--nodes", "26", "--gpus-per-node", "4"], "train_file: 100 rows cannot be shared by 104 ranks"),
         (["--time", "10"], "--time 10: slurm/train.sbatch saves 600 s before the limit, so it would stop at once"),
-        (["--time", "soon"], "--time soon: expected minutes, HH:MM:SS or D-HH:MM:SS"),
+        (["--time", "soon"], "time limit 'soon': expected a time such as 30 (minutes), 24:00:00 or 2-12:00:00"),
         (["--nodes", "2", "--hosts", "a"], "--hosts a: 1 names for 2 nodes"),
         (["--train_file", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--train_file", "bad.jsonl"], "bad.jsonl:2: "),
@@ -149,7 +163,15 @@ def test_without_dry_run_it_is_submitted(
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-0", 172800), ("1-2:30", 95400), ("1-00:00:05", 86405)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-0", 172800),
+        ("10:30", 630),
+        ("1-2:30", 95400),
+        ("1-00:00:05", 86405),
+    ],
 )
 def test_slurm_times(text: str, seconds: int) -> None:
     assert slurm_seconds(text) == seconds

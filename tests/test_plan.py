@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.plan import seconds, size
+from ds_sft.commands.plan import size
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time, traffic
 from ds_sft.plan.disk import checkpoint_bytes
 from ds_sft.plan.layouts import engine_of, micro_batches, name_of, shipped_engine
 from ds_sft.plan.memory import Engine, Run, gathered_at, logits, owned, peak, states
-from ds_sft.plan.schedule import count_rows
+from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.sweep import nodes_of
 
@@ -164,14 +164,6 @@ def test_micro_batches_keep_the_rows_of_a_step() -> None:
     assert micro_batches(12) == [12, 6, 4, 3, 2, 1]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("30", 1800), ("24:00:00", 86400), ("10:30", 630), ("2-12", 216000), ("1-02:03", 93780), ("1-02:03:04", 93784)],
-)
-def test_time_limits_as_slurm_writes_them(text: str, expected: int) -> None:
-    assert seconds(text) == expected
-
-
 def test_sizes() -> None:
     assert (size("80GB"), size("24GiB"), size("150T"), size("25GB/s")) == (80e9, 24 * 2**30, 150e12, 25e9)
 
@@ -185,9 +177,15 @@ def test_nodes_of_a_sweep() -> None:
 
 def test_rows_are_lines(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    assert count_rows(file) is None
-    file.write_bytes(b"{}\n{}\n{}")
-    assert count_rows(file) == 3
+    assert count_lines(str(file)) is None
+    file.write_bytes(b"{}\n\n{}\n \r\n{}")
+    assert count_lines(str(file)) == 3
+
+
+def test_a_large_file_is_estimated_from_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ds_sft.plan.schedule.COUNTED", 30)
+    (tmp_path / "rows.jsonl").write_bytes(b"{}\n" * 1000)
+    assert count_lines(str(tmp_path / "rows.jsonl")) == 1000
 
 
 @pytest.fixture
@@ -222,6 +220,20 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["schedule"]["steps"] == 14  # 7 an epoch of 100 rows, 16 a step; two epochs
     assert found["schedule"]["tokens"] == 14 * 16 * 128
     assert found["disk"]["total"] == found["disk"]["checkpoint"] + found["disk"]["final_model"]
+
+
+@pytest.mark.usefixtures("config_file")
+def test_rows_are_counted_as_launch_counts_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text("{}\n\n" * 100, encoding="utf-8")
+
+    def rows(*words: str) -> Any:
+        return plan(capsys, *words)["schedule"]["rows"]
+
+    assert rows() == 100
+    assert rows("--val_size", "0.1") == 90
+    assert rows("--train_file", "[{path: rows.jsonl, weight: 2, limit: 40}, rows.jsonl]") == 180
+    assert rows("--train_file", "absent.jsonl") is None
+    assert rows("--train_file", "absent.jsonl", "--rows", "7") == 7
 
 
 @pytest.mark.usefixtures("config_file")

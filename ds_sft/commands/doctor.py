@@ -104,7 +104,14 @@ def examine(config: Config, launch: Launch, zero_stage: int | None) -> list[Chec
         Unreachable: ranks cannot talk to each other.
     """
     mine = look_around(config, launch)
-    store = connect(launch)
+    try:
+        store = connect(launch)
+    except Unreachable as error:
+        if launch.world_size > 1:
+            raise
+        status = "fail" if launch.distributed else "warn"  # a process that no launcher started trains without a port
+        port = Check("network", status, str(error), error.remedy)
+        return [*compare([mine], config, zero_stage), port]
     everyone = store.exchange(mine)
     checks = compare(everyone, config, zero_stage) if launch.is_main else []
     if store.agree(not any(check.status == "fail" for check in checks)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_sft.commands.rows import count_usable, rows_of_epoch
 from ds_sft.config import Config, load_config
-from ds_sft.data.files import BadRow, DataFile, find_files
-from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
+from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds
 from ds_sft.plan.steps import Steps, steps_of
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
@@ -32,6 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SIGNAL_SECONDS = 600  # how long before its time limit slurm/train.sbatch saves
 PORT = 29500  # torch's own default; slurm/job.sh derives one from the job's number
 NODES_SHOWN = 4
+PACKED = {  # how well packed sequences are known
+    "about": "Rows are packed: sequences of about that number, from the mean length in data_report.json of output_dir.",
+    "at most": "Rows are packed: into how many sequences is not known before they are encoded (a data_report.json in "
+    "output_dir would say); rows, steps and checkpoints are given as if each filled one, so at most that many.",
+}
 TRAVELS = "HF_HOME, HF_TOKEN, DS_SFT_CACHE, SWANLAB_API_KEY, proxies, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
 
 
@@ -57,7 +61,8 @@ class Plan:
     master_addr: str
     master_port: int
     parameters: int | None
-    rows: int
+    rows: int  # of an epoch, or packed sequences
+    known: str  # "exact"; of packed sequences "about", or "at most" where no row's length is known
     rows_per_step: int
     steps_per_epoch: int
     steps: int
@@ -117,7 +122,7 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
     per_node = max(1, given.gpus_per_node)
     ranks = given.nodes * per_node
     zero_stage = stage(engine_config(config, Launch(launcher="slurm", world_size=ranks, local_world_size=per_node)))
-    steps = _steps(config, ranks)
+    steps, known = _steps(config, ranks)
     saved = steps.checkpoints(config.training)
     size = _size(config)
     one, model = (None, None) if size is None else written_bytes(size, zero_stage, config)
@@ -133,6 +138,7 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         master_port=given.port,
         parameters=None if size is None else size.parameters,
         rows=steps.num_rows,
+        known=known,
         rows_per_step=steps.rows_per_step,
         steps_per_epoch=steps.steps_per_epoch,
         steps=steps.steps,
@@ -155,50 +161,19 @@ def _check_time(text: str | None) -> None:
         )
 
 
-def slurm_seconds(text: str) -> int:
-    """Slurm's notations of a time in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
-
-    Raises:
-        UserError: it is none of them.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        raise UserError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
-    days, *numbers = match.groups()
-    values = [int(number) for number in numbers if number is not None]
-    units = (3600, 60, 1) if days is not None or len(values) == 3 else (60, 1, 0)
-    return int(days or 0) * 86400 + sum(v * unit for v, unit in zip(values, units, strict=False))
-
-
-def _steps(config: Config, ranks: int) -> Steps:
+def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
+    """The steps, and how well they are known."""
     training = config.training
-    rows = count_rows(config)
+    rows = rows_of_epoch(config, count_usable) or 0
     if rows < ranks:
         raise UserError(f"train_file: {rows} rows cannot be shared by {ranks} ranks")
+    known = "exact"
+    if config.packing != "none":
+        mean = mean_tokens_of(config)
+        known = "at most" if mean is None else "about"
+        rows = sequences(rows, mean or config.max_length, config.max_length)
     keys = (training["per_device_train_batch_size"], training["gradient_accumulation_steps"])
-    return steps_of(training, *keys, ranks, rows)
-
-
-def count_rows(config: Config) -> int:
-    """Rows of an epoch, before the length policy.
-
-    Raises:
-        UserError: a file cannot be read, or a row of it is unusable and `on_bad_row` is error.
-    """
-    found = [(file.weight, _usable_rows(file, config)) for file in find_files(config.train_file, "train_file")]
-    rows = sum(count for _, count in found)
-    aside = round(config.val_size * rows) if config.val_size < 1 else int(config.val_size)
-    return round(sum(weight * count for weight, count in found) * max(0, rows - aside) / max(1, rows))
-
-
-def _usable_rows(file: DataFile, config: Config) -> int:
-    count = 0
-    for number, row in read_dialogues(file, reading_of(config)):
-        if not isinstance(row, BadRow):
-            count += 1
-        elif config.on_bad_row == "error":
-            raise UserError(f"{file.name}:{number}: {row} (on_bad_row: skip leaves such rows out)")
-    return count
+    return steps_of(training, *keys, ranks, rows), known
 
 
 def _size(config: Config) -> ModelSize | None:
@@ -247,6 +222,7 @@ def describe(plan: Plan, config: Config) -> str:
     lines = [
         f"{len(plan.nodes)} nodes x {plan.ranks_per_node} ranks = {plan.world_size} ranks, {zero}.",
         plan.batch,
+        *([] if plan.known == "exact" else [PACKED[plan.known]]),
         _checkpoints(plan, config),
         "",
         "With Slurm:",

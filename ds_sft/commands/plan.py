@@ -17,9 +17,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ds_sft.commands.rows import count_quickly, rows_of_epoch
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
@@ -37,7 +39,7 @@ from ds_sft.plan.layouts import (
     shipped_engine,
 )
 from ds_sft.plan.memory import activations
-from ds_sft.plan.schedule import Schedule, measured_rate, schedule
+from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, read_shape
 from ds_sft.runtime.zero import read_engine
 
@@ -103,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--rows", type=count, help="of training [counted in train_file]")
     made.add_argument("--mean-tokens", type=size, help="of a row [data_report.json of output_dir, else max_length]")
-    made.add_argument("--time-limit", type=seconds, metavar="D-HH:MM:SS", help="of the job, as Slurm writes it")
+    made.add_argument("--time-limit", type=slurm_seconds, metavar="D-HH:MM:SS", help="of the job, as Slurm writes it")
     made.add_argument("--write", type=Path, metavar="FILE.yaml", help="save the recommended configuration")
     made.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
     made.add_argument("--sweep", metavar="nodes=1..128", help="scaling instead: memory, time, efficiency by nodes")
@@ -125,19 +127,6 @@ def size(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def seconds(text: str) -> int:
-    """Slurm's forms of a time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 30 (minutes), 24:00:00 or 2-12:00:00")
-    days, *parts = found.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    if days is None:
-        numbers = [0, *numbers, 0][:3] if len(numbers) == 1 else [0, *numbers] if len(numbers) == 2 else numbers
-    hours, minutes, secs = (*numbers, 0, 0)[:3]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + secs
-
-
 class Plan:
     """The answers for one configuration on one cluster."""
 
@@ -156,9 +145,18 @@ class Plan:
         """The recommended option, else the configured one."""
         return self.best or next(o for o in self.options if o.name == self.configured)
 
+    @cached_property
+    def rows(self) -> int | None:
+        """Of an epoch; None where they cannot be counted from here, or are not there yet."""
+        try:
+            return rows_of_epoch(self.config, count_quickly)
+        except UserError:
+            return None
+
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
-        return schedule(self.config, best.run, best.step.total, rows=given.rows, mean_tokens=given.mean_tokens,
+        return schedule(self.config, best.run, best.step.total, rows=given.rows or self.rows,
+                        mean_tokens=given.mean_tokens,
                         rate=given.tokens_per_second or measured_rate(self.config, self.hardware.ranks))  # fmt: skip
 
     def disk(self) -> dict[str, int]:

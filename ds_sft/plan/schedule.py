@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from ds_sft.config import Config
+from ds_sft.errors import UserError
 from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.memory import Run
 from ds_sft.plan.steps import steps_of
@@ -33,14 +34,13 @@ class Schedule:
 
 def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None, mean_tokens: float | None,
              rate: float | None) -> Schedule:  # fmt: skip
-    """How long a run takes: at `rate` tokens a second, else at the step time that was estimated."""
+    """How long a run of `rows` an epoch takes: at `rate` tokens a second, else at the step time that was estimated."""
     training = config.training
-    rows = rows or rows_of(config.train_file)
-    known = mean_tokens or _mean_tokens(config)
+    known = mean_tokens or mean_tokens_of(config)
     per_row = min(known or config.max_length, config.max_length)
     per_step = run.micro_batch * run.accumulation * run.ranks
-    if run.packed and rows is not None:  # sequences that are full, near enough
-        rows, per_row = max(round(rows * per_row / config.max_length), 1), config.max_length
+    if run.packed and rows is not None:
+        rows, per_row = sequences(rows, per_row, config.max_length), config.max_length
     counted = steps_of(training, run.micro_batch, run.accumulation, run.ranks, rows or 0)
     steps = counted.steps if rows or counted.max_steps > 0 else None
     tokens = None if steps is None else steps * per_step * per_row
@@ -61,26 +61,43 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     )
 
 
-def rows_of(given: str | list[Any]) -> int | None:
-    """Rows of `train_file` where that names JSON Lines files; None for what only reading it would tell."""
-    names = [given] if isinstance(given, str) else given
-    counts = [count_rows(Path(name)) if isinstance(name, str) and name.endswith(".jsonl") else None for name in names]
-    return None if None in counts else sum(filter(None, counts))
+def sequences(rows: int, mean_tokens: float, max_length: int) -> int:
+    """Packed sequences of so many rows: full, near enough."""
+    return max(round(rows * min(mean_tokens, max_length) / max_length), 1)
 
 
-def count_rows(path: Path) -> int | None:
-    """Lines of a JSON Lines file; of a large one an estimate from its first part. None where there is no file."""
+def count_lines(path: str) -> int | None:
+    """Lines of a file that are not blank; of a large one an estimate from its first part. None where there is none."""
+    lines = read = 0
     try:
-        total = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(COUNTED)
+        total = os.stat(path).st_size
+        with open(path, "rb") as file:
+            for line in file:
+                lines += not line.isspace()
+                read += len(line)
+                if read >= COUNTED:
+                    break
     except OSError:
         return None
-    lines = head.count(b"\n") + (total <= COUNTED and not head.endswith(b"\n") and bool(head))
-    return lines if total <= COUNTED else round(lines * total / COUNTED)
+    return lines if read >= total else round(lines * total / read)
 
 
-def _mean_tokens(config: Config) -> float | None:
+def slurm_seconds(text: str) -> int:
+    """Slurm's notations of a time in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(f"time limit {text!r}: expected a time such as 30 (minutes), 24:00:00 or 2-12:00:00")
+    days, *numbers = match.groups()
+    values = [int(number) for number in numbers if number is not None]
+    units = (3600, 60, 1) if days is not None or len(values) == 3 else (60, 1, 0)
+    return int(days or 0) * 86400 + sum(v * unit for v, unit in zip(values, units, strict=False))
+
+
+def mean_tokens_of(config: Config) -> float | None:
     """Tokens of a row, from the report of an earlier run into the same folder."""
     try:
         report = json.loads((config.output_dir / "data_report.json").read_text(encoding="utf-8"))
