@@ -41,6 +41,7 @@ class Tracker:
         self.metrics = config.output_dir / "metrics.jsonl"
         self.swanlab: Any = None  # the module, while a run of it is open
         self.mode = "disabled"
+        self.answers = True  # in time, so far
         self.resumed = metrics_bytes is not None
         self.record = config.output_dir / "swanlab.json"  # the experiment's id, and a folder for each start
         self.known = self._read_record() if self.resumed else {"id": None, "folders": []}
@@ -133,7 +134,7 @@ class Tracker:
             self._send(lambda: {"Prediction": [self.swanlab.Text(text) for text in texts]}, step)
 
     def _send(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
-        if self.swanlab is not None:
+        if self.swanlab is not None and self.answers:  # else each entry would hold training up for LOG_SECONDS
             self._guard(lambda: self.swanlab.log(values(), step=step), LOG_SECONDS)
 
     def finish(self, state: str, error: str | None = None) -> None:
@@ -144,7 +145,7 @@ class Tracker:
         if not done:
             if self.mode == "online":
                 print(f"SwanLab may lack the last points; complete it with {self._sync_commands()}.", flush=True)
-            _exit_despite_its_threads(0 if state == "success" else 1)
+            _exit_despite_its_threads(1 if state == "crashed" else 0)
         self.swanlab = None
 
     def _guard(self, action: Callable[[], Any], seconds: float) -> bool:
@@ -153,6 +154,7 @@ class Tracker:
             with time_limit(seconds):
                 action()
         except (Exception, SystemExit, TimeUp) as error:
+            self.answers = not isinstance(error, TimeUp)
             self._say_once(f"SwanLab failed ({_describe(error)}); {self.metrics} has every metric.")
             return False
         return True

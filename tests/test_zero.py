@@ -124,11 +124,19 @@ LEGITIMATE = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 4,
     "gradient_clipping": 1.0,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}},
-    "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto"}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto", "total_num_steps": "auto"},
+    },
     "zero_optimization": {
         "stage": 3,
         "sub_group_size": 1e9,
+        "prefetch_bucket_size": 1e8,  # a field's name and its alias
+        "stage3_param_persistence_threshold": 1e5,
         "stage3_max_live_parameters": 1e9,
         "zero_hpz_partition_size": 8,
         "zero_quantized_weights": False,
@@ -144,6 +152,7 @@ def test_no_legitimate_option_is_refused() -> None:
     assert lint(LEGITIMATE) is None  # 1 row x 4 accumulated x 2 ranks = 8, learning rate 1e-4: the run's own
 
 
+DEFAULT = "not given: DeepSpeed's own default would hold instead of the run's; write \"auto\""
 AUTO = 'write "auto", or change one of the two'
 STAGE3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, keys of the run, what is said
@@ -229,6 +238,32 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         {},
         'optimizer.params.betas: [0.9, 0.95]: the run has adam_beta1, adam_beta2: [0.9, 0.999]; write "auto"',
     ),
+    "learning rate not given": (
+        {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
+        {},
+        f"optimizer.params.lr: {DEFAULT}",
+    ),
+    "weight decay misspelt": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decy": 0.0}}},
+        {},
+        "optimizer.params.weight_decy: 0.0: unknown key: did you mean weight_decay?",
+    ),
+    "weight decay not given": (
+        {"optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9}}},
+        {},
+        f"optimizer.params.weight_decay: {DEFAULT}",
+    ),
+    "warm-up not given": (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}},
+        {},
+        f"scheduler.params.warmup_num_steps: {DEFAULT}",
+    ),
+    "warm-up misspelt": (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}},
+        {},
+        "scheduler.params.warmup_steps: 3: unknown key: did you mean warmup_num_steps?",
+    ),
+    "misplaced": ({"pin_memory": True}, {}, "pin_memory: true: unknown key: DeepSpeed has no such option, delete it"),
     "optimizer": (
         {"optimizer": {"type": "AdamW"}},
         {"optim": "adafactor"},
@@ -268,5 +303,6 @@ def test_offload_without_what_compiles_it(monkeypatch: pytest.MonkeyPatch, tool:
     said = lint(offload)
     assert said is not None
     assert re.search(rf"compiles its CPU Adam for it and {named} cannot be found; pip install ninja, ", said)
-    assert lint({**offload, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}) is None
+    params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
+    assert lint({**offload, "optimizer": {"type": "AdamW", "params": params}}) is None
     assert lint(offload, ALONE) is None  # DeepSpeed is not used

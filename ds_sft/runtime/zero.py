@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,20 @@ SAME = {
     "optimizer.params.weight_decay": "weight_decay",
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
+# The options of its Adam: an absent one of the first four has DeepSpeed's own default, whatever the run says.
+ADAM = (
+    "lr", "betas", "eps", "weight_decay",
+    "adam_w_mode", "amsgrad", "bias_correction", "capturable", "differentiable", "foreach", "fp32_optimizer_states",
+    "fused", "maximize", "set_grad_none", "torch_adam",
+)  # fmt: skip
+# The options of its schedules; those of `NEEDED` have defaults (1e-3, 1,000 steps) that are not the run's.
+WARMUP = ("warmup_num_steps", "warmup_type", "last_batch_iteration")
+SCHEDULERS = {
+    "WarmupLR": (*WARMUP, "warmup_min_lr", "warmup_max_lr"),
+    "WarmupDecayLR": (*WARMUP, "warmup_min_lr", "warmup_max_lr", "total_num_steps"),
+    "WarmupCosineLR": (*WARMUP, "total_num_steps", "warmup_min_ratio", "cos_min_ratio"),
+}
+NEEDED = ("warmup_max_lr", "warmup_num_steps", "total_num_steps")
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -107,6 +121,8 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _unknown_keys(engine)
     yield from _zero_block(engine, config.training)
     yield from _contradictions(engine, config.training)
+    yield from _optimizer_block(engine)
+    yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
         yield from _batch_size(engine, config.training, launch)
         yield from _missing_tools(engine)
@@ -131,7 +147,7 @@ _EXAMPLES = {
 }
 
 
-def _not_among(known: frozenset[str], block: Mapping[str, Any], place: str) -> Iterator[str]:
+def _not_among(known: Collection[str], block: Mapping[str, Any], place: str) -> Iterator[str]:
     for name in block:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -178,6 +194,32 @@ def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> I
     kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
     if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:
         yield f"scheduler.type: {_show(kind)}: the run has lr_scheduler_type: {schedule}; delete the scheduler block"
+
+
+def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:
+    """What the block leaves to DeepSpeed's defaults (learning rate 1e-3, decay 0.01), and what its Adam dies of."""
+    if engine.get("optimizer") is None:
+        return
+    kind = str(_get(engine, "optimizer.type")).lower()
+    params = _get(engine, "optimizer.params") or {}
+    if kind in ("adam", "adamw"):
+        yield from _not_among(ADAM, params, "optimizer.params.")
+    needed = ADAM[:4] if "adam" in kind or "lamb" in kind else ("lr", "weight_decay")
+    yield from _not_given(needed, params, "optimizer.params.")
+
+
+def _scheduler_block(engine: Mapping[str, Any]) -> Iterator[str]:
+    known = SCHEDULERS.get(_get(engine, "scheduler.type"))
+    if known:
+        params = _get(engine, "scheduler.params") or {}
+        yield from _not_among(known, params, "scheduler.params.")
+        yield from _not_given([name for name in NEEDED if name in known], params, "scheduler.params.")
+
+
+def _not_given(needed: Collection[str], block: Mapping[str, Any], place: str) -> Iterator[str]:
+    for name in needed:
+        if name not in block:
+            yield f"{place}{name}: not given: DeepSpeed's own default would hold instead of the run's; write \"auto\""
 
 
 def _batch_size(engine: Mapping[str, Any], training: Mapping[str, Any], launch: Launch) -> Iterator[str]:
@@ -236,7 +278,7 @@ def _show(value: Any) -> str:
 @cache
 def _known_keys() -> frozenset[str]:
     """Top-level keys, from DeepSpeed's sources: importing it takes seconds."""
-    found = set(OTHER_KEYS)
+    found: set[str] = set()
     for file in _package("deepspeed").glob("*/**/constants.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if (
@@ -245,22 +287,21 @@ def _known_keys() -> frozenset[str]:
                 and isinstance(node.value.value, str)
             ):
                 found.add(node.value.value)
-    return frozenset(found)
+    deeper = {"type", "params"}.union(*(_fields(file, cls) for file, cls in BLOCKS.values()))
+    return frozenset(found - deeper | OTHER_KEYS)
 
 
 @cache
 def _fields(file: str, cls: str) -> frozenset[str]:
-    """Names, and aliases, of the fields of a pydantic class in DeepSpeed's source."""
+    """Names and aliases (both may be written) of the fields of a pydantic class in DeepSpeed's source."""
     tree = ast.parse((_package("deepspeed") / file).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
     names = set()
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             options = node.value.keywords if isinstance(node.value, ast.Call) else []
-            alias = next(
-                (o.value.value for o in options if o.arg == "alias" and isinstance(o.value, ast.Constant)), None
-            )
-            names.add(str(alias or node.target.id))
+            aliases = (o.value.value for o in options if o.arg == "alias" and isinstance(o.value, ast.Constant))
+            names |= {node.target.id, *map(str, aliases)}
     return frozenset(names)
 
 
