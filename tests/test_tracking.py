@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,32 @@ def test_a_hanging_swanlab_does_not_hold_the_run(tmp_path: Path, hangs: str, sai
     assert said in done.stdout
     assert done.stdout.endswith("the run is done\n")
     assert len(lines(tmp_path)) == 1
+
+
+def test_a_swanlab_that_hangs_holds_training_up_once(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = fake()
+    monkeypatch.setattr(tracking, "LOG_SECONDS", 0.05)
+    monkeypatch.setattr(module, "log", lambda values, step: (module.calls.append(("log", step)), time.sleep(60)))
+    with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE) as tracker:
+        assert tracker is not None
+        for step in range(3):
+            tracker.log({"loss": 1.0}, step)
+    assert module.calls[1:] == [("log", 0), ("finish", {"state": "success"})]
+    assert len(lines(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("x"), 1), (KeyboardInterrupt(), 0)])
+def test_a_failed_finish_keeps_the_exit_code(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    fake("finish")
+    codes: list[int] = []
+    monkeypatch.setattr(tracking, "_exit_despite_its_threads", codes.append)
+    with pytest.raises(type(error)), open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE):
+        raise error
+    assert codes == [code]
 
 
 def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
