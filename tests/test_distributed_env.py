@@ -6,7 +6,7 @@ import pytest
 
 from ds_sft.errors import UserError
 from ds_sft.runtime import distributed
-from ds_sft.runtime.distributed import Launch, exit_with, read_launch, use_one_device
+from ds_sft.runtime.distributed import LOST_PEER, Launch, exit_after, exit_with, read_launch, use_one_device
 
 TORCHRUN = {
     "RANK": "3",
@@ -68,3 +68,36 @@ def test_rank_0_says_an_error_and_others_only_when_it_did_not(
         exit_with("no such file", Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
     assert (second.value.code, slept) == (2, [distributed.ERROR_GRACE])
     assert capsys.readouterr().err.startswith("ds_sft: error: [rank 1 on ")
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4821", True),
+        ("Timed out waiting 15000ms for recv operation to complete", True),
+        ("store->get('0') got error: Connection was likely closed. Did the remote server shutdown or crash?", True),
+        ("NCCL error in: x.cpp:94, remote process exited or there was a network error", True),
+        ("wait timeout after 15000ms, keys: /default_pg/0//worker_count", True),
+        ("NCCL error in: x.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details)", False),
+        ("The server socket has failed to bind to [::]:29500 (errno: 98 - Address already in use).", False),
+        ("websocket is not installed", False),
+        ("Default process group has not been initialized", False),
+    ],
+)
+def test_what_tells_that_a_peer_is_gone(message: str, lost: bool) -> None:
+    assert (LOST_PEER.search(message) is not None) is lost
+
+
+def test_a_rank_that_lost_the_others_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    waited: list[float] = []
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed.time, "sleep", waited.append)
+    launch = Launch(launcher="torchrun", rank=1, world_size=2)
+    exit_after(RuntimeError("Connection closed by peer"), launch)
+    said = capsys.readouterr().err
+    assert said.endswith("lost the other ranks (Connection closed by peer); the rank that failed first says why\n")
+    assert "RuntimeError: Connection closed by peer\n" in said
+    assert (ended, waited) == ([1], [distributed.LOST_PEER_GRACE])

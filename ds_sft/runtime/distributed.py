@@ -23,10 +23,13 @@ from ds_sft.errors import UserError
 # Long enough for rank 0 to reach the same line on a slow file system; launchers end the others as soon as it exits.
 ERROR_GRACE = 60.0
 # How long a rank that lost the others keeps quiet, seconds: the one that failed first is speaking, and the launcher
-# ends this one meanwhile.
+# ends this one meanwhile. What gloo, NCCL and torch's store say of a peer that is gone, and of no other trouble:
 LOST_PEER_GRACE = 20.0
 LOST_PEER = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|process ?group|socket", re.IGNORECASE
+    r"gloo/transport|connection (was likely )?(closed|reset|refused)|broken pipe|failed to recv|recvvalue failed"
+    r"|timed out (waiting|after)|(wait|socket|watchdog|application) timeout|connectfullmesh|monitoredbarrier"
+    r"|remote (process|error)|ncclremoteerror",
+    re.IGNORECASE,
 )
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -203,14 +206,15 @@ def exit_after(error: Exception, launch: Launch) -> NoReturn:
     """End this rank with exit code 1 because of an error nobody expected, at once and whatever threads are left.
 
     The first rank to fail prints its traceback. Those that fail because it is gone wait for the launcher to end them,
-    so that the cause is what a log ends with; a rank still there after `LOST_PEER_GRACE` says whom it lost.
+    so that the cause is what a log ends with; a rank still there after `LOST_PEER_GRACE` says what it met.
     """
+    message = "".join(traceback.format_exception(error))
     if launch.world_size > 1 and isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
         time.sleep(LOST_PEER_GRACE)
-        message = f"lost the other ranks ({' '.join(str(error).split())[:200]}); the rank that failed first says why"
+        reason = " ".join(str(error).split())[:200]
+        message += f"lost the other ranks ({reason}); the rank that failed first says why"
     else:
         _tell_torchrun(error)
-        message = "".join(traceback.format_exception(error))
         if "out of memory" in str(error).lower():
             message += (
                 "Out of memory: try a smaller per_device_train_batch_size (and a larger gradient_accumulation_steps"
