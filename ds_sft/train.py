@@ -87,7 +87,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         print_report(data.report, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
     site = Site(launch, shared=settle_storage(args, launch))
-    stop.use_group()
+    stop.use_group(args.ddp_timeout)
     stop.check()
     this_run = identity(config, engine, fingerprint(data.train) if launch.is_main else "")
     start = where_to_start(config, this_run, site)

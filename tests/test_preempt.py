@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ds_sft.runtime import preempt
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped, StopRequests, watch_for_stop
+from ds_sft.runtime.preempt import LAUNCHER_DIED, Stopped, StopRequests, watch_for_stop
 
 ALONE = Launch(launcher="python")
 
@@ -65,6 +68,26 @@ def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
         heard._look()
         assert heard.reason == "SIGTERM"  # through a note in the folder
     assert list(tmp_path.iterdir()) == []  # which is gone
+
+
+def test_without_a_launcher_ranks_meet_where_there_is_a_group() -> None:
+    stop = StopRequests(Launch(launcher="torchrun", world_size=2, local_world_size=2))
+    stop.reason = LAUNCHER_DIED
+    with pytest.raises(Stopped), stop.until_ranks_meet():
+        raise Stopped(LAUNCHER_DIED)
+    stop._store = object()  # the others wait at the end of the block
+    with stop.until_ranks_meet():
+        raise Stopped(LAUNCHER_DIED)
+
+
+def test_the_group_between_cpus_has_the_time_limit_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    monkeypatch.setattr("torch.distributed.new_group", lambda **options: made.append(options))
+    monkeypatch.setattr(preempt, "_groups", [])
+    preempt._cpu_group(15)
+    preempt._cpu_group()
+    assert made == [{"backend": "gloo", "timeout": timedelta(seconds=15)}]
 
 
 @pytest.mark.parametrize("own", [True, False])

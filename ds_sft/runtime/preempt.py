@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -90,13 +90,18 @@ class StopRequests:
         if self.reason:
             self._tell(self.reason)
 
-    def use_group(self) -> None:
-        """The process group exists (or never will): tell the other ranks through its store."""
+    @property
+    def has_group(self) -> bool:
+        return self._store is not None
+
+    def use_group(self, timeout_seconds: int) -> None:
+        """The process group exists (or never will): tell the other ranks through its store; all ranks must call it."""
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _get_default_store
 
         if dist.is_initialized():
             store: Any = _get_default_store()
+            _cpu_group(timeout_seconds)
             self._store = store.clone()  # a connection of its own: the thread must not wait for the others'
             if self.reason:
                 self._tell(self.reason)
@@ -108,7 +113,7 @@ class StopRequests:
     def until_ranks_meet(self) -> Interruptible:
         """In the block a request ends the block; the ranks then meet and `check`, which raises on all of them.
 
-        A rank that nobody waits for, or that has lost its launcher and so the others, raises `Stopped` instead.
+        A rank that nobody waits for, or that lost its launcher before there was a process group, raises `Stopped`.
         """
         return Interruptible(self, quietly=self.launch.world_size > 1)
 
@@ -212,7 +217,9 @@ class Interruptible:
         if self.stop.reason and kind is None and not self.quietly:
             raise Stopped(self.stop.reason)
         stopped = kind is not None and issubclass(kind, Stopped)
-        return stopped and self.quietly and self.stop.reason != LAUNCHER_DIED
+        # Without a group nobody would meet a rank that lost its launcher; with one the others wait for it in there.
+        meets = self.stop.has_group or self.stop.reason != LAUNCHER_DIED
+        return stopped and self.quietly and meets
 
 
 class _StopInParentOnly:
@@ -266,14 +273,14 @@ def _group_size() -> int:
 _groups: list[Any] = []  # of the process group it was made beside, and the gloo group
 
 
-def _cpu_group() -> Any:
-    """The run's process group if it is gloo, else a gloo group of all ranks, made once."""
+def _cpu_group(timeout_seconds: int = 1800) -> Any:
+    """The run's process group if it is gloo, else a gloo group of all ranks, made by the first call."""
     import torch.distributed as dist
 
     if dist.get_backend() == "gloo":
         return None
     if not _groups or _groups[0] is not dist.group.WORLD:
-        _groups[:] = [dist.group.WORLD, dist.new_group(backend="gloo")]
+        _groups[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))]
     return _groups[1]
 
 
