@@ -58,6 +58,11 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
     "no_cuda": "write use_cpu",
     "dataset_text_field": "write data_fields",
 }
+UNSAFE = {  # keys of transformers that break what a run here promises -> how
+    "enable_jit_checkpoint": "ranks would save at different steps and wait for each other; runs stop and save anyway",
+    "auto_find_batch_size": "it changes the rows a step in mid-run; `ds-sft plan` tells what fits",
+    "ignore_data_skip": "a resumed run would learn its first rows again",
+}
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
@@ -472,6 +477,8 @@ def _flow(text: str, kind: type) -> Any:
 def _check(known: Key, value: Any) -> None:
     if known.choices and value not in known.choices:
         raise ValueError(_one_of(known.choices, str(value)))
+    if known.name in UNSAFE and value:
+        raise ValueError(f"false ({UNSAFE[known.name]})")
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")
     if known.name == "data_fields" and isinstance(value, str):

@@ -167,6 +167,14 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         (["--eval_strategy", "step"], "--eval_strategy: expected one of no, steps, epoch, found 'step'"),
         (["--lr_scheduler_kwargs", "{a"], "--lr_scheduler_kwargs: expected a mapping such as {a: 1}, found '{a'"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["--auto_find_batch_size", "yes"],
+         "--auto_find_batch_size: expected false (it changes the rows a step in mid-run; `ds-sft plan` tells what "
+         "fits), found 'yes'"),
+        (["--enable_jit_checkpoint"],
+         "--enable_jit_checkpoint: expected false (ranks would save at different steps and wait for each other; runs "
+         "stop and save anyway), found 'true'"),
+        (["--ignore_data_skip", "1"],
+         "--ignore_data_skip: expected false (a resumed run would learn its first rows again), found '1'"),
         (["--seed"], "--seed: expected a value after it"),
         (["--config"], "--config: expected a value after it"),
         (["train.jsonl"], "'train.jsonl': expected --key value"),
