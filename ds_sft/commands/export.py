@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     partial = given.out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    size = _write_weights(weights, partial, dtype, given.max_shard_size)
+    size = _write_weights(weights, partial, _dtypes(weights, model, dtype), given.max_shard_size)
     _write_rest(given, partial, dtype)
     move_into(given.out, partial)
     print(
@@ -137,21 +137,32 @@ def _named(
     if not get_model_conversion_mapping(model, add_legacy=False):
         return {name: weights[name] for name in wanted}
     # transformers holds some models (mixtures of experts) in other tensors than are published: all are needed at once.
-    whole = revert_weight_conversion(model, {name: weights[name].read().to(dtype) for name in wanted})
+    dtypes = _dtypes({name: weights[name] for name in wanted}, model, dtype)
+    whole = revert_weight_conversion(model, {name: weights[name].read().to(dtypes[name]) for name in wanted})
     return {
         name: Weight(tuple(value.shape), lambda v=value: v, value.dtype)  # type: ignore[misc]
         for name, value in whole.items()
     }
 
 
-def _write_weights(weights: Mapping[str, Weight], folder: Path, dtype: torch.dtype, max_shard_size: str) -> int:
+def _dtypes(weights: Mapping[str, Weight], model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What each tensor is written in: parameters in `dtype`; buffers keep theirs, as in the export of a run."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return {
+        name: dtype if weight.dtype.is_floating_point and name not in buffers else weight.dtype
+        for name, weight in weights.items()
+    }
+
+
+def _write_weights(
+    weights: Mapping[str, Weight], folder: Path, target: Mapping[str, torch.dtype], max_shard_size: str
+) -> int:
     """Write safetensors, and the index where there are several; the number of bytes."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from rich.progress import track
     from safetensors.torch import save_file
 
-    target = {name: dtype if weight.dtype.is_floating_point else weight.dtype for name, weight in weights.items()}
     empty = {name: torch.empty(weight.shape, dtype=target[name], device="meta") for name, weight in weights.items()}
     plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     files = plan.filename_to_tensors
