@@ -67,7 +67,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.data.batches import fingerprint, make_batches
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
-    from ds_sft.runtime.disk import check_space, predict_size
+    from ds_sft.runtime.disk import check_space, export_size, predict_size
     from ds_sft.runtime.expectation import compare_with_plan, expect_memory
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
     from ds_sft.runtime.storage import settle_storage
@@ -106,7 +106,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     expected = expect_memory(config, engine, longest=longest, ranks=args.world_size, on_gpu=on_gpu, launch=launch)
     model = load_model(config, args)
     size = predict_size(model, stage(engine), site)
-    check_space(config, size, steps, site)
+    done = start.checkpoint.step if start.checkpoint else 0
+    check_space(config, size, steps, site, done=done, export=export_size(model, config, site))
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes) as tracker:
         trainer = SFTTrainer(

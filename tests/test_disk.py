@@ -14,7 +14,7 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.checkpoint import Site
-from ds_sft.runtime.disk import check_space, no_room, predict_size
+from ds_sft.runtime.disk import check_space, export_size, no_room, predict_size
 from ds_sft.runtime.distributed import Launch
 
 ALONE = Site(Launch(launcher="python"), shared=True)
@@ -44,6 +44,28 @@ def test_not_even_one_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"a checkpoint takes about 4\.0 GiB, the disk has 3\.9 GiB free: make room"):
         check_space(config(tmp_path), 4 * GIB, STEPS, ALONE)
     check_space(config(tmp_path, save_strategy="no"), 4 * GIB, STEPS, ALONE)
+
+
+def test_only_saves_that_are_left_need_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free(monkeypatch, 3.9 * GIB)
+    check_space(config(tmp_path), 4 * GIB, STEPS, ALONE, done=100)
+    free(monkeypatch, 4 * GIB)
+    check_space(config(tmp_path), 4 * GIB, STEPS, ALONE, done=90)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(
+        UserError, match=r"the final weights take about 5\.0 GiB, the disk has 4\.0 GiB free: make room"
+    ):
+        check_space(config(tmp_path, save_strategy="no"), 4 * GIB, STEPS, ALONE, export=5 * GIB)
+
+
+def test_the_final_weights_are_written_by_rank_0(model_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert export_size(model, config(tmp_path, bf16=True), ALONE) == 2 * count
+    other = Site(Launch(launcher="torchrun", rank=1, world_size=2), shared=True)
+    assert export_size(model, config(tmp_path), other) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ds_sft.plan.disk import checkpoint_bytes
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.checkpoint import Site, newest_complete, steps_in
 from ds_sft.runtime.distributed import gather
+from ds_sft.runtime.export import export_dtype
 from ds_sft.runtime.size import ModelSize, in_units
 
 
@@ -34,22 +35,34 @@ def _count(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def check_space(config: Config, size: int, steps: Steps, site: Site) -> None:
-    """Say it if the checkpoints of `size` bytes do not all fit; all ranks must call it.
+def export_size(model: Any, config: Config, site: Site) -> int:
+    """Bytes of the final weights that this rank writes."""
+    return export_dtype(config).itemsize * sum(map(_count, model.parameters())) if site.launch.is_main else 0
+
+
+def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: int = 0, export: int = 0) -> None:
+    """Say it if the checkpoints of `size` bytes after step `done` do not all fit; all ranks must call it.
+
+    `export`: bytes of the final weights.
 
     Raises:
-        UserError: not even one fits, on some file system.
+        UserError: not even one fits, on some file system, or the final weights do not.
     """
-    saves = steps.checkpoints(config.training)
+    saves = [step for step in steps.checkpoints(config.training) if step > done]
     folder, limit = config.output_dir, config.training.get("save_total_limit")
-    at_once = min(len(saves), limit + 1) if limit else len(saves)  # a new one is complete before an old one goes
-    wanted = at_once - len(steps_in(folder))
-    for rank, (needed, free, number) in enumerate(gather((size, shutil.disk_usage(folder).free, wanted))):
+    room = max(0, limit + 1 - len(steps_in(folder))) if limit else len(saves)  # a new one is complete before one goes
+    figures = (size, export, shutil.disk_usage(folder).free, min(len(saves), room))
+    for rank, (needed, final, free, number) in enumerate(gather(figures)):
         where = f"{folder} (rank {rank})" if rank else f"{folder}"
         if saves and free < needed:
             raise UserError(
                 f"output_dir: {where}: a checkpoint takes about {in_units(needed)}, the disk has {in_units(free)} "
                 "free: make room, take another output_dir, or save_strategy: no"
+            )
+        if free < final:
+            raise UserError(
+                f"output_dir: {where}: the final weights take about {in_units(final)}, the disk has {in_units(free)} "
+                "free: make room, or take another output_dir"
             )
         if free < needed * number:
             site.launch.say(
