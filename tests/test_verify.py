@@ -61,6 +61,13 @@ def test_another_loss_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatc
         require_verified(result, model_dir)
 
 
+def test_without_a_supervised_token_nothing_is_verified(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = verify(model_dir, [{"input_ids": [5, 6], "labels": [-100, -100]}], 0.0, ["bfloat16"], use_cpu=True)
+    assert result["verified"] is None
+    require_verified(result, model_dir)
+    assert capsys.readouterr().out == "Export not verified: none of the 1 rows asked has a supervised token.\n"
+
+
 def test_a_folder_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     result = verify(tmp_path, ROWS, 1.0, ["float32"], use_cpu=True)
     assert result["verified"] is False

@@ -56,7 +56,9 @@ def verify(
     except ExportError as error:
         return {"verified": False, "error": str(error)}
     except Interrupted:
-        return {"verified": None}
+        return {"verified": None, "reason": "the fresh process was stopped by a signal"}
+    if not found["tokens"]:
+        return {"verified": None, "reason": f"none of the {len(rows)} rows asked has a supervised token"}
     bound = max(BOUNDS[dtype] for dtype in dtypes) * max(1.0, trained_loss)
     difference = abs(found["loss"] - trained_loss)
     return {
@@ -79,7 +81,7 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     if result is None:
         return
     if result["verified"] is None:
-        print("Export not verified: the fresh process was stopped by a signal.", flush=True)
+        print(f"Export not verified: {result['reason']}.", flush=True)
         return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
