@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ import pytest
 from ds_sft.config import Config
 from ds_sft.data import cache
 from ds_sft.data.dataset import load_data, print_report
+from ds_sft.data.files import DataFile
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from tests.conftest import questions_and_answers, write_rows
@@ -324,6 +326,65 @@ def test_prepared_data_is_found_by_training(
     assert "expected ds-sft prepare CONFIG.yaml" in capsys.readouterr().err
 
 
+def test_the_other_ranks_neither_read_the_source_nor_check_the_folder(
+    make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight ranks a node would read everything eight times."""
+    config, read = make(questions_and_answers(4)), []
+    digest, check = DataFile.digest, cache.intact
+    monkeypatch.setattr(DataFile, "digest", lambda *given: (read.append("source"), digest(*given))[1])
+    monkeypatch.setattr(cache, "intact", lambda *given: (read.append("folder"), check(*given))[1])
+    first = Launch(launcher="torchrun", world_size=2, local_world_size=2)
+    second = Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2, local_world_size=2)
+    load_data(config, tokenizer, first)
+    assert sorted(set(read)) == ["folder", "source"]
+    read.clear()
+    assert len(load_data(config, tokenizer, second).train) == 4
+    assert read == []
+    by_hand = Launch(launcher="environment", rank=1, local_rank=1, world_size=2)
+    load_data(config, tokenizer, by_hand)  # who belongs together is not known: it looks for itself
+    assert sorted(set(read)) == ["folder", "source"]
+
+
+def test_what_rank_0_says_is_for_this_start_alone(
+    make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, first = make(questions_and_answers(4)), Launch(launcher="torchrun", world_size=2)
+    load_data(config, tokenizer, first)
+    (said,) = (tmp_path / "cache").glob("ready-*")
+    monkeypatch.setattr(cache, "_started", lambda _: "another launcher, with the same number")
+    load_data(config, tokenizer, first)
+    assert len(list((tmp_path / "cache").glob("ready-*"))) == 2
+    assert (tmp_path / "cache" / said.read_text()).is_dir()
+
+
+def test_a_node_without_network_finds_what_was_prepared(
+    make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub cannot be reached here: what its library answers is set by hand."""
+    config = make([], train_file="hub:owner/name", val_size=1)
+    rows = questions_and_answers(8)
+
+    def offline(*given: Any, **keys: Any) -> Any:
+        raise ConnectionError("offline mode is enabled")
+
+    with monkeypatch.context() as online:
+        online.setattr("huggingface_hub.HfApi.dataset_info", lambda *given: SimpleNamespace(sha="c0ffee"))
+        online.setattr("datasets.load_dataset", lambda *given, **keys: iter(rows))
+        before = load_data(config, tokenizer, ALONE)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    capsys.readouterr()
+    after = load_data(config, tokenizer, ALONE)
+    said = capsys.readouterr().out
+    assert "already encoded" in said
+    assert "its rows are not shown with the model's answers" in said
+    assert after.train.to_dict() == before.train.to_dict()
+    assert (len(before.samples), len(after.samples)) == (1, 0)
+    with pytest.raises(UserError, match="hub data set 'owner/other': ConnectionError: offline"):
+        load_data(make([], train_file="hub:owner/other"), tokenizer, ALONE)
+
+
 # ---- What is chosen of the rows
 
 
@@ -404,6 +465,18 @@ def test_rows_set_aside_are_told_of_once(make: Any, tokenizer: Any) -> None:
     assert [held[name] for name in ("rows_dropped", "tokens_dropped", "supervised_tokens_dropped",
                                     "dropped_examples")] == [{}, 0, 0, []]  # fmt: skip
     assert held["length_percentiles"]["max"] < 200
+
+
+def test_a_file_may_have_a_shape_of_its_own(make: Any, tokenizer: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
+    write_rows(tmp_path / "b.jsonl", [{"ask": "q", "say": "a", "question": "x", "answer": "y"}])
+    own = {"path": str(tmp_path / "b.jsonl"), "data_format": "qa", "data_fields": {"question": "ask", "answer": "say"}}
+    data = load_data(make([], train_file=[str(tmp_path / "a.jsonl"), own]), tokenizer, ALONE)
+    expected = reference_row(tokenizer, "q", "a", SYSTEM, 2048)[0]
+    assert data.train["input_ids"][:] == [expected, expected]
+    both = [str(tmp_path / "b.jsonl"), own]  # the same bytes, read in two ways
+    first, second = load_data(make([], train_file=both), tokenizer, ALONE).train["input_ids"][:]
+    assert (first != second, second) == (True, expected)
 
 
 # ---- Long rows

@@ -99,6 +99,36 @@ def test_values_of_parquet_that_json_has_no_form_for(tmp_path: Path) -> None:
         assert found.reason == "not JSON values"
 
 
+def test_parquet_values_that_python_has_no_form_for(tmp_path: Path) -> None:
+    """A date in the year 300,000, and bytes that are called text: those rows, and no other."""
+    far = pa.array([0, 10**13, 0], pa.timestamp("s"))
+    text = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"ab\xff")]
+    )
+    pq.write_table(pa.table({"question": ["q"] * 3, "answer": text, "at": far}), tmp_path / "rows.parquet")
+    first, *others = read(tmp_path / "rows.parquet")
+    assert first == (1, talk("q", "a"))
+    assert [(number, row.reason) for number, row in others] == [(2, "not readable"), (3, "not readable")]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_one_huge_record_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of Parquet it is passed over; in CSV, where a quote may be missing, nobody knows where it ends."""
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+    rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": "line\n" * 400}, *ROWS[:1]]
+    content = csv_of(rows) if kind == "csv" else parquet_of(rows)
+    (tmp_path / f"rows.{kind}").write_bytes(content)
+    if kind == "csv":
+        with pytest.raises(UserError, match=r"rows\.csv:20\d: a record of more than 1,000 bytes; is a quote missing"):
+            read(tmp_path / "rows.csv")
+        (tmp_path / "rows.csv").write_bytes(csv_of(ROWS * 40))  # much more than that in all
+        assert len(read(tmp_path / "rows.csv")) == 200
+        return
+    (_, first), (_, large), (_, last) = read(tmp_path / "rows.parquet")
+    assert (first, last) == (talk("q", "a"), TALKS[0])
+    assert (large.reason, str(large)) == ("a row is too large", "a row of more than 1,000 bytes")
+
+
 def test_a_json_file_may_also_hold_lines(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_bytes(CONTENTS["jsonl"])
     assert [dialogue for _, dialogue in read(tmp_path / "rows.json")] == TALKS
@@ -262,6 +292,8 @@ def test_folders_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([{"path": "a.jsonl", "weight": 0}], "a.jsonl: weight: expected a number above 0, found 0"),
         ([{"path": "a.jsonl", "limit": 1.5}], "a.jsonl: limit: expected a whole number of rows, found 1.5"),
         ([7], "7: expected a path"),
+        ([{"path": "a.jsonl", "data_format": "qq"}], "a.jsonl: data_format: expected one of auto, qa, .*, found 'qq'"),
+        ([{"path": "a.jsonl", "data_fields": ["q"]}], "a.jsonl: data_fields: expected our names and the file's"),
     ],
 )
 def test_mistakes_in_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, said: str) -> None:

@@ -274,8 +274,10 @@ def test_the_system_prompt_goes_where_a_row_has_none() -> None:
             name, row(("system", "Ours."), *without)
         )
         assert run(name, dialogue(*with_own), system_prompt="Ours.")[0] == rendered(name, row(*with_own))
-    with pytest.raises(BadRow, match="only user and assistant"):
+    with pytest.raises(BadRow, match=r'only user and assistant; the system turn is the key .* write system_prompt: ""'):
         run("mistral", dialogue(*TURNS), system_prompt="Ours.")
+    with pytest.raises(BadRow, match=r"only user and assistant$"):
+        run("mistral", dialogue(("system", "Own."), *TURNS), system_prompt="Ours.")
 
 
 # ---- The reference's layout, several turns
@@ -333,6 +335,11 @@ def test_split_and_mask_last_keep_the_last_answer_only() -> None:
     rows = encode(FAMILY["marked"], [long_talk(9)], max_length=60, overlong="split", mask="last")
     (labels,) = [labels for _, labels in rows.rows()]
     assert FAMILY["marked"].decode([label for label in labels if label != -100]) == "a8<|endoftext|>"
+    whole = encode(FAMILY["marked"], [long_talk(9)], mask="last")
+    _, left_out, supervised = rows.dropped[0]  # of the exchanges that nothing is learned of
+    assert supervised == 0
+    assert left_out + int(rows.length[0]) >= int(whole.length[0]) - 10  # but for the line ends between them
+    assert left_out > int(whole.length[0]) // 2
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("truncate", 2), ("drop", 1), ("split", 2)])

@@ -193,7 +193,7 @@ def _look_at_data(config: Config) -> Facts:
     sizes = {}
     for key, value in (("train_file", config.train_file), ("eval_file", config.eval_file)):
         for file in find_files(value, key) if value is not None else []:
-            first = next(read_dialogues(file, reading_of(config)), None)
+            first = next(read_dialogues(file, reading_of(config, file)), None)
             if first is None:
                 raise UserError(f"{file.name}: no row in it")
             if isinstance(first[1], BadRow) and config.on_bad_row == "error":

@@ -39,7 +39,7 @@ def count_usable(file: DataFile, config: Config) -> int:
         UserError: a row is unusable and `on_bad_row` is error.
     """
     count = 0
-    for number, row in read_dialogues(file, reading_of(config)):
+    for number, row in read_dialogues(file, reading_of(config, file)):
         if not isinstance(row, BadRow):
             count += 1
         elif config.on_bad_row == "error":

@@ -6,6 +6,7 @@ hashes of the other two. What is whole is renamed into place. A folder with a by
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -115,7 +117,10 @@ def encode_file(file: DataFile, config: Config, settings: str, encoder: Encoder,
     Raises:
         UserError: the file, or with `on_bad_row: error` a row of it, cannot be used.
     """
-    folder = cache_dir(config) / f"encoded-{_file_key(file, settings)}"
+    word = _word(file, settings, launch, cache_dir(config))
+    if launch.local_rank != 0 and word is not None:
+        return _open(file, _heard(word))
+    folder = cache_dir(config) / f"encoded-{_file_key(file, settings, cache_dir(config))}"
     if launch.local_rank != 0:
         _wait_for(folder)
     elif intact(folder):
@@ -125,6 +130,8 @@ def encode_file(file: DataFile, config: Config, settings: str, encoder: Encoder,
         with FileLock(f"{folder}.lock"):
             if not intact(folder):  # another node may have built it meanwhile
                 _build(file, config, encoder, folder, launch)
+    if launch.local_rank == 0 and word is not None:
+        _tell(word, folder)
     return _open(file, folder)
 
 
@@ -157,8 +164,67 @@ def settings_key(config: Config, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _file_key(file: DataFile, settings: str) -> str:
-    return hashlib.sha256(f"{file.digest()} {file.kind} {file.limit} {settings}".encode()).hexdigest()[:24]
+def _file_key(file: DataFile, settings: str, memory: Path) -> str:
+    read = (file.kind, file.limit, file.data_format, file.data_fields)
+    return hashlib.sha256(f"{file.digest(memory)} {read} {settings}".encode()).hexdigest()[:24]
+
+
+# ---- What local rank 0 tells the others: it alone reads the file for its hash, and the folder to check it
+
+
+def _word(file: DataFile, settings: str, launch: Launch, folder: Path) -> Path | None:
+    """Where local rank 0 of this start of the run, and of no other, says which folder holds the encoded file.
+
+    None where nothing tells which ranks were started together: then each finds out for itself.
+    """
+    if launch.launcher == "environment":
+        return None
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    parent = os.getppid()
+    start = [os.environ.get(name) for name in names] if launch.launcher == "slurm" else [parent, _started(parent)]
+    stat = None if file.hub else _stat(file)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    read = (file.name, file.split, file.config, file.limit, file.data_format, file.data_fields)
+    known = [socket.gethostname(), start, restart, read, stat, settings]
+    return folder / f"ready-{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}"
+
+
+def _started(process: int) -> str:
+    """When it began, in ticks since boot: with its id it is itself and none before it."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _stat(file: DataFile) -> tuple[str, int, int] | None:
+    try:
+        stat = Path(file.name).stat()
+    except OSError:
+        return None  # reading it says what is wrong
+    return str(Path(file.name).resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _tell(word: Path, folder: Path) -> None:
+    beside = word.with_name(f"{word.name}.{os.getpid()}")
+    beside.write_text(folder.name, encoding="utf-8")
+    os.replace(beside, word)
+    atexit.register(word.unlink, missing_ok=True)
+
+
+def _heard(word: Path) -> Path:
+    """Wait for local rank 0's word; the launcher ends this rank if that one fails."""
+    parent = os.getppid()
+    while not word.is_file():
+        _still_launched(parent, word)
+        time.sleep(0.2)
+    return word.with_name(word.read_text(encoding="utf-8"))
+
+
+def _still_launched(parent: int, path: Path) -> None:
+    if os.getppid() != parent:  # the launcher died: nobody is left to end this rank
+        raise UserError(f"{path}: the launcher ended while this rank waited for the encoded data")
 
 
 # ---- What is there
@@ -193,8 +259,7 @@ def _wait_for(folder: Path) -> None:
     """Wait until local rank 0 has put a whole `folder` in place; the launcher ends this rank if that one fails."""
     parent = os.getppid()
     while not intact(folder):
-        if os.getppid() != parent:  # the launcher died: nobody is left to end this rank
-            raise UserError(f"{folder}: the launcher ended while this rank waited for the encoded data")
+        _still_launched(parent, folder)
         time.sleep(0.2)
 
 
@@ -222,7 +287,7 @@ def _build(file: DataFile, config: Config, encoder: Encoder, folder: Path, launc
     found = len(list(building.glob("part-*.json")))
     start = f"continuing an interrupted build with {found} parts done" if found else "reading and encoding"
     launch.say(f"{file.name}: {start} into {folder}")
-    builder = Builder(file.name, encoder, reading_of(config), config.on_bad_row, config.overlong)
+    builder = Builder(file.name, encoder, reading_of(config, file), config.on_bad_row, config.overlong)
     processes = config.preprocessing_num_workers or len(os.sched_getaffinity(0))
     try:
         counts, names = _encode_blocks(file, builder, building, processes, launch)

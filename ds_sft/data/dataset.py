@@ -188,12 +188,18 @@ def read_rows(rows: np.ndarray, files: Sequence[DataFile], config: Config, count
         lines = {line for number, line in wanted if number == file}
         for line, dialogue in _lines(files[file], lines, config):
             found[file, line] = dialogue
-    return [found[key] for key in wanted]
+    return [found[key] for key in wanted if key in found]
 
 
 def _lines(file: DataFile, lines: set[int], config: Config) -> Iterator[tuple[int, Dialogue]]:
-    for line, dialogue in read_dialogues(file, reading_of(config)):
-        if line in lines and not isinstance(dialogue, BadRow):
-            yield line, dialogue
-        if line >= max(lines):
-            return
+    try:
+        for line, dialogue in read_dialogues(file, reading_of(config, file)):
+            if line in lines and not isinstance(dialogue, BadRow):
+                yield line, dialogue
+            if line >= max(lines):
+                return
+    except UserError as error:
+        if not file.hub:
+            raise
+        # The rows are encoded; only what is shown beside the model's answers is not here.
+        print(f"{error}: its rows are not shown with the model's answers", flush=True)

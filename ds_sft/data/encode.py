@@ -201,17 +201,23 @@ class Encoder:
         """Cut dialogues that are too long at turn borders; see `_parts`."""
         long = set(rows.dialogue[rows.length > self.max_length].tolist())
         parts = [[row] for row in pieces]
+        dropped: dict[int, tuple[str, int, int]] = {}
         for i in long:
             try:
-                parts[i] = self._parts(dialogues[i])
+                parts[i], unlearned = self._parts(dialogues[i])
             except BadRow as error:
                 parts[i], rows.bad[i] = [], error
+                continue
+            if unlearned:
+                dropped[i] = (LONGER, unlearned, 0)
         index = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         joined = self._join(list(chain.from_iterable(parts)), index)
-        return replace(joined, bad=rows.bad, split=sum(len(part) > 1 for part in parts))
+        return replace(joined, bad=rows.bad, dropped=dropped, split=sum(len(part) > 1 for part in parts))
 
-    def _parts(self, dialogue: Dialogue) -> list[list[Piece]]:
+    def _parts(self, dialogue: Dialogue) -> tuple[list[list[Piece]], int]:
         """The dialogue in as few parts as fit, each with the system turn before it and whole exchanges in it.
+
+        Parts in which nothing is learned are left out; the number of their tokens comes second.
 
         An exchange begins where the user speaks after an answer. One that is too long on its own stays one part.
         """
@@ -220,7 +226,7 @@ class Encoder:
         borders = [i for i in range(first + 1, len(messages)) if _begins_exchange(messages, i)]
         edges = [first, *borders, len(messages)]
         parts: list[list[Piece]] = []
-        start = 0
+        start = unlearned = 0
         while start < len(edges) - 1:
             end = start + 1
             best = self._part(dialogue, learned, first, edges[start], edges[end])
@@ -231,8 +237,10 @@ class Encoder:
                 best, end = longer, end + 1
             if any(piece.learned for piece in best):
                 parts.append(best)
+            else:
+                unlearned += sum(map(len, self._ids(best)))
             start = end
-        return parts
+        return parts, unlearned
 
     def _part(self, dialogue: Dialogue, learned: list[bool], first: int, start: int, end: int) -> list[Piece]:
         messages = (*dialogue.messages[:first], *dialogue.messages[start:end])

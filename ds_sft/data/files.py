@@ -12,16 +12,18 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
+from ds_sft.config import Config
 from ds_sft.errors import UserError
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory
@@ -58,6 +60,8 @@ class DataFile:
     hub: bool = False
     split: str = "train"  # of a hub data set, as is `config`
     config: str | None = None
+    data_format: str | None = None  # of this file; None: what the run's key says, as with `data_fields`
+    data_fields: tuple[tuple[str, str], ...] | None = None
 
     @property
     def size(self) -> int | None:
@@ -79,10 +83,14 @@ class DataFile:
         rows = _hub_rows(self) if self.hub else _file_rows(Path(self.name), progress or Progress())
         yield from islice(rows, self.limit)  # and not a row further: what comes next may be broken
 
-    def digest(self) -> str:
-        """A hash of the bytes; of the commit for a hub data set."""
+    def digest(self, memory: Path | None = None) -> str:
+        """A hash of the bytes; of the commit for a hub data set.
+
+        Args:
+            memory: folder where commits are written down, for nodes that cannot ask the hub.
+        """
         if self.hub:
-            return _hub_digest(self)
+            return _hub_digest(self, memory)
         with _readable(Path(self.name)), open(self.name, "rb") as file:
             digest = hashlib.sha256()
             while block := file.read(CHUNK):
@@ -103,7 +111,7 @@ class Progress:
 def find_files(value: Any, key: str) -> list[DataFile]:
     """The files that a key names: a path, a glob, a folder, a hub data set, or a list of these.
 
-    In a list, an item may be a mapping of `path` and any of weight, limit, split, config.
+    In a list, an item may be a mapping of `path` and any of weight, limit, data_format, data_fields, split, config.
 
     Raises:
         UserError: nothing there, or an item that is not understood.
@@ -119,16 +127,37 @@ def _find(item: Any, key: str) -> list[DataFile]:
     options = dict(item) if isinstance(item, dict) else {"path": item}
     path, weight, limit = options.pop("path", None), options.pop("weight", 1), options.pop("limit", None)
     split, config = options.pop("split", "train"), options.pop("config", None)
+    shape, names = options.pop("data_format", None), options.pop("data_fields", None)
     if not isinstance(path, str) or not path or options:
-        raise UserError(f"{key}: {json.dumps(item, ensure_ascii=False, default=str)[:80]}: expected a path, or a "
-                        "mapping of path and any of weight, limit, split, config")  # fmt: skip
+        found = json.dumps(item, ensure_ascii=False, default=str)[:80]
+        keys = "weight, limit, split, config, data_format, data_fields"
+        raise UserError(f"{key}: {found}: expected a path, or a mapping of path and any of {keys}")
     weight, limit = _number(weight, f"{key}: {path}: weight"), limit and _number(limit, f"{key}: {path}: limit")
     if limit is not None and (limit != int(limit) or limit < 1):
         raise UserError(f"{key}: {path}: limit: expected a whole number of rows, found {limit}")
     limit = None if limit is None else int(limit)
+    read: dict[str, Any] = {
+        "data_format": _shape(shape, f"{key}: {path}"),
+        "data_fields": _fields(names, f"{key}: {path}"),
+    }
     if (name := hub_name(path)) is not None:
-        return [DataFile(name, weight, limit, hub=True, split=str(split), config=config)]
-    return [DataFile(str(file), weight, limit) for file in _paths(path, key)]
+        return [DataFile(name, weight, limit, hub=True, split=str(split), config=config, **read)]
+    return [DataFile(str(file), weight, limit, **read) for file in _paths(path, key)]
+
+
+def _shape(value: Any, where: str) -> Any:
+    choices = {option.name: option.metadata.get("choices") for option in fields(Config)}["data_format"] or ()
+    if value is not None and value not in choices:
+        raise UserError(f"{where}: data_format: expected one of {', '.join(choices)}, found {value!r}")
+    return value
+
+
+def _fields(value: Any, where: str) -> tuple[tuple[str, str], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for pair in value.items() for name in pair):
+        raise UserError(f"{where}: data_fields: expected our names and the file's: {{question: prompt}}")
+    return tuple(value.items())
 
 
 def _number(value: Any, where: str) -> float:
@@ -343,14 +372,17 @@ class _Text:
 def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
     """Rows of a CSV file whose first line names the fields."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(_csv_lines(path, stream), strict=True)
+    lines = _CsvLines(path, stream)
+    reader = csv.reader(lines, strict=True)
     number = 1
     try:
         header = next(reader, [])
         if len(set(header)) < len(header) or not all(header):
             raise UserError(f"{path}:1: field names {', '.join(header)[:80]!r}: expected each once")
         number = reader.line_num + 1
+        lines.held = 0
         for row in reader:
+            lines.held = 0
             if row and len(row) != len(header):
                 text = f"{len(row)} fields; expected {len(header)}: {', '.join(header)[:80]}"
                 yield number, BadRow("another number of fields", text)
@@ -361,15 +393,28 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]
         raise UserError(f"{path}:{number}: not CSV: {error}") from None
 
 
-def _csv_lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
-    for number, line in _lines(stream):
+class _CsvLines:
+    """Lines of a CSV file; a record, which may go over many of them, holds no more than MAX_ROW_BYTES."""
+
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+        self.path, self.lines = path, _lines(stream)
+        self.held = 0  # bytes of the record so far; whoever takes the record sets it back
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self.lines)
         if isinstance(line, BadRow):
-            raise UserError(f"{path}:{number}: {line}")
+            raise UserError(f"{self.path}:{number}: {line}")
+        self.held += len(line)
+        if self.held > MAX_ROW_BYTES:
+            raise UserError(f"{self.path}:{number}: a record of more than {MAX_ROW_BYTES:,} bytes; is a quote missing?")
         try:
-            yield line.decode("utf-8")
+            return line.decode("utf-8")
         except UnicodeDecodeError as error:
             found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-            raise UserError(f"{path}:{number}: not UTF-8: {found}; save the file as UTF-8") from None
+            raise UserError(f"{self.path}:{number}: not UTF-8: {found}; save the file as UTF-8") from None
 
 
 def _parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, Raw]]:
@@ -384,9 +429,37 @@ def _parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, Raw]]:
             source = plain
         number = 0
         for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+            for row in _parquet_batch(batch):
                 number += 1
                 yield number, row
+
+
+def _parquet_batch(batch: pa.RecordBatch) -> Iterator[Raw]:
+    """The rows of a batch; those too large, or with values that Python has no form for, are bad."""
+    if batch.nbytes <= MAX_ROW_BYTES:
+        try:
+            yield from batch.to_pylist()
+            return
+        except (ValueError, OverflowError, LookupError):  # a date in the year 300,000; bytes that are no text
+            pass
+    for i in range(len(batch)):
+        row = batch.slice(i, 1)
+        if row.nbytes > MAX_ROW_BYTES:
+            yield BadRow(TOO_LARGE, f"a row of more than {MAX_ROW_BYTES:,} bytes")
+            continue
+        try:
+            yield row.to_pylist()[0]
+        except (ValueError, OverflowError, LookupError) as error:
+            yield BadRow("not readable", f"a value that cannot be read: {str(error)[:150] or type(error).__name__}")
+
+
+def _size(value: Any) -> int:
+    """Characters and bytes in a value, about."""
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, (str, bytes)) else 8
 
 
 # ---- The hub
@@ -397,13 +470,15 @@ def _hub_rows(file: DataFile) -> Iterator[tuple[int, Raw]]:
 
     try:
         rows = datasets.load_dataset(file.name, file.config, split=file.split, streaming=True)
-        yield from enumerate(rows, start=1)
+        for number, row in enumerate(rows, start=1):
+            large = _size(row) > MAX_ROW_BYTES
+            yield number, BadRow(TOO_LARGE, f"a row of more than {MAX_ROW_BYTES:,} bytes") if large else row
     except (OSError, ValueError, ImportError, RuntimeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"hub data set {file.name!r}, split {file.split!r}: {type(error).__name__}: {reason}") from None
 
 
-def _hub_digest(file: DataFile) -> str:
+def _hub_digest(file: DataFile, memory: Path | None) -> str:
     """Its commit; for a folder given as hub:FOLDER the names, sizes and times of what is in it."""
     folder = Path(file.name)
     if folder.is_dir():
@@ -411,8 +486,17 @@ def _hub_digest(file: DataFile) -> str:
         return repr((stats, file.split, file.config))
     from huggingface_hub import HfApi
 
+    note = memory and memory / f"hub-{hashlib.sha256(file.name.encode()).hexdigest()[:24]}.commit"
     try:
-        return repr((HfApi().dataset_info(file.name).sha, file.split, file.config))
+        commit = HfApi().dataset_info(file.name).sha
+        if note:
+            beside = note.with_name(f"{note.name}.{os.getpid()}")
+            beside.write_text(str(commit), encoding="utf-8")
+            os.replace(beside, note)
+        return repr((commit, file.split, file.config))
     except Exception as error:
+        unreachable = isinstance(error, (OSError, RuntimeError)) and getattr(error, "response", None) is None
+        if note and unreachable and note.is_file():  # as on a node without network: what `prepare` saw
+            return repr((note.read_text(encoding="utf-8"), file.split, file.config))
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"hub data set {file.name!r}: {type(error).__name__}: {reason}") from None

@@ -46,9 +46,12 @@ class Reading:
     fields: Mapping[str, str] = field(default_factory=dict)  # our name of a field -> the file's
 
 
-def reading_of(config: Config) -> Reading:
-    """What the keys say of how rows are read."""
-    return Reading(config.system_prompt, config.data_format, dict(config.data_fields or {}))  # type: ignore[arg-type]
+def reading_of(config: Config, file: DataFile | None = None) -> Reading:
+    """What the keys say of how rows are read, or what is said for this file alone."""
+    shape = (file and file.data_format) or config.data_format
+    own = file.data_fields if file else None
+    names = dict(config.data_fields or {}) if own is None else dict(own)
+    return Reading(config.system_prompt, shape, names)  # type: ignore[arg-type]
 
 
 def read_dialogues(file: DataFile, reading: Reading) -> Iterator[tuple[int, Dialogue | BadRow]]:

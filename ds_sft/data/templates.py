@@ -179,7 +179,13 @@ class ChatTemplate:
         rows, tools = [_openai(message) for message in messages], list(dialogue.tools)
         marked = rows if self.allow_special_tokens else self._mark(rows)
         marked_tools = tools if self.allow_special_tokens else self._mark(tools)
-        whole, marks = self._render(marked, marked_tools, marks=self.marks)
+        try:
+            whole, marks = self._render(marked, marked_tools, marks=self.marks)
+        except BadRow as error:
+            if messages[0].role == "system" and dialogue.messages[0].role != "system":
+                text = 'the system turn is the key system_prompt: write system_prompt: "" to have none'
+                raise BadRow(error.reason, f"{error}; {text}") from None
+            raise
         if OPEN in whole and _unmarked(whole) != self._render(rows, tools)[0]:
             raise BadRow("special-token text", "the template renders special-token text of this row differently from "
                          "other text; remove it, or write allow_special_tokens: true")  # fmt: skip
