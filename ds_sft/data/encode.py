@@ -70,6 +70,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, config: Config) -> None:
         self.template = open_template(config, tokenizer)
         self.mask, self.max_length, self.overlong = config.mask, config.max_length, config.overlong
+        self.thinking = config.thinking
         self.backend = tokenizer.backend_tokenizer
         # The reference encodes prompt and answer apart with every tokenizer; so does its template.
         self.spaced = config.template != "reference" and _puts_space_before_text(self.backend)
