@@ -69,7 +69,8 @@ POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens",
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("num_predictions", "val_size")
+NOT_NEGATIVE = ("num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm")
+ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # steps below 1 are a share of all
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
@@ -292,7 +293,8 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Given]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r}: expected --key value")
+            file = word.endswith((".yaml", ".yml"))
+            raise UserError(f"{word!r}: expected {f'--config {word}' if file else '--key value'}")
         name, equals, value = word[2:].partition("=")
         if name != "config":
             _known(name, "--")
@@ -367,6 +369,8 @@ def _number(text: str) -> Any:
 def _resolve(given: Mapping[str, Given]) -> Config:
     values = {name: _convert(all_keys()[name], value) for name, value in given.items()}
     values.pop("local_rank", None)  # DeepSpeed's launcher adds it; the environment says the same
+    if values.get("fp16") and values.setdefault("bf16", False):
+        raise UserError(f"{given['fp16'].where}fp16: yes beside bf16: yes: take one of the two")
     missing = [name for name in ("model_name_or_path", "train_file", "output_dir") if values.get(name) is None]
     if missing:
         raise UserError(f"missing: {', '.join(missing)}: give each in the --config file or as --{missing[0]} VALUE")
@@ -483,8 +487,10 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("1 or more")
     if known.name == "data_fields" and isinstance(value, str):
         raise ValueError("a mapping such as {question: prompt}")
-    if known.name in NOT_NEGATIVE and value < 0:
+    if known.name in NOT_NEGATIVE and value is not None and value < 0:
         raise ValueError("0 or more")
+    if known.name in ABOVE_ZERO and value is not None and value <= 0:
+        raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:
         _check_generation(value)
     if known.name == "export_max_shard_size" and not is_size(value):

@@ -38,6 +38,7 @@ FILES = [
     "model.safetensors",
     "predictions.jsonl",
     "run.json",
+    "swanlab.json",
     "tokenizer.json",
     "tokenizer_config.json",
 ]
