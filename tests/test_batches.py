@@ -10,7 +10,8 @@ import torch
 from accelerate import skip_first_batches
 from datasets import Dataset
 
-from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, fingerprint
+from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, fingerprint, lengths_of
+from ds_sft.data.packing import PackedRows, Plan
 
 
 def batches(num_rows: int, ranks: int, micro: int, accumulation: int, **changes: Any) -> list[GlobalBatches]:
@@ -45,6 +46,27 @@ def test_order() -> None:
     alone.set_epoch(3)
     assert list(alone) == [shuffled]
     assert steps(batches(29, 2, 2, 2), 2, epoch=0) != steps(batches(29, 2, 2, 2), 2, epoch=1)
+
+
+def test_rows_of_similar_length_follow_each_other() -> None:
+    """Decided by seed and epoch alone: not by the state of the random numbers, which a resume restores later."""
+    lengths = [n % 7 + 1 for n in range(64)]
+    expected = steps(batches(64, 1, 2, 4, lengths=lengths), 4, epoch=1)
+    torch.manual_seed(1)
+    assert steps(batches(64, 1, 2, 4, lengths=lengths), 4, epoch=1) == expected
+    assert steps(batches(64, 2, 2, 2, lengths=lengths), 2, epoch=1) == expected
+    assert steps(batches(64, 1, 2, 4, lengths=lengths), 4, epoch=2) != expected
+    assert sorted(chain(*expected)) == list(range(64))
+    spread = [max(lengths[row] for row in step) - min(lengths[row] for row in step) for step in expected]
+    assert max(spread[1:]) <= 4  # the first step has the longest row in it
+
+
+def test_lengths() -> None:
+    rows = {"input_ids": [[1, 2], [3], [4, 5, 6]], "labels": [[1, 2], [3], [4, 5, 6]]}
+    data = Dataset.from_dict(rows)
+    assert lengths_of(data) == [2, 1, 3]
+    assert lengths_of(data.select([2, 0])) == [3, 2]
+    assert lengths_of(PackedRows(data, Plan([[0, 2], [1]], 6, 8))) == [5, 1]
 
 
 def test_drop_last_leaves_out_the_incomplete_step() -> None:

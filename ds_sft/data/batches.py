@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -20,7 +20,8 @@ NOTHING = -1  # the row of a rank for which the end of an epoch has none left
 class GlobalBatches(Sampler[list[int]]):
     """The micro batches of one rank, as lists of row numbers.
 
-    An epoch is one permutation of the rows, which depends on seed and epoch alone. Step s learns from its rows
+    An epoch is one permutation of the rows, which depends on seed and epoch alone (with `lengths` one in which rows of
+    similar length follow each other, on the rows of a step too). Step s learns from its rows
     [s x R, (s + 1) x R), R = micro batch x accumulation x ranks; within them micro batches go to the ranks in turn. So
     another number of ranks with the same R learns from the same rows in every step. At the end of an epoch no row comes
     twice: a rank without one gets `NOTHING`, because all ranks must run the same number of forward passes.
@@ -37,10 +38,10 @@ class GlobalBatches(Sampler[list[int]]):
         seed: int,
         shuffle: bool,
         drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> None:
-        rows_a_step = micro_batch * accumulation * world_size
-        whole = num_rows - num_rows % rows_a_step
-        self.num_rows, self.num_used = num_rows, whole if drop_last and whole else num_rows
+        self.rows_a_step, self.lengths = micro_batch * accumulation * world_size, lengths
+        self.num_rows, self.num_used = num_rows, rows_used(num_rows, self.rows_a_step, drop_last=drop_last)
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
@@ -59,7 +60,26 @@ class GlobalBatches(Sampler[list[int]]):
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.num_rows)
-        return torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.lengths is None:
+            return torch.randperm(self.num_rows, generator=generator)
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        return torch.tensor(get_length_grouped_indices(self.lengths, self.rows_a_step, generator=generator))
+
+
+def rows_used(num_rows: int, rows_a_step: int, *, drop_last: bool) -> int:
+    """The rows that an epoch learns from."""
+    whole = num_rows - num_rows % rows_a_step
+    return whole if drop_last and whole else num_rows
+
+
+def lengths_of(rows: Any) -> list[int]:
+    """Tokens of each row, of a data set or of packed sequences."""
+    if hasattr(rows, "with_format"):
+        lengths: list[int] = pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_pylist()
+        return lengths
+    return [len(rows[n]["input_ids"]) for n in range(len(rows))]
 
 
 class Rows(Dataset[dict[str, list[int]]]):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
+from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader, lengths_of
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import sum_over_ranks
@@ -82,8 +82,9 @@ class SFTTrainer(ResumableTrainer):
             rank=args.process_index,
             world_size=args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy == "random",
+            shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
+            lengths=lengths_of(self.train_dataset) if args.train_sampling_strategy == "group_by_length" else None,
         )
         return TrainLoader(
             Rows(self.train_dataset),
