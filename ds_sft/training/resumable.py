@@ -6,6 +6,7 @@ from a checkpoint of the last step, and deletes old checkpoints before the new o
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,13 +19,15 @@ from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, set_seed
 
+from ds_sft.data.batches import rows_used
 from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import Checkpoint, Site, complete, describe, newest_complete, remove, rotate
 from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
 from ds_sft.runtime.preempt import Stopped, StopRequests
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
+# What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
+TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,11 @@ class ResumableTrainer(Trainer):
         """Let a write fail without leaving this rank's place among the others; `complete` tells them."""
         try:
             write()
-        except WRITE_ERRORS as error:
+        except (OSError, SafetensorError) as error:
+            self.write_troubles.append(describe(error))
+        except RuntimeError as error:
+            if not TORCH_WRITE_ERROR.search(str(error)):
+                raise
             self.write_troubles.append(describe(error))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -204,21 +211,27 @@ class ResumableTrainer(Trainer):
 
     def _save_engine(self, output_dir: str) -> None:
         """DeepSpeed's part: a write that fails must not keep this rank from the barriers that follow it."""
-        files = self.model_wrapped.checkpoint_engine
-        save, makedirs = files.save, files.makedirs
-        files.save = lambda *args, **kwargs: self._record(lambda: save(*args, **kwargs))
-        files.makedirs = lambda *args, **kwargs: self._record(lambda: makedirs(*args, **kwargs))
+        engine = self.model_wrapped
+        writers = [(engine.checkpoint_engine, "save"), (engine.checkpoint_engine, "makedirs"),
+                   (engine, "_copy_recovery_script")]  # fmt: skip
+        for owner, name in writers:
+            setattr(owner, name, self._recorded(getattr(owner, name)))
         try:
-            self.model_wrapped.save_checkpoint(output_dir, save_latest=False)
+            engine.save_checkpoint(output_dir, save_latest=False)
         finally:
-            del files.save, files.makedirs
+            for owner, name in writers:
+                delattr(owner, name)
+
+    def _recorded(self, write: Callable[..., Any]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self._record(lambda: write(*args, **kwargs))
 
     def _complete_on_each_node(self, folder: Path) -> None:
         """What a file system of its own needs to resume and upstream leaves on rank 0's only."""
         if not self.run.site.leader:
             return
         if self.is_deepspeed_enabled:
-            (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
+            if not self.args.save_only_model:  # else there is no state that it could name
+                (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
         elif not self.run.site.launch.is_main:
             save_model(self.model, str(folder / "model.safetensors"))
 
@@ -250,7 +263,8 @@ class ResumableTrainer(Trainer):
     def _samples_seen(self, rows_a_step: int) -> int:
         """Rows learned from so far; the last step of an epoch has what is left."""
         epochs, steps = divmod(self.state.global_step, self.step_boundary.steps_an_epoch)
-        return int(epochs * len(self.train_dataset) + steps * rows_a_step)
+        rows = rows_used(len(self.train_dataset), rows_a_step, drop_last=self.args.dataloader_drop_last)
+        return int(epochs * rows + steps * rows_a_step)
 
     def _give_up(self, folder: Path, trouble: str) -> None:
         """End the run or go on without this checkpoint, as `on_save_error` says; on all ranks."""
