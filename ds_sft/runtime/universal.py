@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,7 @@ from ds_sft.runtime.checkpoint import (
     write_manifest,
 )
 from ds_sft.runtime.distributed import gather, others_wait
+from ds_sft.runtime.preempt import StopRequests
 
 CONVERTED = "universal.json"  # the manifest of the converted copy
 
@@ -47,20 +50,22 @@ def load_data_only() -> None:
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
-def make_universal(checkpoint: Checkpoint, site: Site) -> None:
+def make_universal(checkpoint: Checkpoint, site: Site, stop: StopRequests) -> None:
     """Convert a DeepSpeed checkpoint, or find the verified result of an earlier conversion; all ranks must call it.
 
     Raises:
         UserError: it cannot be converted.
+        Stopped: asked to stop; what was converted until then is thrown away.
     """
     trouble = None
-    with others_wait():
+    with others_wait(), stop.until_ranks_meet():
         if site.launch.is_main:
             try:
                 with FileLock(checkpoint.path / ".universal.lock"):
                     _convert_once(checkpoint, site)
             except (OSError, subprocess.CalledProcessError) as error:
                 trouble = f"{checkpoint.path} cannot be converted to {site.launch.world_size} ranks: {error}"
+    stop.check()  # first: a signal to all processes of a job is no failure of the conversion
     trouble = gather(trouble)[0]
     if trouble:
         raise UserError(trouble)
@@ -90,18 +95,28 @@ def _convert_once(checkpoint: Checkpoint, site: Site) -> None:
 
 def _run_conversion(source: Path, output: Path) -> None:
     """In a process of its own: it has its own progress bars and its own memory, and ends with this one."""
-    process = subprocess.Popen([sys.executable, "-m", __name__, str(source), str(output)])
+    command = [sys.executable, "-m", __name__, str(source), str(output)]
+    process = subprocess.Popen(command, start_new_session=True)  # out of reach of a Ctrl-C, and one group to end
     try:
         code = process.wait()
     finally:
-        process.kill()
+        if process.returncode is None:  # asked to stop
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if code:
         raise subprocess.CalledProcessError(code, "deepspeed.checkpoint.ds_to_universal")
+
+
+def end_with_parent() -> None:
+    """Let Linux kill this process when its parent is gone, however that ended (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main(argv: list[str] | None = None) -> None:
     import multiprocessing
 
+    end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)  # its workers
     from deepspeed.checkpoint import ds_to_universal
 
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
