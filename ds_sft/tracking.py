@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,19 +35,28 @@ SINGLE_VALUES = ("train_runtime", "train_samples_per_second", "train_steps_per_s
 class Tracker:
     """metrics.jsonl, and a SwanLab run beside it where SwanLab works."""
 
-    def __init__(self, config: Config, metrics_bytes: int | None = None) -> None:
-        """`metrics_bytes`: of metrics.jsonl when the checkpoint to resume from was saved; None for a new run."""
+    def __init__(self, config: Config, metrics_bytes: int | None = None, earlier: Path | None = None) -> None:
+        """Open the files.
+
+        Args:
+            metrics_bytes: of metrics.jsonl when the checkpoint to resume from was saved; None for a new run.
+            earlier: the output folder of the run to resume from, where it is another one.
+        """
         self.config = config
         self.log_dir = config.output_dir / "swanlog"
         self.metrics = config.output_dir / "metrics.jsonl"
         self.swanlab: Any = None  # the module, while a run of it is open
         self.mode = "disabled"
         self.answers = True  # in time, so far
-        self.resumed = metrics_bytes is not None
+        other = earlier is not None and earlier.resolve() != config.output_dir.resolve()
+        self.resumed = metrics_bytes is not None and not other  # the same experiment
         self.record = config.output_dir / "swanlab.json"  # the experiment's id, and a folder for each start
         self.known = self._read_record() if self.resumed else {"id": None, "folders": []}
         self.troubles: set[str] = set()  # what was said to fail; each is said once
-        self._cut_metrics(metrics_bytes or 0)
+        if other and earlier is not None:
+            self._copy_metrics(earlier / self.metrics.name, metrics_bytes or 0)
+        else:
+            self._cut_metrics(metrics_bytes or 0)
 
     def _read_record(self) -> dict[str, Any]:
         """What earlier starts of this run left; a new experiment where it cannot be read."""
@@ -60,6 +70,16 @@ class Tracker:
         """Forget the points behind the checkpoint: they come again."""
         self.metrics.touch()
         os.truncate(self.metrics, min(size, self.metrics.stat().st_size))
+
+    def _copy_metrics(self, source: Path, size: int) -> None:
+        """Begin with the points that the other run had at the checkpoint."""
+        points = b""
+        try:
+            with source.open("rb") as file:
+                points = file.read(size)
+        except OSError as error:
+            self._say_once(f"{source}: {error.strerror}; {self.metrics} begins at the checkpoint.")
+        self.metrics.write_bytes(points)
 
     def start(self) -> None:
         """Open a SwanLab run; say once in which mode, and why if not the one asked for."""
@@ -276,12 +296,14 @@ class TrackerCallback(TrainerCallback):
 
 
 @contextmanager
-def open_tracker(config: Config, launch: Launch, metrics_bytes: int | None = None) -> Iterator[Tracker | None]:
+def open_tracker(
+    config: Config, launch: Launch, metrics_bytes: int | None = None, earlier: Path | None = None
+) -> Iterator[Tracker | None]:
     """A tracker on rank 0, None elsewhere; closed as success, aborted (asked to stop) or crashed."""
     if not launch.is_main:
         yield None
         return
-    tracker = Tracker(config, metrics_bytes)
+    tracker = Tracker(config, metrics_bytes, earlier)
     tracker.start()
     try:
         yield tracker

@@ -89,7 +89,9 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
     stop.check()
-    this_run = identity(config, engine, fingerprint(data.train) if launch.is_main else "")
+    this_run = identity(
+        config, engine, *(fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
+    )
     start = where_to_start(config, this_run, site)
     if start.finished:
         return
@@ -97,7 +99,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         if engine is not None:
             load_data_only()
         if start.universal:
-            make_universal(start.checkpoint, site)
+            make_universal(start.checkpoint, site, stop)
         continue_from(args, start.accumulation, universal=start.universal)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
     steps = run_steps(args, len(rows_in_batches))
@@ -109,7 +111,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     done = start.checkpoint.step if start.checkpoint else 0
     check_space(config, size, steps, site, done=done, export=export_size(model, config, site))
     begin_output(config, data.report, launch)
-    with open_tracker(config, launch, start.metrics_bytes) as tracker:
+    with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
         trainer = SFTTrainer(
             model=model,
             args=args,
@@ -157,10 +159,14 @@ def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> No
     """Say where a stopped run can go on; OUTPUT_DIR/PREEMPTED.json says it to programs."""
     if not launch.is_main:
         return
-    checkpoint = newest_complete(config.output_dir)
+    checkpoint = newest_complete(config.output_dir, resumable=True)
     stop.leave(config.output_dir, checkpoint.path.name if checkpoint else None, checkpoint.step if checkpoint else 0)
     where = f"after step {checkpoint.step:,}; {checkpoint.path} is complete" if checkpoint else "before the first save"
-    print(f"Stopped ({reason}) {where}. The same command goes on from there.", flush=True)
+    goes_on = config.resume == "auto" and not config.training.get("save_only_model")
+    how = "goes" if goes_on else "with --resume auto goes" if checkpoint else None
+    print(
+        f"Stopped ({reason}) {where}. The same command {f'{how} on from there' if how else 'starts anew'}.", flush=True
+    )
 
 
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:

@@ -189,9 +189,10 @@ def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pyte
     assert found is not None
     assert found.step == 4
     assert "checkpoint-8: it has the weights alone (save_only_model)." in capsys.readouterr().out
+    assert [c.step for c in (newest_complete(tmp_path), newest_complete(tmp_path, resumable=True)) if c] == [8, 4]
     save(tmp_path, 12, world_size=2)
     assert where_to_start(config(tmp_path), RUN, ALONE).accumulation == 4
-    grouped = config(tmp_path, training={"train_sampling_strategy": "group_by_length"})
+    grouped = config(tmp_path, training={"train_sampling_strategy": "batch_rebalance"})
     with pytest.raises(UserError, match="2 ranks saved it, this run has 1: the order of rows can only be kept with"):
         where_to_start(grouped, RUN, ALONE)
     with pytest.raises(UserError, match=r"What can: no number of ranks .* 3; 1 ranks with .* 1, 2, 4$"):
@@ -211,6 +212,37 @@ def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
     assert known["zero_stage"] == 2
     said = differences(known, identity(config(tmp_path), other, "abc"))
     assert said == ["deepspeed.zero_optimization.reduce_bucket_size: 5 -> 6"]
+
+
+def test_other_validation_rows_are_another_run(tmp_path: Path) -> None:
+    then = identity(config(tmp_path), None, "abc", "v1")
+    now = identity(config(tmp_path), None, "abc", "v2")
+    assert differences(then, now) == ["the validation rows, or how they are encoded"]
+    del then["eval_data"]  # of an older version, which did not look
+    assert differences(then, now) == []
+
+
+def step_of(start: checkpoint.Start) -> int | None:
+    return start.checkpoint.step if start.checkpoint else None
+
+
+@pytest.mark.parametrize("resume", ["never", "a path"])
+def test_a_requeued_job_goes_on_wherever_it_set_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    out = tmp_path / "out"
+    named, first = (str(save(tmp_path / "named", 2)), 2) if resume != "never" else (resume, None)
+    save(out, 8)  # of an earlier run
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    here = config(out, resume=named)
+    for restarts in ("1", "2"):  # killed before it had set out, then before its first save
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        assert step_of(where_to_start(here, RUN, ALONE)) == first
+    save(out, 4)
+    assert step_of(where_to_start(here, RUN, ALONE)) == 4
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job obeys anew
+    assert step_of(where_to_start(here, RUN, ALONE)) == first
+    assert not list(out.glob("checkpoint-*"))
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

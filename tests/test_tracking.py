@@ -345,6 +345,28 @@ def test_a_resumed_run_is_the_same_experiment(
     assert lines(tmp_path) == []
 
 
+def test_a_run_that_goes_on_from_another_folder_has_its_points(
+    tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, earlier = tmp_path / "out", tmp_path / "earlier"
+    for folder, loss in ((out, 9.0), (earlier, 3.0)):
+        folder.mkdir()
+        with open_tracker(make(folder, swanlab_mode="offline"), ALONE) as tracker:
+            tracker.log({"loss": loss}, 1)
+            at_checkpoint = (folder / "metrics.jsonl").stat().st_size
+            tracker.log({"loss": loss}, 2)
+    swanlab = fake()
+    with open_tracker(make(out, swanlab_mode="offline"), ALONE, at_checkpoint, earlier):
+        pass
+    assert lines(out) == [{"step": 1, "loss": 3.0}]
+    assert len(lines(earlier)) == 2
+    assert "id" not in swanlab.calls[0][1]  # neither folder's experiment
+    with open_tracker(make(out, swanlab_mode="offline"), ALONE, at_checkpoint, tmp_path / "gone"):
+        pass
+    assert lines(out) == []
+    assert "gone/metrics.jsonl: No such file or directory; " in capsys.readouterr().out
+
+
 def test_a_record_that_cannot_be_read_is_a_new_experiment(tmp_path: Path, fake: Any) -> None:
     (tmp_path / "swanlab.json").write_text("{")
     swanlab = fake()

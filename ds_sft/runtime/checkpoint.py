@@ -37,8 +37,13 @@ FACTS = {  # what a manifest says beside its files
     "world_size", "zero_stage", "config", "data", "evaluation_due", "loss_pending", "last_logged_step", "loss_total",
     "tokens", "metrics_bytes", "save_id",
 }  # fmt: skip
-OUR_ORDERS = ("random", "sequential")  # values of train_sampling_strategy that no number of ranks changes
+OUR_ORDERS = (
+    "random",
+    "sequential",
+    "group_by_length",
+)  # values of train_sampling_strategy that no number of ranks changes
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+SET_OUT = ".set-out"  # the Slurm job that started anew in an output folder, or from a checkpoint that was named
 NAME = re.compile(r"checkpoint-(\d+)")
 OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
 BLOCK = 1 << 24  # bytes read at a time
@@ -96,12 +101,14 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     return dict(manifest)
 
 
-def newest_complete(output_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint with a manifest; its files are not looked at."""
+def newest_complete(output_dir: Path, *, resumable: bool = False) -> Checkpoint | None:
+    """The newest checkpoint with a manifest; its files are not looked at. `resumable`: of more than the weights."""
     for step in steps_in(output_dir):
         folder = output_dir / f"checkpoint-{step}"
         with contextlib.suppress(Broken):
-            return Checkpoint(folder, read_manifest(folder))
+            found = Checkpoint(folder, read_manifest(folder))
+            if not (resumable and found.manifest.get("model_only")):
+                return found
     return None
 
 
@@ -242,6 +249,11 @@ class Start:
     universal: bool = False  # the checkpoint is of another number of ranks and has to be converted
 
     @property
+    def folder(self) -> Path | None:
+        """The output folder of the run to go on from; None at the beginning."""
+        return None if self.checkpoint is None else self.checkpoint.path.parent
+
+    @property
     def metrics_bytes(self) -> int | None:
         """The size that metrics.jsonl had at the checkpoint; None at the beginning."""
         return None if self.checkpoint is None else int(self.checkpoint.manifest["metrics_bytes"])
@@ -253,18 +265,40 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
     Raises:
         UserError: the folder holds another run, or the checkpoint named cannot be used.
     """
-    if config.resume == "auto" and _is_finished(config, this_run, site.launch):
+    if config.training.get("save_only_model"):
+        site.launch.say("Warning: save_only_model: a run that is stopped cannot go on from checkpoints of the weights.")
+    resume = gather("auto" if _was_requeued(config) else config.resume)[0]
+    if resume == "auto" and _is_finished(config, this_run, site.launch):
         return Start(finished=True)
-    found = choose(config.resume, config.output_dir, site)
+    found = choose(resume, config.output_dir, site)
+    if found is None and resume != config.resume:  # requeued before the first save
+        found = choose(config.resume, config.output_dir, site)
     if found is not None:
         _refuse_another_stage(found, gather(this_run["zero_stage"])[0])
         if not config.resume_anyway:
             _refuse_another_run(found.path, gather(differences(found.manifest, this_run))[0])
-    if site.leader and config.resume != "auto":
+    if site.leader and resume != "auto":
         here = found is not None and found.path.resolve().parent == config.output_dir.resolve()
         set_aside(config.output_dir, found.step if here and found else 0, site.launch)
+        _set_out(config)
     gather(None)  # nobody writes into the folder before that
     return Start() if found is None else _fit(found, config, site)
+
+
+def _set_out(config: Config) -> None:
+    """Remember that this Slurm job's `resume: never` or `resume: PATH` was obeyed."""
+    if os.environ.get("SLURM_JOB_ID"):
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        (config.output_dir / RESULTS).unlink(missing_ok=True)  # of an earlier run
+        (config.output_dir / SET_OUT).write_text(os.environ["SLURM_JOB_ID"], encoding="utf-8")
+
+
+def _was_requeued(config: Config) -> bool:
+    """Whether an earlier start of this Slurm job has set out as `resume` says: it goes on then, or would never end."""
+    with contextlib.suppress(OSError):
+        job = (config.output_dir / SET_OUT).read_text(encoding="utf-8")
+        return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and job == os.environ.get("SLURM_JOB_ID")
+    return False
 
 
 def _fit(found: Checkpoint, config: Config, site: Site) -> Start:

@@ -33,13 +33,13 @@ INDIFFERENT = {
 INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def identity(config: Config, engine: dict[str, Any] | None, data: str) -> dict[str, Any]:
-    """The keys that decide the result, the content of the DeepSpeed configuration, and the hash of the data."""
+def identity(config: Config, engine: dict[str, Any] | None, data: str, eval_data: str = "") -> dict[str, Any]:
+    """The keys that decide the result, the content of the DeepSpeed configuration, and the hashes of the data."""
     given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT}
     keys = {name: value for name, value in given.items() if not _is_trainers_default(name, value)}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
-    return {"config": keys | flat, "data": data, "zero_stage": stage(engine)}
+    return {"config": keys | flat, "data": data, "eval_data": eval_data, "zero_stage": stage(engine)}
 
 
 def _is_trainers_default(name: str, value: Any) -> bool:
@@ -67,6 +67,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names]
     if then.get("data") != now["data"]:
         lines.append("the rows of train_file, or how they are encoded")
+    if then.get("eval_data", now.get("eval_data")) != now.get("eval_data"):
+        lines.append("the validation rows, or how they are encoded")
     return lines
 
 

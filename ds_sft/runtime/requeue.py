@@ -120,8 +120,8 @@ def _read(text: str) -> tuple[int | None, str]:
 
 
 def newest_step(output_dir: Path) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
-    found = newest_complete(output_dir)
+    """The step of the newest checkpoint to go on from; 0 without one."""
+    found = newest_complete(output_dir, resumable=True)
     return found.step if found else 0
 
 
