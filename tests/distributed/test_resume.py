@@ -203,8 +203,9 @@ def test_a_number_of_ranks_that_cannot_keep_the_batch(model_dir: Path, tmp_path:
     assert "1 ranks with per_device_train_batch_size 1, 2, 4" in log
 
 
-def test_packed_rows(dropout_dir: Path, tmp_path: Path) -> None:
-    keys = settings(dropout_dir, tmp_path, "plain", packing="concat", max_length=160, gradient_accumulation_steps=2)
+def test_packed_rows_in_the_order_of_their_lengths(dropout_dir: Path, tmp_path: Path) -> None:
+    keys = settings(dropout_dir, tmp_path, "plain", packing="concat", max_length=160, gradient_accumulation_steps=2,
+                    train_sampling_strategy="group_by_length")  # fmt: skip
     run_jobs(tmp_path, [job(keys, None, output_dir="reference"), job(keys, None, "step 2 SIGTERM 0"),
                         job(keys, None, "step 3 SIGTERM 0"), job(keys, None)])  # fmt: skip
     assert "Stopped (SIGTERM) after step 3" in (tmp_path / "log").read_text(encoding="utf-8")
