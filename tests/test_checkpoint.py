@@ -248,6 +248,8 @@ def test_a_requeued_job_goes_on_wherever_it_set_out(
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = config(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"identity": RUN}))
+    assert not where_to_start(here, RUN, ALONE).finished  # somebody moved the model away
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
     assert where_to_start(here, RUN, ALONE).finished
     assert "This run is finished: " in capsys.readouterr().out
     other = {**RUN, "config": {"learning_rate": 1e-5}}

@@ -305,6 +305,7 @@ def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--gpu-memory", "80"], "'80': expected a number with its unit, such as 80GB"),
         (["--gpu-memory", "lots"], "'lots': expected a number above 0 such as 80GB"),
         (["--time-limit", "soon"], "'soon': expected a time such as 30 (minutes), 24:00:00"),
         (["--gpu_memory", "80GB"], "--gpu_memory: unknown key"),

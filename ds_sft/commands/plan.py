@@ -89,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
     made.add_argument("--gpus-per-node", type=count, default=8, help="[%(default)s]")
-    made.add_argument("--gpu-memory", type=size, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
-    made.add_argument("--host-memory", type=size, metavar="512GB", help="of one node [not checked]")
+    made.add_argument("--gpu-memory", type=memory, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
+    made.add_argument("--host-memory", type=memory, metavar="512GB", help="of one node [not checked]")
     made.add_argument("--interconnect", type=size, default=25e9, metavar="25GB",
                       help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's "
                            "[25GB: 200 Gbit/s]")  # fmt: skip
@@ -125,6 +125,13 @@ def size(text: str) -> float:
     if not found or found[1].count(".") > 1 or float(found[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 such as 80GB, 24GiB or 150T")
     return float(found[1]) * UNITS[found[2]]
+
+
+def memory(text: str) -> float:
+    """A size with its unit: 80 alone would be 80 bytes."""
+    if text.strip()[-1:].isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number with its unit, such as {text.strip()}GB")
+    return size(text)
 
 
 class Plan:

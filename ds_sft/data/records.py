@@ -77,7 +77,7 @@ def parse_row(raw: Raw, reading: Reading) -> Dialogue | BadRow:
 def parse_json(line: bytes) -> Any:
     """Raises BadRow: not UTF-8, not JSON."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))  # else a missing brace is found on the next line
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise BadRow("not UTF-8", f"not UTF-8: {found}; save the file as UTF-8") from None

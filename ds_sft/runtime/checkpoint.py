@@ -358,13 +358,13 @@ def _refuse_another_stage(found: Checkpoint, stage: int | None) -> None:
 
 
 def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
-    """Whether the output folder holds this run, done; says so."""
+    """Whether the output folder holds this run, done, with its weights; says so."""
     other, done = None, False
     if launch.is_main:
         with contextlib.suppress(OSError, ValueError, KeyError):
             then = json.loads((config.output_dir / RESULTS).read_text(encoding="utf-8"))["identity"]
             other = differences(then, this_run)
-            done = not other
+            done = not other and any(config.output_dir.glob("model*.safetensors"))
     other, done = gather((other, done))[0]
     if done:
         launch.say(f"This run is finished: {config.output_dir} holds its model. (--resume never trains it anew.)")
