@@ -57,7 +57,7 @@ EXPECTED = "expected question and answer; instruction and output; conversations;
             "not JSON",
             "not JSON: Expecting property name enclosed in double quotes at column 2",
         ),
-        (b'{"question": "q"\n', "not JSON", "not JSON: Expecting ',' delimiter at column 17"),
+        (b'{"question": "q"', "not JSON", "not JSON: Expecting ',' delimiter at column 17"),
         (b'{"question": "q"}', "no field 'answer'", f"no field 'answer' (found: question); {EXPECTED}"),
         (b"{}", "no field 'question'", f"no field 'question' (found: no field at all); {EXPECTED}"),
         (
