@@ -19,7 +19,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import Site, newest_complete, where_to_start
+from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
     end_group,
@@ -35,7 +35,12 @@ from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_s
 from ds_sft.runtime.results import RESULTS, git_commit, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
+
+    from ds_sft.data.dataset import Data
+    from ds_sft.runtime.expectation import Expectation
+    from ds_sft.tracking import Tracker
+    from ds_sft.training.trainer import SFTTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,16 +71,12 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import fingerprint, make_batches
     from ds_sft.data.dataset import load_data, print_report
-    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.disk import check_space, export_size, predict_size
-    from ds_sft.runtime.expectation import compare_with_plan, expect_memory
-    from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
+    from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.storage import settle_storage
-    from ds_sft.runtime.universal import load_data_only, make_universal
-    from ds_sft.runtime.verify import require_verified
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
-    from ds_sft.training.arguments import continue_from, run_steps, training_arguments
+    from ds_sft.training.arguments import run_steps, training_arguments
     from ds_sft.training.model import load_model, load_tokenizer
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -95,12 +96,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     start = where_to_start(config, this_run, site)
     if start.finished:
         return
-    if start.checkpoint is not None:
-        if engine is not None:
-            load_data_only()
-        if start.universal:
-            make_universal(start.checkpoint, site, stop)
-        continue_from(args, start.accumulation, universal=start.universal)
+    get_ready_to_resume(start, args, site, stop)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
     steps = run_steps(args, len(rows_in_batches))
     launch.say(steps.describe())
@@ -129,30 +125,65 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
                 identity=this_run,
             ),
         )
+        del model  # the trainer's alone, so that `free` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
-        planned = compare_with_plan(expected, launch)
-        if best_checkpoint(trainer):
-            launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
-        rows = (data.eval or data.train).take(VERIFIED_ROWS)
-        trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-        export_model(trainer, tokenizer, config, launch)
-        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
-        free(trainer)
-        with others_wait(), stop.until_ranks_meet():
-            if tracker is not None:  # rank 0
-                results["export"] = check_export(trainer, rows, trained_loss, config)
-                write_json(config.output_dir / RESULTS, results)
-                require_verified(results["export"], config.output_dir)
-                predictions = predict(config, data.samples, tokenizer)
-                write_predictions(predictions, config.output_dir / "predictions.jsonl")
-                print_predictions(predictions)
-                tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
-        stop.check()
-        if tracker is not None:
-            write_json(config.output_dir / RESULTS, results | {"identity": this_run})
-            print(summary(results), flush=True)
+        finish(trainer, tracker, data, config, launch, stop, expected=expected, started=started)
+
+
+def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
+    """What the checkpoint needs before the model is loaded; nothing at the beginning of a run."""
+    from ds_sft.runtime.universal import load_data_only, make_universal
+    from ds_sft.training.arguments import continue_from
+
+    if start.checkpoint is None:
+        return
+    if args.deepspeed is not None:
+        load_data_only()
+    if start.universal:
+        make_universal(start.checkpoint, site, stop)
+    continue_from(args, start.accumulation, universal=start.universal)
+
+
+def finish(
+    trainer: SFTTrainer,
+    tracker: Tracker | None,
+    data: Data,
+    config: Config,
+    launch: Launch,
+    stop: StopRequests,
+    *,
+    expected: Expectation | None,
+    started: float,
+) -> None:
+    """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
+    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.runtime.expectation import compare_with_plan
+    from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
+    from ds_sft.runtime.verify import require_verified
+
+    planned = compare_with_plan(expected, launch)
+    if best_checkpoint(trainer):
+        launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
+    rows = (data.eval or data.train).take(VERIFIED_ROWS)
+    trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
+    export_model(trainer, trainer.processing_class, config, launch)
+    results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
+    free(trainer)
+    with others_wait(), stop.until_ranks_meet():
+        if tracker is not None:  # rank 0
+            results["export"] = check_export(trainer, rows, trained_loss, config)
+            write_json(config.output_dir / RESULTS, results)
+            require_verified(results["export"], config.output_dir)
+            predictions = predict(config, data.samples, trainer.processing_class)
+            write_predictions(predictions, config.output_dir / "predictions.jsonl")
+            print_predictions(predictions)
+            tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+    stop.check()
+    if tracker is not None:
+        write_json(config.output_dir / RESULTS, results | {"identity": trainer.run.identity})
+        print(summary(results), flush=True)
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
