@@ -74,12 +74,13 @@ class Ranks:
         if not self.launch.is_main:
             return [mine]
         names = [f"facts-{rank}" for rank in range(self.launch.world_size)]
-        deadline = time.monotonic() + patience()
+        seconds = 2 * patience()  # a rank that cannot reach this one says so itself, and before this one does
+        deadline = time.monotonic() + seconds
         while absent := [rank for rank, name in enumerate(names) if not self.store.check([name])]:
             if time.monotonic() > deadline:
                 few = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
                 raise Unreachable(
-                    f"no word from rank {few} within {patience():.0f} s at {self.address}:{self.port}",
+                    f"no word from rank {few} within {seconds:.0f} s at {self.address}:{self.port}",
                     "its node's log says why, or a firewall, MASTER_ADDR or MASTER_PORT keeps it from this address",
                 )
             time.sleep(0.1)
