@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def two_nodes(keys: dict[str, Any], folders: list[Path]) -> list[Done]:
 @pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_two_nodes_save_and_resume(model_dir: Path, tmp_path: Path, name: str, shared: bool) -> None:
-    """Interrupted after half of the steps and resumed, against one run of two ranks on one node."""
+    """Resumed from an earlier checkpoint, against one run of two ranks on one node.
+
+    With a disk for each node the second has lost the newest checkpoint, and the nodes agree on one that both have.
+    """
     rows = write_rows(tmp_path / "train.jsonl", questions_and_answers(24))  # six steps
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -75,10 +79,16 @@ def test_two_nodes_save_and_resume(model_dir: Path, tmp_path: Path, name: str, s
     assert all(checkpoint.is_dir() for checkpoint in resumed)
     for folder in folders:
         (folder / "out" / "run.json").unlink(missing_ok=True)  # else it is finished
-    first, _ = two_nodes({**keys, "resume_from_checkpoint": "out/checkpoint-4"}, folders)
-    assert first.output.count("Resuming from out/checkpoint-4, step 4.") == 1
+    if shared:
+        first, _ = two_nodes({**keys, "resume_from_checkpoint": "out/checkpoint-4"}, folders)
+        assert first.output.count("Resuming from out/checkpoint-4, step 4.") == 1
+        assert [path.name for path in (folders[0] / "out").glob("earlier-*/*")] == ["checkpoint-6"]
+    else:
+        shutil.rmtree(folders[1] / "out" / "checkpoint-6")
+        first, _ = two_nodes(keys, folders)
+        assert first.output.count("Passed over out/checkpoint-6: it is not there (rank 1).") == 1
+        assert first.output.count("Resuming from out/checkpoint-4, step 4, the newest usable checkpoint.") == 1
     assert step_losses(folders[0] / "out") == losses
-    assert [path.name for path in (folders[0] / "out").glob("earlier-*/*")] == ["checkpoint-6"]
     assert not list(tmp_path.rglob(".probe-*"))
 
 
