@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import time
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
+from ds_sft.runtime.storage import is_shared
 
-LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
 ROUND_TRIPS = 20
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20  # of the tensor that measures the bandwidth
 
@@ -164,7 +163,7 @@ def measure_network(ranks: Ranks, output_dir: Path) -> Network:
             latency=latency,
             bandwidth=share * elements * 4 / seconds,
             clock_skew=min(_clock_skew() for _ in range(3)),
-            shared=_is_shared(output_dir, ranks.launch),
+            shared=is_shared(output_dir, ranks.launch),
         )
     finally:
         dist.barrier()
@@ -194,18 +193,3 @@ def _clock_skew() -> float:
     dist.barrier()
     clocks = gather(time.time())
     return max(clocks) - min(clocks)
-
-
-def _is_shared(folder: Path, launch: Launch) -> bool:
-    """Rank 0 writes a file; do all nodes see it?"""
-    name = gather(f".probe-{uuid.uuid4().hex}")[0]
-    if launch.is_main:
-        (folder / name).touch()
-    gather(None)  # it is there
-    deadline = time.monotonic() + LOOK_SECONDS
-    while not (seen := name in {path.name for path in folder.glob(".probe-*")}) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    everywhere = all(gather(seen))
-    if launch.is_main:
-        (folder / name).unlink()
-    return everywhere

@@ -41,7 +41,7 @@ def settle_storage(args: TrainingArguments, launch: Launch) -> bool:
     num_nodes = sum(gather(launch.local_rank == 0))
     if num_nodes == 1:
         return True
-    shared = _is_shared(folder, launch)
+    shared = is_shared(folder, launch)
     if args.save_on_each_node == shared:
         found = "share output_dir" if shared else "have an output_dir each"
         launch.say(f"The {num_nodes} nodes {found}: save_on_each_node is set to {'no' if shared else 'yes'}.")
@@ -49,8 +49,8 @@ def settle_storage(args: TrainingArguments, launch: Launch) -> bool:
     return shared
 
 
-def _is_shared(folder: Path, launch: Launch) -> bool:
-    """Rank 0 writes a file; do all nodes see it?"""
+def is_shared(folder: Path, launch: Launch) -> bool:
+    """Rank 0 writes a file; do all nodes see it? All ranks must call it."""
     name = gather(f".probe-{uuid.uuid4().hex}")[0]
     if launch.is_main:
         (folder / name).touch()
