@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
+from ds_sft.plan.cost import Hardware, hiding_bandwidth, step_flops, step_time, traffic
 from ds_sft.plan.memory import Engine, Run, gradients, kept_between_layers, states
 from ds_sft.plan.shape import Shape
 
@@ -109,8 +109,93 @@ def communication() -> Iterator[Row]:
               "recomputation and backward share one gathering: three passes over the weights, not four")  # fmt: skip
 
 
+# ---- Step times: published throughputs, TFLOP/s of a GPU with recomputation counted as `step_flops` does
+
+
+def gpt(layers: int, hidden: int, vocab: int) -> Shape:
+    """GPT's shape: a layer of 12 hidden^2, here with a gated MLP of as many parameters."""
+    return replace(LLAMA, layers=layers, hidden=hidden, intermediate=round(8 * hidden / 3), heads=hidden // 128,
+                   kv_heads=hidden // 128, vocab=vocab, tied=True)  # fmt: skip
+
+
+def asked(shape: Shape, gpus: int, micro_batch: int, length: int) -> Run:
+    """One micro batch a step under ZeRO-3, as all of the runs below are."""
+    return replace(run(3, gpus), shape=shape, micro_batch=micro_batch, length=length)
+
+
+def links(nodes: int, gpus_per_node: int, rate: float, ring: float) -> Hardware:
+    """`rate`: FLOP/s of a GPU; `ring`: bytes a second that each sends in collectives of all nodes."""
+    return Hardware(nodes=nodes, gpus_per_node=gpus_per_node, flops=rate, inside=1e15, between=ring / gpus_per_node)
+
+
+def throughput(asked: Run, hardware: Hardware, overlap: float) -> float:
+    """TFLOP/s of a GPU."""
+    return step_flops(asked) / step_time(asked, hardware, overlap=overlap).total / 1e12
+
+
+def ring_of(asked: Run, tflops: float) -> float:
+    """Bytes a second that a run which waits for communication alone sends, from its throughput."""
+    return traffic(asked, 8).between / (step_flops(asked) / (tflops * 1e12))
+
+
+def megatron() -> Iterator[Row]:
+    """Table 2 of Megatron-LM (arXiv 2104.04473): ZeRO-3 on Selene, 8 A100 and 8 cards of 200 Gbit/s a node.
+
+    Two of its cells are inputs: the rate of computation (384 GPUs) and the bandwidth (768 GPUs); ours are the others.
+    """
+    source = "Megatron-LM, table 2"
+    small, large = gpt(96, 12288, 51200), gpt(105, 20480, 51200)
+    first = asked(small, 384, 4, 2048)
+    days = 300e9 / (1536 * 2048) * step_flops(first) / 144e12 / 86400
+    yield Row("174.6 B, 384 GPUs: 300 B tokens at 144 TFLOP/s", source, 90, days, "days")
+    ring = ring_of(asked(small, 768, 2, 2048), 88)
+    for shape, name, gpus, micro, published, why in (
+        (small, "174.6 B", 1536, 1, 44, ""),
+        (large, "529.6 B", 640, 4, 138, "ours has the rate of 174.6 B"),
+        (large, "529.6 B", 1120, 2, 98, f"ours has the bandwidth of 174.6 B, {ring / GB:.0f} GB/s"),
+        (large, "529.6 B", 2240, 1, 48, "the same"),
+    ):
+        ours = throughput(asked(shape, gpus, micro, 2048), links(gpus // 8, 8, 144e12, ring), 1.0)
+        yield Row(f"{name}, ZeRO-3, {gpus} GPUs, {micro} x 2048 tokens", source, published, ours, "TFLOP/s", why)
+
+
+def azure() -> Iterator[Row]:
+    """Figure 6 of "Azure empowers easy-to-use, high-performance ... training using DeepSpeed" (DeepSpeed's blog, 2022).
+
+    530 B on 512 A100, ZeRO-3, rows of 1024 tokens. Inputs: 64.5 at one row (bandwidth), 170.42 at eight (rate). All but
+    the last are read from the bars, to 1 TFLOP/s.
+    """
+    shape = gpt(105, 20480, 51200)
+    ring = ring_of(asked(shape, 512, 1, 1024), 64.5)
+    for micro, published in ((2, 119.5), (4, 159.5)):
+        ours = throughput(asked(shape, 512, micro, 1024), links(64, 8, 170.42e12, ring), 1.0)
+        yield Row(f"530 B, ZeRO-3, 512 GPUs, {micro} x 1024 tokens", "DeepSpeed on Azure, figure 6", published, ours,
+                  "TFLOP/s", "not all that could hide did")  # fmt: skip
+
+
+def zero_plus_plus() -> Iterator[Row]:
+    """Baselines (ZeRO-3) of DeepSpeed's post on ZeRO++, figures 6 to 8: 384 V100, 16 a node, IB cards of 100 Gbit/s.
+
+    Input: the rate, from the cell with most cards of each size and micro batch. Nothing is taken to hide.
+    """
+    for name, layers, hidden, tokens, most, cells in (
+        ("18 B", 40, 6144, 2048, (8, 47), {4: 40, 2: 37, 1: 26}),
+        ("138 B", 96, 10944, 2048, (8, 48), {4: 36, 2: 32, 1: 20}),
+        ("18 B", 40, 6144, 1024, (4, 25), {1: 14}),
+        ("138 B", 96, 10944, 1024, (4, 23), {1: 11}),
+    ):
+        question = asked(gpt(layers, hidden, 50304), 384, 1, tokens)
+        card = 12.5e9
+        seconds = step_flops(question) / (most[1] * 1e12) - traffic(question, 16).between / (card * most[0])
+        rate = step_flops(question) / seconds
+        for cards, published in cells.items():
+            ours, hidden_all = (throughput(question, links(24, 16, rate, card * cards), part) for part in (0.0, 1.0))
+            yield Row(f"{name}, ZeRO-3, {cards} x 100 Gbit/s a node, {tokens} tokens", "ZeRO++, figures 6 to 8",
+                      published, ours, "TFLOP/s", f"{hidden_all:.0f} if all hid that can")  # fmt: skip
+
+
 def rows() -> list[Row]:
-    return [*zero_table(), *zero_infinity(), *estimators(), *communication()]
+    return [*zero_table(), *zero_infinity(), *estimators(), *communication(), *megatron(), *azure(), *zero_plus_plus()]
 
 
 def main() -> None:

@@ -126,6 +126,8 @@ def test_step_time_hides_what_fits_behind_computation() -> None:
     fast = Hardware(nodes=2, gpus_per_node=2, flops=1e6, inside=1e12, between=1e12)
     assert step_time(run(3), slow).total == pytest.approx(3 * 2 * PARAMETERS * 3 / 4 / 2e6)
     assert step_time(run(3), fast).efficiency == pytest.approx(1.0)
+    sent, computed = step_time(run(3), slow), step_time(run(3), slow, overlap=0)
+    assert computed.total == pytest.approx(sent.compute + sent.communication)
     assert model_flops_per_token(SHAPE, 128) == 6 * SHAPE.multiplied + 12 * 2 * 64 * 128
 
 
@@ -148,6 +150,10 @@ def test_published_figures() -> None:
     for row in paper:
         assert row.ours == pytest.approx(row.published, rel=0.004, abs=0.005), row.what
     assert all(row.why for row in rows if abs(row.difference) > 0.025)
+    throughputs = {(row.source, row.published): row.difference for row in rows if row.unit == "TFLOP/s"}
+    assert len(throughputs) == 14
+    assert all(abs(difference) < 0.16 for difference in throughputs.values()), throughputs
+    assert abs(throughputs["Megatron-LM, table 2", 44]) < 0.01  # half the rows a GPU, as many bytes: half the rate
 
 
 def test_engine_options_are_those_transformers_fills_in() -> None:

@@ -92,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpu-memory", type=memory, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
     made.add_argument("--host-memory", type=memory, metavar="512GB", help="of one node [not checked]")
     made.add_argument("--interconnect", type=size, default=25e9, metavar="25GB",
-                      help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's "
-                           "[25GB: 200 Gbit/s]")  # fmt: skip
+                      help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's; "
+                           "what `ds-sft doctor` measures, divided by a node's GPUs [25GB: 200 Gbit/s]")  # fmt: skip
     made.add_argument("--nvlink", type=size, default=200e9, metavar="200GB",
                       help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
     made.add_argument("--host-link", type=size, default=20e9, metavar="20GB",

@@ -33,7 +33,8 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
         console.print(table(points, hardware))
         console.print(f"At {hardware.flops / 1e12:.0f} TFLOP/s a GPU, {hardware.inside / GB:.0f} GB/s inside a node, "
                       f"{hardware.between / GB:.0f} GB/s a GPU between nodes, all of it reached; the same rows for "
-                      "each GPU. What can hide behind computation does. Arithmetic, not a measurement.")  # fmt: skip
+                      "each GPU. A step lasts from `step`, where all communication hides that can, to `none hidden`; "
+                      "published runs are found at both ends. Arithmetic, not a measurement.")  # fmt: skip
     if plot:
         draw(points, plot)
         Console(stderr=True).print(f"Drew {plot}")
@@ -42,7 +43,8 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
 
 def table(points: list[Point], hardware: Hardware) -> Table:
     made = Table(title=f"{hardware.gpus_per_node} GPUs a node")
-    for name in ("layout", "nodes", "GPU, GB", "computes, s", "communicates, s", "step, s", "efficiency"):
+    for name in ("layout", "nodes", "GPU, GB", "computes, s", "communicates, s", "step, s", "none hidden, s",
+                 "efficiency"):  # fmt: skip
         made.add_column(name, justify="left" if name == "layout" else "right")
     last = points[0].layout
     for p in points:
@@ -50,7 +52,8 @@ def table(points: list[Point], hardware: Hardware) -> Table:
             made.add_section()
         last = p.layout
         made.add_row(p.layout, str(p.nodes), f"{p.gpu_bytes / GB:.1f}", f"{p.step.compute:.2f}",
-                     f"{p.step.communication:.2f}", f"{p.step.total:.2f}", f"{p.efficiency:.0%}")  # fmt: skip
+                     f"{p.step.communication:.2f}", f"{p.step.total:.2f}", f"{p.unhidden:.2f}",
+                     f"{p.efficiency:.0%}")  # fmt: skip
     return made
 
 

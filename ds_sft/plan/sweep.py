@@ -19,6 +19,7 @@ class Point:
     gpu_bytes: int
     step: Step
     efficiency: float  # tokens a second and GPU, relative to computation alone
+    unhidden: float  # seconds of the step if nothing hides behind computation
 
 
 def nodes_of(text: str) -> list[int]:
@@ -49,5 +50,7 @@ def sweep(base: dict[str, Run], hardware: Hardware, nodes: list[int]) -> list[Po
             there = replace(hardware, nodes=number)
             scaled = replace(run, ranks=there.ranks)
             step = step_time(scaled, there)
-            points.append(Point(layout, number, peak(scaled, loading=False).device_bytes, step, step.efficiency))
+            unhidden = step_time(scaled, there, overlap=0).total
+            size = peak(scaled, loading=False).device_bytes
+            points.append(Point(layout, number, size, step, step.efficiency, unhidden))
     return points
