@@ -77,13 +77,14 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import run_steps, training_arguments
-    from ds_sft.training.model import load_model, load_tokenizer
+    from ds_sft.training.model import load_model, load_tokenizer, read_ahead
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
 
     engine = engine_config(config, launch)
     with stop.until_ranks_meet():
         tokenizer = load_tokenizer(config, launch)
+        read_ahead(config, launch)
         data = load_data(config, tokenizer, launch)
         print_report(data.report, launch)
     args = training_arguments(config, engine, launch)  # starts the process group

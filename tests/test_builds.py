@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,3 +78,18 @@ def test_where_torch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
     assert builds.build_root() == Path("/somewhere")
     assert builds._on_network(tmp_path) is False
+
+
+def test_the_compiler_of_an_unused_optimizer_is_not_loaded() -> None:
+    """DeepSpeed imports Muon to compare; only where it is the run's optimizer may it compile."""
+    code = (
+        "import sys; from ds_sft.runtime.builds import import_muon; import_muon({ENGINE}); "
+        "from deepspeed.runtime import compiler; "
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam; "
+        "print('torch._inductor.compile_fx' in sys.modules, compiler.compile.__name__)"
+    )
+    for engine, loaded in (("{}", "False compile"), ("{'optimizer': {'type': 'Muon'}}", "True compile")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("{ENGINE}", engine)], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == loaded

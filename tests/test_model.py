@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import load_model, load_tokenizer, training_dtype
+from ds_sft.training.model import load_model, load_tokenizer, read_ahead, training_dtype
 
 ALONE = Launch(launcher="python")
 NO_FOLDER = "no such folder (the current directory is {here}), and not a hub id such as Qwen/Qwen3-0.6B"
@@ -132,3 +133,23 @@ def test_a_generation_config_that_contradicts_itself_can_be_saved(copy: Path, tm
         plain.save_pretrained(tmp_path / "plain")
     mended.save_pretrained(tmp_path / "mended")
     assert json.loads((tmp_path / "mended" / "generation_config.json").read_text())["temperature"] == 0.7
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_weights_are_read_ahead_once_a_node(copy: Path, monkeypatch: pytest.MonkeyPatch, hub: bool) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, size, what: asked.append((os.readlink(f"/proc/self/fd/{fd}"), what))
+    )
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(copy / file))
+    config = make("Qwen/Qwen3-0.6B" if hub else copy)
+    read_ahead(config, Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
+    assert asked == []
+    read_ahead(config, Launch(launcher="torchrun", rank=2, local_rank=0, world_size=4))
+    assert asked == [(str(copy / "model.safetensors"), os.POSIX_FADV_WILLNEED)]
+
+
+def test_a_model_that_is_still_to_be_downloaded_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *words: pytest.fail("nothing is there"))
+    read_ahead(make("Qwen/Qwen3-0.6B"), ALONE)

@@ -1,4 +1,4 @@
-"""Locks that a killed compilation of a C++ op left behind: torch would wait for them forever, without a word.
+"""What a start need not wait for: locks that a killed compilation left behind, and a compiler that nothing uses.
 
 torch holds the file `lock` of an op's folder open while it compiles, and whoever else needs the op waits until the file
 is gone. A process that was killed cannot remove it.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ds_sft.runtime.distributed import Launch
 
@@ -85,3 +86,20 @@ def _on_network(path: Path) -> bool:
         if len(mount) > len(best) and path.resolve().is_relative_to(mount):
             best, kind = mount, name
     return kind.startswith(NETWORK)
+
+
+def import_muon(engine: Mapping[str, Any] | None) -> None:
+    """Import DeepSpeed's Muon optimizer uncompiled, where the run does not use it.
+
+    DeepSpeed looks whether the optimizer is one of that class. Its module compiles functions when it is imported, which
+    loads torch's whole compiler: a second of each start.
+    """
+    if engine is None or str((engine.get("optimizer") or {}).get("type")).lower() == "muon":
+        return
+    from deepspeed.runtime import compiler
+
+    given, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = given

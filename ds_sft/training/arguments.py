@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.steps import Steps
-from ds_sft.runtime.builds import remove_stale_locks
+from ds_sft.runtime.builds import import_muon, remove_stale_locks
 from ds_sft.runtime.distributed import Launch, start_gloo
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
 
     if engine is not None:
         remove_stale_locks(launch)
+        import_muon(engine)
     keys = dict(config.training)
     keys["deepspeed"] = engine
     keys["report_to"] = _other_trackers(keys.get("report_to"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,24 @@ def _first_line(error: BaseException) -> str:
     """What transformers says, without the paragraphs that follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def read_ahead(config: Config, launch: Launch) -> None:
+    """Let the system read the weights from disk while the data are prepared; on each node local rank 0.
+
+    A hint: it returns at once, and whoever loads them later finds in memory what has come by then.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if launch.local_rank != 0 or not hasattr(os, "posix_fadvise"):
+        return
+    folder = Path(config.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(config.model_name_or_path, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(OSError), file.open("rb") as weights:
+            os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def training_dtype(args: TrainingArguments) -> torch.dtype:
