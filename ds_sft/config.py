@@ -64,8 +64,8 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "ignore_data_skip": "a resumed run would learn its first rows again",
 }
 SECRETS = ("hub_token",)
-POSITIVE = ("max_length", "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
-            "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+POSITIVE = ("max_length", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
@@ -116,6 +116,11 @@ class Config:
                         choices=("truncate", "drop", "error", "split"), default="truncate")  # fmt: skip
     packing: str = key("concat: rows that share a sequence up to max_length, each blind to the others",
                        choices=("none", "concat"), default="none")  # fmt: skip
+    batching: str = key("rows of a micro batch: laid end to end, each blind to the others, or padded to the longest",
+                        choices=("padding_free", "padded"), default="padding_free")  # fmt: skip
+    max_tokens_per_batch: int | None = key(
+        "of a micro batch, which has as many rows as fit; with per_device_train_batch_size only a limit", default=None
+    )
     on_bad_row: str = key("what an unusable row does: end the run, or be skipped and counted",
                           choices=("error", "skip"), default="error")  # fmt: skip
     preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
@@ -144,6 +149,16 @@ class Config:
     @property
     def output_dir(self) -> Path:
         return Path(self.training["output_dir"])
+
+    @property
+    def fills_batches(self) -> bool:
+        """Whether a micro batch has as many rows as `max_tokens_per_batch` holds, and not a number of them."""
+        return self.max_tokens_per_batch is not None and "per_device_train_batch_size" not in self.training
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro batch as Trainer and DeepSpeed count them: one that tokens fill is one."""
+        return int(self.training.get("per_device_train_batch_size", 1))
 
     def to_dict(self) -> dict[str, Any]:
         """All keys flat, ours first, without secrets."""
@@ -382,8 +397,30 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
         raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")
-    training = TRAINING_DEFAULTS | (EVAL_DEFAULTS if has_eval else {}) | values
-    return Config(**ours, training=training)
+    defaults = TRAINING_DEFAULTS | (EVAL_DEFAULTS if has_eval else {})
+    if ours.get("max_tokens_per_batch") is not None:  # then it is absent unless given, and `save` keeps it so
+        defaults = {name: value for name, value in defaults.items() if name != "per_device_train_batch_size"}
+    config = Config(**ours, training=defaults | values)
+    _check_batching(config, given)
+    return config
+
+
+def _check_batching(config: Config, given: Mapping[str, Given]) -> None:
+    order, name = config.training.get("train_sampling_strategy", "random"), "max_tokens_per_batch"
+    if config.packing != "none" and config.max_tokens_per_batch is not None:
+        raise UserError(
+            f"{given[name].where}{name}: packing: concat fills sequences of max_length, and a micro batch is "
+            "per_device_train_batch_size of them: leave out one of the two"
+        )
+    if config.packing != "none" and config.batching == "padded":
+        raise UserError(f"{given['batching'].where}batching: padded: packing: concat has no padding: leave out one")
+    if config.max_tokens_per_batch is not None and order not in ("random", "sequential", "group_by_length"):
+        raise UserError(f"{given[name].where}{name}: train_sampling_strategy {order} makes batches of its own")
+    if config.fills_batches and order == "group_by_length":
+        raise UserError(
+            f"{given[name].where}{name}: micro batches filled by tokens are about equal, train_sampling_strategy "
+            "group_by_length has nothing to order: leave it out, or give per_device_train_batch_size"
+        )
 
 
 def _convert(known: Key, given: Given) -> Any:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
+from ds_sft.runtime.checkpoint import OUR_ORDERS, Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
     end_group,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from ds_sft.data.dataset import Data
+    from ds_sft.data.micro_batches import Batching
+    from ds_sft.plan.steps import Steps
     from ds_sft.runtime.expectation import Expectation
     from ds_sft.tracking import Tracker
     from ds_sft.training.trainer import SFTTrainer
@@ -76,8 +79,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.storage import settle_storage
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
-    from ds_sft.training.arguments import run_steps, training_arguments
-    from ds_sft.training.model import load_model, load_tokenizer, read_ahead
+    from ds_sft.training.arguments import batching_of, training_arguments
+    from ds_sft.training.model import load_model, load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
 
@@ -98,11 +101,12 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     if start.finished:
         return
     get_ready_to_resume(start, args, site, stop)
-    rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch)
-    steps = run_steps(args, len(rows_in_batches))
-    launch.say(steps.describe())
-    longest, on_gpu = int(data.rows["train"]["tokens"].max()), args.device.type != "cpu"
-    expected = expect_memory(config, engine, longest=longest, ranks=args.world_size, on_gpu=on_gpu, launch=launch)
+    padded = uses_padding(config, launch)
+    rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch, padded=padded)
+    batching = batching_of(args, config, rows_in_batches, padded=padded)
+    steps = plan_steps(args, batching, data, engine, launch)
+    expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
+                             ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
     model = load_model(config, args)
     size = predict_size(model, stage(engine), site)
     done = start.checkpoint.step if start.checkpoint else 0
@@ -116,6 +120,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             eval_dataset=data.eval,
             data_collator=collate,
             processing_class=tokenizer,
+            batching=batching,
             callbacks=[TrackerCallback(tracker)],
             run=Continuity(
                 stop=stop,
@@ -131,6 +136,21 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
         finish(trainer, tracker, data, config, launch, stop, expected=expected, started=started)
+
+
+def plan_steps(
+    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, launch: Launch
+) -> Steps:
+    """How rows become steps, checked and said."""
+    from ds_sft.runtime.zero import stage
+    from ds_sft.training.arguments import run_steps
+
+    steps = run_steps(args, batching)
+    batching.check(steps.num_epochs, partial(data.where, "train"))
+    launch.say(steps.describe())
+    if args.train_sampling_strategy in OUR_ORDERS:
+        launch.say(batching.describe(each_micro_batch=(stage(engine) or 0) >= 2))
+    return steps
 
 
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:

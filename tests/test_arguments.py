@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.arguments import run_steps, training_arguments
+from ds_sft.training.arguments import batching_of, run_steps, training_arguments
 
 ALONE = Launch(launcher="python")
 
@@ -61,5 +62,10 @@ def test_batch_arithmetic(epochs: float, max_steps: int, rows: int, said: str) -
         num_train_epochs=epochs,
         max_steps=max_steps,
         dataloader_drop_last=False,
+        seed=42,
+        data_seed=None,
+        train_sampling_strategy="random",
     )
-    assert run_steps(args, rows).describe() == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"
+    data = Dataset.from_dict({"input_ids": [[1, 2]] * rows})
+    batching = batching_of(args, make(Path("o"), per_device_train_batch_size=2), data, padded=False)
+    assert run_steps(args, batching).describe() == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from ds_sft.runtime import checkpoint
 from ds_sft.runtime.checkpoint import (
     FACTS,
     Broken,
+    Checkpoint,
     Site,
+    _fit,
     choose,
     complete,
     newest_complete,
@@ -199,6 +202,22 @@ def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pyte
         where_to_start(config(tmp_path, training={"per_device_train_batch_size": 3}), RUN, ALONE)
 
 
+def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six a step, of 3 ranks; now one rank has all six, and 4 ranks cannot share them."""
+    save(tmp_path, 4, world_size=3, gradient_accumulation_steps=2, rows_a_step=None, micro_batches_a_step=6)
+    keys = {"output_dir": str(tmp_path), "gradient_accumulation_steps": 2}
+    filled = replace(config(tmp_path, max_tokens_per_batch=100), training=keys)
+    assert where_to_start(filled, RUN, ALONE).accumulation == 6
+    assert (
+        "gradient_accumulation_steps is set to 6, so that a step keeps its 6 micro batches." in capsys.readouterr().out
+    )
+    four = Site(Launch(launcher="python", world_size=4), shared=True)
+    with pytest.raises(
+        UserError, match=r"6 micro batches a step, which 4 ranks cannot share\. What can: 1, 2, 3, 6 ranks"
+    ):
+        _fit(Checkpoint(tmp_path, {"world_size": 3, "micro_batches_a_step": 6}), filled, four)
+
+
 def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
     def keys(**training: Any) -> dict[str, Any]:
         return identity(config(tmp_path, training={"bf16": True, **training}), None, "abc")
@@ -212,6 +231,19 @@ def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
     assert known["zero_stage"] == 2
     said = differences(known, identity(config(tmp_path), other, "abc"))
     assert said == ["deepspeed.zero_optimization.reduce_bucket_size: 5 -> 6"]
+
+
+def test_the_layout_of_the_same_rows_is_not_compared(tmp_path: Path) -> None:
+    def of(**keys: Any) -> dict[str, Any]:
+        return identity(config(tmp_path, **keys), None, "abc")
+
+    def filled(**keys: Any) -> dict[str, Any]:
+        given = replace(config(tmp_path, max_tokens_per_batch=100, **keys), training={"output_dir": "o"})
+        return identity(given, None, "abc")
+
+    assert differences(of(), of(batching="padded", max_tokens_per_batch=512)) == []
+    assert differences(filled(), filled(batching="padded")) == ["batching: 'padding_free' -> 'padded'"]
+    assert "max_tokens_per_batch: None -> 100" in differences(of(), filled())
 
 
 def test_other_validation_rows_are_another_run(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],
          "gradient_checkpointing and activation_checkpointing are the same key: give one of them"),
         ([*NEEDED, "--eval_strategy", "epoch"], "--eval_strategy: epoch needs an eval_file (or val_size)"),
+        (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch: expected 1 or more, found '0'"),
+        ([*NEEDED, "--max_tokens_per_batch", "99", "--packing", "concat"],
+         "--max_tokens_per_batch: packing: concat fills sequences of max_length, and a micro batch is "
+         "per_device_train_batch_size of them: leave out one of the two"),
+        ([*NEEDED, "--batching", "padded", "--packing", "concat"],
+         "--batching: padded: packing: concat has no padding: leave out one"),
+        ([*NEEDED, "--max_tokens_per_batch", "99", "--train_sampling_strategy", "batch_rebalance"],
+         "--max_tokens_per_batch: train_sampling_strategy batch_rebalance makes batches of its own"),
+        ([*NEEDED, "--max_tokens_per_batch", "99", "--train_sampling_strategy", "group_by_length"],
+         "--max_tokens_per_batch: micro batches filled by tokens are about equal, train_sampling_strategy "
+         "group_by_length has nothing to order: leave it out, or give per_device_train_batch_size"),
         (["--train_file", "t"],
          "missing: model_name_or_path, output_dir: give each in the --config file or as --model_name_or_path VALUE"),
     ],
@@ -276,6 +287,19 @@ def test_every_default_is_read_back(tmp_path: Path) -> None:
     config = load_config(NEEDED)
     config.save(tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_tokens_fill_micro_batches_unless_their_rows_are_given(tmp_path: Path) -> None:
+    """And so it stays when the run's keys are read back."""
+    config = from_yaml(tmp_path, "max_tokens_per_batch: 4096\n")
+    assert config.fills_batches
+    assert "per_device_train_batch_size" not in config.training
+    assert config.micro_batch == 1
+    config.save(tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    config = from_yaml(tmp_path, "max_tokens_per_batch: 4096\n", "--per_device_train_batch_size", "1")
+    assert not config.fills_batches
+    assert not from_yaml(tmp_path, "max_length: 7\n").fills_batches
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.yaml")), ids=lambda file: file.name)

@@ -99,7 +99,24 @@ def test_packed_rows_are_fewer_sequences(config: Path, capsys: pytest.CaptureFix
     found = plan(capsys, *words)
     assert (found["rows"], found["steps"], found["known"]) == (10, 6, "about")
     assert main(["launch", "--dry-run", "run.yaml", *words]) == 0
-    assert "sequences of about that number, from the mean length in data_report.json" in capsys.readouterr().out
+    assert (
+        "into sequences: about that number of them, from the mean length in data_report.json" in capsys.readouterr().out
+    )
+
+
+def test_a_number_of_tokens(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """100 rows of at most 400 tokens, two in a micro batch; of 40 tokens twenty."""
+    words = ["--max_tokens_per_batch", "800", "--max_length", "400"]
+    found = plan(capsys, *words)
+    assert (found["rows"], found["rows_per_step"], found["known"]) == (100, None, "at most")
+    at_most = found["steps"]
+    Path("out").mkdir()
+    Path("out/data_report.json").write_text('{"train": {"tokens": 4000, "rows_kept": 100}}', encoding="utf-8")
+    assert plan(capsys, *words)["steps"] < at_most
+    assert main(["launch", "--dry-run", "run.yaml", *words]) == 0
+    said = capsys.readouterr().out
+    assert "100 rows in 5 micro batches" in said
+    assert "Rows are filled into micro batches: about that number of them, from the mean length" in said
 
 
 def test_without_gpus_a_node_is_one_rank(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import load_model, load_tokenizer, read_ahead, training_dtype
+from ds_sft.training.model import load_model, load_tokenizer, read_ahead, training_dtype, uses_padding
 
 ALONE = Launch(launcher="python")
 NO_FOLDER = "no such folder (the current directory is {here}), and not a hub id such as Qwen/Qwen3-0.6B"
@@ -108,6 +108,27 @@ def test_unusable_weights(copy: Path, damage: str) -> None:
 def test_an_attention_that_does_not_exist(model_dir: Path) -> None:
     with pytest.raises(UserError, match="attn_implementation"):
         load_model(make(model_dir, attn_implementation="nonsense"), arguments())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("qwen3_next", "full_attention, linear_attention"), ("mamba", "linear_attention"), ("none_of_them", None)],
+)
+def test_a_model_that_would_mix_rows_is_given_padded_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, layers: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind if layers else "vit"}), encoding="utf-8")
+    assert uses_padding(make(tmp_path), ALONE)
+    said = capsys.readouterr().out
+    assert said.count("would mix rows that are laid end to end") == 1
+    assert f"({layers or 'its own code'})" in said
+
+
+def test_rows_are_laid_end_to_end_unless_asked_otherwise(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not uses_padding(make(model_dir), ALONE)
+    assert not uses_padding(make(model_dir, packing="concat"), ALONE)
+    assert uses_padding(make(model_dir, batching="padded"), ALONE)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from ds_sft.config import Config
 from ds_sft.data.batches import NOTHING, GlobalBatches, make_batches
 from ds_sft.data.dataset import load_data
+from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, collate_flat, plan_packs
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
@@ -71,7 +72,7 @@ def test_packed_rows_are_learned_as_if_alone(model_dir: Path, tokenizer: Any, tm
         model_name_or_path="m", train_file=str(file), packing="concat", max_length=200, cache_dir=str(tmp_path)
     )
     data = load_data(config, tokenizer, ALONE)
-    packed, collate = make_batches(data.train, config, tokenizer, ALONE)
+    packed, collate = make_batches(data.train, config, tokenizer, ALONE, padded=False)
     assert len(packed) < len(data.train)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
     check_packing(model)
@@ -94,13 +95,9 @@ def test_every_rank_has_as_many_micro_batches(tokenizer: Any, tmp_path: Path, ra
     """The plan is the same for any number of ranks; together they learn from every sequence once."""
     file = write_rows(tmp_path / "train.jsonl", questions_and_answers(50))
     config = Config(model_name_or_path="m", train_file=str(file), packing="concat", max_length=300)
-    packed, _ = make_batches(load_data(config, tokenizer, ALONE).train, config, tokenizer, ALONE)
-    shares = [
-        list(
-            GlobalBatches(len(packed), micro_batch=2, accumulation=1, rank=rank, world_size=ranks, seed=0, shuffle=True)
-        )
-        for rank in range(ranks)
-    ]
+    packed, _ = make_batches(load_data(config, tokenizer, ALONE).train, config, tokenizer, ALONE, padded=False)
+    batching = Batching(lengths=lengths_of(packed), micro_batch=2, accumulation=1, ranks=ranks, padded=False, seed=0)
+    shares = [list(GlobalBatches(batching, rank)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     learned = sorted(i for share in shares for batch in share for i in batch if i != NOTHING)
     assert learned == list(range(len(packed)))

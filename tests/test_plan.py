@@ -280,12 +280,32 @@ def test_a_configuration_written_in_the_checkout_can_move_with_it(
 @pytest.mark.usefixtures("config_file")
 def test_packed_rows_are_fewer_sequences_with_a_mask_over_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--mean-tokens", "32", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1")
-    apart, packed = plan(capsys, *words), plan(capsys, *words, "--packing", "concat")
+    apart, packed = plan(capsys, *words, "--batching", "padded"), plan(capsys, *words, "--packing", "concat")
     assert (apart["schedule"]["steps"], packed["schedule"]["steps"]) == (14, 4)  # 100 rows, 25 sequences; 16 a step
     ways = [
         next(o for o in found["options"] if o["name"] == "ZeRO-2")["gpu"]["activations"] for found in (apart, packed)
     ]
     assert ways[1] - ways[0] == 256 * 256 - 2 * 128 * 128  # bytes of the mask; recomputed layers keep none
+
+
+@pytest.mark.usefixtures("config_file")
+def test_a_number_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 4 x 512 tokens a step and GPU: as many at once as fit; 100 rows of 32 tokens fill two of them."""
+    words = ("--max_tokens_per_batch", "512", "--gradient_accumulation_steps", "4", "--mean-tokens", "32")
+    wide, narrow = plan(capsys, *words), plan(capsys, *words, "--gpu-memory", "1.095GB")
+    assert [option["tokens_per_micro_batch"] for option in wide["options"]] == [512] * 6
+    assert (wide["recommended"]["tokens_per_micro_batch"], wide["recommended"]["accumulation"]) == (2048, 1)
+    small = narrow["recommended"]
+    assert 128 <= small["tokens_per_micro_batch"] < 2048
+    assert small["gpu_total"] <= 1.095e9
+    assert small["tokens_per_micro_batch"] * small["accumulation"] <= 2048
+    assert wide["schedule"]["rows"] == 2  # micro batches of 2,048
+    assert main(["plan", "run.yaml", *words]) == 0
+    assert "16,384 tokens a step (max_tokens_per_batch: 2048)" in capsys.readouterr().out.replace("\n", " ")
+    plan(capsys, *words, "--write", "planned.yaml")
+    written = load_config(["--config", "planned.yaml"])
+    assert (written.max_tokens_per_batch, written.fills_batches) == (2048, True)
+    assert written.training["gradient_accumulation_steps"] == 1
 
 
 @pytest.mark.usefixtures("config_file")

@@ -103,9 +103,14 @@ def test_the_page_has_every_token_with_its_id(run: Any, tokenizer: Any, tmp_path
 
 
 def test_a_batch_after_padding_and_after_packing(run: Any, tmp_path: Path) -> None:
-    padded = run("--rows", "1,2", "--batch")
+    flat = run("--rows", "1,2", "--batch")
+    assert re.search(r"sequence 1 of a batch of 1 x \d+ tokens", flat)
+    assert flat.count("next row, position 0") == 1
+    filled = run("--rows", "1,2", "--batch", "--max_tokens_per_batch", "100")
+    assert re.findall(r"sequence 1 of batch (\d), of 1 x", filled) == ["1", "2"]
+    padded = run("--rows", "1,2", "--batch", "--batching", "padded")
     assert re.search(r"sequence 1 of a batch of 2 x \d+ tokens · .* padding", padded)
-    run("--rows", "1,2", "--batch", "--html", "padded.html")
+    run("--rows", "1,2", "--batch", "--batching", "padded", "--html", "padded.html")
     tokens = Tokens((tmp_path / "padded.html").read_text(encoding="utf-8")).found
     assert {ids[0] for _, ids, classes in tokens if "p" in classes} == {0}  # the pad token
     assert not [ids for _, ids, classes in tokens if {"p", "l"} <= classes]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from ds_sft.data.micro_batches import Batching
 from ds_sft.training.resumable import ResumableTrainer
 
 
@@ -85,6 +87,9 @@ def test_samples_of_a_manifest(step: int, drop_last: bool, samples: int) -> None
         step_boundary: Any = boundary
 
     made: Any = Known.__new__(Known)
-    args = SimpleNamespace(dataloader_drop_last=drop_last)
-    made.__dict__ |= {"state": SimpleNamespace(global_step=step), "args": args, "train_dataset": range(13)}
-    assert made._samples_seen(4) == samples
+    made.__dict__ |= {
+        "state": SimpleNamespace(global_step=step),
+        "batching": Batching(lengths=np.full(13, 5), micro_batch=1, accumulation=2, ranks=2, padded=False, seed=0,
+                             drop_last=drop_last),
+    }  # fmt: skip
+    assert made._samples_seen() == samples

@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SIGNAL_SECONDS = 600  # how long before its time limit slurm/train.sbatch saves
 PORT = 29500  # torch's own default; slurm/job.sh derives one from the job's number
 NODES_SHOWN = 4
-PACKED = {  # how well packed sequences are known
-    "about": "Rows are packed: sequences of about that number, from the mean length in data_report.json of output_dir.",
-    "at most": "Rows are packed: into how many sequences is not known before they are encoded (a data_report.json in "
-    "output_dir would say); rows, steps and checkpoints are given as if each filled one, so at most that many.",
+FILLED = {  # how well it is known how many rows fill a packed sequence, or a micro batch of so many tokens
+    "about": "Rows are {}: about that number of them, from the mean length in data_report.json of output_dir.",
+    "at most": "Rows are {}: into how many is not known before they are encoded (a data_report.json in output_dir "
+    "would say); steps and checkpoints are given as if each had max_length tokens, so at most that many.",
 }
 TRAVELS = "HF_HOME, HF_TOKEN, DS_SFT_CACHE, SWANLAB_API_KEY, proxies, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
 
@@ -62,8 +62,8 @@ class Plan:
     master_port: int
     parameters: int | None
     rows: int  # of an epoch, or packed sequences
-    known: str  # "exact"; of packed sequences "about", or "at most" where no row's length is known
-    rows_per_step: int
+    known: str  # "exact"; where rows fill something "about", or "at most" where no row's length is known
+    rows_per_step: int | None  # None: as many as max_tokens_per_batch holds
     steps_per_epoch: int
     steps: int
     checkpoints: list[int]  # the steps after which one is written
@@ -167,13 +167,17 @@ def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
     rows = rows_of_epoch(config, count_usable) or 0
     if rows < ranks:
         raise UserError(f"train_file: {rows} rows cannot be shared by {ranks} ranks")
-    known = "exact"
+    accumulation, mean = training["gradient_accumulation_steps"], mean_tokens_of(config)
+    known = "at most" if mean is None else "about"
+    if config.max_tokens_per_batch is not None and config.fills_batches:
+        size = config.max_tokens_per_batch
+        bins = -(-rows // max(1, size // config.max_length)) if mean is None else sequences(rows, mean, size)
+        return steps_of(training, None, accumulation, ranks, rows, max_tokens=size, num_bins=bins), known
     if config.packing != "none":
-        mean = mean_tokens_of(config)
-        known = "at most" if mean is None else "about"
         rows = sequences(rows, mean or config.max_length, config.max_length)
-    keys = (training["per_device_train_batch_size"], training["gradient_accumulation_steps"])
-    return steps_of(training, *keys, ranks, rows), known
+    else:
+        known = "exact"
+    return steps_of(training, config.micro_batch, accumulation, ranks, rows), known
 
 
 def _size(config: Config) -> ModelSize | None:
@@ -222,7 +226,15 @@ def describe(plan: Plan, config: Config) -> str:
     lines = [
         f"{len(plan.nodes)} nodes x {plan.ranks_per_node} ranks = {plan.world_size} ranks, {zero}.",
         plan.batch,
-        *([] if plan.known == "exact" else [PACKED[plan.known]]),
+        *(
+            []
+            if plan.known == "exact"
+            else [
+                FILLED[plan.known].format(
+                    "packed into sequences" if config.packing != "none" else "filled into micro batches"
+                )
+            ]
+        ),
         _checkpoints(plan, config),
         "",
         "With Slurm:",

@@ -145,7 +145,7 @@ class Plan:
         self.configured, self.base = layouts(config, self.shape, self.hardware.ranks)
         limits = (self.hardware, given.gpu_memory, given.host_memory)
         self.options = options(self.base, *limits)
-        self.best = recommend(self.base, *limits)
+        self.best = recommend(self.base, *limits, filled=config.fills_batches)
 
     @property
     def chosen(self) -> Option:
@@ -188,6 +188,7 @@ class Plan:
             "ring_bandwidth": self.hardware.ring if self.hardware.nodes > 1 else self.hardware.inside,
             "configured": self.configured,
             "options": [self._row(o) for o in self.options],
+            "filled": self.config.fills_batches,
             "recommended": self._row(self.best) if self.best else None,
             "disk": self.disk(),
             "schedule": vars(times),
@@ -244,7 +245,12 @@ def write(plan: Plan, path: Path) -> None:
     if engine is None and plan.best.name in FILES:
         file = CONFIGS / FILES[plan.best.name]
         engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
-    training |= {"per_device_train_batch_size": run.micro_batch, "gradient_accumulation_steps": run.accumulation,
-                 "activation_checkpointing": run.checkpointing, "deepspeed": engine}  # fmt: skip
-    replace(plan.config, training=training).save(path)
+    training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": run.checkpointing,
+                 "deepspeed": engine}  # fmt: skip
+    most = plan.config.max_tokens_per_batch
+    if plan.config.fills_batches:
+        most = run.tokens
+    else:
+        training["per_device_train_batch_size"] = run.micro_batch
+    replace(plan.config, max_tokens_per_batch=most, training=training).save(path)
     print(f"Saved the recommended configuration: {path}", file=sys.stderr)

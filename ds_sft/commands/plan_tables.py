@@ -51,7 +51,7 @@ def memory_table(plan: dict[str, Any]) -> Table:
     for way, title in (("checkpointing", "activations with checkpointing"), ("without", "activations without")):
         table.add_row(title, *(f"{option['activations'][way] / GB:.2f}" for option in plan["options"]))
     first = plan["options"][0]
-    table.caption = (f"* as configured: micro batch {first['micro_batch']} x accumulation {first['accumulation']}, "
+    table.caption = (f"* as configured: micro batch {_micro(first, plan)} x accumulation {first['accumulation']}, "
                      f"checkpointing {'on' if first['checkpointing'] else 'off'}")  # fmt: skip
     return table
 
@@ -73,16 +73,24 @@ def recommendation(plan: dict[str, Any]) -> str:
     if best is None:
         least = min(plan["options"], key=lambda option: option["gpu_total"])
         return (f"Nothing fits: even {least['name']} needs {least['gpu_total'] / GB:.1f} GB of a GPU at micro batch "
-                f"{least['micro_batch']} and {least['node_total'] / GB:.0f} GB of a node. "
+                f"{_micro(least, plan)} and {least['node_total'] / GB:.0f} GB of a node. "
                 "Take more GPUs, a smaller max_length, or a smaller model.")  # fmt: skip
-    micro, accumulation, ranks = best["micro_batch"], best["accumulation"], plan["ranks"]
+    parts = best["accumulation"] * plan["ranks"]
+    if plan["filled"]:
+        batch = f"{best['tokens_per_micro_batch'] * parts:,} tokens a step (max_tokens_per_batch: "
+        batch += f"{best['tokens_per_micro_batch']})"
+    else:
+        batch = f"{best['micro_batch'] * parts} rows a step, {best['tokens_per_micro_batch']:,} tokens a GPU at once"
     return (
-        f"Recommended: {best['name']}, micro batch {micro} x accumulation {accumulation} x {ranks} GPUs = "
-        f"{micro * accumulation * ranks} rows a step, {best['tokens_per_micro_batch']:,} tokens a GPU at once, "
-        f"checkpointing "
-        f"{'on' if best['checkpointing'] else 'off'}: "
+        f"Recommended: {best['name']}, micro batch {_micro(best, plan)} x accumulation {best['accumulation']} x "
+        f"{plan['ranks']} GPUs = {batch}, checkpointing {'on' if best['checkpointing'] else 'off'}: "
         f"{best['gpu_total'] / GB:.1f} GB of a GPU, {best['step_seconds']['total']:.2f} s a step."
     )
+
+
+def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
+    """A micro batch in what it is counted in."""
+    return f"{option['tokens_per_micro_batch']:,} tokens" if plan["filled"] else str(option["micro_batch"])
 
 
 def disk_lines(plan: dict[str, Any]) -> list[str]:

@@ -133,18 +133,36 @@ def row_numbers(text: str, num_rows: int) -> list[int]:
 
 
 def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[Shown]:
-    """The batch that a rank would make of these rows, whatever their number."""
+    """The batch that a rank would make of these rows, whatever their number; several where tokens fill them."""
     from ds_sft.data.batches import make_batches
+    from ds_sft.data.micro_batches import Batching, lengths_of
+    from ds_sft.training.model import uses_padding
 
-    in_batches, collate = make_batches(rows, config, tokenizer, launch)
-    batch = collate([in_batches[i] for i in range(len(in_batches))])
+    padded = uses_padding(config, launch)
+    in_batches, collate = make_batches(rows, config, tokenizer, launch, padded=padded)
+    batching = Batching(lengths=lengths_of(in_batches), micro_batch=None if config.fills_batches else len(in_batches),
+                        accumulation=1, ranks=1, padded=padded, seed=int(config.training.get("seed", 42)),
+                        order="sequential", max_tokens=config.max_tokens_per_batch)  # fmt: skip
+    batching.check(1)
+    epoch = batching.epoch(0)
+    batches = [epoch.micro_batch(number) for number in range(len(epoch.computed))]
+    return [
+        shown
+        for number, batch in enumerate(batches)
+        for shown in _sequences(
+            collate([in_batches[i] for i in batch]), tokenizer, f" {number + 1}" if len(batches) > 1 else ""
+        )
+    ]
+
+
+def _sequences(batch: dict[str, Any], tokenizer: Any, number: str) -> list[Shown]:
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     masks = batch["attention_mask"].tolist() if "attention_mask" in batch else [None] * len(ids)
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [None] * len(ids)
     shape = " x ".join(map(str, batch["input_ids"].shape))
     return [
         Shown(
-            f"sequence {i + 1} of a batch of {shape} tokens",
+            f"sequence {i + 1} of {f'batch{number}, of' if number else 'a batch of'} {shape} tokens",
             tokens_of(ids[i], labels[i], tokenizer, mask=masks[i], positions=positions[i]),
         )
         for i in range(len(ids))

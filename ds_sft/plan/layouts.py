@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,18 +85,26 @@ def name_of(engine: Engine) -> str:
 
 def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bool = False) -> Run:
     """The memory question that a configuration asks."""
-    training = config.training
+    training, length, most = config.training, config.max_length, config.max_tokens_per_batch
+    if config.fills_batches and most is not None:
+        length = min(length, most)
+        micro = math.ceil(most / length)  # the fewest rows that fill it
+    else:
+        micro = config.micro_batch
+    flat = config.batching == "padding_free"
     return Run(
         shape=shape,
         engine=engine,
         ranks=ranks,
-        micro_batch=training["per_device_train_batch_size"],
-        length=config.max_length,
+        micro_batch=micro,
+        length=length,
         accumulation=training["gradient_accumulation_steps"],
         checkpointing=bool(training["activation_checkpointing"]),
         half=bool(training.get("bf16") or training.get("fp16")),
-        padded=training["per_device_train_batch_size"] > 1,
+        padded=micro > 1 and not flat,
         packed=config.packing != "none",
+        flat=flat,
+        max_tokens=most,
         attention=config.attn_implementation or "sdpa",
         eval_batch=training.get("per_device_eval_batch_size", 8) if training.get("eval_strategy", "no") != "no" else 0,
         lazy=lazy,
@@ -150,19 +159,35 @@ def micro_batches(rows: int) -> list[int]:
     return [micro for micro in range(rows, 0, -1) if rows % micro == 0]
 
 
+def _splits(run: Run, *, filled: bool) -> Iterator[Run]:
+    """Ways to split a rank's part of a step into micro batches, largest first: of rows, or `filled` with tokens."""
+    if filled:
+        tokens = run.tokens * run.accumulation
+        for accumulation in range(1, tokens // run.length + 1):  # a row of any length must fit
+            most = tokens // accumulation
+            yield replace(run, micro_batch=math.ceil(most / run.length), accumulation=accumulation, max_tokens=most,
+                          padded=not run.flat and most > run.length)  # fmt: skip
+        return
+    rows = run.micro_batch * run.accumulation
+    for micro in micro_batches(rows):
+        yield replace(run, micro_batch=micro, accumulation=rows // micro, padded=micro > 1 and not run.flat)
+
+
 def options(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> list[Option]:
     """Every layout as the configuration has it."""
     return [option(name, run, hardware, gpu_memory, host) for name, run in base.items()]
 
 
-def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> Option | None:
+def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None, *,
+              filled: bool = False) -> Option | None:  # fmt: skip
     """The layout that divides least among those that fit and are about as fast as the fastest.
 
-    Over layouts, checkpointing, and micro batches that keep the global batch. Estimated times that differ by less than
+    Over layouts, checkpointing, and micro batches that keep the global batch, in rows or, where tokens fill micro
+    batches (`filled`), in tokens. Estimated times that differ by less than
     a quarter are taken as equal: they leave out what dividing further costs in latency.
     """
     found = [best for name, run in base.items() if name in FILES or (name == "no DeepSpeed" and run.ranks == 1)
-             for best in _largest(name, run, hardware, gpu_memory, host)]  # fmt: skip
+             for best in _largest(name, run, hardware, gpu_memory, host, filled=filled)]  # fmt: skip
     if not found:
         return None
     fastest = min(option.step.total for option in found)
@@ -170,14 +195,12 @@ def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, ho
     return min((option for option in found if option.name == layout), key=lambda option: option.step.total)
 
 
-def _largest(name: str, run: Run, hardware: Hardware, gpu_memory: float, host: float | None) -> Iterator[Option]:
+def _largest(name: str, run: Run, hardware: Hardware, gpu_memory: float, host: float | None, *,
+             filled: bool) -> Iterator[Option]:  # fmt: skip
     """The largest fitting micro batch of a layout, without checkpointing and with it."""
-    rows = run.micro_batch * run.accumulation
     for checkpointing in (False, True):
-        for micro in micro_batches(rows):
-            changed = replace(run, micro_batch=micro, accumulation=rows // micro, checkpointing=checkpointing,
-                              padded=micro > 1)  # fmt: skip
-            tried = option(name, changed, hardware, gpu_memory, host)
+        for changed in _splits(run, filled=filled):
+            tried = option(name, replace(changed, checkpointing=checkpointing), hardware, gpu_memory, host)
             if tried.fits:
                 yield tried
                 break

@@ -49,6 +49,8 @@ class Run:
     half: bool  # bf16 or fp16
     padded: bool = False  # rows of different lengths in a batch: attention gets a mask
     packed: bool = False  # a micro batch is one sequence of `micro_batch` x `length` tokens, with a mask between rows
+    flat: bool = False  # the same of rows that are not packed: no mask where there is one row
+    max_tokens: int | None = None  # of a micro batch, where it has fewer than `micro_batch` x `length`
     attention: str = "sdpa"
     eval_batch: int = 0  # rows of a validation batch; 0: no validation
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
@@ -60,16 +62,17 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        return self.micro_batch * self.length
+        tokens = self.micro_batch * self.length
+        return tokens if self.max_tokens is None else min(tokens, self.max_tokens)
 
     @property
     def masked(self) -> bool:
-        return self.padded or self.packed
+        return self.padded or self.packed or (self.flat and self.micro_batch > 1)
 
     @property
     def pairs(self) -> int:
         """Pairs of tokens that attention's mask or scores cover."""
-        return self.tokens * (self.tokens if self.packed else self.length)
+        return self.tokens * (self.tokens if self.packed or self.flat else self.length)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ COUNTED = 256 * 2**20  # bytes of a file that are searched for line ends; the re
 class Schedule:
     """A run from its first step to its last."""
 
-    rows: int | None  # of training, or sequences of packed rows; None: not to be counted from here
+    rows: int | None  # of training, or what they fill: packed sequences, micro batches; None: not to be counted here
     tokens_per_row: float
     tokens_known: bool  # measured; else every row is taken to be `max_length` long
     steps: int | None
@@ -38,14 +38,16 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     training = config.training
     known = mean_tokens or mean_tokens_of(config)
     per_row = min(known or config.max_length, config.max_length)
-    per_step = run.micro_batch * run.accumulation * run.ranks
-    if run.packed and rows is not None:
-        rows, per_row = sequences(rows, per_row, config.max_length), config.max_length
-    counted = steps_of(training, run.micro_batch, run.accumulation, run.ranks, rows or 0)
+    size = run.tokens if config.fills_batches else config.max_length if config.packing != "none" else None
+    if size is not None and rows is not None:
+        rows, per_row = sequences(rows, per_row, size), size
+    micro = 1 if config.fills_batches else run.micro_batch
+    per_step = micro * run.accumulation * run.ranks
+    counted = steps_of(training, micro, run.accumulation, run.ranks, rows or 0)
     steps = counted.steps if rows or counted.max_steps > 0 else None
     tokens = None if steps is None else steps * per_step * per_row
     # Estimated steps are of rows as long as max_length: shorter ones are padded or take less time, none takes more.
-    estimated = per_step * run.length / step_seconds
+    estimated = run.tokens * run.accumulation * run.ranks / step_seconds
     used = rate or estimated
     return Schedule(
         rows=rows,

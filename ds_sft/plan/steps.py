@@ -12,35 +12,61 @@ from typing import Any
 class Steps:
     """The batch of one step, and how many steps there are."""
 
-    micro: int  # rows of a rank in one forward pass
+    micro: int | None  # rows of a rank in one forward pass; None: as many as `max_tokens` hold
     accumulation: int
     ranks: int
     num_rows: int
     epochs: float
     max_steps: int = -1
     drop_last: bool = False
+    max_tokens: int | None = None  # of a micro batch
+    num_bins: int | None = None  # micro batches of an epoch that `max_tokens` fills
 
     @property
-    def rows_per_step(self) -> int:
-        return self.micro * self.accumulation * self.ranks
+    def micro_batches_per_step(self) -> int:
+        return self.accumulation * self.ranks
+
+    @property
+    def rows_per_step(self) -> int | None:
+        return None if self.micro is None else self.micro * self.micro_batches_per_step
 
     @property
     def steps_per_epoch(self) -> int:
+        units, a_step = self.num_rows, self.rows_per_step
+        if a_step is None:
+            units, a_step = self.num_bins or 1, self.micro_batches_per_step
         if self.drop_last:  # whole steps only, so that it does not depend on the number of ranks
-            return max(1, self.num_rows // self.rows_per_step)
-        return math.ceil(self.num_rows / self.rows_per_step)
+            return max(1, units // a_step)
+        return math.ceil(units / a_step)
 
     @property
     def steps(self) -> int:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
 
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
     def describe(self) -> str:
         """The arithmetic in one line."""
-        return (
-            f"Batch: {self.micro} rows x {self.accumulation} accumulated x {self.ranks} "
-            f"rank{'s' if self.ranks > 1 else ''} = {self.rows_per_step} rows a step; {self.num_rows:,} rows => "
-            f"{self.steps_per_epoch:,} steps an epoch, {self.steps:,} steps in all."
+        times = f"{self.accumulation} accumulated x {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        in_all = f"{self.steps_per_epoch:,} steps an epoch, {self.steps:,} steps in all."
+        if self.micro is None:
+            tokens = self.max_tokens or 0
+            return (
+                f"Batch: at most {tokens:,} tokens x {times} = {tokens * self.micro_batches_per_step:,} tokens a step; "
+                f"{self.num_rows:,} rows in {self.num_bins or 0:,} micro batches => {in_all}"
+            )
+        line = (
+            f"Batch: {self.micro} rows x {times} = {self.rows_per_step} rows a step; {self.num_rows:,} rows => {in_all}"
         )
+        if self.max_tokens is not None:
+            line += (
+                f" No micro batch has more than {self.max_tokens:,} tokens; to fill them leave "
+                "per_device_train_batch_size out."
+            )
+        return line
 
     def checkpoints(self, training: Mapping[str, Any]) -> list[int]:
         """The steps after which a checkpoint is written, by `save_strategy` and `save_steps`."""
@@ -54,8 +80,10 @@ class Steps:
         return sorted({*range(every, self.steps + 1, every), self.steps})  # the last step counts in any case
 
 
-def steps_of(training: Mapping[str, Any], micro: int, accumulation: int, ranks: int, num_rows: int) -> Steps:
-    """The steps of a run with these keys of TrainingArguments."""
+def steps_of(
+    training: Mapping[str, Any], micro: int | None, accumulation: int, ranks: int, num_rows: int, **tokens: int | None
+) -> Steps:
+    """The steps of a run with these keys of TrainingArguments; `tokens` are `Steps.max_tokens` and `num_bins`."""
     return Steps(
         micro=micro,
         accumulation=accumulation,
@@ -64,4 +92,5 @@ def steps_of(training: Mapping[str, Any], micro: int, accumulation: int, ranks: 
         epochs=training.get("num_train_epochs", 3.0),
         max_steps=training.get("max_steps", -1),
         drop_last=training.get("dataloader_drop_last", False),
+        **tokens,
     )

@@ -308,11 +308,11 @@ def _fit(found: Checkpoint, config: Config, site: Site) -> Start:
         UserError: this number of ranks cannot have as many; says which can.
     """
     then, launch = found.manifest, site.launch
-    micro, accumulation = (int(config.training[key]) for key in BATCH_KEYS)
+    micro, accumulation = config.micro_batch, int(config.training["gradient_accumulation_steps"])
     if then["world_size"] == launch.world_size:
         if not config.resume_anyway:
-            changed = [f"{key}: {then[key]} -> {config.training[key]}" for key in BATCH_KEYS
-                       if then[key] != config.training[key]]  # fmt: skip
+            now = dict(zip(BATCH_KEYS, (micro, accumulation), strict=True))
+            changed = [f"{key}: {then[key]} -> {now[key]}" for key in BATCH_KEYS if then[key] != now[key]]
             _refuse_another_run(found.path, changed)
         return Start(found, accumulation=accumulation)
     if config.training.get("train_sampling_strategy", "random") not in OUR_ORDERS:
@@ -320,10 +320,13 @@ def _fit(found: Checkpoint, config: Config, site: Site) -> Start:
             f"{found.path}: {then['world_size']} ranks saved it, this run has {launch.world_size}: the order of rows "
             f"can only be kept with train_sampling_strategy {' or '.join(OUR_ORDERS)}"
         )
-    rows = int(then["rows_a_step"])
-    if rows % (micro * launch.world_size):
-        raise UserError(_numbers_that_work(found, rows, micro, launch.world_size))
-    accumulation = rows // (micro * launch.world_size)
+    what = "micro batches" if config.fills_batches else "rows"
+    a_step = then.get("micro_batches_a_step" if config.fills_batches else "rows_a_step")
+    if a_step is None:  # it was the other: only with `resume_anyway`, and a step changes in any case
+        a_step = micro * accumulation * launch.world_size
+    if a_step % (micro * launch.world_size):
+        raise UserError(_numbers_that_work(found, a_step, micro, launch.world_size, what))
+    accumulation = a_step // (micro * launch.world_size)
     if then["zero_stage"] is not None and not site.shared:
         raise UserError(
             f"{found.path}: {then['world_size']} ranks saved it, each node its own part; to resume on "
@@ -331,18 +334,20 @@ def _fit(found: Checkpoint, config: Config, site: Site) -> Start:
         )
     launch.say(
         f"The checkpoint is of {then['world_size']} ranks, this run has {launch.world_size}: "
-        f"gradient_accumulation_steps is set to {accumulation}, so that a step keeps its {rows} rows."
+        f"gradient_accumulation_steps is set to {accumulation}, so that a step keeps its {a_step} {what}."
     )
     return Start(found, accumulation=accumulation, universal=then["zero_stage"] is not None)
 
 
-def _numbers_that_work(found: Checkpoint, rows: int, micro: int, world_size: int) -> str:
-    ranks = [str(n) for n in range(1, rows // micro + 1) if rows % (micro * n) == 0]
-    micros = [str(n) for n in range(1, rows // world_size + 1) if rows % (n * world_size) == 0]
+def _numbers_that_work(found: Checkpoint, a_step: int, micro: int, world_size: int, what: str) -> str:
+    ranks = ", ".join(str(n) for n in range(1, a_step // micro + 1) if a_step % (micro * n) == 0) or "no number of"
+    said = f"{found.path} learned from {a_step} {what} a step, which {world_size} ranks"
+    if what != "rows":
+        return f"{said} cannot share. What can: {ranks} ranks"
+    micros = [str(n) for n in range(1, a_step // world_size + 1) if a_step % (n * world_size) == 0]
     batches = f"; {world_size} ranks with per_device_train_batch_size {', '.join(micros)}" if micros else ""
     return (
-        f"{found.path} learned from {rows} rows a step, which {world_size} ranks x {micro} rows "
-        f"(per_device_train_batch_size) cannot make up. What can: {', '.join(ranks) or 'no number of'} ranks with "
+        f"{said} x {micro} rows (per_device_train_batch_size) cannot make up. What can: {ranks} ranks with "
         f"per_device_train_batch_size {micro}{batches}"
     )
 

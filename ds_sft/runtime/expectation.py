@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,12 +38,22 @@ class Expectation:
 
 
 def expect_memory(
-    config: Config, engine: Mapping[str, Any] | None, *, longest: int, ranks: int, on_gpu: bool, launch: Launch
+    config: Config,
+    engine: Mapping[str, Any] | None,
+    *,
+    longest: int,
+    largest: int,
+    padded: bool,
+    ranks: int,
+    on_gpu: bool,
+    launch: Launch,
 ) -> Expectation | None:
     """Plan this run and say it once; None, with the reason, where the planner does not know the model.
 
     Args:
-        longest: tokens of the longest row that will be trained on.
+        longest: tokens of the longest row, or packed sequence, that will be trained on.
+        largest: tokens of the largest micro batch, padding included.
+        padded: whether rows are.
     """
     try:
         shape = read_shape(config.model_name_or_path)
@@ -51,7 +62,9 @@ def expect_memory(
         launch.say(f"No memory plan: {error}")
         return None
     run = run_of(config, shape, states, ranks, lazy=not on_gpu)
-    run = run if run.packed else replace(run, length=longest)
+    micro = math.ceil(largest / longest)
+    run = replace(run, micro_batch=micro, length=longest, max_tokens=largest, padded=padded and micro > 1,
+                  flat=not padded)  # fmt: skip
     found = Expectation(name_of(states), peak(run), on_gpu, before_gib=resident_gib())
     kind = "GPU memory" if on_gpu else "memory"
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in found.memory.device.items())

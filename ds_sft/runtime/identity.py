@@ -35,7 +35,9 @@ INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_
 
 def identity(config: Config, engine: dict[str, Any] | None, data: str, eval_data: str = "") -> dict[str, Any]:
     """The keys that decide the result, the content of the DeepSpeed configuration, and the hashes of the data."""
-    given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT}
+    # A number of rows a step is the same rows however they are laid out; filled micro batches are others.
+    layout = () if config.fills_batches else ("batching", "max_tokens_per_batch")
+    given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT and name not in layout}
     keys = {name: value for name, value in given.items() if not _is_trainers_default(name, value)}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}

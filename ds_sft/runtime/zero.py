@@ -118,13 +118,14 @@ def stage(engine: dict[str, Any] | None) -> int | None:
 
 def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iterator[str]:
     """What is wrong with `engine`, one line each: the key, its value and what to write instead."""
+    training = {**config.training, "per_device_train_batch_size": config.micro_batch}
     yield from _unknown_keys(engine)
-    yield from _zero_block(engine, config.training)
-    yield from _contradictions(engine, config.training)
+    yield from _zero_block(engine, training)
+    yield from _contradictions(engine, training)
     yield from _optimizer_block(engine)
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
-        yield from _batch_size(engine, config.training, launch)
+        yield from _batch_size(engine, training, launch)
         yield from _missing_tools(engine)
 
 

@@ -6,9 +6,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
+from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.builds import import_muon, remove_stale_locks
+from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import Launch, start_gloo
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     if engine is not None:
         remove_stale_locks(launch)
         import_muon(engine)
-    keys = dict(config.training)
+    keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["deepspeed"] = engine
     keys["report_to"] = _other_trackers(keys.get("report_to"))
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
@@ -58,16 +60,33 @@ def _other_trackers(report_to: Any) -> list[str]:
     return [name for name in names if name not in ("swanlab", "none")] or ["none"]
 
 
-def run_steps(args: TrainingArguments, num_rows: int) -> Steps:
-    """The batch of a step, and how many steps there are."""
-    return Steps(
-        micro=args.per_device_train_batch_size,
+def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: bool) -> Batching:
+    """What decides the micro batches of this run, made of these rows or packed sequences."""
+    return Batching(
+        lengths=lengths_of(rows),
+        micro_batch=None if config.fills_batches else args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         ranks=args.world_size,
-        num_rows=num_rows,
+        padded=padded,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        order=args.train_sampling_strategy if args.train_sampling_strategy in OUR_ORDERS else "random",
+        max_tokens=config.max_tokens_per_batch,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def run_steps(args: TrainingArguments, batching: Batching) -> Steps:
+    """The batch of a step, and how many steps there are."""
+    return Steps(
+        micro=batching.micro_batch,
+        accumulation=batching.accumulation,
+        ranks=batching.ranks,
+        num_rows=len(batching.lengths),
+        num_bins=batching.num_bins,
+        max_tokens=batching.max_tokens,
         epochs=args.num_train_epochs,
         max_steps=args.max_steps,
-        drop_last=args.dataloader_drop_last,
+        drop_last=batching.drop_last,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -124,21 +126,46 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Packed rows stay apart where attention is all that joins tokens, and transformers builds its mask.
+    """See that a model keeps packed rows apart.
 
     Raises:
-        UserError: this model has other layers, or builds its mask itself.
+        UserError: it does not.
     """
-    import inspect
-    import sys
-
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    source = inspect.getsource(sys.modules[type(model).__module__])
-    if "create_causal_mask" not in source or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
-        found = ", ".join(sorted(kinds))
+    found = mixing_layers(type(model), model.config)
+    if found:
         raise UserError(
             f"packing: concat: {type(model).__name__} ({found}) does not keep packed rows apart; write none"
         )
+
+
+def mixing_layers(model_class: type, config: Any) -> str | None:
+    """The layers of a model that lets rows of one sequence see each other; None where it keeps them apart.
+
+    It does where attention is all that joins tokens, and transformers builds its mask.
+    """
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    if "create_causal_mask" in source and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        return None
+    return ", ".join(sorted(kinds))
+
+
+def uses_padding(config: Config, launch: Launch) -> bool:
+    """Whether micro batches are padded: as asked, or because this model would mix rows that are laid end to end."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.batching == "padded" or config.packing != "none":  # `check_packing` will refuse what cannot be packed
+        return config.batching == "padded"
+    found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    try:
+        model_class = AutoModelForCausalLM._model_mapping[type(found)]
+    except KeyError:  # code that comes with the model
+        mixing: str | None = "its own code"
+    else:
+        mixing = mixing_layers(model_class, found)
+    if mixing:
+        launch.say(f"batching: padded: {type(found).__name__} ({mixing}) would mix rows that are laid end to end.")
+    return mixing is not None
 
 
 @contextmanager

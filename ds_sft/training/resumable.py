@@ -19,7 +19,7 @@ from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, set_seed
 
-from ds_sft.data.batches import rows_used
+from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import Checkpoint, Site, complete, describe, newest_complete, remove, rotate
 from ds_sft.runtime.disk import no_room
@@ -47,9 +47,9 @@ class ResumableTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, *args: Any, run: Continuity, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run: Continuity, batching: Batching, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.batching = run, batching
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
         # Rotation is ours: Trainer's looks at names only, and with a limit of 1 deletes the newest for the best.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
@@ -154,7 +154,7 @@ class ResumableTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if self.run.stop.decided is None:
-            return super()._finalize_training(trial, num_train_samples, start_time)
+            return super()._finalize_training(trial, self._samples_seen(), start_time)
         # No summary of half a run, and no best model to go back to yet.
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
@@ -238,14 +238,15 @@ class ResumableTrainer(Trainer):
     def _facts(self) -> dict[str, Any]:
         """What the manifest says beside its files; all ranks must call it."""
         args, state = self.args, self.state
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        a_step = self.batching.slots  # micro batches
         metrics = Path(args.output_dir) / "metrics.jsonl"
         (tokens,) = sum_over_ranks(self.tokens_seen.item(), device=args.device)
         return {
             "step": state.global_step,
             "epoch": state.epoch,
-            "samples": self._samples_seen(rows),
-            "rows_a_step": rows,
+            "samples": self._samples_seen(),
+            "rows_a_step": self.batching.micro_batch and self.batching.micro_batch * a_step,  # None: as many as fit
+            "micro_batches_a_step": a_step,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "world_size": args.world_size,
@@ -260,11 +261,9 @@ class ResumableTrainer(Trainer):
             **self.run.identity,
         }
 
-    def _samples_seen(self, rows_a_step: int) -> int:
+    def _samples_seen(self) -> int:
         """Rows learned from so far; the last step of an epoch has what is left."""
-        epochs, steps = divmod(self.state.global_step, self.step_boundary.steps_an_epoch)
-        rows = rows_used(len(self.train_dataset), rows_a_step, drop_last=self.args.dataloader_drop_last)
-        return int(epochs * rows + steps * rows_a_step)
+        return self.batching.samples(*divmod(self.state.global_step, self.step_boundary.steps_an_epoch))
 
     def _give_up(self, folder: Path, trouble: str) -> None:
         """End the run or go on without this checkpoint, as `on_save_error` says; on all ranks."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader, lengths_of
+from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import sum_over_ranks
@@ -65,7 +65,7 @@ class SFTTrainer(ResumableTrainer):
         self.add_callback(StepBoundary(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        mask = inputs.get("attention_mask")  # a packed batch has neither mask nor padding
+        mask = inputs.get("attention_mask")  # rows laid end to end have neither mask nor padding
         self.tokens_seen += inputs["labels"].numel() if mask is None else mask.sum().to(self.tokens_seen.device)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
@@ -75,20 +75,9 @@ class SFTTrainer(ResumableTrainer):
         if args.train_sampling_strategy not in OUR_ORDERS:
             loader: DataLoader[dict[str, list[int]]] = super().get_train_dataloader()
             return loader
-        batches = GlobalBatches(
-            len(self.train_dataset),
-            micro_batch=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            rank=args.process_index,
-            world_size=args.world_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-            drop_last=args.dataloader_drop_last,
-            lengths=lengths_of(self.train_dataset) if args.train_sampling_strategy == "group_by_length" else None,
-        )
         return TrainLoader(
             Rows(self.train_dataset),
-            batch_sampler=batches,
+            batch_sampler=GlobalBatches(self.batching, args.process_index),
             collate_fn=self.data_collator,
             generator=torch.Generator(),  # its own: making an iterator must not move the state that dropout draws from
             **_loader_options(args),

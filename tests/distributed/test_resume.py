@@ -212,6 +212,36 @@ def test_packed_rows_in_the_order_of_their_lengths(dropout_dir: Path, tmp_path: 
     assert_bit_equal(tmp_path / "out", tmp_path / "reference")
 
 
+def filled(model: Path, folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Seven micro batches an epoch, four in a step: in the last of an epoch a rank has none."""
+    keys = settings(model, folder, name, max_tokens_per_batch=100, logging_steps=1, **changes)
+    del keys["per_device_train_batch_size"]
+    return keys
+
+
+def test_micro_batches_that_tokens_fill(dropout_dir: Path, tmp_path: Path) -> None:
+    keys = filled(dropout_dir, tmp_path, "zero2")
+    run_jobs(tmp_path, [job(keys, 2, output_dir="reference"), job(keys, 2, "step 1 SIGTERM 0"),
+                        job(keys, 2, "step 3 SIGTERM 1"), job(keys, 2)])  # fmt: skip
+    assert "Stopped (SIGTERM) after step 3" in (tmp_path / "log").read_text(encoding="utf-8")
+    assert_bit_equal(tmp_path / "out", tmp_path / "reference")
+    manifest = json.loads((tmp_path / "reference" / "checkpoint-4" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["samples"], manifest["rows_a_step"], manifest["micro_batches_a_step"]) == (2 * NUM_ROWS, None, 4)
+
+
+def test_another_number_of_ranks_shares_the_micro_batches(model_dir: Path, tmp_path: Path) -> None:
+    keys = filled(model_dir, tmp_path, "ddp", eval_strategy="no")
+    run_jobs(tmp_path, [job(keys, 2, output_dir="reference"), job(keys, 2, "step 1 SIGTERM 0")])
+    run_jobs(tmp_path, [job(keys, None, log="log0", max_tokens_per_batch=200)], expected=2)
+    run_jobs(tmp_path, [job(keys, 1, log="log1")])
+    losses = [[row["loss"] for row in metrics(tmp_path / out) if "loss" in row] for out in ("out", "reference")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 4
+    logs = [(tmp_path / f"log{n}").read_text(encoding="utf-8") for n in (0, 1)]
+    assert "out/checkpoint-1 is of another run, which differs in: max_tokens_per_batch: 100 -> 200" in logs[0]
+    assert "gradient_accumulation_steps is set to 4, so that a step keeps its 4 micro batches." in logs[1]
+
+
 def test_a_save_that_fails(model_dir: Path, tmp_path: Path) -> None:
     """Files may have 600 kB: the weights fit, the optimizer's state does not."""
     keys = settings(model_dir, tmp_path, "plain")

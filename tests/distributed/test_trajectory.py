@@ -158,12 +158,23 @@ BF16_LOSS, BF16_UPDATE = 2**-9, 0.06
 def test_one_trajectory(
     model_dir: Path, tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch, name: str, ranks: int
 ) -> None:
-    """Every split of the batch in float32, one in bfloat16; the last checkpoint exports to the weights of the run."""
+    """Every split of the batch in float32, one in bfloat16; the last checkpoint exports to the weights of the run.
+
+    Rows are laid end to end; with two in a micro batch padded, with four no more than so many tokens.
+    """
     launcher = "python" if (name, ranks) == ("none", 1) else "torchrun"
     splits = [(micro, rest // ranks) for micro, rest in SPLITS if rest >= ranks]
-    runs = [settings(model_dir, tmp_path, name, *split, output_dir="{}x{}".format(*split)) for split in splits]
+    layouts: dict[int, dict[str, Any]] = {2: {"batching": "padded"}, 4: {"max_tokens_per_batch": 1000}}
+    runs = [settings(model_dir, tmp_path, name, *split, output_dir="{}x{}".format(*split), **layouts.get(split[0], {}))
+            for split in splits]  # fmt: skip
     bf16 = name != "zero0"  # which is refused: DeepSpeed keeps no float32 weights there
-    last = {"bf16": bf16, "output_dir": "last", "export_dtype": "float32", "save_strategy": "epoch"}
+    last = {
+        "bf16": bf16,
+        "output_dir": "last",
+        "batching": "padding_free",
+        "export_dtype": "float32",
+        "save_strategy": "epoch",
+    }
     runs.append({**runs[-1], **last})
     files = [str(write_yaml(tmp_path / f"{number}.yaml", keys)) for number, keys in enumerate(runs)]
     command = [*entry(launcher, ranks)[:-1], str(Path(__file__).with_name("splits.py")), *files]
@@ -182,6 +193,43 @@ def test_one_trajectory(
     exported, final = (load_file(tmp_path / folder / "model.safetensors") for folder in ("exported", "last"))
     assert exported.keys() == final.keys()
     assert all(torch.equal(exported[key], value) for key, value in final.items())
+
+
+@pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
+def test_micro_batches_that_tokens_fill(model_dir: Path, tmp_path: Path, name: str) -> None:
+    """A long and a short row fill each: the steps are those of two rows a micro batch, padded or not."""
+    rows = [{"question": f"What is {10 + i}?", "answer": "x " * (5 if i % 2 else 40 + i)} for i in range(16)]
+    changes: list[dict[str, Any]] = [
+        {"batching": "padded"},
+        {"batching": "padding_free"},
+        {"max_tokens_per_batch": 200},
+        {"max_tokens_per_batch": 300, "batching": "padded"},
+    ]
+    files = []
+    for number, change in enumerate(changes):
+        keys = settings(model_dir, tmp_path, name, 2, 2, output_dir=f"out{number}", **change)
+        if number > 1:
+            del keys["per_device_train_batch_size"]
+        files.append(str(write_yaml(tmp_path / f"{number}.yaml", keys)))
+    write_rows(tmp_path / "train.jsonl", rows)
+    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("splits.py")), *files]
+    done = run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.code == 0, done.output[-6000:]
+    said = [line for line in done.output.splitlines() if line.startswith("Batch: ")]
+    assert (
+        said[1]
+        == "Batch: 2 rows x 2 accumulated x 2 ranks = 8 rows a step; 16 rows => 2 steps an epoch, 2 steps in all."
+    )
+    assert said[2] == (
+        "Batch: at most 200 tokens x 2 accumulated x 2 ranks = 800 tokens a step; 16 rows in 8 micro batches => "
+        "2 steps an epoch, 2 steps in all."
+    )
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "out0", dtype=torch.float32).state_dict()
+    for number in range(1, len(changes)):
+        assert step_losses(tmp_path / f"out{number}") == pytest.approx(step_losses(tmp_path / "out0"), rel=1e-5)
+        weights = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{number}", dtype=torch.float32).state_dict()
+        for key, value in wanted.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=LEARNING_RATE * 2e-2, msg=key)
 
 
 def leave_a_lock() -> Path:
