@@ -154,14 +154,14 @@ def plan_steps(
 
 
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
-    """What the checkpoint needs before the model is loaded; nothing at the beginning of a run."""
+    """What loading a checkpoint needs: the one to go on from, before the model is loaded, and the best at the end."""
     from ds_sft.runtime.universal import load_data_only, make_universal
     from ds_sft.training.arguments import continue_from
 
-    if start.checkpoint is None:
-        return
     if args.deepspeed is not None:
         load_data_only()
+    if start.checkpoint is None:
+        return
     if start.universal:
         make_universal(start.checkpoint, site, stop)
     continue_from(args, start.accumulation, universal=start.universal)

@@ -22,7 +22,11 @@ EVAL = [{"question": "?", "answer": "天气天气天气天气天气"}]  # fewer 
 
 
 @pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
-def test_the_best_model_is_exported(model_dir: Path, tmp_path: Path, name: str) -> None:
+def test_the_best_model_is_exported(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also where a site forbids unpickling of more than tensors: loading the best model is loading, too."""
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     write_rows(tmp_path / "train.jsonl", TRAIN)
     write_rows(tmp_path / "eval.jsonl", EVAL)
     keys: dict[str, Any] = {
