@@ -33,9 +33,9 @@ WORDS = [
 PREPARE = """
 import resource, sys
 from ds_sft.cli import main
+from ds_sft.runtime.results import peak_resident_kib
 code = main(sys.argv[1:])
-peaks = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print("PEAKS", *peaks)
+print("PEAKS", peak_resident_kib() // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 sys.exit(code)
 """
 

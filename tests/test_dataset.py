@@ -540,17 +540,18 @@ def test_rows_that_forge_a_turn_under_the_reference_are_counted(
 
 
 MEMORY = """
-import json, resource, sys
+import json, sys
 from datasets import disable_progress_bars
 from ds_sft.config import Config
 from ds_sft.data.dataset import load_data
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.results import peak_resident_kib
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 for file in sys.argv[2:]:
     config = Config(model_name_or_path="m", train_file=file, cache_dir=file + ".cache", preprocessing_num_workers=1)
     load_data(config, tokenizer, Launch(launcher="python"))
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print("peak", peak_resident_kib())
 """
 
 

@@ -216,16 +216,17 @@ def test_a_device_is_not_read(tmp_path: Path) -> None:
 
 
 READ_IN_LITTLE_MEMORY = """
-import resource, sys
+import sys
 from ds_sft.data.files import DataFile, BadRow
 from ds_sft.errors import UserError
+from ds_sft.runtime.results import peak_resident_kib
 list(DataFile(sys.argv[2]).rows())  # what a small file needs is loaded
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_kib()
 try:
     print([(number, str(row)) if isinstance(row, BadRow) else number for number, row in DataFile(sys.argv[1]).rows()])
 except UserError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_resident_kib() - before)
 """
 
 

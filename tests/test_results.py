@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,18 @@ def test_versions_and_memory() -> None:
     found = results.versions()
     assert {"python", *results.PACKAGES} == set(found)
     assert 0.01 < results.peak_memory()["host_gib"] < 100
+
+
+CHILD = "from ds_sft.runtime.results import peak_memory; print(peak_memory()['host_gib'])"
+PARENT = f"""
+import subprocess, sys
+held = b"x" * 600_000_000
+subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
+{CHILD}
+"""
+
+
+def test_a_child_does_not_report_the_memory_of_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, timeout=60, check=True)
+    child, parent = map(float, done.stdout.split())
+    assert child < 0.2 < 0.55 < parent
