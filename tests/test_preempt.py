@@ -43,6 +43,20 @@ def test_a_signal_is_a_request(name: str, capfd: pytest.CaptureFixture[str]) -> 
     assert f"asked to stop ({name}); a second signal ends at once." in capfd.readouterr().out
 
 
+def test_ctrl_c_is_the_reason_also_where_the_launcher_is_as_fast() -> None:
+    """Its SIGTERM and the terminal's SIGINT reach a busy rank together."""
+    both = {signal.SIGTERM, signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, both)  # the thread that is started inherits it
+    try:
+        with watch_for_stop(Launch(launcher="deepspeed")) as stop:
+            for number in both:
+                os.kill(os.getpid(), number)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            assert wait_for(stop) == "SIGINT"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_work_that_nobody_waits_for_ends_at_once() -> None:
     with watch_for_stop(ALONE) as stop:
         started = time.monotonic()

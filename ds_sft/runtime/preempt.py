@@ -28,8 +28,8 @@ from ds_sft.runtime.results import write_json
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WAKE = signal.SIGURG  # interrupts the main thread; does nothing to a process that has no handler for it
 POLL = 0.5  # seconds between looks at the stop file, the launcher and the other ranks
-# A launcher hands on a signal that the terminal has sent to its workers already; DeepSpeed's runner sends two.
-ECHO = 2.0  # seconds in which a further signal counts as the same request
+# A launcher hands on a signal that the terminal has sent to its workers already.
+ECHO = 5.0  # seconds in which a further signal counts as the same request, on a busy machine too
 PREEMPTED = "PREEMPTED.json"
 STORE_KEY = "ds_sft/stop"
 LAUNCHER_DIED = "the launcher died"
@@ -152,7 +152,9 @@ class StopRequests:
     def _watch(self) -> None:
         while not self._closed:
             ready, _, _ = select.select([self._reader], [], [], POLL)
-            for number in os.read(self._reader, 512) if ready else b"":
+            # Ctrl-C in a terminal is SIGINT to every process; the launcher's SIGTERM may be here as soon. The lowest
+            # number, the terminal's, is the reason.
+            for number in sorted(os.read(self._reader, 512)) if ready else b"":
                 if number in SIGNALS:
                     self._signalled(signal.Signals(number))
             if self.reason is None and not self._closed:

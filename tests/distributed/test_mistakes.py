@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ds_sft.runtime.preempt import LAUNCHER_DIED
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, end_tree, entry, run, train
 
@@ -92,7 +94,11 @@ def test_launcher_variables_that_are_half_there(model_dir: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
 def test_ctrl_c_leaves_nothing_running_and_nothing_broken(model_dir: Path, tmp_path: Path, launcher: str) -> None:
-    """A terminal sends SIGINT to every process in the foreground: the run saves and stops, once."""
+    """A terminal sends SIGINT to every process in the foreground, once: the run saves and stops.
+
+    torchrun passes it on, as its ranks have a session of their own. DeepSpeed's launcher answers it with SIGTERM to its
+    ranks, and its runner dies of it: which of the three a busy rank sees first is up to the kernel.
+    """
     ranks = 1 if launcher == "python" else 2
     write_rows(tmp_path / "train.jsonl", questions_and_answers(64))
     keys = settings(
@@ -116,10 +122,9 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_broken(model_dir: Path, tmp_p
                 assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
                 time.sleep(0.2)
             family = [process, *psutil.Process(process.pid).children(recursive=True)]
-            for member in family:
-                member.send_signal(signal.SIGINT)
-            code = process.wait(60)
-            _, alive = psutil.wait_procs(family[1:], timeout=30)
+            os.killpg(process.pid, signal.SIGINT)
+            code = process.wait(120)
+            _, alive = psutil.wait_procs(family[1:], timeout=60)
         finally:
             if process.poll() is None:
                 end_tree(process.pid)
@@ -128,7 +133,9 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_broken(model_dir: Path, tmp_p
     assert (code == 0) == (launcher == "python")  # launchers return 1 when they were asked to stop
     if launcher == "python":
         assert "Traceback" not in output
-    assert output.count("Stopped (SIGINT) after step ") == 1
+    (reason,) = re.findall(r"Stopped \((.+)\) after step ", output)
+    assert reason in (("SIGINT", "SIGTERM", LAUNCHER_DIED) if launcher == "deepspeed" else ("SIGINT",))
+    assert "ending at once" not in output
     stopped = json.loads((tmp_path / "out" / "PREEMPTED.json").read_text())
     assert stopped["checkpoint"] == f"checkpoint-{stopped['step']}"
     assert (tmp_path / "out" / stopped["checkpoint"] / "manifest.json").exists()
