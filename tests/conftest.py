@@ -1,9 +1,11 @@
-"""A tokenizer and a model small enough to make on the spot, and the rule about skips."""
+"""A tokenizer and a model small enough to make on the spot, and what holds of every test: skips, no leftovers."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,30 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def nothing_stays() -> Iterator[None]:
+    """What a test, or the product in it, changes of this process is put back: the next test, and the runs it starts,
+    must not depend on it."""
+    environment, folder = dict(os.environ), Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    torch = sys.modules.get("torch")
+    threads, dtype = (torch.get_num_threads(), torch.get_default_dtype()) if torch else (None, None)
+    yield
+    assert {number: signal.getsignal(number) for number in handlers} == handlers, "signal handlers are left behind"
+    os.chdir(folder)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    if torch:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+    if "transformers.integrations.deepspeed" in sys.modules:  # a global of TrainingArguments: the next model would be
+        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()  # partitioned while loading
+
+
+@pytest.fixture(autouse=True)
+def own_environment(
+    nothing_stays: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """No test reads a developer's caches, keys or launcher variables, or reaches for the network."""
     for name in (
         "RANK",
