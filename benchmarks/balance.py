@@ -9,9 +9,10 @@ of them a step, in five ways:
   end to end, in turn:   the same rows in turn, without padding
   end to end:            about as many tokens in each micro batch
   filled:                as many rows as `--micro` x the mean length in tokens hold (at least the longest row)
-Waiting is 1 - mean / longest over the ranks, taking every token to last as long; at each micro batch (ZeRO-2 and 3
-reduce after each) and once a step. `cost` is the tokens that the slowest ranks compute one after the other, of those
-that an even split without padding would give a rank: what an epoch lasts, 1.00 is the least.
+Waiting is 1 - mean / longest over the ranks, at each micro batch (ZeRO-2 and 3 reduce after each) and once a step.
+What a row lasts is taken from its floating-point operations: of the matrices, and of attention, which grow with the
+square of its length. `an epoch lasts` is what the slowest ranks compute one after the other, of what an even split
+without padding would give a rank: 1.00 is the least.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ds_sft.config import load_config
 from ds_sft.data.dataset import load_data
 from ds_sft.data.micro_batches import Batching, Epoch, lengths_of
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training.arguments import attention_cost
 from ds_sft.training.model import load_tokenizer
 
 EPOCHS = 3
@@ -43,8 +45,8 @@ class InTurn(Batching):
         total = -(-len(rows) // (self.micro_batch * self.ranks)) * self.ranks
         owner = np.arange(len(rows)) // self.micro_batch
         borders = np.concatenate([[0], np.bincount(owner, minlength=total).cumsum()])
-        computed = self._computed(self.lengths[rows], owner, total)
-        return Epoch(rows, borders, computed, int(self.lengths.sum()), self.accumulation, self.ranks)
+        computed, cost = (self._total(of, owner, total) for of in (self.lengths[rows], self._cost(self.lengths[rows])))
+        return Epoch(rows, borders, computed, cost, int(self.lengths.sum()), self.accumulation, self.ranks)
 
 
 def main() -> None:
@@ -58,26 +60,26 @@ def main() -> None:
         f"{len(lengths):,} rows, {lengths.mean():.0f} tokens on average, {lengths.max():,} at most; filled: {budget:,}."
     )
     print(f"{given.micro} rows a micro batch x {given.accumulation} accumulated.\n")
-    print(
-        "| ranks | micro batches | padding | waiting, each micro batch | waiting, each step | cost, each micro batch |"
-    )
+    print("| ranks | micro batches | padding | waiting, each micro batch | waiting, each step | an epoch lasts |")
     print("|--:|---|--:|--:|--:|--:|")
     for ranks in given.ranks:
-        options = {"lengths": lengths, "accumulation": given.accumulation, "ranks": ranks, "seed": 42}
+        options = {"lengths": lengths, "accumulation": given.accumulation, "ranks": ranks, "seed": 42,
+                   "attention": attention_cost(config)}  # fmt: skip
         ways = {}
         for padded, name in ((True, "padded"), (False, "end to end")):
             ways[f"{name}, in turn"] = InTurn(micro_batch=given.micro, padded=padded, **options)
             ways[name] = Batching(micro_batch=given.micro, padded=padded, **options)
         ways["filled"] = replace(ways["end to end"], micro_batch=None, max_tokens=budget)
         for name, batching in ways.items():
-            print(f"| {ranks} | {name} | {row([batching.epoch(number) for number in range(EPOCHS)])} |")
+            least = int(batching._cost(lengths).sum())
+            print(f"| {ranks} | {name} | {row([batching.epoch(number) for number in range(EPOCHS)], least)} |")
 
 
-def row(epochs: list[Epoch]) -> str:
-    """Means over the epochs."""
+def row(epochs: list[Epoch], least: int) -> str:
+    """Means over the epochs; `least` is what all rows cost without padding."""
     found = np.array([
         (epoch.padding, epoch.waiting(each_micro_batch=True)[1], epoch.waiting(each_micro_batch=False)[1],
-         epoch.computed.reshape(-1, epoch.ranks).max(axis=1).sum() * epoch.ranks / epoch.tokens)
+         epoch.cost.reshape(-1, epoch.ranks).max(axis=1).sum() * epoch.ranks / least)
         for epoch in epochs
     ]).mean(axis=0)  # fmt: skip
     return " | ".join([*(f"{share:.1%}" for share in found[:3]), f"{found[3]:.2f}"])

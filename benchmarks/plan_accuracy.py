@@ -121,6 +121,7 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         "output_dir": out,
         "cache_dir": folder / "cache",
         "max_length": case.length,
+        "batching": "padded",  # rows of one length: neither padding nor a mask
         "per_device_train_batch_size": case.micro_batch,
         "gradient_accumulation_steps": case.accumulation,
         "activation_checkpointing": case.checkpointing,

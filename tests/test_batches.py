@@ -79,6 +79,18 @@ def test_rows_end_to_end_are_dealt_into_even_micro_batches() -> None:
     assert batching.epoch(0).padding == 0
 
 
+def test_attention_counts_with_the_square_of_the_length() -> None:
+    """At 0.2 a pair 20 tokens cost 100 and 10 cost 30: the long row stands alone, the others share."""
+    by_tokens = make([20, 10, 10, 10, 10], micro_batch=3, accumulation=1, order="sequential")
+    by_cost = replace(by_tokens, attention=0.2)
+    assert of_ranks(by_tokens) == [[[0, 3]], [[1, 2, 4]]]
+    assert of_ranks(by_cost) == [[[1, 2, 3, 4]], [[0]]]
+    assert by_cost.epoch(0).cost.tolist() == [120, 100]
+    assert by_cost.epoch(0).computed.tolist() == [40, 20]
+    crowded = replace(by_cost, max_tokens=35)
+    assert crowded.epoch(0).computed.tolist() == [30, 30]  # there is no room for the fourth
+
+
 def test_padded_rows_stand_beside_rows_of_their_length() -> None:
     batching = make([1, 20, 8, 5, 9, 10, 4, 7], order="sequential", padded=True)
     assert of_ranks(batching) == [[[1, 5], [0, 6]], [[2, 4], [3, 7]]]
@@ -149,10 +161,12 @@ SPLITS = ((1, 8), (2, 4), (4, 2), (8, 1))  # ranks x accumulation: eight micro b
 
 @settings(deadline=None, max_examples=150)
 @given(LENGTHS, st.booleans(), st.booleans(), st.sampled_from(["random", "sequential", "group_by_length"]),
-       st.integers(0, 3))  # fmt: skip
-def test_a_number_of_rows(lengths: list[int], padded: bool, drop_last: bool, order: str, epoch: int) -> None:
+       st.integers(0, 3), st.sampled_from([0.0, 0.01, 1.0]))  # fmt: skip
+def test_a_number_of_rows(
+    lengths: list[int], padded: bool, drop_last: bool, order: str, epoch: int, attention: float
+) -> None:
     """On any split of 16 rows a step: the same rows in it, each once, and no micro batch above two of the longest."""
-    options: dict[str, Any] = {"padded": padded, "drop_last": drop_last, "order": order}
+    options: dict[str, Any] = {"padded": padded, "drop_last": drop_last, "order": order, "attention": attention}
     expected = None
     for ranks, accumulation in SPLITS:
         batching = make(lengths, ranks=ranks, accumulation=accumulation, **options)

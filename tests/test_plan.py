@@ -309,6 +309,16 @@ def test_a_number_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("config_file")
+def test_a_limit_of_tokens_holds_for_the_rows_it_was_given_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--max_tokens_per_batch", "150", "--per_device_train_batch_size", "2")
+    found = plan(capsys, *words, "--write", "planned.yaml")
+    assert [option["tokens_per_micro_batch"] for option in found["options"]] == [150] * 6
+    best = found["recommended"]
+    assert (best["micro_batch"], best["tokens_per_micro_batch"]) == (8, 8 * 128)
+    assert load_config(["--config", "planned.yaml"]).max_tokens_per_batch is None
+
+
+@pytest.mark.usefixtures("config_file")
 def test_a_measured_run_gives_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/run.json").write_text('{"tokens_per_second": 1000.0, "world_size": 8}', encoding="utf-8")

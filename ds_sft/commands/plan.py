@@ -247,7 +247,7 @@ def write(plan: Plan, path: Path) -> None:
         engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
     training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": run.checkpointing,
                  "deepspeed": engine}  # fmt: skip
-    most = plan.config.max_tokens_per_batch
+    most = run.max_tokens
     if plan.config.fills_batches:
         most = run.tokens
     else:

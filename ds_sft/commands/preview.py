@@ -22,7 +22,7 @@ Shows rows as the model will see them: every token, learned ones green, special 
 
   --rows 1-3,10   numbers of rows in the data set, from 1 [1-5]
   --split eval    rows of the validation set [train]
-  --batch         the batch that these rows make, after padding or packing
+  --batch         the batch that these rows make: end to end, padded or packed; several where tokens fill them
   --html FILE     write a page instead: tokens with their ids, lengths, what was dropped and why
 
 Any key of the configuration may follow: --max_length 1024 shows what it would cost."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class Epoch:
     rows: Ints  # [rows] numbers of the rows learned from, each once, micro batch by micro batch
     borders: Ints  # [micro batches + 1]: micro batch m has rows[borders[m] : borders[m + 1]], maybe none
     computed: Ints  # [micro batches] tokens, padding included
+    cost: Ints  # [micro batches] what they last, in tokens without attention
     tokens: int  # without padding
     accumulation: int
     ranks: int
@@ -46,15 +48,15 @@ class Epoch:
         return 1 - self.tokens / max(1, int(self.computed.sum()))
 
     def waiting(self, *, each_micro_batch: bool) -> tuple[float, float]:
-        """What ranks differ by, and the share of the time that they wait, taking every token to last as long.
+        """What ranks differ by, and the share of the time that they wait, by cost.
 
         Args:
             each_micro_batch: ranks meet after each (ZeRO-2 and 3), else once a step.
 
         Returns:
-            Tokens between the longest and the shortest, the mean over all meetings; mean over ranks of the waiting.
+            Cost between the longest and the shortest, the mean over all meetings; mean over ranks of the waiting.
         """
-        at_once = self.computed.reshape(-1, self.ranks)  # [micro batches of a rank, ranks]
+        at_once = self.cost.reshape(-1, self.ranks)  # [micro batches of a rank, ranks]
         if not each_micro_batch:
             at_once = np.add.reduceat(at_once, np.arange(0, len(at_once), self.accumulation))
         longest = at_once.max(axis=1)
@@ -82,6 +84,7 @@ class Batching:
     order: str = "random"  # or sequential, group_by_length
     max_tokens: int | None = None  # of a micro batch, padding included
     drop_last: bool = False
+    attention: float = 0.0  # what a pair of tokens costs in attention, beside all else that a token costs
     _last: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -99,7 +102,7 @@ class Batching:
         """Tokens of the largest micro batch, padding included, of the first epoch."""
         return int(self.epoch(0).computed.max())
 
-    @property
+    @cached_property
     def num_bins(self) -> int | None:
         """Micro batches of an epoch, the same in all: how well rows fit depends on their lengths only."""
         return None if self.micro_batch else len(self._bins(0))
@@ -131,12 +134,21 @@ class Batching:
         whole = len(order) // a_step
         rest = order[whole * a_step :]
         rest_slots = math.ceil(len(rest) / (self.micro_batch * self.ranks)) * self.ranks
-        deal = neighbours if self.padded else balanced
-        full = deal(self.lengths[order[: whole * a_step].reshape(whole, a_step)], self.slots)
-        last = deal(self.lengths[rest[None]], rest_slots)
+        full = self._deal(self.lengths[order[: whole * a_step].reshape(whole, a_step)], self.slots)
+        last = self._deal(self.lengths[rest[None]], rest_slots)
         of_step = np.arange(whole)[:, None] * self.slots
         owner = np.concatenate([(full + of_step).ravel(), last.ravel() + whole * self.slots])
         return self._arrange(order, owner, whole * self.slots + rest_slots)
+
+    def _deal(self, lengths: Ints, slots: int) -> Ints:
+        """[steps, rows] -> the micro batch of each, below `slots`."""
+        if self.padded or not lengths.size:
+            return neighbours(lengths, max(1, slots))
+        assert self.micro_batch is not None
+        room = lengths.max(axis=1) * self.micro_batch
+        if self.max_tokens is not None:
+            room = room.clip(max=self.max_tokens)
+        return balanced(lengths, self._cost(lengths), slots, room)
 
     def _order(self, number: int) -> Ints:
         if self.order == "sequential":
@@ -173,31 +185,42 @@ class Batching:
     # ---- Both
 
     def _arrange(self, rows: Ints, owner: Ints, total: int) -> Epoch:
-        """Put the micro batches of each step in the order of their lengths, and every rank's share of them as well.
+        """Put the micro batches of each step in the order of their costs, and deal them to the ranks.
 
         Args:
             rows: [rows] in the order of the steps.
             owner: [rows] number of the micro batch of each, below `total`; a step has `slots` of them.
             total: micro batches, a multiple of the ranks.
         """
-        computed = self._computed(self.lengths[rows], owner, total)
-        by_length = np.lexsort((-computed, np.arange(total) // self.slots))
+        computed = self._total(self.lengths[rows], owner, total)
+        cost = self._total(self._cost(self.lengths[rows]), owner, total)
+        by_cost = np.lexsort((-cost, np.arange(total) // self.slots))
         number = np.arange(total).reshape(-1, self.ranks)
         number[1::2] = number[1::2, ::-1]  # there and back, so that no rank always has the longest
         position = np.empty(total, np.int64)
-        position[by_length] = number.ravel()
+        position[by_cost] = number.ravel()
         place = position[owner]
         borders = np.concatenate([[0], np.bincount(place, minlength=total).cumsum()])
-        arranged = np.empty(total, np.int64)
-        arranged[position] = computed
-        tokens = int(self.lengths[rows].sum())
-        return Epoch(rows[np.argsort(place, kind="stable")], borders, arranged, tokens, self.accumulation, self.ranks)
+        by_position = np.argsort(position)
+        return Epoch(
+            rows=rows[np.argsort(place, kind="stable")],
+            borders=borders,
+            computed=computed[by_position],
+            cost=cost[by_position],
+            tokens=int(self.lengths[rows].sum()),
+            accumulation=self.accumulation,
+            ranks=self.ranks,
+        )
 
-    def _computed(self, lengths: Ints, owner: Ints, total: int) -> Ints:
+    def _cost(self, lengths: Ints) -> Ints:
+        return np.rint(lengths * (1 + self.attention * lengths)).astype(np.int64)  # no sum then depends on its order
+
+    def _total(self, of_rows: Ints, owner: Ints, total: int) -> Ints:
+        """Of every micro batch; where rows are padded each counts as the longest."""
         if not self.padded:
-            return np.bincount(owner, weights=lengths, minlength=total).astype(np.int64)
+            return np.bincount(owner, weights=of_rows, minlength=total).astype(np.int64)
         longest = np.zeros(total, np.int64)
-        np.maximum.at(longest, owner, lengths)
+        np.maximum.at(longest, owner, of_rows)
         return longest * np.bincount(owner, minlength=total)
 
     # ---- What is said before training
@@ -250,26 +273,33 @@ def used(units: int, a_step: int, *, drop_last: bool) -> int:
 
 def neighbours(lengths: Ints, slots: int) -> Ints:
     """Rows of similar length together, as many in each micro batch: [steps, rows] -> number of its micro batch."""
-    rows = lengths.shape[1]
-    sizes = [len(part) for part in np.array_split(np.arange(rows), max(1, slots))]  # longer rows are never more
+    sizes = [len(part) for part in np.array_split(np.arange(lengths.shape[1]), slots)]  # longer rows are never more
     by_length = np.argsort(np.argsort(lengths, axis=1, kind="stable"), axis=1)
-    dealt: Ints = np.repeat(np.arange(max(1, slots)), sizes)[by_length]
+    dealt: Ints = np.repeat(np.arange(slots), sizes)[by_length]
     return dealt
 
 
-def balanced(lengths: Ints, slots: int) -> Ints:
-    """About as many tokens in each micro batch: [steps, rows] -> number of its micro batch.
+def balanced(lengths: Ints, cost: Ints, slots: int, room: Ints) -> Ints:
+    """About as much to do in each micro batch: [steps, rows] -> number of its micro batch.
 
-    Longest row first, each into the emptiest (Graham 1969). With as many rows as `slots` micro batches of m have room
-    for, none gets more tokens than m rows of the greatest length: to exceed that it would have held more than m - 1
-    such rows' tokens as the emptiest, so all would hold m rows already.
+    Longest row first, each to the micro batch with the least to do (Graham 1969) among those with room for its tokens.
+    One always has room where that is m times the longest row and a step has at most m rows for each of the `slots`: if
+    none had, all would hold more than the tokens of m - 1 such rows, hence m rows, and this one would be one too many.
+
+    Args:
+        lengths, cost: [steps, rows]
+        room: [steps] tokens of a micro batch
     """
-    steps = np.arange(len(lengths))
-    load, dealt = np.zeros((len(lengths), max(1, slots)), np.int64), np.empty_like(lengths)
+    steps, none = np.arange(len(lengths)), np.iinfo(np.int64).max
+    tokens = np.zeros((len(lengths), slots), np.int64)
+    load, dealt = np.zeros_like(tokens), np.empty_like(lengths)
     for column in np.argsort(-lengths, axis=1, kind="stable").T:
-        emptiest = load.argmin(axis=1)
-        dealt[steps, column] = emptiest
-        load[steps, emptiest] += lengths[steps, column]
+        length = lengths[steps, column]
+        fits = tokens + length[:, None] <= room[:, None]
+        least = np.where(fits.any(axis=1), np.where(fits, load, none).argmin(axis=1), tokens.argmin(axis=1))
+        dealt[steps, column] = least
+        tokens[steps, least] += length
+        load[steps, least] += cost[steps, column]
     return dealt
 
 

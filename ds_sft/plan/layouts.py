@@ -170,7 +170,9 @@ def _splits(run: Run, *, filled: bool) -> Iterator[Run]:
         return
     rows = run.micro_batch * run.accumulation
     for micro in micro_batches(rows):
-        yield replace(run, micro_batch=micro, accumulation=rows // micro, padded=micro > 1 and not run.flat)
+        limit = run.max_tokens if micro <= run.micro_batch else None  # more rows could be above it
+        yield replace(run, micro_batch=micro, accumulation=rows // micro, padded=micro > 1 and not run.flat,
+                      max_tokens=limit)  # fmt: skip
 
 
 def options(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> list[Option]:

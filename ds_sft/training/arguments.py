@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.config import Config
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.errors import UserError
+from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.builds import import_muon, remove_stale_locks
 from ds_sft.runtime.checkpoint import OUR_ORDERS
-from ds_sft.runtime.distributed import Launch, start_gloo
+from ds_sft.runtime.distributed import Launch, gather, start_gloo
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -61,7 +62,7 @@ def _other_trackers(report_to: Any) -> list[str]:
 
 
 def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: bool) -> Batching:
-    """What decides the micro batches of this run, made of these rows or packed sequences."""
+    """What decides the micro batches of this run, made of these rows or packed sequences; all ranks must call it."""
     return Batching(
         lengths=lengths_of(rows),
         micro_batch=None if config.fills_batches else args.per_device_train_batch_size,
@@ -72,7 +73,21 @@ def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: b
         order=args.train_sampling_strategy if args.train_sampling_strategy in OUR_ORDERS else "random",
         max_tokens=config.max_tokens_per_batch,
         drop_last=args.dataloader_drop_last,
+        attention=gather(attention_cost(config))[0],  # ranks that disagreed would deal a row twice
     )
+
+
+def attention_cost(config: Config) -> float:
+    """What a pair of tokens costs in attention: its FLOP, of those a token costs beside (PaLM, 2204.02311, appendix B).
+
+    Causal attention computes half of the pairs, 6 x layers x width for each; a token 6 x parameters. 0 where the
+    planner does not know the model: rows are then dealt by their tokens.
+    """
+    try:
+        shape = read_shape(config.model_name_or_path)
+    except UserError:
+        return 0.0
+    return shape.layers * shape.q_size / shape.multiplied
 
 
 def run_steps(args: TrainingArguments, batching: Batching) -> Steps:
