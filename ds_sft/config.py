@@ -144,6 +144,8 @@ class Config:
     resume_anyway: bool = key("resume although keys or data have changed since", default=False)
     on_save_error: str = key("a checkpoint that cannot be written ends the run, or is done without",
                              choices=("stop", "continue"), default="stop")  # fmt: skip
+    profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
+                                    default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -530,6 +532,8 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:
         _check_generation(value)
+    if known.name == "profile_steps" and value is not None and step_range(value) is None:
+        raise ValueError("steps such as 10-12, the first 1 or more, the last not before it")
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
 
@@ -550,6 +554,13 @@ def _check_generation(options: Any) -> None:
     sampling = [name for name in SAMPLING if name in options]
     if sampling and not options.get("do_sample"):
         raise ValueError(f"do_sample: true beside {sampling[0]}, which greedy answers ignore")
+
+
+def step_range(text: str) -> tuple[int, int] | None:
+    """First and last step of A-B, or of A alone; None where it is no such range."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    return (first, last) if 1 <= first <= last else None
 
 
 def is_size(text: str) -> bool:

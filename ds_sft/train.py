@@ -81,6 +81,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.model import load_model, load_tokenizer, read_ahead, uses_padding
+    from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
 
@@ -121,7 +122,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             data_collator=collate,
             processing_class=tokenizer,
             batching=batching,
-            callbacks=[TrackerCallback(tracker)],
+            callbacks=[TrackerCallback(tracker), *profiling(config, launch)],
             run=Continuity(
                 stop=stop,
                 site=site,
@@ -230,7 +231,7 @@ def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None
         write_json(config.output_dir / "data_report.json", report)
 
 
-def describe_run(trainer: Trainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
+def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
     """What `run.json` says; all ranks must call it."""
     from ds_sft.runtime.distributed import sum_over_ranks
     from ds_sft.runtime.zero import stage
@@ -257,6 +258,7 @@ def describe_run(trainer: Trainer, config: Config, launch: Launch, *, seconds: f
         "tokens_per_second": round(tokens / train_seconds, 2),
         "train_seconds": round(train_seconds, 2),
         "seconds": round(seconds, 2),
+        "speed": trainer.meter.summary(),  # of this start
         "peak_memory": gather(peak_memory()),  # of each rank
     }
 
@@ -289,9 +291,21 @@ def summary(results: dict[str, Any]) -> str:
         f"Trained {results['steps']:,} steps, {results['tokens']:,} tokens in {results['train_seconds']:,.0f} s "
         f"({results['tokens_per_second']:,.0f} tokens/s), {memory:.1f} GiB a rank at most."
     ]
+    lines.append(describe_speed(results["speed"]))
     if results["eval_loss"] is not None:
         lines.append(f"Validation loss: {results['eval_loss_first']:.4f} first, {results['eval_loss']:.4f} last.")
     return "\n".join(lines)
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    """Where the time of training went."""
+    from ds_sft.training.metrics import PARTS
+
+    rates = [f"{speed['supervised_tokens_per_second']:,.0f} supervised tokens/s"]
+    rates += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
+    rates += [f"{name} {speed[f'{name}_share']:.1%}" for name in ("waiting", "padding")]
+    times = [f"{part.replace('_', ' ')} {speed[f'{part}_share']:.1%}" for part in PARTS]
+    return f"Speed: {', '.join(rates)}; time: {', '.join(times)}."
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ STOPS = [("SIGTERM", "rank"), ("SIGINT", "all"), ("SIGUSR1", "rank"), ("SIGTERM"
 DAMAGES = ["none", "truncated", "byte flipped", "file missing", "manifest missing", "empty newer directory"]
 LIMIT = 180.0  # seconds of one start, on a busy machine
 ENDS = 60.0  # seconds in which every process must be gone
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "per_second", "seconds", "_share", "mfu", "memory")
 
 
 @dataclass

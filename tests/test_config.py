@@ -61,7 +61,7 @@ MEANT = [
     ("gradient_checkpointing", "no", False), ("warmup_steps", "0.03", 0.03), ("swanlab_mode", "cloud", "cloud"),
     ("generation", "{do_sample: yes, temperature: 7e-1}", {"do_sample": True, "temperature": 0.7}),
     ("generation", "{num_beams: 2}", {"num_beams": 2}), ("generation", "null", None),
-    ("export_max_shard_size", "500mb", "500mb"), ("verify_export", "no", False),
+    ("export_max_shard_size", "500mb", "500mb"), ("profile_steps", "10-12", "10-12"), ("verify_export", "no", False),
 ]  # fmt: skip
 
 
@@ -175,6 +175,8 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
          "stop and save anyway), found 'true'"),
         (["--ignore_data_skip", "1"],
          "--ignore_data_skip: expected false (a resumed run would learn its first rows again), found '1'"),
+        *((["--profile_steps", steps], "--profile_steps: expected steps such as 10-12, the first 1 or more, the last "
+           f"not before it, found {steps!r}") for steps in ("0-2", "5-4", "ten", "3-", "1-2-3")),
         (["--seed"], "--seed: expected a value after it"),
         (["--config"], "--config: expected a value after it"),
         (["train.jsonl"], "'train.jsonl': expected --key value"),

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -175,6 +175,20 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_numbers(values: Sequence[float], *, device: Any) -> list[list[float]]:
+    """`values` of every rank, in rank order, in float64; all ranks must give equally many."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    result: list[list[float]] = torch.stack(everyone).tolist()
+    return result
 
 
 def sum_over_ranks(*values: float, device: Any) -> list[float]:

@@ -20,7 +20,7 @@ INDIFFERENT = {
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
     # when it measures, logs and saves
     "logging_strategy", "logging_first_step", "logging_steps", "log_level", "log_level_replica", "log_on_each_node",
-    "disable_tqdm", "skip_memory_metrics", "include_num_input_tokens_seen",
+    "disable_tqdm", "profile_steps", "skip_memory_metrics", "include_num_input_tokens_seen",
     "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model",
     "restore_callback_states_from_checkpoint", "enable_jit_checkpoint",
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",

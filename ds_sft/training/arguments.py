@@ -34,6 +34,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys["deepspeed"] = engine
     keys["report_to"] = _other_trackers(keys.get("report_to"))
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
+    keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
     keys.setdefault("ddp_timeout", 1800)
     # Recomputation without a nested backward, as PyTorch advises: no input needs a gradient, DDP's and ZeRO's hooks run
     # once. Under ZeRO-3 that re-partitions at once it gives the same weights as no checkpointing (test_trajectory.py).

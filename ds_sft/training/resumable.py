@@ -137,6 +137,10 @@ class ResumableTrainer(Trainer):
 
     # ---- Stopping
 
+    def agree_on_stopping(self) -> str | None:
+        """Why to stop here, if any rank was asked to; the same answer on all ranks, which all must ask."""
+        return self.run.stop.agreed()
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -294,7 +298,7 @@ class StepBoundary(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
-        if self.trainer.run.stop.agreed():
+        if self.trainer.agree_on_stopping():
             control.should_training_stop = control.should_save = True
             self._postpone_evaluation(control)
         self.save_at_epoch_end(state, control)
@@ -306,7 +310,7 @@ class StepBoundary(TrainerCallback):
         if self.trainer.run.stop.decided and not self._ends_epoch(state):  # Trainer leaves an epoch only this way
             control.should_log = control.should_evaluate = control.should_save = False
             return
-        if self.trainer.run.stop.agreed():
+        if self.trainer.agree_on_stopping():
             control.should_training_stop = self.save_due = True
             self._postpone_evaluation(control)
         control.should_save, self.save_due = control.should_save or self.save_due, False

@@ -1,4 +1,4 @@
-"""The thin Trainer subclass: batches that do not depend on the world size, an exact validation loss, tokens counted."""
+"""The thin Trainer subclass: batches that no world size changes, an exact validation loss, all of it timed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.runtime.checkpoint import OUR_ORDERS
-from ds_sft.runtime.distributed import sum_over_ranks
+from ds_sft.runtime.distributed import barrier, sum_over_ranks
+from ds_sft.runtime.peak import device_peak
+from ds_sft.training.metrics import EVALUATION, Meter
+from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 
 
@@ -61,14 +71,60 @@ class SFTTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(EvaluateAtEnd())
-        self.add_callback(StepBoundary(self))
+        self.meter = Meter(self.model, self.args.device, head_everywhere=True)
+        for upstream in (ProgressCallback, PrinterCallback):
+            self.remove_callback(upstream)
+        for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
+            self.add_callback(callback)
+
+    # ---- Measuring: see training/metrics.py
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            self.meter.time_engine(self.model_wrapped)
+        elif self.args.world_size > 1:
+            self.meter.time_reduction(self.model_wrapped, self.accelerator)
+        return prepared
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.clock.part("data_wait"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.clock.part("communication"):
+            return super()._get_num_items_in_batch(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        mask = inputs.get("attention_mask")  # rows laid end to end have neither mask nor padding
-        self.tokens_seen += inputs["labels"].numel() if mask is None else mask.sum().to(self.tokens_seen.device)
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
+        with self.meter.clock.part("forward_backward"):
+            self.tokens_seen += self.meter.count(inputs)
+            loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        with self.meter.clock.part("optimizer"):
+            return super()._clip_grad_norm(model)
+
+    def agree_on_stopping(self) -> str | None:
+        with self.meter.clock.part("communication"):
+            return super().agree_on_stopping()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.meter.clock.part("save"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.meter.clock.part(EVALUATION):
+            return super()._evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # what all ranks log, at the same steps
+            logs |= self.meter.logged()
+        elif "train_loss" in logs:  # the end
+            self.meter.interval()
+        super().log(logs, start_time)
+
+    # ---- Batches
 
     def get_train_dataloader(self) -> DataLoader[dict[str, list[int]]]:
         args = self.args
@@ -140,6 +196,43 @@ def _loader_options(args: TrainingArguments) -> dict[str, Any]:
 def _ignore_stop_signals(worker: int) -> None:
     """Whoever signals all processes of a job must not kill the loader's workers before their parent has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Measuring(TrainerCallback):
+    """Tells the trainer's meter where it is in a step."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer, self.meter = trainer, trainer.meter
+        stage = trainer.args.hf_deepspeed_config.get_value("zero_optimization.stage") if trainer.args.deepspeed else 0
+        self.every_micro_batch = stage >= 2  # ranks meet after each, to reduce its gradients
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        barrier()
+        peak = device_peak(args.device, dtype)
+        self.trainer.run.site.launch.say(f"Peak for MFU: {peak.flops / 1e12:,.3g} TFLOP/s a rank ({peak.source}).")
+        self.meter.start(peak)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.clock.begin("optimizer")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.clock.end()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every_micro_batch:
+            self.meter.clock.lap()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.meter.clock.lap()
 
 
 class EvaluateAtEnd(TrainerCallback):

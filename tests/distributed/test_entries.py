@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ds_sft.training.metrics import PARTS
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, entry, listing, read_lines, run, step_losses, train
 from tests.test_encode import reference_row
@@ -155,6 +158,34 @@ def test_run_json(results: dict[str, Path], name: str) -> None:
     assert record["export"]["loss_trained"] == pytest.approx(record["eval_loss"], rel=1e-6)  # the same five rows
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_figures_of_every_logging_step(results: dict[str, Path], name: str) -> None:
+    """Counted exactly, timed sanely, the same in metrics.jsonl, in run.json and in what was printed."""
+    steps = [row for row in read_lines(results[name] / "metrics.jsonl") if "loss" in row]
+    report = json.loads((results[name] / "data_report.json").read_text(encoding="utf-8"))["train"]
+    record = json.loads((results[name] / "run.json").read_text(encoding="utf-8"))
+    speed, log = record["speed"], (results[name].parent / "log").read_text(encoding="utf-8")
+    for figure, unit in (("tokens", "tokens"), ("supervised_tokens", "supervised_tokens")):
+        counted = sum(row[f"{unit}_per_second"] * row["interval_seconds"] for row in steps)
+        assert counted == pytest.approx(2 * report[figure], rel=1e-4)  # two epochs
+        assert speed[figure] == 2 * report[figure]
+    for row in [*steps, speed]:
+        assert sum(row[f"{part}_share"] for part in PARTS) == pytest.approx(1, abs=1e-4)
+        assert all(0 <= row[f"{part}_share"] < 1 for part in PARTS)
+        assert 0 <= row["waiting_share"] < 1
+        assert (row["waiting_share"] == 0) == (record["world_size"] == 1)
+        assert row["padding_share"] == 0  # rows lie end to end
+        assert 0 < row["mfu"] < 0.9
+    assert all(row["forward_backward_share"] > 0.01 and row["optimizer_share"] > 0 for row in steps)
+    assert all((row["communication_share"] > 0.01) == (record["world_size"] > 1) for row in steps)
+    assert all(0.1 < row["peak_memory_gib"] < 3 for row in steps)
+    assert speed["seconds"] < record["train_seconds"] < 60  # evaluations are left out
+    assert log.count("Peak for MFU: ") == 1
+    assert len(re.findall(r"Step [1-6] of 6: loss .*, [\d,]+ tokens/s, MFU .*%, waiting .*%, padding .*%", log)) == 6
+    assert "{'loss'" not in log
+    assert f"supervised tokens/s, MFU {speed['mfu']:.1%}, waiting {speed['waiting_share']:.1%}" in log
+
+
 def test_the_final_model_is_whole(results: dict[str, Path], model_dir: Path) -> None:
     from safetensors import safe_open
 
@@ -180,15 +211,19 @@ def test_what_was_decided_is_said_once(results: dict[str, Path]) -> None:
     )
     log = (results["deepspeed-zero2"].parent / "log").read_text(encoding="utf-8")
     assert log.count("Batch: 2 rows x 2 accumulated x 2 ranks = 8 rows a step; 24 rows => 3 steps an epoch, 6") == 1
-    assert log.count("supervised tokens") == 1
+    assert log.count("│ supervised tokens ") == 1
     assert "No launcher" not in log
 
 
 def test_the_written_config_repeats_the_run(results: dict[str, Path], plain: Path) -> None:
-    done = run(
-        [*entry("python"), "--config", "out/config.yaml", "--output_dir", "again", "--max_steps", "2"], cwd=plain.parent
-    )
+    changes = ["--output_dir", "again", "--max_steps", "2", "--profile_steps", "2"]
+    done = run([*entry("python"), "--config", "out/config.yaml", *changes], cwd=plain.parent)
     assert done.code == 0, done.output[-4000:]
+    path = "again/profile/steps-2-2-rank0.json.gz"
+    assert f"Profile: {path}, for https://ui.perfetto.dev." in done.output
+    assert re.search(r"\d+\.\d% +[\d.]+ ms +\d+ x  aten::mm\n", done.output)
+    events = json.loads(gzip.decompress((plain.parent / path).read_bytes()))["traceEvents"]
+    assert sum("aten::mm" in str(event.get("name")) for event in events) > 10
     # The schedule is shorter, so the second step has another learning rate; the first loss is before any step.
     assert step_losses(plain.parent / "again")[0] == step_losses(plain)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -46,6 +47,16 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
     faults = re.findall(r"the fault at ([\d.]+)", done.output)
     assert faults, done.output[-4000:]
     return done, time.time() - float(faults[0])
+
+
+@pytest.mark.parametrize("name", ["none", "zero2"])
+def test_a_slow_rank_shows_as_waiting(model_dir: Path, tmp_path: Path, name: str) -> None:
+    """Each of two steps takes rank 1 a third of a second longer; rank 0 waits that long, half of it on average."""
+    done, _ = fail(model_dir, tmp_path, "torchrun", name, "train slow 1", num_predictions=0, save_strategy="no")
+    assert done.code == 0, done.output[-4000:]
+    speed = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["speed"]
+    assert speed["waiting_share"] * speed["seconds"] == pytest.approx(1 / 3, abs=0.15)
+    assert speed["communication_share"] >= speed["waiting_share"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,345 @@
+"""How fast a run is and where its time goes, over all ranks: tokens/s, MFU, padding, waiting, shares of time.
+
+Every rank counts and times by itself; at a logging step one small collective brings the numbers together. Nothing here
+waits for the device between logging steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.runtime.distributed import gather_numbers
+from ds_sft.runtime.peak import Peak
+from ds_sft.runtime.results import peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The parts of training; "other" is what is none of the rest: callbacks, schedule, logging.
+PARTS = ("data_wait", "forward_backward", "communication", "optimizer", "save", "other")
+WORK = ("data_wait", "forward_backward", "optimizer", "other")  # what a rank does while others may wait for it
+EVALUATION = "evaluation"  # no part of training: left out of every figure
+WHOLE = ("save", EVALUATION)  # what happens inside them counts as them
+MARKS_KEPT = 10_000
+# Collectives of DeepSpeed's backend (deepspeed/comm/torch.py) that training uses.
+COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all_single", "barrier",
+)  # fmt: skip
+
+
+class Clock:
+    """Seconds of each part, every moment in one: a part that begins inside another one interrupts it.
+
+    A mark is a reading of the host's clock or, on a GPU, an event in the current stream: parts are then what passed on
+    the device, and reading them waits for nothing until `settle`.
+    """
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        self.on_gpu = device_type == "cuda"
+        self.open = ["other"]  # parts begun and not ended
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self.marks: list[tuple[Any, str, bool]] = []  # when, the part that was going on until then, end of a lap?
+        self.last = self._now()
+        self.seconds = dict.fromkeys((*PARTS, EVALUATION), 0.0)
+        self.laps: list[float] = []  # seconds of work in each
+        self.work = 0.0  # in the lap going on
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def begin(self, part: str) -> None:
+        self._mark()
+        self.open.append(self.open[-1] if self.open[-1] in WHOLE else part)
+
+    def end(self) -> None:
+        self._mark()
+        self.open.pop()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def lap(self) -> None:
+        """Ranks meet here: the work of each since the last meeting can be compared."""
+        self._mark(lap=True)
+
+    def _mark(self, *, lap: bool = False) -> None:
+        self.marks.append((self._now(), self.open[-1], lap))
+        if len(self.marks) >= MARKS_KEPT:
+            self.settle()
+
+    def settle(self) -> None:
+        """Turn marks into seconds; on a GPU this waits for the last one."""
+        if self.on_gpu and self.marks:
+            self.marks[-1][0].synchronize()
+        for when, part, lap in self.marks:
+            passed = self.last.elapsed_time(when) / 1000 if self.on_gpu else when - self.last
+            self.last = when
+            self.seconds[part] += passed
+            self.work += passed if part in WORK else 0.0
+            if lap:
+                self.laps.append(self.work)
+                self.work = 0.0
+        self.marks.clear()
+
+    def take(self) -> tuple[dict[str, float], list[float]]:
+        """Seconds by part, and of work in each lap, since the last call."""
+        taken = self.seconds, self.laps
+        self.seconds, self.laps = dict.fromkeys(taken[0], 0.0), []
+        return taken
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations that learning needs: forward and backward; recomputation is no use and not counted."""
+
+    layers: float  # a token, in the layers' matrices
+    head: float  # a token, in the output projection
+    attention: float  # a pair of a token and one that it sees
+
+    def of(self, *, tokens: float, pairs: float, head_tokens: float) -> float:
+        return self.layers * tokens + self.attention * pairs + self.head * head_tokens
+
+
+def count_flops(model: PreTrainedModel) -> Flops | None:
+    """6 a parameter that a token is multiplied with (4 where it is frozen), 12 a pair, layer and width of attention.
+
+    As in PaLM, appendix B (arXiv 2204.02311), but pairs are those that causal attention needs: L (L + 1) / 2 of a row
+    of L tokens. None for architectures in which a token meets only some parameters (mixtures of experts), or whose
+    configuration does not say how wide attention is.
+    """
+    config = model.config.get_text_config()
+    heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
+    if any("expert" in name for name in config.to_dict()) or not heads or not layers:
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    left_out = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
+    matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2 and id(p) not in left_out]
+    return Flops(
+        layers=float(sum(_factor(p) * _numel(p) for p in matrices)),
+        head=0.0 if head is None else float(_factor(head) * _numel(head)),
+        attention=12.0 * layers * heads * head_dim,
+    )
+
+
+def _factor(parameter: torch.Tensor) -> int:
+    return 6 if parameter.requires_grad else 4
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # under ZeRO-3 of the whole, wherever it is
+
+
+def count_batch(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[tokens, places, supervised tokens, pairs of a token and one that it sees] of a micro batch, on its device.
+
+    Padding makes the difference between tokens and places. Rows laid end to end have no mask; their `position_ids`
+    restart with every row.
+    """
+    ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
+    places = torch.tensor(ids.numel(), device=ids.device)
+    positions = inputs.get("position_ids")
+    if mask is None:
+        tokens = places
+        seen = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
+        pairs = (seen + 1).sum()
+    else:
+        lengths = mask.sum(-1)
+        tokens, pairs = lengths.sum(), (lengths * (lengths + 1)).sum() // 2
+    targets = inputs["shift_labels"] if "shift_labels" in inputs else labels[..., 1:]
+    return torch.stack([tokens, places, (targets != IGNORE_INDEX).sum(), pairs])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What all ranks did between two logging steps; `+` joins two that follow each other."""
+
+    tokens: float = 0.0  # of all ranks, without padding
+    places: float = 0.0  # with padding
+    supervised: float = 0.0  # that the loss counts
+    flops: float = 0.0  # useful ones
+    possible_flops: float = 0.0  # at every device's peak, all the time
+    seconds: float = 0.0  # of training: no evaluation
+    waiting: float = 0.0
+    data_wait: float = 0.0  # this and the following: seconds, mean over ranks
+    forward_backward: float = 0.0
+    communication: float = 0.0
+    optimizer: float = 0.0
+    save: float = 0.0
+    other: float = 0.0
+
+    def __add__(self, later: Interval) -> Interval:
+        return Interval(*(getattr(self, f.name) + getattr(later, f.name) for f in fields(self)))
+
+    def figures(self) -> dict[str, float]:
+        """What is logged.
+
+        `waiting_share`: time in which a rank had done its work and another had not, mean over ranks. Work is all but
+        communication; between two meetings a rank waits as long as the slowest one's work is longer than its own.
+        """
+        seconds = max(self.seconds, 1e-9)
+        rates = {
+            "tokens_per_second": self.tokens / seconds,
+            "supervised_tokens_per_second": self.supervised / seconds,
+            **({"mfu": self.flops / self.possible_flops} if self.flops and self.possible_flops else {}),
+            "padding_share": 1 - self.tokens / max(self.places, 1),
+            "waiting_share": self.waiting / seconds,
+        }
+        shares = {f"{part}_share": getattr(self, part) / seconds for part in PARTS}
+        return {name: round(value, 6) for name, value in {**rates, **shares, "interval_seconds": seconds}.items()}
+
+
+class Meter:
+    """Counts and times one rank's training; `interval` brings the ranks' numbers together."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, head_everywhere: bool) -> None:
+        """`head_everywhere`: the loss has logits computed at every token, not only at those that are supervised."""
+        self.device, self.head_everywhere = device, head_everywhere
+        self.clock = Clock(device.type)
+        self.flops = count_flops(model)
+        self.peak = Peak(0.0, "unknown")
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.total = Interval()
+        self.memory_gib = 0.0  # the fullest rank's peak
+
+    def start(self, peak: Peak) -> None:
+        """Training begins now."""
+        self.peak = peak
+        self.clock.restart()
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Count a micro batch; its tokens without padding, a scalar on the device."""
+        counted = count_batch(inputs).to(self.device)
+        self.counts += counted
+        return counted[0]
+
+    def interval(self) -> Interval:
+        """All ranks' numbers since the last call; all must call it, after equally many laps."""
+        self.clock.lap()
+        self.clock.settle()
+        seconds, laps = self.clock.take()
+        peaks = peak_memory()
+        mine = [*self.counts.tolist(), self.peak.flops, peaks.get("gpu_gib", peaks["host_gib"]),
+                *(seconds[part] for part in PARTS)]  # fmt: skip
+        self.counts.zero_()
+        ranks = gather_numbers([*mine, *laps], device=self.device)
+        self.memory_gib = max(rank[5] for rank in ranks)
+        done = self._join(ranks, len(mine))
+        self.total += done
+        return done
+
+    def _join(self, ranks: list[list[float]], first_lap: int) -> Interval:
+        count = len(ranks)
+        tokens, places, supervised, pairs = (sum(rank[n] for rank in ranks) for n in range(4))
+        parts = {part: sum(rank[6 + n] for rank in ranks) / count for n, part in enumerate(PARTS)}
+        seconds = sum(parts.values())
+        laps = zip(*(rank[first_lap:] for rank in ranks), strict=True)
+        head_tokens = tokens if self.head_everywhere else supervised
+        return Interval(
+            tokens=tokens,
+            places=places,
+            supervised=supervised,
+            flops=self.flops.of(tokens=tokens, pairs=pairs, head_tokens=head_tokens) if self.flops else 0.0,
+            possible_flops=seconds * sum(rank[4] for rank in ranks),
+            seconds=seconds,
+            waiting=sum(max(lap) - sum(lap) / count for lap in laps),
+            **parts,
+        )
+
+    def logged(self) -> dict[str, float]:
+        """The figures since the last logging step; all ranks must call it."""
+        return self.interval().figures() | {"peak_memory_gib": self.memory_gib}
+
+    def summary(self) -> dict[str, float]:
+        """The figures of this start of the run, for its record; after the last `interval`."""
+        figures = self.total.figures()
+        figures["seconds"] = figures.pop("interval_seconds")
+        return figures | {"tokens": int(self.total.tokens), "supervised_tokens": int(self.total.supervised)}
+
+    # ---- Where communication happens
+
+    def time_engine(self, engine: Any) -> None:
+        """Time the collectives and the optimizer step of a DeepSpeed engine.
+
+        A collective that DeepSpeed starts and goes on beside is timed when it is started and when it is waited for. On
+        a GPU DeepSpeed waits in streams of its own; what these hold up appears as forward and backward.
+        """
+        import deepspeed.comm.comm as comm
+
+        for name in COLLECTIVES:
+            setattr(comm.cdb, name, self._timed_collective(getattr(comm.cdb, name)))
+        engine.step = self._timed(engine.step, "optimizer")
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.clock.part(part):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def _timed_collective(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.clock.part("communication"):
+                work = function(*args, **kwargs)
+            return TimedWork(work, self.clock) if hasattr(work, "wait") else work
+
+        return timed
+
+    def time_reduction(self, model: Any, accelerator: Any) -> None:
+        """Time what a model under DistributedDataParallel waits for: before forward, and after the last gradient.
+
+        It reduces from C++ while gradients are still computed. Autograd calls what was queued for the end of backward
+        in the order in which it came: `begin` before DDP's own, which waits.
+        """
+        backward = accelerator.backward
+        model._pre_forward = self._timed(model._pre_forward, "communication")
+
+        def begin() -> None:
+            self.clock.begin("communication")
+
+        def timed(loss: torch.Tensor, **kwargs: Any) -> None:
+            depth = len(self.clock.open)
+            engine = torch.autograd.Variable._execution_engine
+            loss.register_hook(lambda _: engine.queue_callback(begin))  # type: ignore[no-untyped-call]
+            backward(loss, **kwargs)
+            if len(self.clock.open) > depth:
+                self.clock.end()
+
+        accelerator.backward = timed
+
+
+class TimedWork:
+    """A collective under way, timed while it is waited for."""
+
+    def __init__(self, work: Any, clock: Clock) -> None:
+        self.work, self.clock = work, clock
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.part("communication"):
+            return self.work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work, name)

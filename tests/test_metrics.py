@@ -1,0 +1,226 @@
+"""Figures of speed: literal arithmetic, and clocks that are told the time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from ds_sft.plan.cost import model_flops_per_token
+from ds_sft.plan.shape import shape_of
+from ds_sft.runtime.peak import device_peak, known_peak
+from ds_sft.training import metrics
+from ds_sft.training.metrics import Clock, Flops, Interval, Meter, count_batch, count_flops
+from ds_sft.training.progress import describe
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+                         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}  # fmt: skip
+
+
+class Time:
+    """A clock that goes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def passing(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+def seconds_of(clock: Clock) -> dict[str, float]:
+    clock._mark()
+    clock.settle()
+    return {part: seconds for part, seconds in clock.take()[0].items() if seconds}
+
+
+def test_every_moment_is_in_one_part(passing: Time) -> None:
+    clock = Clock()
+    with clock.part("forward_backward"):
+        passing.passes(3)
+        with clock.part("communication"):
+            passing.passes(2)
+        passing.passes(1)
+    passing.passes(0.5)
+    assert seconds_of(clock) == {"forward_backward": 4.0, "communication": 2.0, "other": 0.5}
+    assert seconds_of(clock) == {}
+
+
+@pytest.mark.parametrize("whole", ["save", "evaluation"])
+def test_what_a_save_or_an_evaluation_sends_is_part_of_it(passing: Time, whole: str) -> None:
+    clock = Clock()
+    with clock.part(whole):
+        passing.passes(1)
+        with clock.part("communication"):
+            passing.passes(5)
+    assert seconds_of(clock) == {whole: 6.0}
+
+
+def test_a_part_ends_with_an_error_in_it(passing: Time) -> None:
+    clock = Clock()
+
+    def save() -> None:
+        with clock.part("save"):
+            passing.passes(1)
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        save()
+    passing.passes(2)
+    assert seconds_of(clock) == {"save": 1.0, "other": 2.0}
+
+
+def test_a_lap_is_work_without_communication(passing: Time) -> None:
+    clock = Clock()
+    for work in (1.0, 4.0):
+        with clock.part("forward_backward"):
+            passing.passes(work)
+            with clock.part("communication"):
+                passing.passes(7)
+        clock.lap()
+    with clock.part("save"):
+        passing.passes(9)
+    clock.lap()
+    clock.settle()
+    assert clock.take()[1] == [1.0, 4.0, 0.0]
+
+
+def test_marks_do_not_pile_up(passing: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MARKS_KEPT", 8)
+    clock = Clock()
+    for _ in range(100):
+        with clock.part("optimizer"):
+            passing.passes(1)
+        assert len(clock.marks) < 8
+    assert seconds_of(clock) == {"optimizer": 100.0}
+
+
+def test_padded_rows_are_counted() -> None:
+    batch = {
+        "input_ids": torch.zeros(2, 5, dtype=torch.long),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+        "labels": torch.tensor([[7, -100, 8, 9, -100], [-100, 5, -100, -100, -100]]),
+    }
+    # The first label of a row is predicted by nothing; rows of 5 and 2 tokens see 15 and 3 pairs.
+    assert count_batch(batch).tolist() == [7, 10, 3, 18]
+
+
+def test_rows_laid_end_to_end_are_counted() -> None:
+    batch = {
+        "input_ids": torch.zeros(1, 7, dtype=torch.long),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1]]),
+        "labels": torch.tensor([[-100, -100, 8, 9, -100, -100, 5]]),
+    }
+    assert count_batch(batch).tolist() == [7, 7, 3, 18]
+    del batch["position_ids"]
+    assert count_batch(batch).tolist() == [7, 7, 3, 28]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("config", "model"), [(LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)])
+def test_flops_are_the_plans(config: Any, model: Any, tied: bool) -> None:
+    made = config(**SIZES, tie_word_embeddings=tied)
+    flops = count_flops(model(made))
+    assert flops is not None
+    # The plan lets every token see the whole length, as PaLM does; here attention is causal.
+    whole = flops.of(tokens=1, pairs=20, head_tokens=1)
+    assert whole == model_flops_per_token(shape_of(made.to_dict()), length=20)
+    assert flops.head == 6 * 100 * 32
+    assert flops.of(tokens=1, pairs=20, head_tokens=0) == whole - flops.head
+
+
+def test_frozen_weights_need_no_gradient_of_their_own() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    trained = count_flops(model)
+    model.requires_grad_(False)
+    frozen = count_flops(model)
+    assert trained is not None
+    assert frozen == Flops(layers=trained.layers * 4 / 6, head=trained.head * 4 / 6, attention=trained.attention)
+
+
+def test_a_mixture_of_experts_is_not_guessed() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.config.num_experts = 8
+    assert count_flops(model) is None
+
+
+def test_figures() -> None:
+    interval = Interval(tokens=800, places=1000, supervised=200, flops=3e9, possible_flops=12e9, seconds=4, waiting=0.5,
+                        data_wait=0.4, forward_backward=2, communication=0.8, optimizer=0.4, save=0.2,
+                        other=0.2)  # fmt: skip
+    assert interval.figures() == {
+        "tokens_per_second": 200, "supervised_tokens_per_second": 50, "mfu": 0.25, "padding_share": 0.2,
+        "waiting_share": 0.125, "data_wait_share": 0.1, "forward_backward_share": 0.5, "communication_share": 0.2,
+        "optimizer_share": 0.1, "save_share": 0.05, "other_share": 0.05, "interval_seconds": 4,
+    }  # fmt: skip
+    both = interval + Interval(tokens=200, places=1000, seconds=6, save=6)
+    assert both.figures()["tokens_per_second"] == 100
+    assert both.figures()["padding_share"] == 0.5
+    assert both.figures()["save_share"] == 0.62
+
+
+def test_no_peak_no_mfu() -> None:
+    assert "mfu" not in Interval(tokens=1, places=1, seconds=1).figures()
+
+
+def test_two_ranks_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 works 3 s and 1 s where rank 0 works 1 s and 1 s: a rank waits 1 s on average, in the first lap."""
+    meter = Meter(LlamaForCausalLM(LlamaConfig(**SIZES)), torch.device("cpu"), head_everywhere=False)
+    assert meter.flops is not None
+    ranks = [
+        [10.0, 12, 4, 40, 1e9, 1.5, 0.5, 1.5, 2.0, 0, 0, 0, 1, 1],
+        [14.0, 14, 6, 60, 3e9, 1.2, 0.5, 3.5, 0.0, 0, 0, 0, 3, 1],
+    ]
+    monkeypatch.setattr(metrics, "gather_numbers", lambda mine, device: ranks)
+    joined = meter.interval()
+    assert (joined.tokens, joined.places, joined.supervised) == (24, 26, 10)
+    assert (joined.seconds, joined.waiting, joined.forward_backward) == (4.0, 1.0, 2.5)
+    assert joined.possible_flops == 4.0 * 4e9
+    assert joined.flops == meter.flops.of(tokens=24, pairs=100, head_tokens=10)
+    assert meter.logged()["peak_memory_gib"] == 1.5
+    assert meter.summary()["tokens"] == 48
+    assert meter.summary()["supervised_tokens"] == 20
+    meter.head_everywhere = True
+    assert meter.interval().flops == meter.flops.of(tokens=24, pairs=100, head_tokens=24)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.5), ("NVIDIA B200", 2250), ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 3090", 71),
+    ],
+)  # fmt: skip
+def test_known_peaks(name: str, tflops: float) -> None:
+    assert known_peak(name, torch.bfloat16) == tflops * 1e12
+    assert known_peak(name, torch.float32) is None
+
+
+def test_a_v100_has_no_bfloat16() -> None:
+    assert known_peak("Tesla V100-SXM2-32GB", torch.float16) == 125e12
+    assert known_peak("Tesla V100-SXM2-32GB", torch.bfloat16) is None
+
+
+def test_a_measured_peak() -> None:
+    state = torch.get_rng_state()
+    peak = device_peak(torch.device("cpu"), torch.float32)
+    assert 1e9 < peak.flops < 1e14
+    assert peak.source == "CPU, measured: a float32 matrix product of 1,024"
+    assert torch.equal(torch.get_rng_state(), state)  # dropout draws the same as without it
+
+
+def test_a_log_entry_in_one_line() -> None:
+    logs = {"loss": 1.23456, "tokens_per_second": 12345.6, "mfu": 0.4123, "waiting_share": 0.034, "padding_share": 0.0}
+    assert describe(logs) == "loss 1.2346, 12,346 tokens/s, MFU 41.2%, waiting 3%, padding 0%"
+    del logs["mfu"]
+    assert describe(logs) == "loss 1.2346, 12,346 tokens/s, waiting 3%, padding 0%"
+    assert describe({"eval_loss": 2.0, "eval_runtime": 3.0}) == "validation loss 2.0000"
+    assert describe({"train_runtime": 3.0}) == ""
