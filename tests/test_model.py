@@ -112,7 +112,12 @@ def test_an_attention_that_does_not_exist(model_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layers"),
-    [("qwen3_next", "full_attention, linear_attention"), ("mamba", "linear_attention"), ("none_of_them", None)],
+    [
+        ("qwen3_next", "full_attention, linear_attention"),
+        ("mamba", "linear_attention"),
+        ("gpt_oss", "its mask knows no position ids"),
+        ("none_of_them", None),
+    ],
 )
 def test_a_model_that_would_mix_rows_is_given_padded_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, layers: str | None

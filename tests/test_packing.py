@@ -18,7 +18,7 @@ from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, collate_flat, plan_packs
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import check_packing
+from ds_sft.training.model import check_packing, why_rows_mix
 from tests.conftest import questions_and_answers, write_rows
 
 ALONE = Launch(launcher="python")
@@ -109,6 +109,37 @@ def test_models_that_would_mix_rows_are_refused() -> None:
     mixed = SimpleNamespace(config=config)
     with pytest.raises(UserError, match=r"packing: concat: SimpleNamespace \(full_attention, linear_attention\)"):
         check_packing(mixed)  # type: ignore[arg-type]
+
+
+SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
+                         "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "head_dim": 16}
+WINDOWED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED, "mistral": GROUPED, "qwen2": GROUPED, "qwen3": GROUPED, "phi3": SIZES, "gpt2": SIZES,
+    "gemma3_text": GROUPED | WINDOWED, "olmo2": SIZES, "smollm3": GROUPED, "qwen3_moe": GROUPED,
+    "gpt_oss": {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, "bloom": SIZES,
+    "opt": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "falcon": {**SIZES, "alibi": False},
+}  # fmt: skip
+LEAKING = {"gpt_oss", "bloom", "opt", "falcon"}  # their masks are made without position ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_would_mix_are_known(name: str) -> None:
+    """What is said of a family is what its models do: with two rows end to end, and with each alone."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**FAMILIES[name]), dtype=torch.float32).eval()
+    rows = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10, 11]])]
+    with torch.no_grad():
+        alone = torch.cat([model(row, use_cache=False).logits for row in rows], 1)
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+        together = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
+    leaks = not torch.allclose(alone, together, atol=1e-5)
+    assert leaks == (name in LEAKING)
+    assert bool(why_rows_mix(type(model), model.config)) == leaks
 
 
 @pytest.mark.distributed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import inspect
 import os
@@ -131,23 +132,35 @@ def check_packing(model: PreTrainedModel) -> None:
     Raises:
         UserError: it does not.
     """
-    found = mixing_layers(type(model), model.config)
+    found = why_rows_mix(type(model), model.config)
     if found:
         raise UserError(
             f"packing: concat: {type(model).__name__} ({found}) does not keep packed rows apart; write none"
         )
 
 
-def mixing_layers(model_class: type, config: Any) -> str | None:
-    """The layers of a model that lets rows of one sequence see each other; None where it keeps them apart.
+def why_rows_mix(model_class: type, config: Any) -> str | None:
+    """Why rows of one sequence would see each other in a model; None where it keeps them apart.
 
-    It does where attention is all that joins tokens, and transformers builds its mask.
+    It does where attention is all that joins tokens, and transformers builds its mask from the position ids.
     """
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        return ", ".join(sorted(kinds))
     source = inspect.getsource(sys.modules[model_class.__module__])
-    if "create_causal_mask" in source and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
+    takes_positions = "position_ids" in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+    if takes_positions and "create_causal_mask" in source and any(map(_gives_positions, ast.walk(ast.parse(source)))):
         return None
-    return ", ".join(sorted(kinds))
+    return "its mask knows no position ids"
+
+
+def _gives_positions(node: ast.AST) -> bool:
+    """Whether an expression hands position ids to a function that makes a mask, directly or as its keywords."""
+    if isinstance(node, ast.Call):
+        return "mask" in ast.unparse(node.func) and "position_ids" in {keyword.arg for keyword in node.keywords}
+    if not isinstance(node, ast.Dict):
+        return False
+    return {"attention_mask", "position_ids"} <= {key.value for key in node.keys if isinstance(key, ast.Constant)}
 
 
 def uses_padding(config: Config, launch: Launch) -> bool:
@@ -162,7 +175,7 @@ def uses_padding(config: Config, launch: Launch) -> bool:
     except KeyError:  # code that comes with the model
         mixing: str | None = "its own code"
     else:
-        mixing = mixing_layers(model_class, found)
+        mixing = why_rows_mix(model_class, found)
     if mixing:
         launch.say(f"batching: padded: {type(found).__name__} ({mixing}) would mix rows that are laid end to end.")
     return mixing is not None
