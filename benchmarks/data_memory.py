@@ -1,6 +1,6 @@
 """Does memory grow with the data? `ds-sft prepare` on few and on many generated rows, peak resident memory of each.
 
-    python benchmarks/memory.py --model DIR            # 10,000 and 1,000,000 rows; DIR: config.json and a tokenizer
+    python benchmarks/data_memory.py --model DIR       # 10,000 and 1,000,000 rows; DIR: config.json and a tokenizer
 
 Prints, for each, the peak of the process that reads and the largest peak of those that encode, in MiB.
 """
