@@ -33,6 +33,8 @@ with open(sys.argv[2], "w") as out:
                 fields = file.read().split()
         except (FileNotFoundError, ProcessLookupError):
             break
+        if fields[1] == "0":  # it has ended, and whoever started it has not noticed yet
+            break
         size = (int(fields[1]) - int(fields[2])) * page
         if abs(size - last) > 1 << 20:
             out.write(f"{time.time()} {size}\\n")
@@ -116,8 +118,8 @@ def all_tensors() -> int:
 
 
 def give_back_memory() -> None:
-    """Have glibc return every freed block of 256 KiB or more at once, so that resident memory is what is in use."""
-    ctypes.CDLL(None).mallopt(-3, 256 * 1024)  # M_MMAP_THRESHOLD
+    """Have glibc return every freed block of 64 KiB or more at once, so that resident memory is what is in use."""
+    ctypes.CDLL(None).mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
 
 
 def around(owner: Any, name: str, before: Any, after: Any = None) -> None:

@@ -113,7 +113,7 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
         f"Time: {times['steps']:,} steps, {times['tokens']:,.0f} tokens{length}, {times['flops']:.2e} FLOP: "
         f"{duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."
     ]
-    limit = plan["time_limit"]
+    limit = plan["time_limit"] or None  # Slurm's 0 is no limit
     if limit is not None and times["seconds"] > limit:
         lines.append(f"Longer than the time limit of {duration(limit)}: {-(-times['seconds'] // limit):.0f} jobs, "
                      "each resuming the one before; or raise the limit.")  # fmt: skip
