@@ -18,6 +18,7 @@ the rows, forward and backward; recomputation is not counted. Its limit is a bar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from peers.commands import CANDIDATES, ROOT, Candidate, Job, command_for, environment
 from peers.environment import PEERS, make_environment
 from peers.results import Result, plot, print_limit, print_scaling, print_table, print_targets, read_result
@@ -46,7 +48,7 @@ Results = list[dict[str, Any]]
 def main() -> None:
     given = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run that is under way, too
-    wanted = [c for c in CANDIDATES if not given.only or c.program in given.only]
+    wanted = [c for c in CANDIDATES if not given.only or {c.program, c.name} & set(given.only)]
     homes = {} if given.scaling else environments(wanted, given.environments)
     with tempfile.TemporaryDirectory(prefix="ds_sft-speed-") as name:
         job = prepare(given, given.keep or Path(name))
@@ -66,7 +68,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows a step, over all ranks; even [%(default)s]")
     parser.add_argument("--steps", type=int, default=5, help="of which the first warms up [%(default)s]")
     parser.add_argument("--rounds", type=int, default=2, help="[%(default)s]")
-    parser.add_argument("--only", nargs="+", metavar="PROGRAM", choices=["ours", "reference", *PEERS], help="[all]")
+    names = [*dict.fromkeys(c.program for c in CANDIDATES), *(c.name for c in CANDIDATES)]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="programs, or 'trl padded' [all]")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="[all]")
     parser.add_argument("--scaling", action="store_true", help="ours alone, two ranks against one")
     parser.add_argument("--environments", type=Path, default=ROOT / ".cache/peers", help="[%(default)s]")
@@ -199,13 +202,21 @@ def run_one(candidate: Candidate, home: Any, job: Job, timeout: int) -> Result:
         except subprocess.TimeoutExpired:
             return Result(error=f"no end after {timeout} s")
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
     result = read_result(out.parent, job)
     if result.error and code:
         result.error = first_error(out.with_suffix(".log").read_text(encoding="utf-8", errors="replace"), code)
     return result
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a run that has not ended: ranks and compilers, too, which torchrun starts in sessions of their own."""
+    if process.poll() is None:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
 
 
 def first_error(log: str, code: int) -> str:

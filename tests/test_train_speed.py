@@ -1,4 +1,4 @@
-"""What `benchmarks/train_speed.py` and `memory.py` do besides starting programs: rows, records, ratios, tables."""
+"""What `benchmarks/train_speed.py` does besides starting programs: rows, records, ratios, tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -83,8 +84,10 @@ def test_all_are_asked_for_the_same_rows_a_step(tmp_path: Path) -> None:
 def test_each_program_gets_its_own_command(tmp_path: Path) -> None:
     asked, home = job(tmp_path, ranks=2, stage=2), tmp_path / "home"
     found = {c.name: commands.command_for(c, asked, tmp_path / "out", home) for c in commands.CANDIDATES}
-    assert [Path(word).name for word in found[OURS][0][:4]] == [
-        "torchrun", "--nproc_per_node=2", "--master_port=29637", "train.py"]  # fmt: skip
+    torchrun, ranks, port, script = found[OURS][0][:4]
+    assert (torchrun, ranks, script) == (
+        str(home / "bin/torchrun"), "--nproc_per_node=2", str(ROOT / "ds_sft/train.py"))  # fmt: skip
+    assert 0 < int(port.removeprefix("--master_port=")) < 65536
     assert found["llamafactory single"][0] == [str(home / "bin/llamafactory-cli"), "train", str(tmp_path / "out.yaml")]
     assert found["llamafactory single"][1]["NPROC_PER_NODE"] == "2"
     swift = found["ms-swift flat"][0]
@@ -266,3 +269,18 @@ def test_the_probe_measures_any_trainer(tmp_path: Path) -> None:
     assert (len(found["marks"]), len(found["optimizer"]), found["weights"]) == (3, 2, "float32")
     assert found["marks"][0][0] < found["marks"][1][0] < found["marks"][2][0]
     assert found["memory"] > 0
+
+
+def test_a_run_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "print(child.pid, flush=True)\nchild.wait()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    train_speed.end(process)
+    child.wait(timeout=60)
+    assert process.returncode == -9
+    train_speed.end(process)  # has ended: nothing to do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +117,8 @@ def environment(job: Job, probe: Path, home: Path | None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if home is not None:
-        own |= {
-            "PATH": f"{home / 'bin'}{os.pathsep}{own.get('PATH', '')}",
-            "TORCH_EXTENSIONS_DIR": str(home / "torch_extensions"),
-        }
+        own["PATH"] = f"{home / 'bin'}{os.pathsep}{own.get('PATH', '')}"
+    own["TORCH_EXTENSIONS_DIR"] = str((home or ROOT / ".cache") / "torch_extensions")
     return own
 
 
@@ -127,7 +126,13 @@ def python(job: Job, home: Path) -> list[str]:
     """Python, or torchrun where there are ranks or an engine."""
     if job.ranks == 1 and not job.stage:
         return [str(home / "bin" / "python")]
-    return [str(home / "bin" / "torchrun"), f"--nproc_per_node={job.ranks}", "--master_port=29637"]
+    return [str(home / "bin" / "torchrun"), f"--nproc_per_node={job.ranks}", f"--master_port={free_port()}"]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return str(listener.getsockname()[1])
 
 
 def ours(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[list[str], dict[str, str]]:
@@ -193,7 +198,7 @@ def llamafactory(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple
         length = -(-length // 8) * 8  # it pads ids to a multiple of 8, and positions not
         keys |= {"packing": True, "neat_packing": True, "cutoff_len": length}
         keys |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    launch = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(job.ranks), "MASTER_PORT": "29638"}
+    launch = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(job.ranks), "MASTER_PORT": free_port()}
     several = job.ranks > 1 or job.stage > 0
     return [str(home / "bin" / "llamafactory-cli"), "train", written(keys, out)], launch if several else {}
 
@@ -220,7 +225,7 @@ def ms_swift(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[lis
         "add_version": False,
     }
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
-    launch = {"NPROC_PER_NODE": str(job.ranks), "MASTER_PORT": "29639"} if job.ranks > 1 or job.stage else {}
+    launch = {"NPROC_PER_NODE": str(job.ranks), "MASTER_PORT": free_port()} if job.ranks > 1 or job.stage else {}
     return [str(home / "bin" / "swift"), "sft", *flags], launch
 
 
