@@ -1,16 +1,22 @@
-"""What fails in a save is recorded where it is a write, and not swallowed where it is anything else."""
+"""What fails in a save is recorded where it is a write; a save is complete when the next step ends."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer
 
 from ds_sft.data.micro_batches import Batching
-from ds_sft.training.resumable import ResumableTrainer
+from ds_sft.errors import UserError
+from ds_sft.runtime.checkpoint import FACTS, Site
+from ds_sft.runtime.distributed import Launch
+from ds_sft.training import resumable
+from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 
 
 def trainer(**attributes: Any) -> Any:
@@ -93,3 +99,99 @@ def test_samples_of_a_manifest(step: int, drop_last: bool, samples: int) -> None
                              drop_last=drop_last),
     }  # fmt: skip
     assert made._samples_seen() == samples
+
+
+class Saving(ResumableTrainer):
+    """Writes one file as its checkpoint."""
+
+    step_boundary: Any = None
+
+    def _samples_seen(self) -> int:
+        return 0
+
+    def _facts(self) -> dict[str, Any]:
+        return {**dict.fromkeys(FACTS - {"save_id"}, 0), "step": self.state.global_step}
+
+
+def saving(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *, stopping: bool = False) -> Any:
+    def write(self: Any, model: Any, trial: Any) -> None:
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", write)
+    made: Any = Saving.__new__(Saving)
+    site = Site(Launch(launcher="python"), shared=True)
+    stop = SimpleNamespace(decided=None, agreed=lambda: None)
+    made.__dict__ |= {
+        "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True),
+        "run": SimpleNamespace(site=site, size=0, stop=stop, on_save_error="stop"),
+        "state": SimpleNamespace(global_step=4, best_model_checkpoint=None, max_steps=9),
+        "control": SimpleNamespace(should_training_stop=stopping),
+        "accelerator": None, "is_deepspeed_enabled": True, "keep_checkpoints": 1, "write_troubles": [],
+        "unfinished": None,
+    }  # fmt: skip
+    return made
+
+
+def complete_ones(output_dir: Path) -> list[str]:
+    return sorted(path.parent.name for path in output_dir.glob("checkpoint-*/manifest.json"))
+
+
+def test_a_save_is_complete_at_the_end_of_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only then are older ones deleted."""
+    made = saving(tmp_path, monkeypatch)
+    made._save_checkpoint(None, None)
+    made.finish_save()
+    made.state.global_step = 5
+    made._save_checkpoint(None, None)
+    assert complete_ones(tmp_path) == ["checkpoint-4"]
+    boundary = StepBoundary(made)
+    boundary.steps_an_epoch = 100
+    boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
+    assert complete_ones(tmp_path) == ["checkpoint-5"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_no_step_follows_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = saving(tmp_path, monkeypatch, stopping=True)
+    made._save_checkpoint(None, None)
+    assert complete_ones(tmp_path) == ["checkpoint-4"]
+
+
+def test_the_next_save_and_the_end_of_training_complete_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = saving(tmp_path, monkeypatch)
+    monkeypatch.setattr(Trainer, "_finalize_training", lambda *args: complete_ones(tmp_path))
+    made._save_checkpoint(None, None)
+    made.state.global_step = 6
+    made._save_checkpoint(None, None)
+    assert complete_ones(tmp_path) == ["checkpoint-4"]
+    assert made._finalize_training(None, 0, 0.0) == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_a_failure_beside_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_save_error: str
+) -> None:
+    def full(folder: Path, site: Site) -> None:
+        raise OSError(28, "No space left on device", "weights")
+
+    made = saving(tmp_path, monkeypatch)
+    made.run.on_save_error = on_save_error
+    made._save_checkpoint(None, None)
+    made.finish_save()
+    monkeypatch.setattr(resumable, "sync_and_hash", full)
+    made.state.global_step = 5
+    made._save_checkpoint(None, None)
+    if on_save_error == "stop":
+        with pytest.raises(
+            UserError, match=r"checkpoint-5 could not be saved: weights: No space left on device; the new"
+        ):
+            made.finish_save()
+    else:
+        made.finish_save()
+        assert "Training on (on_save_error: continue)." in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    made.finish_save()  # it is settled

@@ -17,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -389,7 +389,13 @@ def _refuse_another_run(where: Path, differing: list[str]) -> None:
 # ---- Writing
 
 
-def complete(folder: Path, facts: Mapping[str, Any], site: Site, trouble: str | None = None) -> str | None:
+def complete(
+    folder: Path,
+    facts: Mapping[str, Any],
+    site: Site,
+    trouble: str | None = None,
+    hashed: Future[dict[str, tuple[int, str]]] | None = None,
+) -> str | None:
     """Make a written folder a checkpoint, or say why it is none; the same answer on all ranks, all must call it.
 
     Every rank syncs and hashes the files it wrote, the first rank of each file system those of nobody; when all have
@@ -398,11 +404,12 @@ def complete(folder: Path, facts: Mapping[str, Any], site: Site, trouble: str | 
     Args:
         facts: what the manifest says beside its files; of rank 0.
         trouble: what already went wrong on this rank.
+        hashed: `sync_and_hash`, where a thread has begun with it.
     """
     files: dict[str, tuple[int, str]] = {}
     if trouble is None:
         try:
-            files = _sync_and_hash(folder, site)
+            files = hashed.result() if hashed is not None else sync_and_hash(folder, site)
         except OSError as error:
             trouble = describe(error)
     facts, save_id = gather((dict(facts), uuid.uuid4().hex))[0]
@@ -418,7 +425,7 @@ def complete(folder: Path, facts: Mapping[str, Any], site: Site, trouble: str | 
     return reasons[0] if reasons else None
 
 
-def _sync_and_hash(folder: Path, site: Site) -> dict[str, tuple[int, str]]:
+def sync_and_hash(folder: Path, site: Site) -> dict[str, tuple[int, str]]:
     """Size and hash of this rank's files, which are on the disk then; some threads at a time."""
     names = site.mine(files_below(folder))
     with ThreadPoolExecutor(HASH_THREADS) as pool:

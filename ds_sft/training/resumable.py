@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import Checkpoint, Site, complete, describe, newest_complete, remove, rotate
+from ds_sft.runtime.checkpoint import (
+    Checkpoint,
+    Site,
+    complete,
+    describe,
+    newest_complete,
+    remove,
+    rotate,
+    sync_and_hash,
+)
 from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
 from ds_sft.runtime.preempt import Stopped, StopRequests
@@ -42,6 +52,15 @@ class Continuity:
     identity: dict[str, Any] = field(default_factory=dict)  # what was trained on what; goes into the manifest
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint whose files are written. A thread syncs and hashes them; then it can be completed."""
+
+    folder: Path
+    facts: dict[str, Any]
+    hashed: Future[dict[str, tuple[int, str]]]
+
+
 class ResumableTrainer(Trainer):
     """See the module; `StepBoundary` must be its last callback."""
 
@@ -55,6 +74,7 @@ class ResumableTrainer(Trainer):
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
+        self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
         self.num_parameters = 0  # without embeddings, once counted
         if run.resumed is not None:
             self.evaluation_due = self.args.eval_on_start = bool(run.resumed.manifest["evaluation_due"])
@@ -157,6 +177,7 @@ class ResumableTrainer(Trainer):
         return next(c for c in self.callback_handler.callbacks if isinstance(c, StepBoundary))
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        self.finish_save()
         if self.run.stop.decided is None:
             return super()._finalize_training(trial, self._samples_seen(), start_time)
         # No summary of half a run, and no best model to go back to yet.
@@ -167,6 +188,8 @@ class ResumableTrainer(Trainer):
     # ---- Saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint. It is complete one step later, or at once where no step follows."""
+        self.finish_save()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         full = next(filter(None, gather(no_room(folder.parent, self.run.size))), None)
         if full:
@@ -178,15 +201,36 @@ class ResumableTrainer(Trainer):
         self.write_troubles.clear()
         self._record(lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
         self._record(lambda: self._complete_on_each_node(folder))
-        trouble = complete(folder, self._facts(), self.run.site, next(iter(self.write_troubles), None))
+        facts = self._facts()
+        trouble = next((known[0] for known in gather(self.write_troubles) if known), None)  # also: all have written
         if trouble is not None:
-            if self.run.site.leader:
-                remove(folder)
-            self._give_up(folder, trouble)
+            self._discard(folder, trouble)
+            barrier()
+            return
+        pool = ThreadPoolExecutor(1)
+        self.unfinished = Unfinished(folder, facts, pool.submit(sync_and_hash, folder, self.run.site))
+        pool.shutdown(wait=False)
+        if self.control.should_training_stop:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Complete the checkpoint that waits for it, if any; all ranks must call it."""
+        if self.unfinished is None:
+            return
+        saved, self.unfinished = self.unfinished, None
+        trouble = complete(saved.folder, saved.facts, self.run.site, hashed=saved.hashed)
+        if trouble is not None:
+            self._discard(saved.folder, trouble)
         elif self.run.site.leader:
             best = self.state.best_model_checkpoint
-            rotate(folder.parent, self.keep_checkpoints, Path(best) if best else None)
+            rotate(saved.folder.parent, self.keep_checkpoints, Path(best) if best else None)
         barrier()
+
+    def _discard(self, folder: Path, trouble: str) -> None:
+        """Remove what was written of a checkpoint that cannot be completed; all ranks must call it."""
+        if self.run.site.leader:
+            remove(folder)
+        self._give_up(folder, trouble)
 
     def _record(self, write: Callable[[], Any]) -> None:
         """Let a write fail without leaving this rank's place among the others; `complete` tells them."""
@@ -298,6 +342,7 @@ class StepBoundary(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
+        self.trainer.finish_save()
         if self.trainer.agree_on_stopping():
             control.should_training_stop = control.should_save = True
             self._postpone_evaluation(control)

@@ -113,6 +113,10 @@ class SFTTrainer(ResumableTrainer):
         with self.meter.clock.part("save"):
             super()._save_checkpoint(*args, **kwargs)
 
+    def finish_save(self) -> None:
+        with self.meter.clock.part("save"):
+            super().finish_save()
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.meter.clock.part(EVALUATION):
             return super()._evaluate(*args, **kwargs)
