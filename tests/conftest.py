@@ -18,12 +18,20 @@ TEXTS = [
     "Привет! Как дела? Хорошо, спасибо. system user assistant",
 ]
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each lane
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests first, the runs of several processes last."""
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In one process unit tests come first; in two (`make test`) the longest come first, to end together.
+
+    Slurm's requeueing is mostly waiting for its timers, so it goes beside what computes.
+    """
+    two = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (item.get_closest_marker("distributed") is None) == two)
+    if two:
+        items.sort(key=lambda item: item.path.parts[-2:] != ("slurm", "test_requeue.py"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -297,7 +297,7 @@ def test_prepare_that_was_killed_leaves_nobody_and_goes_on(model_dir: Path, tmp_
     assert len(children) == 2
     first.kill()
     first.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     second = subprocess.run(
         [sys.executable, "-c", PREPARE, "fast", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120

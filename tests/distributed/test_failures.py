@@ -16,7 +16,7 @@ from tests.distributed.test_trajectory import engine
 
 pytestmark = pytest.mark.distributed
 
-LIMIT = 45.0  # seconds from the fault to the launcher's end; DeepSpeed's launcher gives the others 30
+LIMIT = 90.0  # seconds from the fault to the launcher's end on a busy machine; DeepSpeed's gives the others 30
 
 
 def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **changes: Any) -> tuple[Done, float]:
@@ -43,7 +43,7 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
     }
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
     command = [*entry(launcher, 2)[:-1], str(Path(__file__).with_name("faulty.py")), *flags]
-    done = run(command, cwd=folder, timeout=150, env={"FAULT": fault, "PYTHONPATH": str(ROOT)})
+    done = run(command, cwd=folder, timeout=240, env={"FAULT": fault, "PYTHONPATH": str(ROOT)})
     faults = re.findall(r"the fault at ([\d.]+)", done.output)
     assert faults, done.output[-4000:]
     return done, time.time() - float(faults[0])

@@ -51,7 +51,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None:
     changes, said = MISTAKES[name]
-    done = train("python", 1, settings(model_dir, tmp_path, **changes), cwd=tmp_path, timeout=60)
+    done = train("python", 1, settings(model_dir, tmp_path, **changes), cwd=tmp_path, timeout=180)
     assert done.code == 2
     (line,) = [line for line in done.output.splitlines() if line.startswith("ds_sft: error: ")]
     assert said in line
@@ -62,7 +62,7 @@ def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None
 def test_not_utf8(model_dir: Path, tmp_path: Path) -> None:
     config = settings(model_dir, tmp_path)
     (tmp_path / "train.jsonl").write_bytes('{"question": "é", "answer": "a"}\n'.encode("latin-1"))
-    done = train("python", 1, config, cwd=tmp_path, timeout=60)
+    done = train("python", 1, config, cwd=tmp_path, timeout=180)
     assert done.code == 2
     assert "ds_sft: error: train.jsonl:1: not UTF-8: byte 0xe9 at column 15; save the file as UTF-8" in done.output
 
@@ -80,14 +80,14 @@ def test_skipped_rows_are_counted_and_the_run_goes_on(model_dir: Path, tmp_path:
 @pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("deepspeed", 2)])
 def test_launched_it_is_said_once(model_dir: Path, tmp_path: Path, launcher: str, code: int) -> None:
     """torchrun ends with 1 whatever its workers return."""
-    done = train(launcher, 2, settings(model_dir, tmp_path, max_lenght=7), cwd=tmp_path, timeout=60)
+    done = train(launcher, 2, settings(model_dir, tmp_path, max_lenght=7), cwd=tmp_path, timeout=180)
     assert done.code == code
     assert done.output.count("ds_sft: error: ") == 1
     assert "unknown key 'max_lenght': did you mean max_length?" in done.output
 
 
 def test_launcher_variables_that_are_half_there(model_dir: Path, tmp_path: Path) -> None:
-    done = run([*entry("python"), "--config", "run.yaml"], cwd=tmp_path, env={"RANK": "0"}, timeout=60)
+    done = run([*entry("python"), "--config", "run.yaml"], cwd=tmp_path, env={"RANK": "0"}, timeout=180)
     assert done.code == 2
     assert "ds_sft: error: environment: LOCAL_RANK is not set" in done.output
 
@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_broken(model_dir: Path, tmp_p
             family = [process, *psutil.Process(process.pid).children(recursive=True)]
             os.killpg(process.pid, signal.SIGINT)
             code = process.wait(120)
-            _, alive = psutil.wait_procs(family[1:], timeout=60)
+            _, alive = psutil.wait_procs(family[1:], timeout=180)
         finally:
             if process.poll() is None:
                 end_tree(process.pid)

@@ -68,7 +68,7 @@ def test_a_failing_rank_ends_the_job(submit: Submit, model_dir: Path, tmp_path: 
     wait_for(lambda: "the fault at" in job.log("node2"), "the fault", 120)
     failed = time.monotonic()
     assert job.wait() == "FAILED", job.logs()
-    assert time.monotonic() - failed < 30
+    assert time.monotonic() - failed < 90
     assert "ValueError: a fault in train" in job.log()
     assert job.log().splitlines()[-1].endswith(f"the first error is in {tmp_path}/ds_sft-{job.id}/")
     assert job.restarts == 0
