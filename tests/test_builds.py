@@ -43,6 +43,33 @@ def test_a_lock_that_is_held_stays(lock: Path) -> None:
     assert not lock.exists()
 
 
+BUILD = """
+import sys, time
+from ds_sft.runtime.builds import hold_builds_by_flock
+from torch.utils.file_baton import FileBaton
+hold_builds_by_flock()
+hold_builds_by_flock()  # of another run in the same process
+assert FileBaton(sys.argv[1]).try_acquire() is True
+print("building", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_build_in_another_container_is_seen(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is not; what counts is that the kernel knows of the lock, until the process is killed."""
+    monkeypatch.setattr(builds, "_open_files", lambda: iter(()))
+    lock.unlink()
+    with subprocess.Popen([sys.executable, "-c", BUILD, str(lock)], stdout=subprocess.PIPE) as build:
+        assert build.stdout is not None
+        assert build.stdout.readline() == b"building\n"
+        builds.remove_stale_locks(LAUNCHED)
+        assert lock.exists()
+        build.kill()
+        build.wait()
+        builds.remove_stale_locks(LAUNCHED)
+        assert not lock.exists()
+
+
 def test_only_local_rank_0_looks(lock: Path) -> None:
     builds.remove_stale_locks(Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
     assert lock.exists()

@@ -1,11 +1,14 @@
 """What a start need not wait for: locks that a killed compilation left behind, and a compiler that nothing uses.
 
 torch holds the file `lock` of an op's folder open while it compiles, and whoever else needs the op waits until the file
-is gone. A process that was killed cannot remove it.
+is gone. A process that was killed cannot remove it. Builds of this package lock that file by flock as well: the kernel
+gives that up with the process, and tells also those in other containers, which cannot see the process itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -29,11 +32,31 @@ def remove_stale_locks(launch: Launch) -> None:
         return
     for lock in sorted(build_root().glob("*/lock")) + sorted(build_root().glob("*/*/lock")):
         _wait_if_foreign(lock)
-        if lock.exists() and not _held_here(lock):
+        if lock.exists() and not _held(lock):
             lock.unlink(missing_ok=True)
             print(
                 f"Removed {lock}: a build that was killed left it, and this run would have waited for it.", flush=True
             )
+
+
+def hold_builds_by_flock() -> None:
+    """From here on a build of this process takes its lock in the way that others can ask about; for every rank."""
+    from torch.utils import file_baton
+
+    baton_class: Any = file_baton.FileBaton
+    take = baton_class.try_acquire
+    if getattr(take, "by_flock", False):
+        return
+
+    def take_by_flock(baton: Any) -> bool:
+        taken = bool(take(baton))
+        if taken:
+            with contextlib.suppress(OSError):  # a file system without flock
+                fcntl.flock(baton.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return taken
+
+    take_by_flock.by_flock = True  # type: ignore[attr-defined]
+    baton_class.try_acquire = take_by_flock
 
 
 def build_root() -> Path:
@@ -45,7 +68,7 @@ def build_root() -> Path:
 
 def _wait_if_foreign(lock: Path) -> None:
     said = False
-    while _age(lock) < OLD and not _held_here(lock) and _on_network(lock):
+    while _age(lock) < OLD and not _held(lock) and _on_network(lock):
         if not said:
             seconds = OLD - _age(lock)
             print(f"Waiting for {lock}, at most {seconds:.0f} s: another machine may be compiling there.", flush=True)
@@ -59,6 +82,21 @@ def _age(lock: Path) -> float:
         return time.time() - lock.stat().st_mtime
     except FileNotFoundError:
         return float("inf")
+
+
+def _held(lock: Path) -> bool:
+    return _held_by_flock(lock) or _held_here(lock)
+
+
+def _held_by_flock(lock: Path) -> bool:
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # gone, or another user's, or a file system without flock
+        return False
+    return False
 
 
 def _held_here(lock: Path) -> bool:

@@ -10,7 +10,7 @@ from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
-from ds_sft.runtime.builds import import_muon, remove_stale_locks
+from ds_sft.runtime.builds import hold_builds_by_flock, import_muon, remove_stale_locks
 from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import Launch, gather, start_gloo
 
@@ -29,6 +29,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
 
     if engine is not None:
         remove_stale_locks(launch)
+        hold_builds_by_flock()
         import_muon(engine)
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["deepspeed"] = engine
