@@ -241,6 +241,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     best = trainer.state.best_metric if best_checkpoint(trainer) else None
     (tokens,) = sum_over_ranks(trainer.tokens_seen.item(), device=trainer.args.device)
+    now = tokens - (trainer.run.resumed.manifest["tokens"] if trainer.run.resumed else 0)
     return {
         "versions": versions(),
         "git_commit": git_commit(),
@@ -255,7 +256,8 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,
         "best_checkpoint": best_checkpoint(trainer),
         "tokens": int(tokens),
-        "tokens_per_second": round(tokens / train_seconds, 2),
+        "tokens_this_start": int(now),  # what follows is of this start as well
+        "tokens_per_second": round(now / train_seconds, 2) if now else None,
         "train_seconds": round(train_seconds, 2),
         "seconds": round(seconds, 2),
         "speed": trainer.meter.summary(),  # of this start
@@ -287,9 +289,11 @@ def free(trainer: Trainer) -> None:
 def summary(results: dict[str, Any]) -> str:
     """The last lines a user reads."""
     memory = max(peaks.get("gpu_gib", peaks["host_gib"]) for peaks in results["peak_memory"])
+    all_tokens, now = results["tokens"], results["tokens_this_start"]
+    rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
     lines = [
-        f"Trained {results['steps']:,} steps, {results['tokens']:,} tokens in {results['train_seconds']:,.0f} s "
-        f"({results['tokens_per_second']:,.0f} tokens/s), {memory:.1f} GiB a rank at most."
+        f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
+        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}, {memory:.1f} GiB a rank at most."
     ]
     lines.append(describe_speed(results["speed"]))
     if results["eval_loss"] is not None:

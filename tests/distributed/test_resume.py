@@ -126,6 +126,12 @@ def test_several_stops_of_two_ranks(dropout_dir: Path, tmp_path: Path, name: str
     assert stops == ["Stopped (SIGUSR1) after step 1", "Stopped (SIGTERM) after step 2",
                      "Stopped (SIGINT) after step 4", "Stopped (SIGTERM) after step 6"]  # fmt: skip
     assert_bit_equal(tmp_path / "out", tmp_path / "reference")
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    before = json.loads((tmp_path / "out" / "checkpoint-6" / "manifest.json").read_text(encoding="utf-8"))["tokens"]
+    now = record["tokens"] - before
+    assert 0 < now < record["tokens"] / 2
+    assert record["tokens_per_second"] == pytest.approx(now / record["train_seconds"], rel=0.02)
+    assert f"tokens; {now:,} of them in this start in " in log
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
@@ -162,6 +168,8 @@ def test_stops_outside_of_steps(model_dir: Path, tmp_path: Path) -> None:
     assert logs[4].count(f"Stopped (SIGTERM) after step {STEPS}; out/checkpoint-{STEPS} is complete.") == 1
     assert f"Resuming from out/checkpoint-{STEPS}, step {STEPS}" in logs[5]
     assert logs[5].count("Answered 1 of 1") == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["tokens_per_second"] is None
+    assert "tokens; 0 of them in this start, " in logs[5]
     assert logs[6].count("This run is finished: out holds its model.") == 1
     assert "Answered" not in logs[6]
 
