@@ -94,11 +94,11 @@ requeue() { "$PYTHON" -m ds_sft.runtime.requeue "$1" --starts "$logs/starts.json
 train() {
     [[ ${1:---} != --* ]] || die "usage: sbatch ... CONFIG.yaml [--key value ...]"
     local code
+    rm -f "$DS_SFT_STOP_FILE"
+    trap 'stop USR1' USR1  # first: without them either ends this shell, and with it the job
+    trap 'stop TERM' TERM
     set_ranks
     describe
-    rm -f "$DS_SFT_STOP_FILE"
-    trap 'stop USR1' USR1
-    trap 'stop TERM' TERM
     requeue begin --config "$@" || exit
     if [ "${DS_SFT_DOCTOR:-yes}" = yes ]; then
         on_ranks -- -m ds_sft doctor "$@" &
