@@ -80,6 +80,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
+    from ds_sft.training.loss import supervise
     from ds_sft.training.model import load_model, load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
@@ -109,6 +110,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
     model = load_model(config, args)
+    supervise(model, launch)
     size = predict_size(model, stage(engine), site)
     done = start.checkpoint.step if start.checkpoint else 0
     check_space(config, size, steps, site, done=done, export=export_size(model, config, site))

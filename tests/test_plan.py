@@ -19,7 +19,7 @@ from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time, traffic
 from ds_sft.plan.disk import checkpoint_bytes
 from ds_sft.plan.layouts import engine_of, micro_batches, name_of, shipped_engine
-from ds_sft.plan.memory import Engine, Run, gathered_at, logits, owned, peak, states
+from ds_sft.plan.memory import CHUNK_BYTES, Engine, Run, chunk_logits, gathered_at, owned, peak, states
 from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.sweep import nodes_of
@@ -77,8 +77,10 @@ def test_offloading_moves_states_to_the_host() -> None:
     }
 
 
-def test_logits_are_three_float32_copies() -> None:
-    assert logits(run(2)) == 2 * 128 * 1000 * 12
+def test_logits_are_those_of_a_chunk() -> None:
+    """In float32 and as the product leaves them."""
+    assert chunk_logits(run(2), 256) == 256 * 1000 * (4 + 2)
+    assert chunk_logits(run(2), 10**6) == CHUNK_BYTES // 4000 * 1000 * (4 + 2)
 
 
 def test_gathered_parameters_obey_the_reuse_distance() -> None:

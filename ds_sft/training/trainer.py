@@ -24,6 +24,7 @@ from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
+from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
@@ -50,7 +51,9 @@ class RankRows(Dataset[dict[str, list[int]]]):
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropy over supervised tokens, in float32, row by row to keep one row's float32 logits only.
+    """Sum of the cross-entropy over supervised tokens, of a model that keeps its own loss.
+
+    In float32, row by row to keep one row's float32 logits only.
 
     Args:
         logits: [batch, seq, vocab], position t predicts token t + 1.
@@ -179,12 +182,19 @@ class SFTTrainer(ResumableTrainer):
         for batch in dataloader:
             self.run.stop.check()
             inputs = self._prepare_inputs(batch)
-            labels = inputs.pop("labels")
-            total += loss_sum(self.model(**inputs, use_cache=False).logits, labels)
-            count += (labels[:, 1:] != IGNORE_INDEX).sum()
+            total += self._loss_sum(inputs)
+            count += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
             after_batch()
         loss, tokens = sum_over_ranks(total.item(), count.item(), device=self.args.device)
         return loss / max(tokens, 1)
+
+    def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
+        supervised = supervised_loss(self.model)
+        if supervised is None:
+            return loss_sum(self.model(**{**inputs, "labels": None}, use_cache=False).logits, inputs["labels"])
+        self.model(**inputs, use_cache=False)
+        assert supervised.total is not None
+        return supervised.total
 
 
 def _loader_options(args: TrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""Loss and gradients over supervised tokens only, in chunks: those of the model's own loss; and no more memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_sft.runtime.distributed import Launch
+from ds_sft.training import loss as chunked
+from ds_sft.training.loss import LogitTerms, cross_entropy_sum, supervise, supervised_loss, supervised_positions
+
+ALONE = Launch(launcher="python")
+VOCAB = 160
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
+# family -> what its head and its loss have that others have not
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {},
+    "phi": {},  # a bias
+    "phi3": {},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "gemma3_text": {"final_logit_softcapping": None},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "output_router_logits": True,
+    },
+    "olmo2": {},
+    "smollm3": {},
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]}, bos_token_id=None, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lm_head" in name or "embed_tokens" in name:
+                parameter.mul_(20)  # logits that a cap of 3 bends
+    return model.train()
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    """Two padded rows: the first half of each, the padding and a token in between teach nothing."""
+    torch.manual_seed(1)
+    ids = torch.randint(1, VOCAB, (2, 24))
+    mask = torch.ones_like(ids)
+    mask[1, 18:] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, :9] = labels[0, 15] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def learn(model: Any, *, autocast: bool = False, **changes: Any) -> tuple[float, torch.Tensor]:
+    """Loss, and all gradients in one."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**{**make_batch(), **changes}, use_cache=False).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [5, 1000])
+def test_is_the_loss_of_the_model(family: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, over as many tokens as Trainer counts and over the batch's own, whatever the size of a chunk."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * VOCAB * tokens)
+    model = make(family)
+    known = [learn(model, num_items_in_batch=n) for n in (torch.tensor(50), 7, None)]
+    supervise(model, ALONE)
+    assert supervised_loss(model) is not None
+    for n, (loss, gradient) in zip((torch.tensor(50), 7, None), known, strict=True):
+        found, found_gradient = learn(model, num_items_in_batch=n)
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert apart(found_gradient, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_or_none(family: str) -> None:
+    """Without labels the model gives logits as ever; a validation batch gives its sum and leaves no gradient."""
+    model = make(family).eval()
+    batch = make_batch()
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits
+        supervise(model, ALONE)
+        torch.testing.assert_close(model(**batch).logits, logits, rtol=0, atol=0)
+        model(**batch, labels=labels)
+    supervised = supervised_loss(model)
+    assert supervised is not None
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+    assert supervised.total is not None
+    assert supervised.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not supervised.total.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])
+def test_bfloat16(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 2^-9 of the model's own loss, 1e-2 of its gradient: roundings, no more than its own from float32."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * VOCAB * 5)
+    exact = learn(make(family).bfloat16().float())
+    model = make(family, torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    if kind == "autocast":
+        model = model.bfloat16().float()
+    own = learn(model, autocast=kind == "autocast")
+    supervise(model, ALONE)
+    found = learn(model, autocast=kind == "autocast")
+    assert found[0] == pytest.approx(own[0], rel=2**-9)
+    assert apart(found[1], own[1]) < 1e-2
+
+    assert apart(found[1], exact[1]) < 1.25 * apart(own[1], exact[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])
+def test_nothing_to_learn(family: str) -> None:
+    """Loss 0, and gradients of 0 for every parameter: hooks of gradients fire on all ranks."""
+    model = make(family)
+    supervise(model, ALONE)
+    labels = torch.full((2, 24), -100)
+    for n in (torch.tensor(0), torch.tensor(50), None):
+        loss, gradient = learn(model, labels=labels, num_items_in_batch=n)
+        assert (loss, gradient.abs().max().item()) == (0.0, 0.0)
+
+
+def test_the_sum_survives_large_logits() -> None:
+    hidden = torch.tensor([[300.0, 0.0], [0.0, -300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], requires_grad=True)
+    total = cross_entropy_sum(hidden, weight, None, torch.tensor([2, 0]), LogitTerms())
+    assert total.item() == pytest.approx(600 + 0.6931472)
+    total.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[2.0, 0.0], [-1.0, 0.0]]
+    with pytest.raises(RuntimeError):
+        total.backward()
+
+
+def test_a_frozen_projection() -> None:
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    cross_entropy_sum(hidden, weight, None, torch.tensor([0, 1, 2, 3])).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_positions() -> None:
+    labels = torch.tensor([[5, 6, -100, 8], [-100, 2, 3, -100]])
+    positions, targets = supervised_positions(labels)
+    assert (positions.tolist(), targets.tolist()) == ([0, 2, 4, 5], [6, 8, 2, 3])
+
+
+class ScaledTwice(AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("llama"))]):  # type: ignore[misc]
+    """A model of one's own that does to its logits what nobody knows."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        hidden_states = self.model(input_ids=input_ids).last_hidden_state
+        logits = self.lm_head(hidden_states)
+        logits = logits + 1
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return loss, logits
+
+
+def test_other_models_keep_their_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ScaledTwice(AutoConfig.for_model("llama", **SMALL))
+    before = model.lm_head.forward
+    supervise(model, ALONE)
+    assert capsys.readouterr().out == (
+        "Loss: ScaledTwice keeps its own, with the logits of all tokens at once: what it does between output "
+        "projection and loss is not known.\n"
+    )
+    assert supervised_loss(model) is None
+    assert model.lm_head.forward == before
+
+
+PEAK = """
+import resource, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from ds_sft.runtime.distributed import Launch
+from ds_sft.training.loss import supervise
+config = AutoConfig.for_model("llama", vocab_size=150_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                              num_attention_heads=4, tie_word_embeddings=True)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+supervise(model, Launch(launcher="python"))
+ids = torch.randint(0, 150_000, (1, 4096))
+model(input_ids=ids[:, :8], labels=ids[:, :8]).loss.backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(input_ids=ids, labels=ids).loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_stays_below_the_logits_alone() -> None:
+    """4,096 supervised tokens, a vocabulary of 150,000: their bfloat16 logits alone would take 1,200,000 KiB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300)
+    assert int(done.stdout) < 600_000
