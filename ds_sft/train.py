@@ -80,6 +80,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
+    from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.loss import supervise
     from ds_sft.training.model import load_model, load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.profile import profiling
@@ -110,6 +111,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
     model = load_model(config, args)
+    if not padded:
+        keep_rows_apart(model, config.attn_implementation, launch)
     supervise(model, launch)
     size = predict_size(model, stage(engine), site)
     done = start.checkpoint.step if start.checkpoint else 0

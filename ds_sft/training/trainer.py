@@ -74,7 +74,7 @@ class SFTTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.meter = Meter(self.model, self.args.device, head_everywhere=True)
+        self.meter = Meter(self.model, self.args.device, head_everywhere=supervised_loss(self.model) is None)
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):

@@ -1,0 +1,194 @@
+"""Attention that keeps rows laid end to end apart, row by row: no mask over the whole sequence, no work between rows.
+
+A batch without padding is one sequence, [1, tokens], whose position ids start at 0 with every row. From position ids
+alone transformers' `sdpa` builds a mask of tokens x tokens and computes all of it. `keep_rows_apart(model)` reads the
+borders once a batch and hands them to every layer as `row_lengths`, which transformers passes on to the attention
+function (through gradient checkpointing as well, for they are an argument). Nothing leaks silently: a layer that gets
+such a batch without its borders, or a model that never asks this function, is an error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ds_sft.runtime.distributed import Launch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "ds_sft_rows"  # as attn_implementation; transformers does not write it into a saved config
+
+
+class _Batch:
+    """The batch that is in a model's forward at the moment."""
+
+    row_lengths: tuple[int, ...] | None = None  # None: padded, attention gets a mask
+    layers = 0  # that attended to it
+
+
+def rows_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    row_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row; a padded batch goes to transformers' `sdpa`.
+
+    Args:
+        query: [1, heads, tokens, head_dim].
+        key: [1, kv_heads, tokens, head_dim]; groups of query heads share one.
+        value: as `key`.
+        sliding_window: a token sees so many tokens, itself included.
+        row_lengths: tokens of each row of the sequence.
+
+    Returns:
+        [1, tokens, heads, head_dim], and no weights.
+    """
+    if row_lengths is None:
+        if _Batch.row_lengths is not None:
+            raise RuntimeError(f"{type(module).__name__} does not pass row_lengths on: rows would see each other")
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return attended
+    if sum(row_lengths) != query.shape[2] or key.shape[2] != query.shape[2] or len(query) != 1:
+        raise RuntimeError(f"rows of {sum(row_lengths)} tokens, but queries {query.shape} and keys {key.shape}")
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown or attention_mask is not None:
+        raise RuntimeError(f"{type(module).__name__} wants {', '.join(unknown) or 'a mask'} in its attention")
+    _Batch.layers += 1
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    lengths = list(row_lengths)
+    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)  # type: ignore[no-untyped-call]
+    outputs = [_attend(q, k, v, sliding_window, options).transpose(1, 2) for q, k, v in rows]
+    return torch.cat(outputs, dim=1), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, options: dict[str, Any]
+) -> torch.Tensor:
+    """One row, [1, heads, tokens, head_dim]; beyond the window block by block, so that no mask is length x length."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    blocks = []
+    for start in range(0, length, window):
+        end, first = min(start + window, length), max(0, start - window + 1)
+        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
+            first, end, device=query.device
+        )
+        seen = (distance >= 0) & (distance < window)
+        k, v = key[:, :, first:end], value[:, :, first:end]
+        blocks.append(F.scaled_dot_product_attention(query[:, :, start:end], k, v, attn_mask=seen, **options))
+    return torch.cat(blocks, dim=2)
+
+
+def _rows_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    return None if _Batch.row_lengths is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, rows_attention)
+AttentionMaskInterface.register(NAME, _rows_mask)
+
+
+def keep_rows_apart(model: PreTrainedModel, asked: str | None, launch: Launch) -> None:
+    """Let a model that is given rows end to end attend to each by itself.
+
+    Args:
+        model: one that `why_rows_mix` has nothing against: with transformers' own attention it is exact, and slow.
+        asked: `attn_implementation` of the run, which is respected.
+        launch: says where another attention stays.
+    """
+    if asked is None:
+        reason = None if _use_flash(model) else _use_rows_attention(model)
+        if reason:
+            launch.say(f"Attention: {type(model).__name__} ({reason}) masks all pairs of tokens of a micro batch.")
+    used = model.config._attn_implementation or ""
+    if used == NAME:
+        model.register_forward_pre_hook(_pass_row_lengths, with_kwargs=True)
+        model.register_forward_hook(_check_borders_were_used, always_call=True)
+    elif "flash" in used:
+        model.register_forward_pre_hook(_pass_flash_borders, with_kwargs=True)
+
+
+def _use_flash(model: PreTrainedModel) -> bool:
+    """Whether the model now uses flash-attention, which takes rows of different lengths in one call."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if model.device.type != "cuda" or not model._supports_flash_attn or not is_flash_attn_2_available():
+        return False
+    model.set_attn_implementation("flash_attention_2")
+    return True
+
+
+def _use_rows_attention(model: PreTrainedModel) -> str | None:
+    """Why the model cannot use `rows_attention`; None: now it does."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return ", ".join(sorted(kinds))
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "caps its scores"
+    if not model._supports_sdpa or not model._can_set_attn_implementation():
+        return "has an attention of its own"
+    model.set_attn_implementation(NAME)
+    return None
+
+
+def lengths_of_rows(position_ids: torch.Tensor) -> tuple[int, ...]:
+    """Tokens of each row in a sequence; position_ids: [1, tokens], 0 at the start of each row.
+
+    Raises:
+        ValueError: more than one sequence, or one that does not start with a row.
+    """
+    if len(position_ids) != 1 or position_ids[0, 0] != 0:
+        raise ValueError(f"rows end to end are [1, tokens] and start at position 0, not {list(position_ids.shape)}")
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    return tuple(starts.diff(append=starts.new_tensor([position_ids.shape[1]])).tolist())
+
+
+def _pass_row_lengths(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    _Batch.row_lengths, _Batch.layers = None, 0
+    if not _without_padding(kwargs):
+        return args, kwargs
+    _Batch.row_lengths = lengths_of_rows(kwargs["position_ids"])
+    return args, {**kwargs, "row_lengths": _Batch.row_lengths}
+
+
+def _pass_flash_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What transformers' flash-attention takes; without it every layer would look for the borders on its own."""
+    if not _without_padding(kwargs):
+        return args, kwargs
+    lengths = lengths_of_rows(kwargs["position_ids"])
+    borders = F.pad(torch.tensor(lengths, device=kwargs["position_ids"].device).cumsum(0, dtype=torch.int32), (1, 0))
+    longest = max(lengths)
+    return args, {**kwargs, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
+                  "max_length_q": longest, "max_length_k": longest}  # fmt: skip
+
+
+def _without_padding(kwargs: dict[str, Any]) -> bool:
+    """Whether a batch is rows end to end: position ids and no mask; generation has a cache as well."""
+    return (
+        kwargs.get("position_ids") is not None
+        and kwargs.get("attention_mask") is None
+        and kwargs.get("past_key_values") is None
+    )
+
+
+def _check_borders_were_used(model: nn.Module, args: Any, output: Any) -> None:
+    expected, _Batch.row_lengths = _Batch.row_lengths, None
+    if expected is not None and output is not None and not _Batch.layers:
+        raise RuntimeError(f"{type(model).__name__} does not use {NAME}: rows would see each other")
