@@ -130,7 +130,6 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         "output_dir": out,
         "cache_dir": folder / "cache",
         "max_length": case.length,
-        "batching": "padded",  # rows of one length: neither padding nor a mask
         "system_prompt": "",  # nearly every token is supervised: the plan is for the most that a batch can hold
         "per_device_train_batch_size": case.micro_batch,
         "gradient_accumulation_steps": case.accumulation,

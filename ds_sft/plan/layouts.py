@@ -105,7 +105,7 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         packed=config.packing != "none",
         flat=flat,
         max_tokens=most,
-        attention=config.attn_implementation or "sdpa",
+        attention=config.attn_implementation or "rows",
         eval_batch=training.get("per_device_eval_batch_size", 8) if training.get("eval_strategy", "no") != "no" else 0,
         lazy=lazy,
     )

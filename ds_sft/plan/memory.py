@@ -52,10 +52,10 @@ class Run:
     checkpointing: bool
     half: bool  # bf16 or fp16
     padded: bool = False  # rows of different lengths in a batch: attention gets a mask
-    packed: bool = False  # a micro batch is one sequence of `micro_batch` x `length` tokens, with a mask between rows
-    flat: bool = False  # the same of rows that are not packed: no mask where there is one row
+    packed: bool = False  # a micro batch is one sequence of `micro_batch` x `length` tokens, of several rows
+    flat: bool = False  # the same of rows that are not packed
     max_tokens: int | None = None  # of a micro batch, where it has fewer than `micro_batch` x `length`
-    attention: str = "sdpa"
+    attention: str = "rows"  # training/attention.py where rows are packed or flat, else `sdpa`
     eval_batch: int = 0  # rows of a validation batch; 0: no validation
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
 
@@ -71,7 +71,16 @@ class Run:
 
     @property
     def masked(self) -> bool:
-        return self.padded or self.packed or (self.flat and self.micro_batch > 1)
+        return self.padded or (not self.row_by_row and (self.packed or (self.flat and self.micro_batch > 1)))
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether rows that lie end to end are attended to one by one: there is no mask then."""
+        return self.attention == "rows" and (self.packed or self.flat)
+
+    @property
+    def sdpa(self) -> bool:
+        return self.attention in ("sdpa", "rows")
 
     @property
     def pairs(self) -> int:
@@ -210,7 +219,8 @@ def _attention(run: Run) -> int:
     s, w = run.shape, 2 if run.half else FP32
     keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
     log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
-    kept = (s.q_size + keys_values + s.q_size) * w + log_sums
+    outputs = s.q_size * (2 if run.row_by_row else 1)  # of each row, and all rows' in one
+    kept = (s.q_size + keys_values + outputs) * w + log_sums
     if s.head_norms:
         kept += (s.q_size + s.kv_size) * (4 + w) + (s.heads + s.kv_heads) * FP32
     return kept
@@ -218,7 +228,7 @@ def _attention(run: Run) -> int:
 
 def _groups_inside(run: Run) -> bool:
     """Whether attention reads grouped keys as they are; with a mask transformers repeats them for each query."""
-    return run.attention.startswith("flash") or (run.attention == "sdpa" and not run.masked)
+    return run.attention.startswith("flash") or (run.sdpa and not run.masked)
 
 
 def _scores(run: Run) -> int:
@@ -226,7 +236,7 @@ def _scores(run: Run) -> int:
     w = 2 if run.half else FP32
     if run.attention == "eager":
         return run.pairs * run.shape.heads * (FP32 + (2 if run.half else 0))  # softmax in float32, and cast
-    return run.pairs * w if run.masked and run.attention == "sdpa" else 0
+    return run.pairs * w if run.masked and run.sdpa else 0
 
 
 def kept_between_layers(run: Run) -> int:
@@ -252,7 +262,7 @@ def outside_layers(run: Run) -> int:
     """Embeddings, the last norm, the mask: alive from the first layer to the loss."""
     h = run.shape.hidden
     norm = h * ((4 + 2 + 2) if run.weight == 2 else (4 + 4 + 4))
-    mask = run.pairs if run.masked and run.attention == "sdpa" else 0
+    mask = run.pairs if run.masked and run.sdpa else 0
     return run.tokens * (norm + h * (FP32 if run.weight == FP32 else 2)) + mask
 
 
