@@ -1,7 +1,8 @@
 """Which rows share a sequence (`packing: concat`), and the batches in which they do.
 
-Whole rows only. Position ids start at 0 with every row, and there is no attention mask: from that training/attention.py,
-or transformers' mask (masking_utils.py), keeps the rows of a sequence apart, so a packed row is learned as if alone.
+Whole rows only. Position ids start at 0 with every row, and there is no attention mask: from that
+training/attention.py, or transformers' mask (masking_utils.py), keeps the rows of a sequence apart, so a packed row is
+learned as if it were alone.
 """
 
 from __future__ import annotations
