@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
         with watch_for_stop(launch) as stop:
-            config = load_config(sys.argv[1:] if argv is None else argv)
+            config = load_config(*((sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")))
             try:
                 run(config, launch, stop)
             except Stopped as stopped:

@@ -58,7 +58,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: ")
+    assert capsys.readouterr().out.lower().startswith(f"usage: ds-sft {name} ")
 
 
 def test_the_installed_script() -> None:
