@@ -16,6 +16,8 @@ from ds_sft.plan.schedule import slurm_seconds
 from tests.conftest import questions_and_answers, write_rows
 from tests.test_house import ROOT
 
+TRAIN = shlex.quote(str(ROOT / "ds_sft" / "train.py"))  # these run outside of the clone
+
 
 @pytest.fixture
 def config(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -40,12 +42,17 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return found
 
 
+def test_in_the_clone_the_script_has_a_short_name(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (config.parent / "ds_sft").symlink_to(ROOT / "ds_sft")
+    assert " 29500 ds_sft/train.py --config run.yaml" in plan(capsys)["deepspeed"]
+
+
 def test_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--nodes", "2", "--gpus-per-node", "4", "--time", "2:00:00", "--learning_rate", "2e-5")
     keys = "--config run.yaml --learning_rate 2e-5"
     torchrun = (
         "torchrun --nnodes=2 --node_rank={} --nproc_per_node=4 --master_addr=node0 --master_port=29500 "
-        "--max-restarts=0 ds_sft/train.py " + keys
+        f"--max-restarts=0 {TRAIN} " + keys
     )
     assert found.pop("nodes") == [
         {"rank": 0, "ranks": [0, 3], "torchrun": torchrun.format(0)},
@@ -58,7 +65,7 @@ def test_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "world_size": 8,
         "zero_stage": 3,
         "sbatch": f"sbatch --nodes=2 --gpus-per-node=4 --time=2:00:00 {template} run.yaml --learning_rate 2e-5",
-        "deepspeed": f"deepspeed --hostfile hosts --master_port 29500 ds_sft/train.py {keys}",
+        "deepspeed": f"deepspeed --hostfile hosts --master_port 29500 {TRAIN} {keys}",
         "master_addr": "node0",
         "master_port": 29500,
         "rows": 100,

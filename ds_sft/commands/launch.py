@@ -133,7 +133,7 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         world_size=ranks,
         zero_stage=zero_stage,
         sbatch=_sbatch(given, words),
-        deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, "ds_sft/train.py", *words),
+        deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, _script(), *words),
         master_addr=hosts[0],
         master_port=given.port,
         parameters=None if size is None else size.parameters,
@@ -197,10 +197,16 @@ def _hosts(given: argparse.Namespace) -> list[str]:
     return hosts
 
 
+def _script() -> str:
+    """train.py as the current folder names it: short in the clone, in full elsewhere."""
+    short, whole = Path("ds_sft/train.py"), Path(__file__).resolve().parents[1] / "train.py"
+    return str(short if short.exists() and short.samefile(whole) else whole)
+
+
 def _node(rank: int, per_node: int, hosts: Sequence[str], given: argparse.Namespace, words: Sequence[str]) -> Node:
     command = _join(
         "torchrun", f"--nnodes={given.nodes}", f"--node_rank={rank}", f"--nproc_per_node={per_node}",
-        f"--master_addr={hosts[0]}", f"--master_port={given.port}", "--max-restarts=0", "ds_sft/train.py", *words,
+        f"--master_addr={hosts[0]}", f"--master_port={given.port}", "--max-restarts=0", _script(), *words,
     )  # fmt: skip
     return Node(rank=rank, ranks=(rank * per_node, rank * per_node + per_node - 1), torchrun=command)
 
