@@ -200,10 +200,17 @@ def test_templates_without_tools_are_not_given_any(name: str, said: str) -> None
     turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."))
     with pytest.raises(BadRow, match=said):
         run(name, dialogue(*turns))
-    with pytest.raises(BadRow, match="leaves out the tool 'weather'"):
+    with pytest.raises(
+        BadRow, match=r"leaves out the tool 'weather'; expected rows without, or the key template: FILE"
+    ):
         run(name, dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS))
-    with pytest.raises(BadRow, match="the reference template has no form for tools"):
+    with pytest.raises(BadRow, match=r"the reference template has no form for tools; expected none, or .* FILE.jinja"):
         run(name, dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS), template="reference")
+
+
+def test_the_models_own_template_is_proposed_where_it_has_tools() -> None:
+    with pytest.raises(BadRow, match=r"no form for tools; expected none, or the key template: tokenizer$"):
+        run("qwen", dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS), template="reference")
 
 
 BREAK_PAST = (

@@ -105,6 +105,9 @@ def full_content(message: Message) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n{message.content}" if reasoning else message.content
 
 
+A_TEMPLATE_WITH_TOOLS = "the key template: FILE.jinja, the chat template of a model that was trained with tools"
+
+
 @dataclass(frozen=True)
 class Reference:
     """The reference script's layout: ChatML written out by hand, with the pad token as the end of an answer.
@@ -133,11 +136,17 @@ class Reference:
         """Whether text of the row becomes special tokens, as in the reference."""
         return any(self.special.search(message.content) for message in dialogue.messages)
 
+    @cached_property
+    def _remedy(self) -> str:
+        """What to do about tools; the model's own template helps only if it has them."""
+        if "tools" in str(self.tokenizer.chat_template or ""):
+            return "expected none, or the key template: tokenizer"
+        return f"expected none, or {A_TEMPLATE_WITH_TOOLS} (this tokenizer's own has none)"
+
     def pieces(self, dialogue: Dialogue, learned: Sequence[bool]) -> list[Piece]:
         """Raises BadRow: the row has what this layout has no form for."""
         if dialogue.tools or any(message.role == "tool" or message.tool_calls for message in dialogue.messages):
-            text = "the reference template has no form for tools; expected none, or the key template: tokenizer"
-            raise BadRow("tools", f"tools: {text}")
+            raise BadRow("tools", f"tools: the reference template has no form for tools; {self._remedy}")
         pieces, text = [], ""
         if dialogue.messages[0].role != "system":
             text = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n"
@@ -367,7 +376,7 @@ def _check_tools(whole: str, tools: list[Any]) -> None:
         name = tool["function"].get("name") if isinstance(tool["function"], dict) else None
         if not isinstance(name, str) or name not in whole:
             raise BadRow("the template has no tools", f"the template leaves out the tool {str(name)[:40]!r}; expected "
-                         "a template with tools, or rows without")  # fmt: skip
+                         f"rows without, or {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
 
 
 def _openai(message: Message) -> dict[str, Any]:
