@@ -84,6 +84,16 @@ def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # which is gone
 
 
+def test_notes_of_killed_runs_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preempt.tempfile, "gettempdir", lambda: str(tmp_path))
+    old, new, other = (tmp_path / f"ds_sft-stop-{name}-1-2" for name in (os.getuid(), f"{os.getuid()}-7", "99999"))
+    for file, age in ((old, 2 * preempt.A_DAY), (new, 60), (other, 2 * preempt.A_DAY)):
+        file.touch()
+        os.utime(file, (0, time.time() - age))
+    StopRequests(ALONE).use_output_dir(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([new, other])
+
+
 def test_without_a_launcher_ranks_meet_where_there_is_a_group() -> None:
     stop = StopRequests(Launch(launcher="torchrun", world_size=2, local_world_size=2))
     stop.reason = LAUNCHER_DIED

@@ -30,6 +30,7 @@ WAKE = signal.SIGURG  # interrupts the main thread; does nothing to a process th
 POLL = 0.5  # seconds between looks at the stop file, the launcher and the other ranks
 # A launcher hands on a signal that the terminal has sent to its workers already.
 ECHO = 5.0  # seconds in which a further signal counts as the same request, on a busy machine too
+A_DAY = 86400.0  # seconds; a note counts for the minutes before there is a process group
 PREEMPTED = "PREEMPTED.json"
 STORE_KEY = "ds_sft/stop"
 LAUNCHER_DIED = "the launcher died"
@@ -86,7 +87,9 @@ class StopRequests:
         """From here on OUTPUT_DIR/STOP counts, and ranks of this launch that have no process group tell each other."""
         if self._file is None:
             self._file, self._own_file = output_dir / "STOP", True
-        self._note = Path(tempfile.gettempdir()) / f"ds_sft-stop-{os.getuid()}-{_launch_id()}"  # of one node
+        notes = f"ds_sft-stop-{os.getuid()}-"
+        self._note = Path(tempfile.gettempdir()) / f"{notes}{_launch_id()}"  # of one node
+        remove_older(self._note.parent, f"{notes}*", A_DAY)  # of runs that were killed
         if self.reason:
             self._tell(self.reason)
 
@@ -252,6 +255,14 @@ def watch_for_stop(launch: Launch) -> Iterator[StopRequests]:
         yield stop
     finally:
         stop.close()
+
+
+def remove_older(folder: Path, pattern: str, seconds: float) -> None:
+    """Delete the files that nobody has written for so long."""
+    for file in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > seconds:
+                file.unlink()
 
 
 def any_rank(value: bool) -> bool:
