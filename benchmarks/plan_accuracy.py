@@ -98,7 +98,7 @@ def subset() -> list[Case]:
     return cases
 
 
-def predicted(case: Case, model: Path, *, lazy: bool) -> tuple[int, int]:
+def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> tuple[int, int]:
     """Bytes of the fullest rank: the states when the optimizer is about to step, and the peak."""
     shape = read_shape(str(model))
     run = Run(
@@ -111,10 +111,15 @@ def predicted(case: Case, model: Path, *, lazy: bool) -> tuple[int, int]:
         checkpointing=case.checkpointing,
         half=True,
         flat=True,
+        learned=learned,
         lazy=lazy,
     )
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)
     return model_states(run), memory.device_bytes + (memory.host_bytes + runtime if lazy else 0)
+
+
+def run_folder(case: Case, folder: Path) -> Path:
+    return folder / case.name.replace(" ", "-")
 
 
 def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
@@ -123,14 +128,13 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
     if not rows.exists():
         line = json.dumps({"question": "?", "answer": "abcdefgh " * case.length})
         rows.write_text((line + "\n") * 64, encoding="utf-8")
-    out = folder / case.name.replace(" ", "-")
+    out = run_folder(case, folder)
     keys = {
         "model_name_or_path": model,
         "train_file": rows,
         "output_dir": out,
         "cache_dir": folder / "cache",
         "max_length": case.length,
-        "system_prompt": "",  # nearly every token is supervised: the plan is for the most that a batch can hold
         "per_device_train_batch_size": case.micro_batch,
         "gradient_accumulation_steps": case.accumulation,
         "activation_checkpointing": case.checkpointing,
@@ -194,9 +198,12 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     model = make_model(case.model, folder)
     ranks = measure(case, model, folder)
     on_gpu = "reserved" in ranks[0]
-    states, whole = predicted(case, model, lazy=not on_gpu)
+    report = json.loads((run_folder(case, folder) / "data_report.json").read_text())["train"]
+    learned = report["supervised_tokens"] / report["tokens"]
+    states, whole = predicted(case, model, lazy=not on_gpu, learned=learned)
     return {
         "case": case.name,
+        "learned": learned,
         "parameters": read_shape(str(model)).parameters,
         "states_predicted": states,
         "states_measured": max(rank["states"] for rank in ranks),
@@ -208,7 +215,8 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
 
 def again(found: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:
     """A kept measurement beside the prediction of the code as it is now."""
-    states, whole = predicted(case, config_only(case.model, folder), lazy=not found["gpu"])
+    model = config_only(case.model, folder)
+    states, whole = predicted(case, model, lazy=not found["gpu"], learned=found["learned"])
     return {**found, "states_predicted": states, "whole_predicted": whole}
 
 

@@ -57,6 +57,7 @@ class Run:
     max_tokens: int | None = None  # of a micro batch, where it has fewer than `micro_batch` x `length`
     attention: str = "rows"  # training/attention.py where rows are packed or flat, else `sdpa`
     eval_batch: int = 0  # rows of a validation batch; 0: no validation
+    learned: float = 1.0  # share of the tokens that are supervised, at most
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
 
     @property
@@ -266,6 +267,11 @@ def outside_layers(run: Run) -> int:
     return run.tokens * (norm + h * (FP32 if run.weight == FP32 else 2)) + mask
 
 
+def supervised(run: Run) -> int:
+    """Supervised tokens of a micro batch."""
+    return round(run.tokens * run.learned)
+
+
 def chunk_logits(run: Run, tokens: int) -> int:
     """Logits of a chunk (`training/loss.py`), as the product leaves them and in float32."""
     chunk = min(tokens, max(1, CHUNK_BYTES // (FP32 * run.shape.vocab)))
@@ -273,8 +279,8 @@ def chunk_logits(run: Run, tokens: int) -> int:
 
 
 def loss_inputs(run: Run) -> int:
-    """Hidden states of supervised tokens (at most all) and their gradients: what the loss keeps beside its chunk."""
-    return 2 * run.tokens * run.shape.hidden * (2 if run.half else FP32)
+    """Hidden states of supervised tokens and their gradients: what the loss keeps beside its chunk."""
+    return 2 * supervised(run) * run.shape.hidden * (2 if run.half else FP32)
 
 
 def cast_weights(run: Run) -> int:
@@ -315,7 +321,7 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
         }
 
     made = s.embedding * (2 if run.half else FP32)  # the projection's gradient, formed in forward
-    yield "loss", moment(s.layers, 0, made, logits=chunk_logits(run, run.tokens) + loss_inputs(run))
+    yield "loss", moment(s.layers, 0, made, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
     behind = 0 if s.tied else s.embedding
     waiting = head if s.tied else 0  # in autograd, for the embedding's own, to be added
     made = made if run.weight == FP32 and run.half else 0  # under autocast it is cast

@@ -22,21 +22,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = [
-    ("qwen3-10m", "none", 1, False),
-    ("qwen3-10m", "zero2", 2, False),
-    ("qwen3-10m", "zero3", 2, True),
-    ("qwen3-10m", "zero2-offload", 2, True),
+    ("llama-30m", "none", 2, True),
     ("llama-30m", "zero1", 2, True),
     ("llama-30m", "zero2", 2, False),
-    ("llama-30m", "zero3", 2, False),
-]  # tied and untied, with and without checkpointing
+    ("llama-30m", "zero3", 2, True),
+    ("qwen3-10m", "zero2", 2, True),
+    ("qwen3-10m", "zero3", 2, True),
+]  # untied and tied
 
 
-@pytest.mark.timeout(900)  # the first offload case compiles DeepSpeed's CPU Adam
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("model", "layout", "ranks", "checkpointing"), CASES)
 def test_plan_is_what_is_measured(folder: Path, model: str, layout: str, ranks: int, checkpointing: bool) -> None:
-    case = plan_accuracy.Case(model, layout, ranks, checkpointing, micro_batch=4, length=512)
-    found: dict[str, Any] = plan_accuracy.compare(case, folder)
+    found: dict[str, Any] = plan_accuracy.compare(plan_accuracy.Case(model, layout, ranks, checkpointing), folder)
     assert found["states_predicted"] == pytest.approx(found["states_measured"], rel=0.02)
-    ratio = found["whole_predicted"] / found["whole_measured"]
-    assert 0.95 <= ratio <= 1.1, found
+    spread = 8 * plan_accuracy.MIB  # of what is imported later, of which these small models take little more
+    assert 0.95 * found["whole_measured"] - spread <= found["whole_predicted"], found
+    assert found["whole_predicted"] <= 1.1 * found["whole_measured"] + spread, found
