@@ -1,4 +1,4 @@
-"""What `benchmarks/train_speed.py` does besides starting programs: rows, records, ratios, tables."""
+"""What `benchmarks/train_speed.py` and `memory.py` do besides starting programs: rows, records, ratios, tables."""
 
 from __future__ import annotations
 
@@ -284,3 +284,19 @@ def test_a_run_is_ended_with_what_it_started(tmp_path: Path) -> None:
     child.wait(timeout=60)
     assert process.returncode == -9
     train_speed.end(process)  # has ended: nothing to do
+
+
+def test_memory_table_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = load("memory_benchmark", "memory.py")
+    ours, own = (memory.make_batch(kind, 20, 50, 10) for kind in ("ours", "own"))
+    assert ours["input_ids"].tolist() == [own["input_ids"].flatten().tolist()]
+    assert own["input_ids"].shape == (2, 10)
+    assert ours["position_ids"].tolist() == [[*range(10), *range(10)]]
+    assert (ours["labels"] != -100).sum() == (own["labels"] != -100).sum() == 16
+    assert (memory.cell(1234.5), memory.times(300.0, 100.0), memory.times("about 9 GiB", 100.0)) == (
+        "1,234",
+        "3.0",
+        "-",
+    )
+    monkeypatch.setattr(memory, "available_gib", lambda: 8.0)
+    assert memory.in_fresh_process("own", 8192, 151_936, 512) == "about 19 GiB"
