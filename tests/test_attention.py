@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.data.packing import collate_flat
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training import attention
 from ds_sft.training.attention import NAME, keep_rows_apart, lengths_of_rows, rows_attention
 from ds_sft.training.loss import supervise
 from tests.test_loss import SMALL, VOCAB, apart
@@ -103,6 +104,24 @@ def test_bfloat16(family: str, kind: str) -> None:
     found, found_gradient = learn(model, [collate_flat(rows)], autocast=kind == "autocast")
     assert found == pytest.approx(loss, rel=2**-9)
     assert apart(found_gradient, gradient) < 2e-2
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 300])
+def test_a_short_row_is_as_exact_as_the_kernel(length: int) -> None:
+    """In bfloat16, 6 heads that share 2 keys: at most 1.5 of the kernel's error, of output and gradients."""
+    torch.manual_seed(0)
+    states = [(2 * torch.randn(1, heads, length, 16)).bfloat16() for heads in (6, 2, 2, 6)]
+
+    def run(short: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        *inputs, gradient = (state.to(dtype).requires_grad_() for state in states)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "SHORT_ROW", short)
+            output, _ = rows_attention(torch.nn.Module(), *inputs, None, row_lengths=(length,))
+        return [t.float() for t in (output, *torch.autograd.grad(output, inputs, gradient.transpose(1, 2)))]
+
+    exact, kernel = run(0, torch.float32), run(0, torch.bfloat16)
+    for found, known, value in zip(run(length, torch.bfloat16), kernel, exact, strict=True):
+        assert (found - value).norm() <= 1.5 * (known - value).norm() + 1e-6
 
 
 def test_no_mask_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:

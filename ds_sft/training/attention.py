@@ -23,6 +23,7 @@ from ds_sft.runtime.distributed import Launch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SHORT_ROW = 1024  # tokens: 4 MiB of scores a head, for a moment
 NAME = "ds_sft_rows"  # as attn_implementation; transformers does not write it into a saved config
 
 
@@ -83,6 +84,10 @@ def _attend(
     """One row, [1, heads, tokens, head_dim]; beyond the window block by block, so that no mask is length x length."""
     length = query.shape[2]
     if window is None or length <= window:
+        if _on_cpu_in_bfloat16(query) and length <= SHORT_ROW and not options["dropout_p"]:
+            scale = options["scale"] or query.shape[-1] ** -0.5
+            attended: torch.Tensor = _ShortRow.apply(query[0], key[0], value[0], scale)  # type: ignore[no-untyped-call]
+            return attended[None]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     blocks = []
     for start in range(0, length, window):
@@ -94,6 +99,46 @@ def _attend(
         k, v = key[:, :, first:end], value[:, :, first:end]
         blocks.append(F.scaled_dot_product_attention(query[:, :, start:end], k, v, attn_mask=seen, **options))
     return torch.cat(blocks, dim=2)
+
+
+def _on_cpu_in_bfloat16(query: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
+class _ShortRow(torch.autograd.Function):
+    """Causal attention of one row by four matrix products, its probabilities computed again in backward.
+
+    PyTorch's kernel for CPUs takes twice as long for rows of a few hundred tokens: with this a 135 M model takes 10 %
+    less time for forward and backward. Scores and softmax are float32. Errors at 207 tokens, the kernel's in brackets:
+    output 0.22 % (0.19), gradients of queries 0.33 % (0.26), of keys 0.33 % (0.50), of values 0.23 % (0.48).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """query: [heads, length, head_dim]; key, value: [kv_heads, length, head_dim]."""
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return torch.bmm(_probabilities(query, key, scale), value).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        seen = _probabilities(query, key, ctx.scale)  # [kv_heads, group x length, length]
+        of_output = gradient.reshape(*seen.shape[:2], -1)
+        of_seen = torch.bmm(of_output, value.transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_seen, seen, -1, seen.dtype).mul_(ctx.scale)
+        of_key = torch.bmm(of_scores.transpose(1, 2), query.reshape(of_output.shape))
+        of_value = torch.bmm(seen.transpose(1, 2), of_output)
+        return torch.bmm(of_scores, key).view(query.shape), of_key, of_value, None
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """What each token of each query head sees of each token: [kv_heads, group x length, length], rows sum to 1."""
+    kv_heads, length, size = key.shape
+    later = torch.full((length, length), float("-inf")).triu_(1).repeat(len(query) // kv_heads, 1)
+    queries = query.reshape(kv_heads, -1, size).float()
+    scores = torch.baddbmm(later, queries, key.float().transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores).to(key.dtype)
 
 
 def _rows_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
