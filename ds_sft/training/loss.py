@@ -104,7 +104,8 @@ class SupervisedLoss:
         assert self.total is not None, "the output projection was not called"
         assert self.count is not None
         count = self.count if num_items_in_batch is None else num_items_in_batch
-        return self.total / torch.as_tensor(count, device=self.total.device).clamp(min=1)
+        total, self.total = self.total, self.total.detach()  # what stays must not keep the graph alive
+        return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
 def supervise(model: PreTrainedModel, launch: Launch) -> None:
