@@ -62,6 +62,7 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "enable_jit_checkpoint": "ranks would save at different steps and wait for each other; runs stop and save anyway",
     "auto_find_batch_size": "it changes the rows a step in mid-run; `ds-sft plan` tells what fits",
     "ignore_data_skip": "a resumed run would learn its first rows again",
+    "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",

@@ -112,8 +112,9 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
     model = load_model(config, args)
     if not padded:
-        keep_rows_apart(model, config.attn_implementation, launch)
-    supervise(model, launch)
+        flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
+        keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+    supervise(model, launch, fp16=args.fp16)
     size = predict_size(model, stage(engine), site)
     done = start.checkpoint.step if start.checkpoint else 0
     check_space(config, size, steps, site, done=done, export=export_size(model, config, site))

@@ -190,6 +190,34 @@ def test_where_another_attention_stays(capsys: pytest.CaptureFixture[str]) -> No
     )
 
 
+def test_a_window_that_is_in_the_mask_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """The layers of this family do not tell the attention function of their window: transformers' own mask stays."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+               "shared_expert_intermediate_size": 16}  # fmt: skip
+    rows = make_rows()
+    model = make("qwen2_moe", use_sliding_window=True, sliding_window=7, max_window_layers=0, **experts)
+    loss, gradient = learn(model, one_by_one(rows))
+    keep_rows_apart(model, None, ALONE)
+    assert "(has its sliding window in its mask only)" in capsys.readouterr().out
+    found, found_gradient = learn(model, [collate_flat(rows)])
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert apart(found_gradient, gradient) < 2e-6
+    without = make("qwen2_moe", use_sliding_window=False, **experts)
+    keep_rows_apart(without, None, ALONE)
+    assert without.config._attn_implementation == NAME
+
+
+def test_flash_attention_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in half precision, installed; this says so for the first two."""
+    model = make("llama")
+    chosen: list[str] = []
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(model, "set_attn_implementation", chosen.append)
+    keep_rows_apart(model, None, ALONE)
+    keep_rows_apart(model, None, ALONE, flash=True)
+    assert chosen == [NAME, "flash_attention_2"]
+
+
 def test_lengths() -> None:
     assert lengths_of_rows(torch.tensor([[0, 1, 2, 0, 0, 1]])) == (3, 1, 2)
     assert lengths_of_rows(torch.tensor([[0]])) == (1,)

@@ -173,6 +173,9 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         (["--enable_jit_checkpoint"],
          "--enable_jit_checkpoint: expected false (ranks would save at different steps and wait for each other; runs "
          "stop and save anyway), found 'true'"),
+        (["--use_cache", "yes"],
+         "--use_cache: expected false (training does not read the cache, and with one rows laid end to end would see "
+         "each other), found 'yes'"),
         (["--ignore_data_skip", "1"],
          "--ignore_data_skip: expected false (a resumed run would learn its first rows again), found '1'"),
         *((["--profile_steps", steps], "--profile_steps: expected steps such as 10-12, the first 1 or more, the last "

@@ -189,6 +189,14 @@ def test_other_models_keep_their_loss(capsys: pytest.CaptureFixture[str]) -> Non
     assert model.lm_head.forward == before
 
 
+def test_half_precision_keeps_the_loss_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sums in float16 overflow whatever the loss is scaled by; also where weights are float32 under autocast."""
+    for model, fp16 in ((make("llama"), True), (make("llama").half(), False)):
+        supervise(model, ALONE, fp16=fp16)
+        assert supervised_loss(model) is None
+        assert "float16 has no room" in capsys.readouterr().out
+
+
 PEAK = """
 import resource, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -98,6 +98,7 @@ def test_marks_do_not_pile_up(passing: Time, monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(100):
         with clock.part("optimizer"):
             passing.passes(1)
+        clock.lap()
         assert len(clock.marks) < 8
     assert seconds_of(clock) == {"optimizer": 100.0}
 

@@ -1,8 +1,9 @@
-"""What fails in a save is recorded where it is a write; a save is complete when the next step ends."""
+"""What fails in a save is recorded where it is a write; a save is complete when it is hashed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,7 +139,9 @@ def complete_ones(output_dir: Path) -> list[str]:
     return sorted(path.parent.name for path in output_dir.glob("checkpoint-*/manifest.json"))
 
 
-def test_a_save_is_complete_at_the_end_of_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_is_complete_at_the_end_of_the_step_in_which_it_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And only then are older ones deleted."""
     made = saving(tmp_path, monkeypatch)
     made._save_checkpoint(None, None)
@@ -146,11 +149,33 @@ def test_a_save_is_complete_at_the_end_of_the_next_step(tmp_path: Path, monkeypa
     made.state.global_step = 5
     made._save_checkpoint(None, None)
     assert complete_ones(tmp_path) == ["checkpoint-4"]
+    assert made.unfinished is not None
+    made.unfinished.hashed.result(60)
     boundary = StepBoundary(made)
     boundary.steps_an_epoch = 100
     boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
     assert complete_ones(tmp_path) == ["checkpoint-5"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is completed when all ranks are done, not before."""
+    made, go_on = saving(tmp_path, monkeypatch), Event()
+    hash_files = resumable.sync_and_hash
+    monkeypatch.setattr(resumable, "sync_and_hash", lambda *args: go_on.wait(60) and hash_files(*args))
+    made._save_checkpoint(None, None)
+    saved = made.unfinished
+    assert saved is not None
+    made.finish_save(wait=False)
+    assert complete_ones(tmp_path) == []
+    go_on.set()
+    saved.hashed.result(60)
+    monkeypatch.setattr(resumable, "gather", lambda done: [done, False])  # another rank is not
+    made.finish_save(wait=False)
+    assert complete_ones(tmp_path) == []
+    monkeypatch.setattr(resumable, "gather", lambda done: [done])
+    made.finish_save(wait=False)
+    assert complete_ones(tmp_path) == ["checkpoint-4"]
 
 
 def test_no_step_follows_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

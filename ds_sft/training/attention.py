@@ -9,6 +9,9 @@ such a batch without its borders, or a model that never asks this function, is a
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHORT_ROW = 1024  # tokens: 4 MiB of scores a head, for a moment
+# A model whose layers tell the attention function of their window; others have it in the mask.
+PASSES_WINDOW = re.compile(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=")
 NAME = "ds_sft_rows"  # as attn_implementation; transformers does not write it into a saved config
 
 
@@ -89,14 +94,15 @@ def _attend(
             attended: torch.Tensor = _ShortRow.apply(query[0], key[0], value[0], scale)  # type: ignore[no-untyped-call]
             return attended[None]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    blocks = []
+    # With a mask and groups together PyTorch has no fused kernel for GPUs.
+    blocks, group, options = [], query.shape[1] // key.shape[1], {**options, "enable_gqa": False}
     for start in range(0, length, window):
         end, first = min(start + window, length), max(0, start - window + 1)
         distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
             first, end, device=query.device
         )
         seen = (distance >= 0) & (distance < window)
-        k, v = key[:, :, first:end], value[:, :, first:end]
+        k, v = (whole[:, :, first:end].repeat_interleave(group, 1) for whole in (key, value))
         blocks.append(F.scaled_dot_product_attention(query[:, :, start:end], k, v, attn_mask=seen, **options))
     return torch.cat(blocks, dim=2)
 
@@ -149,16 +155,17 @@ AttentionInterface.register(NAME, rows_attention)
 AttentionMaskInterface.register(NAME, _rows_mask)
 
 
-def keep_rows_apart(model: PreTrainedModel, asked: str | None, launch: Launch) -> None:
+def keep_rows_apart(model: PreTrainedModel, asked: str | None, launch: Launch, *, flash: bool = False) -> None:
     """Let a model that is given rows end to end attend to each by itself.
 
     Args:
         model: one that `why_rows_mix` has nothing against: with transformers' own attention it is exact, and slow.
         asked: `attn_implementation` of the run, which is respected.
         launch: says where another attention stays.
+        flash: flash-attention may be used, which takes rows of different lengths in one call.
     """
     if asked is None:
-        reason = None if _use_flash(model) else _use_rows_attention(model)
+        reason = None if flash and _use_flash(model) else _use_rows_attention(model)
         if reason:
             launch.say(f"Attention: {type(model).__name__} ({reason}) masks all pairs of tokens of a micro batch.")
     used = model.config._attn_implementation or ""
@@ -170,10 +177,10 @@ def keep_rows_apart(model: PreTrainedModel, asked: str | None, launch: Launch) -
 
 
 def _use_flash(model: PreTrainedModel) -> bool:
-    """Whether the model now uses flash-attention, which takes rows of different lengths in one call."""
+    """Whether the model now uses flash-attention."""
     from transformers.utils import is_flash_attn_2_available
 
-    if model.device.type != "cuda" or not model._supports_flash_attn or not is_flash_attn_2_available():
+    if not model._supports_flash_attn or not is_flash_attn_2_available():
         return False
     model.set_attn_implementation("flash_attention_2")
     return True
@@ -189,8 +196,17 @@ def _use_rows_attention(model: PreTrainedModel) -> str | None:
         return "caps its scores"
     if not model._supports_sdpa or not model._can_set_attn_implementation():
         return "has an attention of its own"
+    if re.search(r"\b(or|and)_mask_function=", inspect.getsource(type(model.base_model))):
+        return "has a mask of its own"
+    if _has_window(config, kinds) and not PASSES_WINDOW.search(inspect.getsource(sys.modules[type(model).__module__])):
+        return "has its sliding window in its mask only"
     model.set_attn_implementation(NAME)
     return None
+
+
+def _has_window(config: Any, kinds: set[str]) -> bool:
+    wanted = "sliding_attention" in kinds or getattr(config, "use_sliding_window", True)
+    return bool(wanted and getattr(config, "sliding_window", None))
 
 
 def lengths_of_rows(position_ids: torch.Tensor) -> tuple[int, ...]:

@@ -108,9 +108,9 @@ class SupervisedLoss:
         return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
-def supervise(model: PreTrainedModel, launch: Launch) -> None:
+def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False) -> None:
     """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own, and say so."""
-    reason = _take_over(model)
+    reason = _take_over(model, fp16=fp16)
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
 
@@ -120,7 +120,7 @@ def supervised_loss(model: Any) -> SupervisedLoss | None:
     return getattr(model, "supervised_loss", None)
 
 
-def _take_over(model: PreTrainedModel) -> str | None:
+def _take_over(model: PreTrainedModel, *, fp16: bool) -> str | None:
     """Why a model's own loss is left to it; None if it is not."""
     try:
         terms = LogitTerms(*LOGIT_STATEMENTS[_between_logits_and_loss(type(model))](model))
@@ -133,7 +133,7 @@ def _take_over(model: PreTrainedModel) -> str | None:
         return "its output projection is no plain matrix"
     if model.loss_function is not ForCausalLMLoss:
         return "its loss is another"
-    if model.lm_head.weight.dtype == torch.float16:
+    if fp16 or model.lm_head.weight.dtype == torch.float16:
         return "float16 has no room for gradients of unscaled sums"
     model.supervised_loss = SupervisedLoss(model, terms)
     return None

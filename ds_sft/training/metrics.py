@@ -82,16 +82,16 @@ class Clock:
     def lap(self) -> None:
         """Ranks meet here: the work of each since the last meeting can be compared."""
         self._mark(lap=True)
-
-    def _mark(self, *, lap: bool = False) -> None:
-        self.marks.append((self._now(), self.open[-1], lap))
         if len(self.marks) >= MARKS_KEPT:
             self.settle()
 
+    def _mark(self, *, lap: bool = False) -> None:
+        self.marks.append((self._now(), self.open[-1], lap))
+
     def settle(self) -> None:
-        """Turn marks into seconds; on a GPU this waits for the last one."""
+        """Turn marks into seconds; on a GPU this waits for all its streams, for marks are in several of them."""
         if self.on_gpu and self.marks:
-            self.marks[-1][0].synchronize()
+            torch.cuda.synchronize()
         for when, part, lap in self.marks:
             passed = self.last.elapsed_time(when) / 1000 if self.on_gpu else when - self.last
             self.last = when

@@ -188,7 +188,7 @@ class ResumableTrainer(Trainer):
     # ---- Saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint. It is complete one step later, or at once where no step follows."""
+        """Write a checkpoint. It is complete some steps later, or at once where no step follows."""
         self.finish_save()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         full = next(filter(None, gather(no_room(folder.parent, self.run.size))), None)
@@ -213,9 +213,12 @@ class ResumableTrainer(Trainer):
         if self.control.should_training_stop:
             self.finish_save()
 
-    def finish_save(self) -> None:
-        """Complete the checkpoint that waits for it, if any; all ranks must call it."""
-        if self.unfinished is None:
+    def finish_save(self, *, wait: bool = True) -> None:
+        """Complete the checkpoint that waits for it, if any; all ranks must call it.
+
+        Without `wait` only if every rank has synced and hashed its part.
+        """
+        if self.unfinished is None or not (wait or all(gather(self.unfinished.hashed.done()))):
             return
         saved, self.unfinished = self.unfinished, None
         trouble = complete(saved.folder, saved.facts, self.run.site, hashed=saved.hashed)
@@ -342,7 +345,7 @@ class StepBoundary(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
-        self.trainer.finish_save()
+        self.trainer.finish_save(wait=False)
         if self.trainer.agree_on_stopping():
             control.should_training_stop = control.should_save = True
             self._postpone_evaluation(control)

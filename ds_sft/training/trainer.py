@@ -116,9 +116,9 @@ class SFTTrainer(ResumableTrainer):
         with self.meter.clock.part("save"):
             super()._save_checkpoint(*args, **kwargs)
 
-    def finish_save(self) -> None:
+    def finish_save(self, *, wait: bool = True) -> None:
         with self.meter.clock.part("save"):
-            super().finish_save()
+            super().finish_save(wait=wait)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.meter.clock.part(EVALUATION):
