@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_sft.data.packing import collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import attention
-from ds_sft.training.attention import NAME, keep_rows_apart, lengths_of_rows, rows_attention
+from ds_sft.training.attention import NAME, RowLengths, keep_rows_apart, lengths_of_rows, rows_attention
 from ds_sft.training.loss import supervise
 from tests.test_loss import SMALL, VOCAB, apart
 
@@ -116,7 +116,7 @@ def test_a_short_row_is_as_exact_as_the_kernel(length: int) -> None:
         *inputs, gradient = (state.to(dtype).requires_grad_() for state in states)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "SHORT_ROW", short)
-            output, _ = rows_attention(torch.nn.Module(), *inputs, None, row_lengths=(length,))
+            output, _ = rows_attention(torch.nn.Module(), *inputs, None, row_lengths=RowLengths([length]))
         return [t.float() for t in (output, *torch.autograd.grad(output, inputs, gradient.transpose(1, 2)))]
 
     exact, kernel = run(0, torch.float32), run(0, torch.bfloat16)
@@ -172,9 +172,9 @@ def test_borders_that_get_lost_are_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         model(**batch, use_cache=False)
     states = torch.zeros(1, 4, 84, 8)
     with pytest.raises(RuntimeError, match="rows of 83 tokens, but queries"):
-        rows_attention(model, states, states, states, None, row_lengths=(80, 3))
+        rows_attention(model, states, states, states, None, row_lengths=RowLengths([80, 3]))
     with pytest.raises(RuntimeError, match="Module wants softcap in its attention"):
-        rows_attention(torch.nn.Module(), states, states, states, None, row_lengths=(84,), softcap=50.0)
+        rows_attention(torch.nn.Module(), states, states, states, None, row_lengths=RowLengths([84]), softcap=50.0)
 
 
 def test_where_another_attention_stays(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,8 +219,23 @@ def test_flash_attention_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch
 
 
 def test_lengths() -> None:
-    assert lengths_of_rows(torch.tensor([[0, 1, 2, 0, 0, 1]])) == (3, 1, 2)
-    assert lengths_of_rows(torch.tensor([[0]])) == (1,)
+    assert lengths_of_rows(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
+    assert lengths_of_rows(torch.tensor([[0]])) == [1]
     for wrong in ([[1, 2, 0]], [[0, 1], [0, 1]]):
         with pytest.raises(ValueError, match="rows end to end"):
             lengths_of_rows(torch.tensor(wrong))
+
+
+def test_rows_of_any_lengths_are_compiled_once() -> None:
+    """`torch_compile: yes`: the second batch may teach it that sizes differ, no other does."""
+    model = make("llama")
+    keep_rows_apart(model, None, ALONE)
+    supervise(model, ALONE)
+    compiled, rows = torch.compile(model, backend="eager"), make_rows()
+    frames = []
+    for number in range(1, len(rows) + 1):
+        batch = collate_flat(rows[:number])
+        assert compiled(**batch, use_cache=False).loss.item() == model(**batch, use_cache=False).loss.item()
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+    torch._dynamo.reset()
+    assert len(set(frames[1:])) == 1

@@ -32,13 +32,21 @@ PASSES_WINDOW = re.compile(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding
 NAME = "ds_sft_rows"  # as attn_implementation; transformers does not write it into a saved config
 
 
+class RowLengths:
+    """Tokens of each row of a sequence; no tuple, for `torch.compile` compiles anew for each new length of one."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+
 class _Batch:
     """The batch that is in a model's forward at the moment."""
 
-    row_lengths: tuple[int, ...] | None = None  # None: padded, attention gets a mask
+    row_lengths: RowLengths | None = None  # None: padded, attention gets a mask
     layers = 0  # that attended to it
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled for each set of lengths
 def rows_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -48,7 +56,7 @@ def rows_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    row_lengths: tuple[int, ...] | None = None,
+    row_lengths: RowLengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row; a padded batch goes to transformers' `sdpa`.
@@ -70,14 +78,14 @@ def rows_attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return attended
-    if sum(row_lengths) != query.shape[2] or key.shape[2] != query.shape[2] or len(query) != 1:
-        raise RuntimeError(f"rows of {sum(row_lengths)} tokens, but queries {query.shape} and keys {key.shape}")
+    lengths = row_lengths.tokens
+    if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2] or len(query) != 1:
+        raise RuntimeError(f"rows of {sum(lengths)} tokens, but queries {query.shape} and keys {key.shape}")
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or attention_mask is not None:
         raise RuntimeError(f"{type(module).__name__} wants {', '.join(unknown) or 'a mask'} in its attention")
     _Batch.layers += 1
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    lengths = list(row_lengths)
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)  # type: ignore[no-untyped-call]
     outputs = [_attend(q, k, v, sliding_window, options).transpose(1, 2) for q, k, v in rows]
     return torch.cat(outputs, dim=1), None
@@ -209,7 +217,7 @@ def _has_window(config: Any, kinds: set[str]) -> bool:
     return bool(wanted and getattr(config, "sliding_window", None))
 
 
-def lengths_of_rows(position_ids: torch.Tensor) -> tuple[int, ...]:
+def lengths_of_rows(position_ids: torch.Tensor) -> list[int]:
     """Tokens of each row in a sequence; position_ids: [1, tokens], 0 at the start of each row.
 
     Raises:
@@ -218,17 +226,20 @@ def lengths_of_rows(position_ids: torch.Tensor) -> tuple[int, ...]:
     if len(position_ids) != 1 or position_ids[0, 0] != 0:
         raise ValueError(f"rows end to end are [1, tokens] and start at position 0, not {list(position_ids.shape)}")
     starts = (position_ids[0] == 0).nonzero()[:, 0]
-    return tuple(starts.diff(append=starts.new_tensor([position_ids.shape[1]])).tolist())
+    lengths: list[int] = starts.diff(append=starts.new_tensor([position_ids.shape[1]])).tolist()
+    return lengths
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _pass_row_lengths(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     _Batch.row_lengths, _Batch.layers = None, 0
     if not _without_padding(kwargs):
         return args, kwargs
-    _Batch.row_lengths = lengths_of_rows(kwargs["position_ids"])
+    _Batch.row_lengths = RowLengths(lengths_of_rows(kwargs["position_ids"]))
     return args, {**kwargs, "row_lengths": _Batch.row_lengths}
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _pass_flash_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What transformers' flash-attention takes; without it every layer would look for the borders on its own."""
     if not _without_padding(kwargs):
