@@ -193,7 +193,7 @@ def run_one(candidate: Candidate, home: Any, job: Job, timeout: int) -> Result:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(job, out.parent, home) | own,
+            env=environment(candidate, job, out.parent, home) | own,
             cwd=out.parent,
             start_new_session=True,
         )

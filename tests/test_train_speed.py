@@ -300,3 +300,14 @@ def test_memory_table_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(memory, "available_gib", lambda: 8.0)
     assert memory.in_fresh_process("own", 8192, 151_936, 512) == "about 19 GiB"
+
+
+def test_peers_under_an_engine_are_given_the_process_group_that_cpus_need(tmp_path: Path) -> None:
+    engine, plain = job(tmp_path, stage=3, ranks=2, threads=3), job(tmp_path, threads=3)
+    ours, peer = commands.CANDIDATES[0], next(c for c in commands.CANDIDATES if c.program == "ms-swift")
+    given = commands.environment(peer, engine, tmp_path / "probe", tmp_path / "home")
+    assert given["DS_SFT_PROBE_GLOO"] == "yes"
+    assert (given["OMP_NUM_THREADS"], given["DS_SFT_PROBE"]) == ("3", str(tmp_path / "probe"))
+    assert given["PATH"].startswith(f"{tmp_path / 'home/bin'}:")
+    assert "DS_SFT_PROBE_GLOO" not in commands.environment(ours, engine, tmp_path / "probe", None)
+    assert "DS_SFT_PROBE_GLOO" not in commands.environment(peer, plain, tmp_path / "probe", None)

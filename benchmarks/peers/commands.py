@@ -103,7 +103,7 @@ def command_for(candidate: Candidate, job: Job, out: Path, home: Path | None) ->
     return write[candidate.program](candidate, job, out, home or Path(sys.executable).parents[1])
 
 
-def environment(job: Job, probe: Path, home: Path | None) -> dict[str, str]:
+def environment(candidate: Candidate, job: Job, probe: Path, home: Path | None) -> dict[str, str]:
     """The same for all: threads, no network, the probe; caches and compiled ops beside the peer."""
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     own |= {
@@ -118,6 +118,8 @@ def environment(job: Job, probe: Path, home: Path | None) -> dict[str, str]:
     }
     if home is not None:
         own["PATH"] = f"{home / 'bin'}{os.pathsep}{own.get('PATH', '')}"
+    if job.stage and candidate.program != "ours":  # ours does it by itself
+        own["DS_SFT_PROBE_GLOO"] = "yes"
     own["TORCH_EXTENSIONS_DIR"] = str((home or ROOT / ".cache") / "torch_extensions")
     return own
 

@@ -46,6 +46,8 @@ class WhenImported(importlib.abc.MetaPathFinder):
 
 
 def watch(module: Any) -> None:
+    if "DS_SFT_PROBE_GLOO" in os.environ and "RANK" in os.environ:
+        start_group()
     trainer = module.Trainer
     init, get_batches = trainer.__init__, trainer.get_batch_samples
     probe = make_probe(module)
@@ -62,6 +64,18 @@ def watch(module: Any) -> None:
         return found
 
     trainer.__init__, trainer.get_batch_samples = init_and_add, get_and_count
+
+
+def start_group() -> None:
+    """Start DeepSpeed's process group as ds_sft does, before transformers starts torch's.
+
+    On CPUs DeepSpeed else takes itself for the only rank under ZeRO-3 and refuses the batch size. It would also compile
+    an all-reduce, for minutes, that training never calls.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def make_probe(module: Any) -> Any:
