@@ -173,7 +173,7 @@ def test_no_peak_no_mfu() -> None:
 
 def test_two_ranks_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 works 3 s and 1 s where rank 0 works 1 s and 1 s: a rank waits 1 s on average, in the first lap."""
-    meter = Meter(LlamaForCausalLM(LlamaConfig(**SIZES)), torch.device("cpu"), head_everywhere=False)
+    meter = Meter(LlamaForCausalLM(LlamaConfig(**SIZES)), torch.device("cpu"), head_everywhere=False, world_size=1)
     assert meter.flops is not None
     ranks = [
         [10.0, 12, 4, 40, 1e9, 1.5, 0.5, 1.5, 2.0, 0, 0, 0, 1, 1],

@@ -213,10 +213,11 @@ class Interval:
 class Meter:
     """Counts and times one rank's training; `interval` brings the ranks' numbers together."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, *, head_everywhere: bool) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, head_everywhere: bool, world_size: int) -> None:
         """`head_everywhere`: the loss has logits computed at every token, not only at those that are supervised."""
         self.device, self.head_everywhere = device, head_everywhere
         self.clock = Clock(device.type)
+        self.talking = "communication" if world_size > 1 else "other"  # what ranks do together is nothing for one
         self.flops = count_flops(model)
         self.peak = Peak(0.0, "unknown")
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
@@ -287,7 +288,7 @@ class Meter:
         """
         import deepspeed.comm.comm as comm
 
-        for name in COLLECTIVES:
+        for name in COLLECTIVES if self.talking == "communication" else ():
             setattr(comm.cdb, name, self._timed_collective(getattr(comm.cdb, name)))
         engine.step = self._timed(engine.step, "optimizer")
 

@@ -74,7 +74,12 @@ class SFTTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.meter = Meter(self.model, self.args.device, head_everywhere=supervised_loss(self.model) is None)
+        self.meter = Meter(
+            self.model,
+            self.args.device,
+            head_everywhere=supervised_loss(self.model) is None,
+            world_size=self.args.world_size,
+        )
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
@@ -95,7 +100,7 @@ class SFTTrainer(ResumableTrainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.clock.part("communication"):
+        with self.meter.clock.part(self.meter.talking):
             return super()._get_num_items_in_batch(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -109,7 +114,7 @@ class SFTTrainer(ResumableTrainer):
             return super()._clip_grad_norm(model)
 
     def agree_on_stopping(self) -> str | None:
-        with self.meter.clock.part("communication"):
+        with self.meter.clock.part(self.meter.talking):
             return super().agree_on_stopping()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

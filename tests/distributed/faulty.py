@@ -1,7 +1,7 @@
 """Started by test_failures.py through a launcher: train.py, in which one rank fails.
 
 FAULT in the environment: PLACE KIND RANK. PLACE is load, train, eval, save, export or predict; KIND is raise, oom,
-kill, hang, or slow: then the place works, a third of a second later.
+kill, hang, or slow: then the place works, a second later.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def install(place: str, kind: str) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         print(f"the fault at {time.time():.1f}", flush=True)
         if kind == "slow":
-            time.sleep(1 / 3)
+            time.sleep(1)
             return work(*args, **kwargs)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

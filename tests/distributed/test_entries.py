@@ -177,7 +177,7 @@ def test_figures_of_every_logging_step(results: dict[str, Path], name: str) -> N
         assert row["padding_share"] == 0  # rows lie end to end
         assert 0 < row["mfu"] < 0.9
     assert all(row["forward_backward_share"] > 0.01 and row["optimizer_share"] > 0 for row in steps)
-    assert all((row["communication_share"] > 0.01) == (record["world_size"] > 1) for row in steps)
+    assert all((row["communication_share"] > 0) == (record["world_size"] > 1) for row in steps)
     assert all(0.1 < row["peak_memory_gib"] < 3 for row in steps)
     assert speed["seconds"] < record["train_seconds"] < 60  # evaluations are left out
     assert log.count("Peak for MFU: ") == 1

@@ -51,11 +51,11 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
 
 @pytest.mark.parametrize("name", ["none", "zero2"])
 def test_a_slow_rank_shows_as_waiting(model_dir: Path, tmp_path: Path, name: str) -> None:
-    """Each of two steps takes rank 1 a third of a second longer; rank 0 waits that long, half of it on average."""
+    """Each of two steps takes rank 1 a second longer; rank 0 waits that long, half of it on average."""
     done, _ = fail(model_dir, tmp_path, "torchrun", name, "train slow 1", num_predictions=0, save_strategy="no")
     assert done.code == 0, done.output[-4000:]
     speed = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["speed"]
-    assert speed["waiting_share"] * speed["seconds"] == pytest.approx(1 / 3, abs=0.15)
+    assert speed["waiting_share"] * speed["seconds"] == pytest.approx(1, abs=0.3)
     assert speed["communication_share"] >= speed["waiting_share"]
 
 
