@@ -16,6 +16,7 @@ from ds_sft.config import SAMPLING, Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
+from ds_sft.runtime.distributed import print_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,10 +76,7 @@ def generate(
     started = time.monotonic()
     for start in range(0, len(prompts), BATCH):
         answers += _generate_batch(model, prompts[start : start + BATCH], ends, tokenizer, config)
-        print(
-            f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})",
-            flush=True,
-        )
+        print_line(f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})")
     return answers
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_sft.config import Config
-from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.distributed import Launch, print_line
 
 MODES = ("online", "offline", "local", "disabled")
 START_SECONDS, LOG_SECONDS = 60.0, 30.0  # without a network SwanLab gives up after 15 s by itself
@@ -88,12 +88,12 @@ class Tracker:
             return
         trouble = self._open(mode, project)
         if trouble and mode != "offline":
-            print(f"SwanLab: {mode} mode failed ({trouble}); going on offline.", flush=True)
+            print_line(f"SwanLab: {mode} mode failed ({trouble}); going on offline.")
             trouble = self._open("offline", project)
         if trouble:
-            print(f"SwanLab is off ({trouble}); {self.metrics} has every metric.", flush=True)
+            print_line(f"SwanLab is off ({trouble}); {self.metrics} has every metric.")
         elif self.mode == "offline":
-            print(f"SwanLab: offline; upload later with {self._sync_commands()}.", flush=True)
+            print_line(f"SwanLab: offline; upload later with {self._sync_commands()}.")
 
     def _open(self, mode: str, project: str) -> str | None:
         """Open a run in `mode`; None, or what went wrong."""
@@ -164,7 +164,7 @@ class Tracker:
         done = self._guard(lambda: self.swanlab.finish(state=state, error=error), FINISH_SECONDS)
         if not done:
             if self.mode == "online":
-                print(f"SwanLab may lack the last points; complete it with {self._sync_commands()}.", flush=True)
+                print_line(f"SwanLab may lack the last points; complete it with {self._sync_commands()}.")
             _exit_despite_its_threads(1 if state == "crashed" else 0)
         self.swanlab = None
 
@@ -182,7 +182,7 @@ class Tracker:
     def _say_once(self, message: str) -> None:
         if message not in self.troubles:
             self.troubles.add(message)
-            print(message, flush=True)
+            print_line(message)
 
 
 class TimeUp(BaseException):
@@ -243,7 +243,7 @@ def take_environment(config: Config) -> tuple[str, str]:
     mode = config.swanlab_mode or taken["MODE"] or "online"
     mode = {"cloud": "online"}.get(mode, mode)
     if mode not in MODES:
-        print(f"SwanLab: SWANLAB_MODE={mode} is none of {', '.join(MODES)}; going on offline.", flush=True)
+        print_line(f"SwanLab: SWANLAB_MODE={mode} is none of {', '.join(MODES)}; going on offline.")
         mode = "offline"
     project = config.swanlab_project or taken["PROJECT"] or taken["PROJ_NAME"] or "ds_sft"
     # SwanLab's own rule for names.

@@ -28,6 +28,7 @@ from ds_sft.runtime.distributed import (
     exit_with,
     gather,
     others_wait,
+    print_line,
     read_launch,
     use_one_device,
 )
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the training that the command line describes; 2 is the exit code of a mistake in it."""
     launch = Launch(launcher="python")
+    stop: StopRequests | None = None
     try:
         launch = read_launch()
         with watch_for_stop(launch) as stop:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         exit_with(str(error), launch)
     except Exception as error:
-        exit_after(error, launch)
+        exit_after(error, launch, told_to_end=stop is not None and stop.reason == "SIGTERM")
     return 0
 
 
@@ -211,7 +213,7 @@ def finish(
     stop.check()
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": trainer.run.identity})
-        print(summary(results), flush=True)
+        print_line(summary(results))
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
@@ -223,9 +225,7 @@ def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> No
     where = f"after step {checkpoint.step:,}; {checkpoint.path} is complete" if checkpoint else "before the first save"
     goes_on = config.resume == "auto" and not config.training.get("save_only_model")
     how = "goes" if goes_on else "with --resume auto goes" if checkpoint else None
-    print(
-        f"Stopped ({reason}) {where}. The same command {f'{how} on from there' if how else 'starts anew'}.", flush=True
-    )
+    print_line(f"Stopped ({reason}) {where}. The same command {f'{how} on from there' if how else 'starts anew'}.")
 
 
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:

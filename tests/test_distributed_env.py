@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import pytest
 
 from ds_sft.errors import UserError
 from ds_sft.runtime import distributed
-from ds_sft.runtime.distributed import LOST_PEER, Launch, exit_after, exit_with, read_launch, use_one_device
+from ds_sft.runtime.distributed import (
+    LOST_PEER,
+    Launch,
+    exit_after,
+    exit_with,
+    print_line,
+    read_launch,
+    use_one_device,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -101,3 +112,23 @@ def test_a_rank_that_lost_the_others_keeps_its_traceback(
     assert said.endswith("lost the other ranks (Connection closed by peer); the rank that failed first says why\n")
     assert "RuntimeError: Connection closed by peer\n" in said
     assert (ended, waited) == ([1], [distributed.LOST_PEER_GRACE])
+    exit_after(RuntimeError("Connection closed by peer"), launch, told_to_end=True)  # the launcher was faster
+    assert (ended, waited, capsys.readouterr().err) == ([1, 1], [distributed.LOST_PEER_GRACE], "")
+    exit_after(RuntimeError("a fault"), launch, told_to_end=True)
+    assert "RuntimeError: a fault\n" in capsys.readouterr().err
+
+
+def test_a_line_is_written_at_once() -> None:
+    """Whatever the buffering: other ranks write to the same file."""
+    writes: list[bytes] = []
+
+    class File(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content: Any) -> int:
+            writes.append(bytes(content))
+            return len(content)
+
+    print_line("two\nlines", io.TextIOWrapper(File(), encoding="utf-8", write_through=True))  # as PYTHONUNBUFFERED
+    assert [content for content in writes if content] == [b"two\nlines\n"]

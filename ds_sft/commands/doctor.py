@@ -29,7 +29,7 @@ from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives
 from ds_sft.plan.memory import Engine
-from ds_sft.runtime.distributed import Launch, exit_with, read_launch
+from ds_sft.runtime.distributed import Launch, exit_with, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
@@ -66,10 +66,10 @@ def main(argv: Sequence[str]) -> int:
     except Unreachable as error:
         checks = [Check("network", "fail", str(error), error.remedy)]
     except OSError as error:  # another rank has said what is wrong, and is gone
-        print(f"[rank {launch.rank} on {socket.gethostname()}] lost rank 0: {error}", file=sys.stderr, flush=True)
+        print_line(f"[rank {launch.rank} on {socket.gethostname()}] lost rank 0: {error}", sys.stderr)
         return 1
     if checks:
-        print(json.dumps([asdict(check) for check in checks]) if given.json else as_text(checks), flush=True)
+        print_line(json.dumps([asdict(check) for check in checks]) if given.json else as_text(checks))
     return int(any(check.status == "fail" for check in checks))
 
 

@@ -517,7 +517,7 @@ class Meter:
             return
         self.said = now
         text = self.text(rows, now - self.started)
-        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+        print(f"\r{text}\033[K" if self.terminal else f"{text}\n", end="", flush=True)  # one write
 
     def text(self, rows: int, seconds: float) -> str:
         rate = f"{self.file.name}: {rows:,} rows, {rows / max(seconds, 1e-9):,.0f} rows/s"

@@ -20,7 +20,7 @@ from ds_sft.data.files import BadRow, DataFile, find_files
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.report import Report, describe, print_report
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.distributed import Launch, print_line
 
 __all__ = ["Data", "load_data", "print_report", "read_rows"]
 ROWS = np.dtype([*STATS.descr, ("file", "<i4")])
@@ -202,4 +202,4 @@ def _lines(file: DataFile, lines: set[int], config: Config) -> Iterator[tuple[in
         if not file.hub:
             raise
         # The rows are encoded; only what is shown beside the model's answers is not here.
-        print(f"{error}: its rows are not shown with the model's answers", flush=True)
+        print_line(f"{error}: its rows are not shown with the model's answers")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.distributed import Launch, print_line
 
 # On a disk that machines share the owner may be on another one: a lock this old is nobody's, in seconds. Compiling
 # DeepSpeed's CPU Adam takes 1 to 3 minutes.
@@ -34,9 +34,7 @@ def remove_stale_locks(launch: Launch) -> None:
         _wait_if_foreign(lock)
         if lock.exists() and not _held(lock):
             lock.unlink(missing_ok=True)
-            print(
-                f"Removed {lock}: a build that was killed left it, and this run would have waited for it.", flush=True
-            )
+            print_line(f"Removed {lock}: a build that was killed left it, and this run would have waited for it.")
 
 
 def hold_builds_by_flock() -> None:
@@ -71,7 +69,7 @@ def _wait_if_foreign(lock: Path) -> None:
     while _age(lock) < OLD and not _held(lock) and _on_network(lock):
         if not said:
             seconds = OLD - _age(lock)
-            print(f"Waiting for {lock}, at most {seconds:.0f} s: another machine may be compiling there.", flush=True)
+            print_line(f"Waiting for {lock}, at most {seconds:.0f} s: another machine may be compiling there.")
             said = True
         time.sleep(1)
 

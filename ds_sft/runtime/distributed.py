@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from ds_sft.errors import UserError
 
@@ -57,7 +57,12 @@ class Launch:
     def say(self, message: str) -> None:
         """Print once for the whole run."""
         if self.is_main:
-            print(message, flush=True)
+            print_line(message)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print in one write: where output is unbuffered `print` makes two, and ranks get into each other's lines."""
+    print(f"{text}\n", end="", file=file, flush=True)
 
 
 def read_launch(env: Mapping[str, str] | None = None) -> Launch:
@@ -212,18 +217,22 @@ def exit_with(message: str, launch: Launch) -> NoReturn:
     if not launch.is_main:
         time.sleep(ERROR_GRACE)
         message = f"[rank {launch.rank} on {socket.gethostname()}] {message}"
-    print(f"ds_sft: error: {message}", file=sys.stderr, flush=True)
+    print_line(f"ds_sft: error: {message}", sys.stderr)
     sys.exit(2)
 
 
-def exit_after(error: Exception, launch: Launch) -> NoReturn:
+def exit_after(error: Exception, launch: Launch, *, told_to_end: bool = False) -> NoReturn:
     """End this rank with exit code 1 because of an error nobody expected, at once and whatever threads are left.
 
     The first rank to fail prints its traceback. Those that fail because it is gone wait for the launcher to end them,
-    so that the cause is what a log ends with; a rank still there after `LOST_PEER_GRACE` says what it met.
+    so that the cause is what a log ends with; a rank still there after `LOST_PEER_GRACE` says what it met. One that was
+    `told_to_end` meanwhile, as launchers do by SIGTERM, has nothing to add.
     """
     message = "".join(traceback.format_exception(error))
-    if launch.world_size > 1 and isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+    lost = launch.world_size > 1 and isinstance(error, RuntimeError) and LOST_PEER.search(str(error))
+    if lost and told_to_end:
+        message = ""
+    elif lost:
         time.sleep(LOST_PEER_GRACE)
         reason = " ".join(str(error).split())[:200]
         message += f"lost the other ranks ({reason}); the rank that failed first says why"
@@ -234,7 +243,8 @@ def exit_after(error: Exception, launch: Launch) -> NoReturn:
                 "Out of memory: try a smaller per_device_train_batch_size (and a larger gradient_accumulation_steps"
             )
             message += "), gradient_checkpointing: yes, a smaller max_length, or ds_configs/zero3.json.\n"
-    print(f"ds_sft: [rank {launch.rank} on {socket.gethostname()}] {message}", file=sys.stderr, flush=True)
+    if message:
+        print_line(f"ds_sft: [rank {launch.rank} on {socket.gethostname()}] {message}", sys.stderr)
     sys.stdout.flush()
     os._exit(1)  # an ordinary exit waits for the process group and for other libraries' threads
 

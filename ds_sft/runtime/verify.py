@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_sft.runtime.distributed import print_line
+
 # How far apart the two losses may be, relative to the larger of the loss and 1 (log-probabilities carry the error of
 # logits, whose size does not shrink with the loss). float32: other batches, other order of summing; 1e-7 is usual.
 # bfloat16 keeps 8 bits, so one rounding is up to 2^-9 = 0.2 %; five of them in a row, none cancelled, are 1 %, and the
@@ -81,7 +83,7 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     if result is None:
         return
     if result["verified"] is None:
-        print(f"Export not verified: {result['reason']}.", flush=True)
+        print_line(f"Export not verified: {result['reason']}.")
         return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
@@ -94,7 +96,7 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
         raise ExportError(
             f"Export NOT verified: {line} Do not use these weights; the last checkpoint has the trained ones."
         )
-    print(f"Export verified: {line}", flush=True)
+    print_line(f"Export verified: {line}")
 
 
 def _ask_fresh_process(question: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_sft.config import Config, step_range
-from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.distributed import Launch, print_line
 
 TOP = 10  # operators in the table
 FOLDER = "profile"
@@ -64,7 +64,7 @@ class Profiling(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            print(f"profile_steps: {path} is not written: {error}", flush=True)
+            print_line(f"profile_steps: {path} is not written: {error}")
             return
         self.launch.say(
             f"Profile: {path}, for https://ui.perfetto.dev. Operators by their own time:\n{table(profiler)}"

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ds_sft.runtime.distributed import print_line
+
 
 class ProgressLine(ProgressCallback):
     """Trainer's bars with our figures behind them; without a terminal (or with `disable_tqdm`) lines and no bars."""
@@ -53,7 +55,7 @@ class ProgressLine(ProgressCallback):
             return
         step = f"Step {state.global_step:,} of {state.max_steps:,}: "
         if not self.bars:
-            print(f"{step}{text}{self._time_left(state) if logs and 'loss' in logs else ''}", flush=True)
+            print_line(f"{step}{text}{self._time_left(state) if logs and 'loss' in logs else ''}")
         elif logs and "loss" in logs:
             self.training_bar.set_postfix_str(text)
         else:
