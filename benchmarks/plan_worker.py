@@ -58,7 +58,8 @@ class Recorder:
         """The baseline: libraries are loaded and the process group is up, the model is not there yet."""
         gc.collect()
         subprocess.Popen([sys.executable, "-c", POLL, str(os.getpid()), str(self.series)])
-        time.sleep(0.3)
+        while not (self.series.exists() and self.series.read_text().endswith("\n")):
+            time.sleep(0.05)
         self.mark("loading")
 
     def mark(self, name: str) -> None:

@@ -20,6 +20,15 @@ TEXTS = [
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each lane
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a shell, a scheduler or a hook of git may have set, and the product or what it calls would obey; before any
+# fixture, as those of modules start runs, too.
+FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "MASTER_ADDR",
+           "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_TOKEN", "COLUMNS", "LINES", "FORCE_COLOR",
+           "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONWARNINGS", "CXX", "GIT_DIR", "GIT_WORK_TREE",
+           "GIT_INDEX_FILE", "SWANLAB_MODE")  # fmt: skip
+FOREIGN_PREFIXES = ("SLURM_", "SBATCH_", "TORCHELASTIC_", "DS_SFT_", "SWANLAB_API", "SWANLAB_PROJ", "SWANLAB_WORKSPACE")
+for foreign in [name for name in os.environ if name in FOREIGN or name.startswith(FOREIGN_PREFIXES)]:
+    del os.environ[foreign]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -69,16 +78,7 @@ def nothing_stays() -> Iterator[None]:
 def own_environment(
     nothing_stays: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test reads a developer's caches, keys or launcher variables, or reaches for the network."""
-    for name in (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "SWANLAB_API_KEY",
-        "SWANLAB_PROJECT",
-        "SWANLAB_PROJ_NAME",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    """No test reads a developer's caches or reaches for the network."""
     monkeypatch.setenv("SWANLAB_MODE", "disabled")
     monkeypatch.setenv("DS_SFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, fingerprint
@@ -159,7 +159,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 SPLITS = ((1, 8), (2, 4), (4, 2), (8, 1))  # ranks x accumulation: eight micro batches a step
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(LENGTHS, st.booleans(), st.booleans(), st.sampled_from(["random", "sequential", "group_by_length"]),
        st.integers(0, 3), st.sampled_from([0.0, 0.01, 1.0]))  # fmt: skip
 def test_a_number_of_rows(
@@ -184,7 +184,7 @@ def test_a_number_of_rows(
         assert of_ranks(twin, epoch) == of_ranks(batching, epoch)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(LENGTHS, st.booleans(), st.booleans(), st.sampled_from(["random", "sequential"]), st.integers(60, 200))
 def test_a_number_of_tokens(lengths: list[int], padded: bool, drop_last: bool, order: str, max_tokens: int) -> None:
     """On any split of 8 micro batches a step: the same rows in it, each once, and no micro batch above the budget."""

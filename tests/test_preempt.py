@@ -22,7 +22,7 @@ ALONE = Launch(launcher="python")
 
 
 def wait_for(stop: StopRequests) -> str:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while stop.reason is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -62,8 +62,8 @@ def test_work_that_nobody_waits_for_ends_at_once() -> None:
         started = time.monotonic()
         subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({os.getpid()}, 15)"])
         with pytest.raises(Stopped), stop.anywhere():
-            time.sleep(60)
-        assert time.monotonic() - started < 30
+            time.sleep(300)
+        assert time.monotonic() - started < 150
         with pytest.raises(Stopped), stop.until_ranks_meet():
             raise AssertionError("it does not even begin")
 
@@ -78,7 +78,7 @@ def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(stop)
         with stop.until_ranks_meet():
-            time.sleep(60)
+            time.sleep(300)
         heard._look()
         assert heard.reason == "SIGTERM"  # through a note in the folder
     assert list(tmp_path.iterdir()) == []  # which is gone
@@ -139,13 +139,13 @@ with watch_for_stop(Launch(launcher="python")) as stop:
     while stop.reason is None:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
-    os.system("sleep 20")  # not even Python code runs: the thread ends the process
+    os.system("exec sleep 60 >/dev/null 2>&1")  # not even Python code runs: the thread ends the process
 print("still here")
 """
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 128 + signal.SIGINT
     assert "SIGINT again: ending at once. Complete checkpoints are kept." in done.stderr
     assert "still here" not in done.stdout
@@ -171,5 +171,5 @@ print("done")
 
 
 def test_children_leave_requests_to_their_parent() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "done\n", done.stderr

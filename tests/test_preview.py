@@ -152,7 +152,8 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer: Any) -> None:
 
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+         "--disable-background-networking", "--disable-dev-shm-usage",
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          "--force-color-profile=srgb"]  # fmt: skip
 
 
@@ -163,16 +164,16 @@ def test_the_page_in_a_real_browser(run: Any, tmp_path: Path) -> None:
     """What is learned is green on the screen, and the page is as the browser has read it."""
     run("--rows", "1-4", "--html", "page.html")
     url, screenshot = (tmp_path / "page.html").as_uri(), tmp_path / "page.png"
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = ["chromium", *FLAGS, profile, "--window-size=1000,1800", f"--screenshot={screenshot}", url]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    profiles = [f"--user-data-dir={tmp_path / name}" for name in ("first", "second")]  # a browser may be still ending
+    command = ["chromium", *FLAGS, profiles[0], "--window-size=1000,1800", f"--screenshot={screenshot}", url]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
     width, height, colors = read_png(screenshot)
     assert (width, height) == (1000, 1800)
     green, paper = colors.get((0xC9, 0xF0, 0xD3), 0), colors.get((255, 255, 255), 0)
     assert green > 5000  # the background of learned tokens
     assert paper > width * height / 4
-    dump = ["chromium", *FLAGS, profile, "--dump-dom", url]
-    seen = subprocess.run(dump, check=True, timeout=120, capture_output=True, text=True).stdout
+    dump = ["chromium", *FLAGS, profiles[1], "--dump-dom", url]
+    seen = subprocess.run(dump, check=True, timeout=300, capture_output=True, text=True).stdout
     written = Tokens((tmp_path / "page.html").read_text(encoding="utf-8")).found
     assert Tokens(seen).found == written
     assert len(written) > 100

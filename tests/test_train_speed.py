@@ -22,6 +22,7 @@ import train_speed  # noqa: E402
 from peers import commands, environment, results  # noqa: E402
 
 from ds_sft.plan.shape import shape_of  # noqa: E402
+from tests.distributed.harness import wait_until_gone  # noqa: E402
 
 CONFIG = {
     "model_type": "llama",
@@ -281,7 +282,7 @@ def test_a_run_is_ended_with_what_it_started(tmp_path: Path) -> None:
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
     train_speed.end(process)
-    child.wait(timeout=60)
+    wait_until_gone([child], 120)
     assert process.returncode == -9
     train_speed.end(process)  # has ended: nothing to do
 

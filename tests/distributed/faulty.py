@@ -1,7 +1,7 @@
 """Started by test_failures.py through a launcher: train.py, in which one rank fails.
 
 FAULT in the environment: PLACE KIND RANK. PLACE is load, train, eval, save, export or predict; KIND is raise, oom,
-kill, hang, or slow: then the place works, a second later.
+kill, hang, or slow: then the place works, three seconds later.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import ds_sft.predict
 import ds_sft.runtime.export
 import ds_sft.training.model
+from ds_sft.runtime.distributed import print_line
 from ds_sft.train import main
 from ds_sft.training.trainer import SFTTrainer
 
@@ -35,9 +36,9 @@ def install(place: str, kind: str) -> None:
     work = getattr(*PLACES[place])
 
     def fail(*args: Any, **kwargs: Any) -> Any:
-        print(f"the fault at {time.time():.1f}", flush=True)
+        print_line(f"the fault at {time.time():.1f} s")
         if kind == "slow":
-            time.sleep(1)
+            time.sleep(3)
             return work(*args, **kwargs)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

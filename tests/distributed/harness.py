@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,10 +34,17 @@ class Done:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that stays free until it is used, seconds later.
+
+    Below those that the kernel gives out by itself, and of the numbers that are this lane's of pytest-xdist alone.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    while True:
+        port = random.SystemRandom().randrange(max(first - 16_000, 1024) // 8, first // 8) * 8 + lane
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def entry(launcher: str, ranks: int = 1) -> list[str]:
@@ -48,7 +57,7 @@ def entry(launcher: str, ranks: int = 1) -> list[str]:
     return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, TRAIN]
 
 
-def run(command: Sequence[str], *, cwd: Path, timeout: float = 240, env: Mapping[str, str] | None = None) -> Done:
+def run(command: Sequence[str], *, cwd: Path, timeout: float = 500, env: Mapping[str, str] | None = None) -> Done:
     """Run a command in a session of its own.
 
     At the time limit the test fails with what each rank was doing (its Python stacks) and all its processes are killed.
@@ -79,7 +88,7 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 240, env: Mapping
     return Done(process.returncode, output)
 
 
-def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 240) -> list[Done]:
+def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 500) -> list[Done]:
     """Run one command for each node at the same time, each in its folder."""
     with ThreadPoolExecutor(len(commands)) as pool:
         jobs = [
@@ -102,10 +111,25 @@ def show_stacks(pid: int) -> None:
         with contextlib.suppress(psutil.Error, OSError):
             Path(f"/proc/{process.pid}/fd/2").write_text(f"\n---- rank {rank} was here:\n")
             process.send_signal(signal.SIGABRT)
-            process.wait(10)
+            process.wait(60)
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def wait_until_gone(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Fail if one of them still runs then. One that has ended but was not collected is gone: a container may have no
+    first process that does it."""
+    deadline = time.monotonic() + seconds
+    while alive := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, f"left running: {alive}"
+        time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def end_tree(pid: int) -> None:
@@ -116,7 +140,7 @@ def end_tree(pid: int) -> None:
             process.kill()
 
 
-def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 240) -> Done:
+def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 500) -> Done:
     """Write `config` as YAML into `cwd` and train from it."""
     write_yaml(cwd / "run.yaml", config)
     return run([*entry(launcher, ranks), "--config", "run.yaml"], cwd=cwd, timeout=timeout)

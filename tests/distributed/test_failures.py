@@ -16,7 +16,7 @@ from tests.distributed.test_trajectory import engine
 
 pytestmark = pytest.mark.distributed
 
-LIMIT = 90.0  # seconds from the fault to the launcher's end on a busy machine; DeepSpeed's gives the others 30
+LIMIT = 200.0  # seconds from the fault to the launcher's end on a busy machine; DeepSpeed's gives the others 30
 
 
 def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **changes: Any) -> tuple[Done, float]:
@@ -43,19 +43,22 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
     }
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
     command = [*entry(launcher, 2)[:-1], str(Path(__file__).with_name("faulty.py")), *flags]
-    done = run(command, cwd=folder, timeout=240, env={"FAULT": fault, "PYTHONPATH": str(ROOT)})
-    faults = re.findall(r"the fault at ([\d.]+)", done.output)
+    done = run(command, cwd=folder, timeout=500, env={"FAULT": fault, "PYTHONPATH": str(ROOT)})
+    faults = re.findall(r"the fault at ([\d.]+) s", done.output)
     assert faults, done.output[-4000:]
     return done, time.time() - float(faults[0])
 
 
 @pytest.mark.parametrize("name", ["none", "zero2"])
 def test_a_slow_rank_shows_as_waiting(model_dir: Path, tmp_path: Path, name: str) -> None:
-    """Each of two steps takes rank 1 a second longer; rank 0 waits that long, half of it on average."""
+    """Each of two steps takes rank 1 three seconds longer; rank 0 waits that long, half of it on average.
+
+    What else holds a rank up, on a busy machine, counts as well: a second here or there is no fault.
+    """
     done, _ = fail(model_dir, tmp_path, "torchrun", name, "train slow 1", num_predictions=0, save_strategy="no")
     assert done.code == 0, done.output[-4000:]
     speed = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["speed"]
-    assert speed["waiting_share"] * speed["seconds"] == pytest.approx(1, abs=0.3)
+    assert speed["waiting_share"] * speed["seconds"] == pytest.approx(3, abs=1)
     assert speed["communication_share"] >= speed["waiting_share"]
 
 
@@ -111,9 +114,9 @@ def test_out_of_memory_names_the_remedies(model_dir: Path, tmp_path: Path) -> No
 
 
 def test_a_rank_that_hangs_ends_the_run_after_ddp_timeout(model_dir: Path, tmp_path: Path) -> None:
-    done, seconds = fail(model_dir, tmp_path, "torchrun", "zero3", "train hang 1", ddp_timeout=15)
+    done, seconds = fail(model_dir, tmp_path, "torchrun", "zero3", "train hang 1", ddp_timeout=40)
     assert done.code != 0
-    assert 10 < seconds < 15 + 20 + LIMIT  # the time limit, the silence for a rank that may speak, the launcher
-    assert "2 ranks; one that does not answer ends the run after 15 s (ddp_timeout)." in done.output
+    assert 20 < seconds < 40 + 20 + LIMIT  # the time limit, the silence for a rank that may speak, the launcher
+    assert "2 ranks; one that does not answer ends the run after 40 s (ddp_timeout)." in done.output
     assert "ds_sft: [rank 0 on " in done.output
     assert "lost the other ranks (" in done.output

@@ -16,7 +16,7 @@ import pytest
 
 from ds_sft.runtime.preempt import LAUNCHER_DIED
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import ROOT, end_tree, entry, run, train
+from tests.distributed.harness import ROOT, end_tree, entry, run, train, wait_until_gone
 
 pytestmark = pytest.mark.distributed
 
@@ -51,9 +51,9 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None:
     changes, said = MISTAKES[name]
-    done = train("python", 1, settings(model_dir, tmp_path, **changes), cwd=tmp_path, timeout=180)
+    done = train("python", 1, settings(model_dir, tmp_path, **changes), cwd=tmp_path)
     assert done.code == 2
-    (line,) = [line for line in done.output.splitlines() if line.startswith("ds_sft: error: ")]
+    (line,) = re.findall(r"ds_sft: error: .*", done.output)
     assert said in line
     assert "Traceback" not in done.output
     assert not (tmp_path / "out").exists()
@@ -62,7 +62,7 @@ def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None
 def test_not_utf8(model_dir: Path, tmp_path: Path) -> None:
     config = settings(model_dir, tmp_path)
     (tmp_path / "train.jsonl").write_bytes('{"question": "é", "answer": "a"}\n'.encode("latin-1"))
-    done = train("python", 1, config, cwd=tmp_path, timeout=180)
+    done = train("python", 1, config, cwd=tmp_path)
     assert done.code == 2
     assert "ds_sft: error: train.jsonl:1: not UTF-8: byte 0xe9 at column 15; save the file as UTF-8" in done.output
 
@@ -80,14 +80,14 @@ def test_skipped_rows_are_counted_and_the_run_goes_on(model_dir: Path, tmp_path:
 @pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("deepspeed", 2)])
 def test_launched_it_is_said_once(model_dir: Path, tmp_path: Path, launcher: str, code: int) -> None:
     """torchrun ends with 1 whatever its workers return."""
-    done = train(launcher, 2, settings(model_dir, tmp_path, max_lenght=7), cwd=tmp_path, timeout=180)
+    done = train(launcher, 2, settings(model_dir, tmp_path, max_lenght=7), cwd=tmp_path)
     assert done.code == code
     assert done.output.count("ds_sft: error: ") == 1
     assert "unknown key 'max_lenght': did you mean max_length?" in done.output
 
 
 def test_launcher_variables_that_are_half_there(model_dir: Path, tmp_path: Path) -> None:
-    done = run([*entry("python"), "--config", "run.yaml"], cwd=tmp_path, env={"RANK": "0"}, timeout=180)
+    done = run([*entry("python"), "--config", "run.yaml"], cwd=tmp_path, env={"RANK": "0"})
     assert done.code == 2
     assert "ds_sft: error: environment: LOCAL_RANK is not set" in done.output
 
@@ -116,20 +116,19 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_broken(model_dir: Path, tmp_p
             start_new_session=True,
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 400
             while not list(tmp_path.glob("out/checkpoint-*/manifest.json")):
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
                 assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
                 time.sleep(0.2)
             family = [process, *psutil.Process(process.pid).children(recursive=True)]
             os.killpg(process.pid, signal.SIGINT)
-            code = process.wait(120)
-            _, alive = psutil.wait_procs(family[1:], timeout=180)
+            code = process.wait(200)
+            wait_until_gone(family[1:], 200)
         finally:
             if process.poll() is None:
                 end_tree(process.pid)
     output = (tmp_path / "log").read_text()
-    assert not alive
     assert (code == 0) == (launcher == "python")  # launchers return 1 when they were asked to stop
     if launcher == "python":
         assert "Traceback" not in output

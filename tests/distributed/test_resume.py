@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, read_lines, run
 from tests.distributed.test_trajectory import engine
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # many short runs each
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs each
 
 NUM_ROWS = 13  # 4 rows a step: four steps an epoch, the last of which has a single row
 STEPS = 8
@@ -73,7 +74,7 @@ def job(
     return {"argv": flags(keys, **changes), "ranks": ranks, "at": at, "log": log, "file_limit": file_limit}
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 850, expected: int = 0) -> None:
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 2400, expected: int = 0) -> None:
     """Run them in `folder`; every rank of every job must end with the expected code."""
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     script = str(Path(__file__).with_name("forked.py"))
@@ -122,7 +123,7 @@ def test_several_stops_of_two_ranks(dropout_dir: Path, tmp_path: Path, name: str
             job(keys, 2, "step 4 SIGINT 1"), job(keys, 2, "save 5 SIGTERM 1"), job(keys, 2)]  # fmt: skip
     run_jobs(tmp_path, jobs)
     log = (tmp_path / "log").read_text(encoding="utf-8")
-    stops = [line.split(";")[0] for line in log.splitlines() if line.startswith("Stopped")]
+    stops = re.findall(r"Stopped \([^;]*", log)
     assert stops == ["Stopped (SIGUSR1) after step 1", "Stopped (SIGTERM) after step 2",
                      "Stopped (SIGINT) after step 4", "Stopped (SIGTERM) after step 6"]  # fmt: skip
     assert_bit_equal(tmp_path / "out", tmp_path / "reference")
@@ -130,7 +131,7 @@ def test_several_stops_of_two_ranks(dropout_dir: Path, tmp_path: Path, name: str
     before = json.loads((tmp_path / "out" / "checkpoint-6" / "manifest.json").read_text(encoding="utf-8"))["tokens"]
     now = record["tokens"] - before
     assert 0 < now < record["tokens"] / 2
-    assert record["tokens_per_second"] == pytest.approx(now / record["train_seconds"], rel=0.02)
+    assert record["train_seconds"] == pytest.approx(now / record["tokens_per_second"], abs=0.01, rel=1e-3)  # rounded
     assert f"tokens; {now:,} of them in this start in " in log
 
 

@@ -123,10 +123,12 @@ def boot(name: str, log: Path, parent: Machine | None = None) -> Machine:
         )
 
     def inner() -> int | None:  # nsenter forks once to enter the process tree, unshare once to start another
-        tree = psutil.Process(outer.pid).children(recursive=True)
-        return next((p.pid for p in tree if p.cmdline()[:1] == ["bash"]), None)
+        with contextlib.suppress(psutil.Error):  # one that ends while it is looked at
+            tree = psutil.Process(outer.pid).children(recursive=True)
+            return next((p.ppid() for p in tree if p.cmdline()[:1] == ["sleep"]), None)  # the machine has its name
+        return None
 
-    return Machine(name, wait_for(inner, f"{name} starts", 20, every=0.05))
+    return Machine(name, wait_for(inner, f"{name} starts", 120, every=0.05))
 
 
 @dataclass
@@ -150,7 +152,7 @@ class Job:
     def restarts(self) -> int:
         return int(self.facts()["Restarts"])
 
-    def wait(self, seconds: float = 240) -> str:
+    def wait(self, seconds: float = 600) -> str:
         """The state it ends in."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE")
         try:
@@ -199,7 +201,7 @@ class Cluster:
         """Run a command of Slurm's on the head."""
         done = subprocess.run(
             self.head.enter(*command, cwd=cwd), env={**self.environment(), **(env or {})}, text=True,
-            capture_output=True, check=False, timeout=120,
+            capture_output=True, check=False, timeout=300,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done
@@ -229,7 +231,7 @@ class Cluster:
         """As a power cut does: slurmd, steps and network are gone at once."""
         node = self.nodes.pop(name)
         os.kill(node.pid, signal.SIGKILL)
-        wait_for(lambda: not psutil.pid_exists(node.pid), f"{name} is gone", 20)
+        wait_for(lambda: not psutil.pid_exists(node.pid), f"{name} is gone", 120)
 
     def mend(self) -> None:
         """Replace nodes that were killed."""
@@ -254,7 +256,7 @@ class Cluster:
             node.run("mkdir", "/run/sshd")
             self.daemon(node, "/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config"))
             address = ADDRESS[node.name]
-            wait_for(lambda a=address: self.answers(a, 22), f"sshd of {node.name} answers", 20)  # type: ignore[misc]
+            wait_for(lambda a=address: self.answers(a, 22), f"sshd of {node.name} answers", 120)  # type: ignore[misc]
 
     def answers(self, address: str, port: int) -> bool:
         """Whether the head reaches a port."""
@@ -293,13 +295,13 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
         files = ("socket", "key-file", "pid-file", "log-file", "seed-file")
         munge = [f"--{option}={folder}/munge.{option.split('-')[0]}" for option in files]
         cluster.daemon(head, "munged", "--foreground", "--force", *munge)
-        wait_for((folder / "munge.socket").exists, "munged listens", 20)
+        wait_for((folder / "munge.socket").exists, "munged listens", 120)
         cluster.daemon(head, "slurmctld", "-D")
         for name in NODES:
             cluster.add_node(name)
-        wait_for(cluster.idle, "the nodes are idle", 60)
+        wait_for(cluster.idle, "the nodes are idle", 300)
         yield cluster
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(head.pid, signal.SIGKILL)
-        wait_for(lambda: not psutil.pid_exists(head.pid), "the cluster is gone", 20)
+        wait_for(lambda: not psutil.pid_exists(head.pid), "the cluster is gone", 120)

@@ -34,7 +34,7 @@ def jobs(cluster: Cluster) -> Iterator[list[Job]]:
     for job in submitted:
         cluster.client("scancel", job.id, check=False)
     cluster.mend()
-    wait_for(cluster.idle, "the nodes are idle again", 90)
+    wait_for(cluster.idle, "the nodes are idle again", 300)
 
 
 def settings(model_dir: Path, folder: Path, stage: int = 2, rows: int = 24, **changes: Any) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def steps_done(output_dir: Path) -> int:
     return max((row["step"] for row in read_lines(output_dir / "metrics.jsonl")), default=0)
 
 
-def wait_for_step(job: Job, step: int, seconds: float = 120, output_dir: str = "out") -> None:
+def wait_for_step(job: Job, step: int, seconds: float = 400, output_dir: str = "out") -> None:
     try:
-        wait_for(lambda: steps_done(job.cwd / output_dir) >= step, f"step {step}", seconds)
+        wait_for(lambda: steps_done(job.cwd / output_dir) >= step, f"step {step}", seconds, every=0.05)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{job.logs()}") from None

@@ -19,7 +19,7 @@ from tests.distributed.harness import BIN, ROOT
 from tests.slurm.cluster import INSTALL, NODES, Cluster, path_with_sbin
 from tests.slurm.conftest import settings
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_deepspeed_with_a_hostfile(
     clean = {"PATH": f"{BIN}:{path_with_sbin()}", "HOME": str(work)}
     done = subprocess.run(
         cluster.head.enter(str(BIN / command[0]), *command[1:], cwd=work),
-        env=clean, capture_output=True, text=True, timeout=300, check=False,
+        env=clean, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "Using IP address of 10.77.0.11 for node node1" in done.stdout + done.stderr
@@ -84,7 +84,7 @@ def test_torchrun_by_hand(cluster: Cluster, work: Path, whole: Path, capsys: pyt
     def on_node(name: str, command: list[str]) -> subprocess.CompletedProcess[str]:
         words = cluster.nodes[name].enter(sys.executable, str(BIN / command[0]), *command[1:], cwd=work)
         return subprocess.run(
-            words, env=cluster.environment(), capture_output=True, text=True, timeout=300, check=False
+            words, env=cluster.environment(), capture_output=True, text=True, timeout=800, check=False
         )
 
     with ThreadPoolExecutor(2) as pool:
