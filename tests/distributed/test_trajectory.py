@@ -241,7 +241,8 @@ def leave_a_lock(folder: Path) -> Path:
 
     In a copy of the folder of builds: from that of all any other run may take the lock away.
     """
-    shutil.copytree(_get_build_directory("cpu_adam", verbose=False), folder / "cpu_adam")
+    built, locks = _get_build_directory("cpu_adam", verbose=False), shutil.ignore_patterns("lock", ".ninja_lock")
+    shutil.copytree(built, folder / "cpu_adam", ignore=locks)
     (folder / "cpu_adam" / "lock").touch()
     return folder
 
