@@ -79,6 +79,9 @@ def test_rank_0_says_an_error_and_others_only_when_it_did_not(
         exit_with("no such file", Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
     assert (second.value.code, slept) == (2, [distributed.ERROR_GRACE])
     assert capsys.readouterr().err.startswith("ds_sft: error: [rank 1 on ")
+    with pytest.raises(SystemExit) as third:  # the launcher was faster
+        exit_with("no such file", Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2), told_to_end=True)
+    assert (third.value.code, len(slept), capsys.readouterr().err) == (2, 1, "")
 
 
 @pytest.mark.parametrize(
