@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
+from ds_sft.training.working_copy import WorkingCopy
 
 
 class RankRows(Dataset[dict[str, list[int]]]):
@@ -80,6 +82,9 @@ class SFTTrainer(ResumableTrainer):
             head_everywhere=supervised_loss(self.model) is None,
             world_size=self.args.world_size,
         )
+        # What is compiled would be compiled again for other weights: autocast casts them there.
+        own = self.args.bf16 and not self.is_deepspeed_enabled and not self.args.torch_compile
+        self.working_copy = WorkingCopy(self.model) if own else None
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
@@ -104,10 +109,13 @@ class SFTTrainer(ResumableTrainer):
             return super()._get_num_items_in_batch(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.meter.clock.part("forward_backward"):
+        with self.meter.clock.part("forward_backward"), self._in_16_bits(keep=not self.accelerator.sync_gradients):
             self.tokens_seen += self.meter.count(inputs)
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
+
+    def _in_16_bits(self, *, keep: bool = False) -> AbstractContextManager[None]:
+        return self.working_copy.lent(keep=keep) if self.working_copy is not None else nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         with self.meter.clock.part("optimizer"):
@@ -184,12 +192,13 @@ class SFTTrainer(ResumableTrainer):
         self.model.eval()  # also switches gradient checkpointing off
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         count = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        for batch in dataloader:
-            self.run.stop.check()
-            inputs = self._prepare_inputs(batch)
-            total += self._loss_sum(inputs)
-            count += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-            after_batch()
+        with self._in_16_bits():
+            for batch in dataloader:
+                self.run.stop.check()
+                inputs = self._prepare_inputs(batch)
+                total += self._loss_sum(inputs)
+                count += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+                after_batch()
         loss, tokens = sum_over_ranks(total.item(), count.item(), device=self.args.device)
         return loss / max(tokens, 1)
 
