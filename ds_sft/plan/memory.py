@@ -63,7 +63,12 @@ class Run:
     @property
     def weight(self) -> int:
         """Bytes of a parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
-        return 2 if self.half and self.engine.stage is not None else FP32
+        return self.width if self.engine.stage is not None else FP32
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in activations and in the weights that compute."""
+        return 2 if self.half else FP32
 
     @property
     def tokens(self) -> int:
@@ -199,7 +204,7 @@ def layer_activations(run: Run) -> int:
     Like Korthikanti et al. (arXiv 2205.05198, section 4.1), for this layer: RMS norms in float32, rotary embeddings,
     grouped queries, a gated MLP, attention that keeps no scores.
     """
-    s, w = run.shape, 2 if run.half else FP32
+    s, w = run.shape, run.width
     per_token = _norms(run) + _attention(run) + 2 * s.intermediate * w + 2 * s.intermediate * w
     return run.tokens * per_token + _scores(run)
 
@@ -207,17 +212,13 @@ def layer_activations(run: Run) -> int:
 def _norms(run: Run) -> int:
     """Both norms of a layer and the input of the matrices behind them, a token."""
     h = run.shape.hidden
-    if run.weight == 2:  # float32 copy, normalised, output; two float32 factors
-        return 2 * (h * (4 + 2 + 2) + FP32)
-    if not run.half:  # the residual itself, normalised, output
-        return 2 * (h * (4 + 4 + 4) + FP32)
-    # Under autocast the output is cast once for each matrix that reads it: q, k, v and gate, up.
-    return 2 * (h * (4 + 4) + FP32) + 5 * h * 2
+    # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
+    return 2 * (h * (FP32 + 2 * run.width) + FP32)
 
 
 def _attention(run: Run) -> int:
     """Queries, keys, values, output and their norms, a token."""
-    s, w = run.shape, 2 if run.half else FP32
+    s, w = run.shape, run.width
     keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
     log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
     outputs = s.q_size * (2 if run.row_by_row else 1)  # of each row, and all rows' in one
@@ -234,16 +235,14 @@ def _groups_inside(run: Run) -> bool:
 
 def _scores(run: Run) -> int:
     """Attention's quadratic part in a layer: the mask as numbers, or the scores themselves where eager keeps them."""
-    w = 2 if run.half else FP32
     if run.attention == "eager":
         return run.pairs * run.shape.heads * (FP32 + (2 if run.half else 0))  # softmax in float32, and cast
-    return run.pairs * w if run.masked and run.sdpa else 0
+    return run.pairs * run.width if run.masked and run.sdpa else 0
 
 
 def kept_between_layers(run: Run) -> int:
     """What checkpointing keeps of a layer: its input."""
-    residual = FP32 if run.weight == FP32 else run.weight
-    return run.tokens * run.shape.hidden * residual
+    return run.tokens * run.shape.hidden * run.width
 
 
 def activations(run: Run, *, checkpointing: bool) -> int:
@@ -255,16 +254,15 @@ def activations(run: Run, *, checkpointing: bool) -> int:
 
 def layer_backward(run: Run) -> int:
     """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP."""
-    w = 2 if run.half else FP32
-    return run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * w)
+    return run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * run.width)
 
 
 def outside_layers(run: Run) -> int:
     """Embeddings, the last norm, the mask: alive from the first layer to the loss."""
     h = run.shape.hidden
-    norm = h * ((4 + 2 + 2) if run.weight == 2 else (4 + 4 + 4))
+    norm = h * (FP32 + 2 * run.width)
     mask = run.pairs if run.masked and run.sdpa else 0
-    return run.tokens * (norm + h * (FP32 if run.weight == FP32 else 2)) + mask
+    return run.tokens * (norm + h * run.width) + mask
 
 
 def supervised(run: Run) -> int:
@@ -280,12 +278,12 @@ def chunk_logits(run: Run, tokens: int) -> int:
 
 def loss_inputs(run: Run) -> int:
     """Hidden states of supervised tokens and their gradients: what the loss keeps beside its chunk."""
-    return 2 * supervised(run) * run.shape.hidden * (2 if run.half else FP32)
+    return 2 * supervised(run) * run.shape.hidden * run.width
 
 
-def cast_weights(run: Run) -> int:
-    """Without DeepSpeed autocast keeps a 16-bit copy of every matrix from its first use to the end of forward."""
-    return run.shape.multiplied * 2 if run.half and run.engine.stage is None else 0
+def working_copy(run: Run) -> int:
+    """Without DeepSpeed 16-bit weights are made for a step (`training/working_copy.py`)."""
+    return run.shape.parameters * run.width if run.width != run.weight else 0
 
 
 # ---- One step, moment by moment
@@ -308,24 +306,23 @@ def _ranks(run: Run) -> list[int]:
 def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
     s, layer = run.shape, layer_activations(run)
     kept = kept_between_layers(run) if run.checkpointing else layer
-    gathered, head = gathered_at(run), s.embedding * run.weight  # bytes of the gradient of either end of the model
+    gathered, head = gathered_at(run), s.embedding * run.width  # bytes of the gradient of either end of the model
 
     def moment(layers: int, done: int, whole: int, **parts: int) -> dict[str, int]:
         """`layers` still to go backward, `done` elements behind, `whole` bytes of gradients not yet divided."""
         return {
-            "activations": outside_layers(run) + layers * kept + cast_weights(run),
+            "activations": outside_layers(run) + layers * kept + working_copy(run),
             "gathered parameters": gathered[layers],
             "gradients": gradients(run, rank, done) + whole,
             **_buckets(run),
             **parts,
         }
 
-    made = s.embedding * (2 if run.half else FP32)  # the projection's gradient, formed in forward
-    yield "loss", moment(s.layers, 0, made, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
+    # The projection's gradient is formed in forward.
+    yield "loss", moment(s.layers, 0, head, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
     behind = 0 if s.tied else s.embedding
     waiting = head if s.tied else 0  # in autograd, for the embedding's own, to be added
-    made = made if run.weight == FP32 and run.half else 0  # under autocast it is cast
-    yield "output projection", moment(s.layers, behind, reduction(run, s.embedding) + made, logits=loss_inputs(run))
+    yield "output projection", moment(s.layers, behind, reduction(run, s.embedding), logits=loss_inputs(run))
     for i in reversed(range(s.layers)):
         behind += s.layer_parameters
         parts = moment(i, behind, waiting + reduction(run, max(s.layer_tensors())))
@@ -393,12 +390,13 @@ def reduction(run: Run, size: int) -> int:
     """Bytes of a whole gradient of `size` elements while it is reduced, with the copies of it that takes.
 
     One is flattened over the ranks that share it (`allreduce_bucket`, `reduce_scatter_coalesced`); offloading takes its
-    norm in float64.
+    norm in float64. That of a working copy is cast.
     """
     engine = run.engine
     copies = 2 if engine.stage is not None and (run.ranks > 1 or engine.stage == 3) else 1
     norm = NORM * (-(-size // run.ranks) if engine.stage == 3 else min(size, owned(run))) * engine.offload_optimizer
-    return copies * size * run.weight + norm
+    cast = size * run.width if run.width != run.weight else 0
+    return copies * size * run.weight + norm + cast
 
 
 def gathered_at(run: Run) -> list[int]:
@@ -451,6 +449,7 @@ def validation(run: Run) -> dict[str, int]:
     """A validation batch: a chunk of its logits."""
     wide = run.eval_batch * run.length * max(run.shape.hidden, run.shape.intermediate) * 2 * FP32
     size = chunk_logits(run, run.eval_batch * run.length) if run.eval_batch else 0
+    wide += working_copy(run) if run.eval_batch else 0
     return {"logits": size, "activations": wide, "gathered parameters": gathered_at(run)[-1], **_buckets(run)}
 
 

@@ -8,44 +8,81 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 
 class WorkingCopy:
-    """Lends a model 16-bit weights while it computes; gradients arrive at the float32 ones, in float32.
+    """Lends a model's modules 16-bit weights while it computes; gradients arrive at the float32 ones, in float32.
 
     The model's parameters, and so its optimizer, checkpoints and DistributedDataParallel, are the float32 weights.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
-        self.tables = [module._parameters for module in model.modules() if module._parameters]
-        self.copies: dict[nn.Parameter, torch.Tensor] = {}
+        self.values: dict[nn.Parameter, torch.Tensor] = {}  # in 16 bits
+        self.loans: dict[nn.Parameter, torch.Tensor] = {}  # the same as part of the pass under way
+        self.lenders: list[tuple[dict[str, Any], str, nn.Parameter]] = []  # where to put the float32 weights back
+        self.lending = False
+        for module in model.modules():
+            if any(_is_master(p) for p in module._parameters.values()):
+                module.register_forward_pre_hook(self._lend)
 
     @contextmanager
     def lent(self, *, keep: bool = False) -> Iterator[None]:
-        """Compute with 16-bit weights here, backward included.
+        """Compute with 16-bit weights here, forward and backward of one micro batch.
 
         Args:
-            keep: the copies serve again, the weights do not change before; else their memory is given back.
+            keep: the values serve again, for the weights do not change before; else their memory is given back.
         """
-        masters = [dict(table) for table in self.tables]
+        self.lending = True
         try:
-            for table in self.tables:
-                for name, master in table.items():
-                    if master is not None and master.dtype == torch.float32:
-                        table[name] = self._copy(master)  # type: ignore[assignment]
             yield
         finally:
-            for table, own in zip(self.tables, masters, strict=True):
-                table.update(own)
+            self.lending = False
+            for table, name, master in self.lenders:
+                table[name] = master
+            self.lenders.clear()
+            self.loans.clear()
             if not keep:
-                self.copies.clear()
+                self.values.clear()
 
-    def _copy(self, master: nn.Parameter) -> torch.Tensor:
-        """One for each parameter, wherever it is used; its gradient is summed in 16 bits over a micro batch's uses."""
-        if master not in self.copies:
-            self.copies[master] = master.to(self.dtype)
-        return self.copies[master]
+    def _lend(self, module: nn.Module, args: Any) -> None:
+        """Called before a module's forward.
+
+        A loan made at a weight's first use has its turn in backward as soon as its gradient is there; those made before
+        the whole forward would have theirs after the whole backward.
+        """
+        if not self.lending:
+            return
+        table: dict[str, Any] = module._parameters
+        for name, master in table.items():
+            if _is_master(master):
+                self.lenders.append((table, name, master))
+                table[name] = self._loan(master)
+
+    def _loan(self, master: nn.Parameter) -> torch.Tensor:
+        """One for each weight, in however many places it is used: its gradient is their sum, in 16 bits."""
+        if master not in self.values:
+            self.values[master] = master.detach().to(self.dtype)
+        if master not in self.loans:
+            self.loans[master] = _Loan.apply(master, self.values[master])  # type: ignore[no-untyped-call]
+        return self.loans[master]
+
+
+def _is_master(parameter: Any) -> bool:
+    return isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32
+
+
+class _Loan(torch.autograd.Function):
+    """The 16-bit values of a weight; gradients go back to the weight itself."""
+
+    @staticmethod
+    def forward(ctx: Any, master: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.float(), None
