@@ -255,8 +255,8 @@ def test_bfloat16_exports_bfloat16_from_every_entry(model_dir: Path, tmp_path: P
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         losses[name] = step_losses(folder / "out")
         assert read_lines(folder / "out" / "predictions.jsonl") == []
-    # bfloat16 has 8 bits: one rounding is 2^-9 = 0.2 %; float32 masters on both sides keep it from growing.
-    assert losses["torchrun-zero2"] == pytest.approx(losses["python"], rel=5e-3)
+    # The same bfloat16 weights of the same float32 ones, in other micro batches: 3e-5 measured; 3e-4 under autocast.
+    assert losses["torchrun-zero2"] == pytest.approx(losses["python"], rel=1e-4)
 
 
 def test_float32_export_of_a_bfloat16_run_comes_from_the_masters(model_dir: Path, tmp_path: Path) -> None:
