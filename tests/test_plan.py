@@ -16,6 +16,7 @@ from ds_sft.cli import main
 from ds_sft.commands.plan import size
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
+from ds_sft.plan import layouts
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time, traffic
 from ds_sft.plan.disk import checkpoint_bytes
 from ds_sft.plan.layouts import engine_of, micro_batches, name_of, shipped_engine
@@ -308,6 +309,27 @@ def test_a_number_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     written = load_config(["--config", "planned.yaml"])
     assert (written.max_tokens_per_batch, written.fills_batches) == (2048, True)
     assert written.training["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.usefixtures("config_file")
+def test_a_large_number_of_tokens_is_split_by_halves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 million tokens as many at once as fit, found in few tries of the 78,125 splits of each layout."""
+    tried = []
+    judge = layouts.option
+
+    def counting(name: str, run: Run, *limits: Any) -> layouts.Option:
+        tried.append(judge(name, run, *limits))
+        return tried[-1]
+
+    monkeypatch.setattr(layouts, "option", counting)
+    words = ("--max_tokens_per_batch", "10000000", "--gradient_accumulation_steps", "1", "--gpu-memory", "2GB")
+    best = plan(capsys, *words)["recommended"]
+    assert len(tried) < 5 * 2 * 20  # layouts, checkpointing or not, 2^17 > 78,125
+    same = [o for o in tried if (o.name, o.run.checkpointing) == (best["name"], best["checkpointing"])]
+    assert best["accumulation"] == min(o.run.accumulation for o in same if o.fits)
+    assert best["accumulation"] - 1 == max(o.run.accumulation for o in same if not o.fits)
 
 
 @pytest.mark.usefixtures("config_file")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,20 +160,24 @@ def micro_batches(rows: int) -> list[int]:
     return [micro for micro in range(rows, 0, -1) if rows % micro == 0]
 
 
-def _splits(run: Run, *, filled: bool) -> Iterator[Run]:
-    """Ways to split a rank's part of a step into micro batches, largest first: of rows, or `filled` with tokens."""
+def _splits(run: Run, *, filled: bool) -> Sequence[int]:
+    """Numbers of micro batches that a rank's part of a step can be split into, fewest first."""
     if filled:
-        tokens = run.tokens * run.accumulation
-        for accumulation in range(1, tokens // run.length + 1):  # a row of any length must fit
-            most = tokens // accumulation
-            yield replace(run, micro_batch=math.ceil(most / run.length), accumulation=accumulation, max_tokens=most,
-                          padded=not run.flat and most > run.length)  # fmt: skip
-        return
+        return range(1, run.tokens * run.accumulation // run.length + 1)  # a row of any length must fit
     rows = run.micro_batch * run.accumulation
-    for micro in micro_batches(rows):
-        limit = run.max_tokens if micro <= run.micro_batch else None  # more rows could be above it
-        yield replace(run, micro_batch=micro, accumulation=rows // micro, padded=micro > 1 and not run.flat,
-                      max_tokens=limit)  # fmt: skip
+    return [rows // micro for micro in micro_batches(rows)]
+
+
+def _split(run: Run, accumulation: int, *, filled: bool) -> Run:
+    """A rank's part of a step in so many micro batches: of rows, or `filled` with tokens."""
+    if filled:
+        most = run.tokens * run.accumulation // accumulation
+        return replace(run, micro_batch=math.ceil(most / run.length), accumulation=accumulation, max_tokens=most,
+                       padded=not run.flat and most > run.length)  # fmt: skip
+    micro = run.micro_batch * run.accumulation // accumulation
+    limit = run.max_tokens if micro <= run.micro_batch else None  # more rows could be above it
+    return replace(run, micro_batch=micro, accumulation=accumulation, padded=micro > 1 and not run.flat,
+                   max_tokens=limit)  # fmt: skip
 
 
 def options(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> list[Option]:
@@ -199,10 +204,25 @@ def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, ho
 
 def _largest(name: str, run: Run, hardware: Hardware, gpu_memory: float, host: float | None, *,
              filled: bool) -> Iterator[Option]:  # fmt: skip
-    """The largest fitting micro batch of a layout, without checkpointing and with it."""
+    """The largest fitting micro batch of a layout, without checkpointing and with it.
+
+    A smaller micro batch takes less memory, so halving finds where one fits. One alone is tried apart: others also keep
+    gradients from one micro batch to the next.
+    """
+    splits = _splits(run, filled=filled)
+
+    def tried(accumulation: int, checkpointing: bool) -> Option:
+        split = replace(_split(run, accumulation, filled=filled), checkpointing=checkpointing)
+        return option(name, split, hardware, gpu_memory, host)
+
+    def fits(checkpointing: bool) -> Callable[[int], bool]:
+        return lambda accumulation: tried(accumulation, checkpointing).fits
+
     for checkpointing in (False, True):
-        for changed in _splits(run, filled=filled):
-            tried = option(name, replace(changed, checkpointing=checkpointing), hardware, gpu_memory, host)
-            if tried.fits:
-                yield tried
-                break
+        whole = tried(1, checkpointing)
+        if whole.fits:
+            yield whole
+            continue
+        first = bisect_left(splits, True, lo=1, key=fits(checkpointing))
+        if first < len(splits):
+            yield tried(splits[first], checkpointing)
