@@ -333,6 +333,38 @@ def test_a_large_number_of_tokens_is_split_by_halves(
 
 
 @pytest.mark.usefixtures("config_file")
+@pytest.mark.parametrize(
+    ("words", "tokens", "known"),
+    [
+        (("--max_tokens_per_batch", "512"), 512, True),
+        (("--packing", "concat"), 128, True),
+        ((), 128, False),  # every row taken to be max_length long
+    ],
+)
+def test_steps_of_rows_that_cannot_be_counted(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], tokens: int, known: bool
+) -> None:
+    """Steps that were given have tokens whatever the rows; else one line says what is missing."""
+    absent = ("--train_file", "absent.jsonl", "--gradient_accumulation_steps", "1", *words)
+    times = plan(capsys, *absent, "--max_steps", "10")["schedule"]
+    assert (times["rows"], times["steps"], times["tokens_known"]) == (None, 10, known)
+    assert times["tokens"] == 10 * 8 * tokens
+    assert times["flops"] == times["tokens"] * model_flops_per_token(SHAPE, 128)
+    assert times["checkpoints"] == 1
+
+    unknown = plan(capsys, *absent)
+    assert [unknown["schedule"][key] for key in ("steps", "tokens", "seconds", "checkpoints")] == [None] * 4
+    assert (unknown["disk"]["checkpoints_at_once"], unknown["disk"]["total"]) == (None, None)
+    assert plan(capsys, *absent, "--save_total_limit", "2")["disk"]["checkpoints_at_once"] == 3
+    by_epoch = plan(capsys, *absent, "--max_steps", "10", "--save_strategy", "epoch")["schedule"]
+    assert (by_epoch["steps"], by_epoch["checkpoints"]) == (10, None)
+    assert main(["plan", "run.yaml", *absent]) == 0
+    said = capsys.readouterr().out
+    assert "Time: the rows of train_file cannot be counted from here; give --rows." in said
+    assert "How many checkpoints there will be depends on the rows of train_file" in said
+
+
+@pytest.mark.usefixtures("config_file")
 def test_a_limit_of_tokens_holds_for_the_rows_it_was_given_for(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--max_tokens_per_batch", "150", "--per_device_train_batch_size", "2")
     found = plan(capsys, *words, "--write", "planned.yaml")

@@ -166,18 +166,20 @@ class Plan:
                         mean_tokens=given.mean_tokens,
                         rate=given.tokens_per_second or measured_rate(self.config, self.hardware.ranks))  # fmt: skip
 
-    def disk(self) -> dict[str, int]:
-        """Bytes that the run writes, and what is free."""
+    def disk(self) -> dict[str, int | None]:
+        """Bytes that the run writes, and what is free; None where only its rows would tell."""
         training, run, times = self.config.training, self.chosen.run, self.schedule()
         one = checkpoint_bytes(self.shape, stage=run.engine.stage, weight_bytes=run.weight)
         final = export_bytes(self.shape, 4 if self.config.export_dtype == "float32" or not run.half else 2)
         number = times.checkpoints
-        if number and training.get("save_total_limit"):
-            number = min(number, training["save_total_limit"] + 1)  # the new one is written before the oldest goes
+        if number != 0 and training.get("save_total_limit"):
+            kept = training["save_total_limit"] + 1  # the new one is written before the oldest goes
+            number = kept if number is None else min(number, kept)
         folder = next(p for p in (self.config.output_dir.absolute(), *self.config.output_dir.absolute().parents)
                       if p.exists())  # fmt: skip
         return {"checkpoint": one, "checkpoints_at_once": number, "final_model": final,
-                "total": one * number + final, "free": shutil.disk_usage(folder).free}  # fmt: skip
+                "total": None if number is None else one * number + final,
+                "free": shutil.disk_usage(folder).free}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""

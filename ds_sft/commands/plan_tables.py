@@ -95,6 +95,10 @@ def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
 
 def disk_lines(plan: dict[str, Any]) -> list[str]:
     disk = plan["disk"]
+    if disk["total"] is None:
+        return [f"Disk: {disk['checkpoint'] / GB:.1f} GB a checkpoint, final model {disk['final_model'] / GB:.1f} GB; "
+                f"{disk['free'] / GB:.1f} GB free. How many checkpoints there will be depends on the rows of "
+                "train_file, which cannot be counted from here; give --rows, or set save_total_limit."]  # fmt: skip
     line = (f"Disk: {disk['checkpoint'] / GB:.1f} GB a checkpoint x {disk['checkpoints_at_once']} + final model "
             f"{disk['final_model'] / GB:.1f} GB = {disk['total'] / GB:.1f} GB; "
             f"{disk['free'] / GB:.1f} GB free.")  # fmt: skip

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.memory import Run
-from ds_sft.plan.steps import steps_of
+from ds_sft.plan.steps import Steps, steps_of
 
 COUNTED = 256 * 2**20  # bytes of a file that are searched for line ends; the rest is estimated from them
 
@@ -22,14 +24,14 @@ class Schedule:
 
     rows: int | None  # of training, or what they fill: packed sequences, micro batches; None: not to be counted here
     tokens_per_row: float
-    tokens_known: bool  # measured; else every row is taken to be `max_length` long
+    tokens_known: bool  # measured, or full whatever fills them; else every row is taken to be `max_length` long
     steps: int | None
     tokens: float | None
     flops: float | None  # of the model: recomputation is not counted
     seconds: float | None
     rate: float  # tokens a second of all GPUs
     rate_measured: bool
-    checkpoints: int  # written in all
+    checkpoints: int | None  # written in all
 
 
 def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None, mean_tokens: float | None,
@@ -38,9 +40,10 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     training = config.training
     known = mean_tokens or mean_tokens_of(config)
     per_row = min(known or config.max_length, config.max_length)
+    length = int(per_row)  # that attention sees: rows do not see each other
     size = run.tokens if config.fills_batches else config.max_length if config.packing != "none" else None
-    if size is not None and rows is not None:
-        rows, per_row = sequences(rows, per_row, size), size
+    if size is not None:
+        rows, per_row = None if rows is None else sequences(rows, per_row, size), size
     micro = 1 if config.fills_batches else run.micro_batch
     per_step = micro * run.accumulation * run.ranks
     counted = steps_of(training, micro, run.accumulation, run.ranks, rows or 0)
@@ -52,15 +55,23 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     return Schedule(
         rows=rows,
         tokens_per_row=per_row,
-        tokens_known=known is not None,
+        tokens_known=known is not None or (size is not None and rows is None),
         steps=steps,
         tokens=tokens,
-        flops=None if tokens is None else tokens * model_flops_per_token(run.shape, int(per_row)),
+        flops=None if tokens is None else tokens * model_flops_per_token(run.shape, length),
         seconds=None if tokens is None else tokens / used,
         rate=used,
         rate_measured=rate is not None,
-        checkpoints=0 if steps is None else len(counted.checkpoints(training)),
+        checkpoints=_checkpoints(counted, training, rows),
     )
+
+
+def _checkpoints(steps: Steps, training: Mapping[str, Any], rows: int | None) -> int | None:
+    """How many a run writes; None where that depends on rows which cannot be counted."""
+    strategy = training.get("save_strategy", "steps")
+    if not rows and (strategy == "epoch" or (strategy == "steps" and steps.max_steps <= 0)):
+        return None
+    return len(steps.checkpoints(training))
 
 
 def sequences(rows: int, mean_tokens: float, max_length: int) -> int:
