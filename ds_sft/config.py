@@ -41,6 +41,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": ["none"],
 }
 EVAL_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 100.0}  # where there is an eval_file
+OUR_ORDERS = ("random", "sequential", "group_by_length")  # of train_sampling_strategy: the same on any number of ranks
 
 # transformers 5 renamed these; everybody still says the old name. And our name for what Trainer calls differently.
 ALIASES = {
@@ -417,7 +418,7 @@ def _check_batching(config: Config, given: Mapping[str, Given]) -> None:
         )
     if config.packing != "none" and config.batching == "padded":
         raise UserError(f"{given['batching'].where}batching: padded: packing: concat has no padding: leave out one")
-    if config.max_tokens_per_batch is not None and order not in ("random", "sequential", "group_by_length"):
+    if config.max_tokens_per_batch is not None and order not in OUR_ORDERS:
         raise UserError(f"{given[name].where}{name}: train_sampling_strategy {order} makes batches of its own")
     if config.fills_batches and order == "group_by_length":
         raise UserError(

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.config import Config, load_config
+from ds_sft.config import OUR_ORDERS, Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import OUR_ORDERS, Site, Start, newest_complete, where_to_start
+from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
     end_group,

@@ -24,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from ds_sft.config import Config
+from ds_sft.config import OUR_ORDERS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.identity import differences
@@ -37,11 +37,6 @@ FACTS = {  # what a manifest says beside its files
     "world_size", "zero_stage", "config", "data", "evaluation_due", "loss_pending", "last_logged_step", "loss_total",
     "tokens", "metrics_bytes", "save_id",
 }  # fmt: skip
-OUR_ORDERS = (
-    "random",
-    "sequential",
-    "group_by_length",
-)  # values of train_sampling_strategy that no number of ranks changes
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SET_OUT = ".set-out"  # the Slurm job that started anew in an output folder, or from a checkpoint that was named
 NAME = re.compile(r"checkpoint-(\d+)")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import Config
+from ds_sft.config import OUR_ORDERS, Config
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.builds import hold_builds_by_flock, import_muon, remove_stale_locks
-from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import Launch, gather, start_gloo
 
 if TYPE_CHECKING:

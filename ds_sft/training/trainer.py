@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
+from ds_sft.config import OUR_ORDERS
 from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.runtime.checkpoint import OUR_ORDERS
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
 from ds_sft.training.loss import supervised_loss
