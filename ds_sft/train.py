@@ -37,7 +37,7 @@ from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_s
 from ds_sft.runtime.results import RESULTS, git_commit, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.micro_batches import Batching
@@ -79,17 +79,14 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     if not launch.distributed:
         use_one_device(os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
-    from ds_sft.data.batches import fingerprint, make_batches
+    from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
-    from ds_sft.runtime.disk import check_space, export_size, predict_size
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.storage import settle_storage
-    from ds_sft.runtime.zero import engine_config, stage
+    from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
-    from ds_sft.training.attention import keep_rows_apart
-    from ds_sft.training.loss import supervise
-    from ds_sft.training.model import load_model, load_tokenizer, read_ahead, uses_padding
+    from ds_sft.training.model import load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -104,9 +101,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
     stop.check()
-    this_run = identity(
-        config, engine, *(fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
-    )
+    this_run = identify(config, engine, data, launch)
     start = where_to_start(config, this_run, site)
     if start.finished:
         return
@@ -117,14 +112,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     steps = plan_steps(args, batching, data, engine, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
-    model = load_model(config, args)
-    if not padded:
-        flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
-        keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
-    supervise(model, launch, fp16=args.fp16)
-    size = predict_size(model, stage(engine), site)
-    done = start.checkpoint.step if start.checkpoint else 0
-    check_space(config, size, steps, site, done=done, export=export_size(model, config, site))
+    model = load_model_to_train(config, args, launch, padded=padded)
+    size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
         trainer = SFTTrainer(
@@ -150,6 +139,14 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
         finish(trainer, tracker, data, config, launch, stop, expected=expected, started=started)
+
+
+def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch) -> dict[str, Any]:
+    """What decides the result, to know the run again; rank 0 alone hashes the data."""
+    from ds_sft.data.batches import fingerprint
+
+    hashes = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
+    return identity(config, engine, *hashes)
 
 
 def plan_steps(
@@ -179,6 +176,33 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
     if start.universal:
         make_universal(start.checkpoint, site, stop)
     continue_from(args, start.accumulation, universal=start.universal)
+
+
+def load_model_to_train(config: Config, args: TrainingArguments, launch: Launch, *, padded: bool) -> PreTrainedModel:
+    """The model with our attention, where rows are not padded, and our loss."""
+    from ds_sft.training.attention import keep_rows_apart
+    from ds_sft.training.loss import supervise
+    from ds_sft.training.model import load_model
+
+    model = load_model(config, args)
+    if not padded:
+        flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
+        keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+    supervise(model, launch, fp16=args.fp16)
+    return model
+
+
+def find_room(
+    config: Config, engine: dict[str, Any] | None, model: PreTrainedModel, steps: Steps, start: Start, site: Site
+) -> int:
+    """See that what the run will write fits on the disk; bytes of a checkpoint on this rank's file system."""
+    from ds_sft.runtime.disk import check_space, export_size, predict_size
+    from ds_sft.runtime.zero import stage
+
+    size = predict_size(model, stage(engine), site)
+    done = start.checkpoint.step if start.checkpoint else 0
+    check_space(config, size, steps, site, done=done, export=export_size(model, config, site))
+    return size
 
 
 def finish(
