@@ -268,15 +268,13 @@ def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None
 
 def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
     """What `run.json` says; all ranks must call it."""
-    from ds_sft.runtime.distributed import sum_over_ranks
     from ds_sft.runtime.zero import stage
 
     history = trainer.state.log_history
     train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     best = trainer.state.best_metric if best_checkpoint(trainer) else None
-    (tokens,) = sum_over_ranks(trainer.tokens_seen.item(), device=trainer.args.device)
-    now = tokens - (trainer.run.resumed.manifest["tokens"] if trainer.run.resumed else 0)
+    speed, resumed = trainer.meter.summary(), trainer.run.resumed
     return {
         "versions": versions(),
         "git_commit": git_commit(),
@@ -290,12 +288,12 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "eval_loss_first": eval_losses[0] if eval_losses else None,
         "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,
         "best_checkpoint": best_checkpoint(trainer),
-        "tokens": int(tokens),
-        "tokens_this_start": int(now),  # what follows is of this start as well
-        "tokens_per_second": round(now / train_seconds, 2) if now else None,
+        "tokens": speed["tokens"] + (resumed.manifest["tokens"] if resumed else 0),
+        # What follows is of this start.
+        "tokens_per_second": round(speed["tokens"] / train_seconds, 2) if speed["tokens"] else None,
         "train_seconds": round(train_seconds, 2),
         "seconds": round(seconds, 2),
-        "speed": trainer.meter.summary(),  # of this start
+        "speed": speed,
         "peak_memory": gather(peak_memory()),  # of each rank
     }
 
@@ -324,7 +322,7 @@ def free(trainer: Trainer) -> None:
 def summary(results: dict[str, Any]) -> str:
     """The last lines a user reads."""
     memory = max(peaks.get("gpu_gib", peaks["host_gib"]) for peaks in results["peak_memory"])
-    all_tokens, now = results["tokens"], results["tokens_this_start"]
+    all_tokens, now = results["tokens"], results["speed"]["tokens"]
     rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
     lines = [
         f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"

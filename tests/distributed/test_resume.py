@@ -129,7 +129,8 @@ def test_several_stops_of_two_ranks(dropout_dir: Path, tmp_path: Path, name: str
     assert_bit_equal(tmp_path / "out", tmp_path / "reference")
     record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     before = json.loads((tmp_path / "out" / "checkpoint-6" / "manifest.json").read_text(encoding="utf-8"))["tokens"]
-    now = record["tokens"] - before
+    now = record["speed"]["tokens"]
+    assert record["tokens"] == before + now
     assert 0 < now < record["tokens"] / 2
     assert record["train_seconds"] == pytest.approx(now / record["tokens_per_second"], abs=0.01, rel=1e-3)  # rounded
     assert f"tokens; {now:,} of them in this start in " in log
