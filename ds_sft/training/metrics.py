@@ -28,6 +28,8 @@ PARTS = ("data_wait", "forward_backward", "communication", "optimizer", "save", 
 WORK = ("data_wait", "forward_backward", "optimizer", "other")  # what a rank does while others may wait for it
 EVALUATION = "evaluation"  # no part of training: left out of every figure
 WHOLE = ("save", EVALUATION)  # what happens inside them counts as them
+COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as `count_batch` has them
+SENT = (*COUNTS, "peak_flops", "memory_gib", *PARTS)  # what a rank tells the others, before its laps
 MARKS_KEPT = 10_000
 # Collectives of DeepSpeed's backend (deepspeed/comm/torch.py) that training uses.
 COLLECTIVES = (
@@ -152,7 +154,7 @@ def _numel(parameter: torch.Tensor) -> int:
 
 
 def count_batch(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[tokens, places, supervised tokens, pairs of a token and one that it sees] of a micro batch, on its device.
+    """`COUNTS` of a micro batch, on its device; pairs are those of a token and one that it sees.
 
     Padding makes the difference between tokens and places. Rows laid end to end have no mask; their `position_ids`
     restart with every row.
@@ -220,7 +222,7 @@ class Meter:
         self.talking = "communication" if world_size > 1 else "other"  # what ranks do together is nothing for one
         self.flops = count_flops(model)
         self.peak = Peak(0.0, "unknown")
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
         self.total = Interval()
         self.memory_gib = 0.0  # the fullest rank's peak
 
@@ -241,30 +243,33 @@ class Meter:
         self.clock.settle()
         seconds, laps = self.clock.take()
         peaks = peak_memory()
-        mine = [*self.counts.tolist(), self.peak.flops, peaks.get("gpu_gib", peaks["host_gib"]),
-                *(seconds[part] for part in PARTS)]  # fmt: skip
+        mine = {**dict(zip(COUNTS, self.counts.tolist(), strict=True)), **seconds, "peak_flops": self.peak.flops,
+                "memory_gib": peaks.get("gpu_gib", peaks["host_gib"])}  # fmt: skip
         self.counts.zero_()
-        ranks = gather_numbers([*mine, *laps], device=self.device)
-        self.memory_gib = max(rank[5] for rank in ranks)
-        done = self._join(ranks, len(mine))
+        ranks = gather_numbers([*(mine[name] for name in SENT), *laps], device=self.device)
+        told = [dict(zip(SENT, rank, strict=False)) for rank in ranks]
+        self.memory_gib = max(rank["memory_gib"] for rank in told)
+        done = self._join(told, [rank[len(SENT) :] for rank in ranks])
         self.total += done
         return done
 
-    def _join(self, ranks: list[list[float]], first_lap: int) -> Interval:
-        count = len(ranks)
-        tokens, places, supervised, pairs = (sum(rank[n] for rank in ranks) for n in range(4))
-        parts = {part: sum(rank[6 + n] for rank in ranks) / count for n, part in enumerate(PARTS)}
+    def _join(self, ranks: list[dict[str, float]], laps: list[list[float]]) -> Interval:
+        def total(name: str) -> float:
+            return sum(rank[name] for rank in ranks)
+
+        count, tokens, supervised = len(ranks), total("tokens"), total("supervised")
+        parts = {part: total(part) / count for part in PARTS}
         seconds = sum(parts.values())
-        laps = zip(*(rank[first_lap:] for rank in ranks), strict=True)
         head_tokens = tokens if self.head_everywhere else supervised
+        useful = self.flops.of(tokens=tokens, pairs=total("pairs"), head_tokens=head_tokens) if self.flops else 0.0
         return Interval(
             tokens=tokens,
-            places=places,
+            places=total("places"),
             supervised=supervised,
-            flops=self.flops.of(tokens=tokens, pairs=pairs, head_tokens=head_tokens) if self.flops else 0.0,
-            possible_flops=seconds * sum(rank[4] for rank in ranks),
+            flops=useful,
+            possible_flops=seconds * total("peak_flops"),
             seconds=seconds,
-            waiting=sum(max(lap) - sum(lap) / count for lap in laps),
+            waiting=sum(max(lap) - sum(lap) / count for lap in zip(*laps, strict=True)),
             **parts,
         )
 
