@@ -26,6 +26,7 @@ from ds_sft.data.packing import collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise
+from ds_sft.training.metrics import COUNTS, count_batch, count_flops
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).train()
     rows = read_rows(given.model, given.rows, given.count)
-    batch, work = collate_flat(rows), useful_work(model, rows)
+    batch = collate_flat(rows)
+    work = useful_work(model, batch)
     launch = Launch(launcher="python")
     keep_rows_apart(model, None, launch)
     supervise(model, launch)
@@ -78,15 +80,13 @@ def read_rows(model: str, file: Path, count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def useful_work(model: Any, rows: list[dict[str, list[int]]]) -> float:
-    """Floating-point operations of forward and backward."""
-    config = model.config
-    layers = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    supervised = sum(label != -100 for row in rows for label in row["labels"])
-    pairs = sum(len(row["input_ids"]) * (len(row["input_ids"]) + 1) / 2 for row in rows)
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * model.model.layers[0].self_attn.head_dim
-    return float(6 * layers * tokens + 6 * config.vocab_size * config.hidden_size * supervised + attention * pairs)
+def useful_work(model: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Floating-point operations of forward and backward, as a run counts them for its MFU."""
+    flops = count_flops(model)
+    if flops is None:
+        sys.exit(f"{model.config.model_type}: its operations cannot be counted")
+    counted = dict(zip(COUNTS, count_batch(batch).tolist(), strict=True))
+    return flops.of(tokens=counted["tokens"], pairs=counted["pairs"], head_tokens=counted["supervised"])
 
 
 def bare_rate(tokens: int) -> float:
