@@ -122,11 +122,15 @@ def test_an_attention_that_does_not_exist(model_dir: Path) -> None:
 def test_a_model_that_would_mix_rows_is_given_padded_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, layers: str | None
 ) -> None:
+    """And packing is refused, by its configuration alone: there are no weights here."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind if layers else "vit"}), encoding="utf-8")
     assert uses_padding(make(tmp_path), ALONE)
     said = capsys.readouterr().out
     assert said.count("would mix rows that are laid end to end") == 1
     assert f"({layers or 'its own code'})" in said
+    with pytest.raises(UserError, match=r"^packing: concat: ") as caught:
+        uses_padding(make(tmp_path, packing="concat"), ALONE)
+    assert f"Config ({layers or 'its own code'}) does not keep packed rows apart; write none" in str(caught.value)
 
 
 def test_rows_are_laid_end_to_end_unless_asked_otherwise(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from ds_sft.data.batches import NOTHING, GlobalBatches, make_batches
 from ds_sft.data.dataset import load_data
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, collate_flat, plan_packs
-from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import check_packing, why_rows_mix
+from ds_sft.training.model import why_rows_mix
 from tests.conftest import questions_and_answers, write_rows
 
 ALONE = Launch(launcher="python")
@@ -75,7 +73,7 @@ def test_packed_rows_are_learned_as_if_alone(model_dir: Path, tokenizer: Any, tm
     packed, collate = make_batches(data.train, config, tokenizer, ALONE, padded=False)
     assert len(packed) < len(data.train)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
-    check_packing(model)
+    assert why_rows_mix(type(model), model.config) is None
 
     def learn(batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
         model.zero_grad()
@@ -101,14 +99,6 @@ def test_every_rank_has_as_many_micro_batches(tokenizer: Any, tmp_path: Path, ra
     assert len({len(share) for share in shares}) == 1
     learned = sorted(i for share in shares for batch in share for i in batch if i != NOTHING)
     assert learned == list(range(len(packed)))
-
-
-def test_models_that_would_mix_rows_are_refused() -> None:
-    config = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
-    config.get_text_config = lambda: config
-    mixed = SimpleNamespace(config=config)
-    with pytest.raises(UserError, match=r"packing: concat: SimpleNamespace \(full_attention, linear_attention\)"):
-        check_packing(mixed)  # type: ignore[arg-type]
 
 
 SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,

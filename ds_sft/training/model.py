@@ -122,22 +122,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
     _mend_generation_config(model)
-    if config.packing != "none":
-        check_packing(model)
     return model
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """See that a model keeps packed rows apart.
-
-    Raises:
-        UserError: it does not.
-    """
-    found = why_rows_mix(type(model), model.config)
-    if found:
-        raise UserError(
-            f"packing: concat: {type(model).__name__} ({found}) does not keep packed rows apart; write none"
-        )
 
 
 def why_rows_mix(model_class: type, config: Any) -> str | None:
@@ -165,11 +150,15 @@ def _gives_positions(node: ast.AST) -> bool:
 
 
 def uses_padding(config: Config, launch: Launch) -> bool:
-    """Whether micro batches are padded: as asked, or because this model would mix rows that are laid end to end."""
+    """Whether micro batches are padded: as asked, or because this model would mix rows that are laid end to end.
+
+    Raises:
+        UserError: it would, and rows are to be packed.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if config.batching == "padded" or config.packing != "none":  # `check_packing` will refuse what cannot be packed
-        return config.batching == "padded"
+    if config.batching == "padded":
+        return True
     found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(found)]
@@ -177,6 +166,10 @@ def uses_padding(config: Config, launch: Launch) -> bool:
         mixing: str | None = "its own code"
     else:
         mixing = why_rows_mix(model_class, found)
+    if mixing and config.packing != "none":
+        raise UserError(
+            f"packing: {config.packing}: {type(found).__name__} ({mixing}) does not keep packed rows apart; write none"
+        )
     if mixing:
         launch.say(f"batching: padded: {type(found).__name__} ({mixing}) would mix rows that are laid end to end.")
     return mixing is not None
