@@ -62,7 +62,9 @@ def nothing_stays() -> Iterator[None]:
     torch = sys.modules.get("torch")
     threads, dtype = (torch.get_num_threads(), torch.get_default_dtype()) if torch else (None, None)
     yield
-    assert {number: signal.getsignal(number) for number in handlers} == handlers, "signal handlers are left behind"
+    left = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     os.chdir(folder)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
@@ -72,6 +74,7 @@ def nothing_stays() -> Iterator[None]:
         torch.set_default_dtype(dtype)
     if "transformers.integrations.deepspeed" in sys.modules:  # a global of TrainingArguments: the next model would be
         sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()  # partitioned while loading
+    assert left == handlers, "signal handlers are left behind"
 
 
 @pytest.fixture(autouse=True)

@@ -198,9 +198,10 @@ def test_half_precision_keeps_the_loss_of_the_model(capsys: pytest.CaptureFixtur
 
 
 PEAK = """
-import resource, sys, torch
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.results import peak_resident_kib
 from ds_sft.training.loss import supervise
 config = AutoConfig.for_model("llama", vocab_size=150_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                               num_attention_heads=4, tie_word_embeddings=True)
@@ -208,9 +209,9 @@ model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 supervise(model, Launch(launcher="python"))
 ids = torch.randint(0, 150_000, (1, 4096))
 model(input_ids=ids[:, :8], labels=ids[:, :8]).loss.backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_kib()
 model(input_ids=ids, labels=ids).loss.backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_resident_kib() - before)
 """
 
 
