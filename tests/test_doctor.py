@@ -238,6 +238,21 @@ def test_each_part_that_is_wrong_here(
         assert said in capsys.readouterr().out
 
 
+def test_rows_are_read_while_there_is_time(
+    config: Config, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken row is found wherever it stands; without time the first of each file is read, which is said."""
+    write_rows(tmp_path / "bad.jsonl", [*questions_and_answers(5000), "{"])
+    files = ["--train_file", "bad.jsonl", "--eval_file", "train.jsonl"]
+    assert main(["doctor", "run.yaml", *files]) == 1
+    assert "  bad.jsonl:5001: not JSON: " in capsys.readouterr().out
+    assert main(["doctor", "run.yaml", *files, "--on_bad_row", "skip"]) == 0
+    assert ", all 5,009 rows read\n" in capsys.readouterr().out
+    monkeypatch.setattr("ds_sft.commands.doctor.READ_SECONDS", -1)
+    assert main(["doctor", "run.yaml", *files]) == 0
+    assert ", only 2 rows read in time, at least the first of each file\n" in capsys.readouterr().out
+
+
 def test_a_mistake_in_the_config_is_2(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "run.yaml", "--max_lenght", "7"])

@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from ds_sft.runtime.results import git_commit, versions
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
 
+READ_SECONDS = 10.0  # of reading rows, on a rank of each node
 CLOCK_SECONDS = 1.0  # more makes "newer than" of files on a shared disk a lie
 SLOW_GPU_NETWORK = 1e9  # bytes/s between nodes: what the wrong network card gives
 Facts = dict[str, Any]
@@ -125,6 +127,7 @@ def examine(config: Config, launch: Launch, zero_stage: int | None) -> list[Chec
 
 def look_around(config: Config, launch: Launch) -> Facts:
     """What this rank sees of its node; JSON."""
+    seconds = min(READ_SECONDS, patience() / 2)  # the other ranks wait meanwhile
     return {
         "rank": launch.rank,
         "local_rank": launch.local_rank,
@@ -134,7 +137,7 @@ def look_around(config: Config, launch: Launch) -> Facts:
         "versions": versions(),
         "device": _device(launch),
         "model": _trouble_or(lambda: _look_at_model(config)),
-        "data": _trouble_or(lambda: _look_at_data(config)),
+        "data": _trouble_or(lambda: _look_at_data(config, seconds if launch.local_rank == 0 else 0)),
         "output": _trouble_or(lambda: _look_at_output(config.output_dir)),
         "address": _own_address(),
     }
@@ -188,18 +191,27 @@ def _look_at_model(config: Config) -> Facts:
     return {"folder": str(folder), "size": size and asdict(size)}
 
 
-def _look_at_data(config: Config) -> Facts:
-    """Size of each file; its first row must be readable."""
-    sizes = {}
+def _look_at_data(config: Config, seconds: float) -> Facts:
+    """Size of each file, and how many rows were read: the first of each file, and all others for which there is time.
+
+    Raises:
+        UserError: a file has no row, or one of those read cannot be used and `on_bad_row` is error.
+    """
+    sizes, rows, whole, until = {}, 0, True, time.monotonic() + seconds
     for key, value in (("train_file", config.train_file), ("eval_file", config.eval_file)):
         for file in find_files(value, key) if value is not None else []:
-            first = next(read_dialogues(file, reading_of(config, file)), None)
-            if first is None:
+            before = rows
+            for line, row in read_dialogues(file, reading_of(config, file)):
+                if isinstance(row, BadRow) and config.on_bad_row == "error":
+                    raise UserError(f"{file.name}:{line}: {row} (on_bad_row: skip leaves such rows out)")
+                rows += 1
+                if time.monotonic() > until:
+                    whole = False
+                    break
+            if rows == before:
                 raise UserError(f"{file.name}: no row in it")
-            if isinstance(first[1], BadRow) and config.on_bad_row == "error":
-                raise UserError(f"{file.name}:{first[0]}: {first[1]}")
             sizes[file.name] = file.size or 0
-    return {"bytes": sizes}
+    return {"bytes": sizes, "rows": rows, "whole": whole}
 
 
 def _look_at_output(folder: Path) -> Facts:
@@ -305,7 +317,10 @@ def _check_data(nodes: Sequence[Facts]) -> Check:
     if same.status == "fail":
         return same
     files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
-    return Check("data", "pass", f"{files}, {in_units(sum(sizes.values()))}")
+    found = nodes[0]["data"]
+    rows = "1 row" if found["rows"] == 1 else f"{found['rows']:,} rows"
+    read = f"all {rows} read" if found["whole"] else f"only {rows} read in time, at least the first of each file"
+    return Check("data", "pass", f"{files}, {in_units(sum(sizes.values()))}, {read}")
 
 
 def _check_output(nodes: Sequence[Facts]) -> Check:
