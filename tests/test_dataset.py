@@ -19,7 +19,9 @@ import pytest
 from ds_sft.config import Config
 from ds_sft.data import cache
 from ds_sft.data.dataset import load_data, print_report
+from ds_sft.data.encode import has_textless_answer
 from ds_sft.data.files import DataFile
+from ds_sft.data.records import Reading, to_dialogue
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from tests.conftest import questions_and_answers, write_rows
@@ -61,6 +63,8 @@ def test_rows_and_report(make: Any, tokenizer: Any) -> None:
         "rows_per_epoch": 8,
         "duplicates": 0,
         "rows_with_special_tokens": 0,
+        "rows_with_empty_answers": 0,
+        "first_empty_answer": None,
         "tokens": sum(lengths),
         "tokens_cut": 0,
         "supervised_tokens": sum(label != -100 for _, labels in expected for label in labels),
@@ -527,6 +531,29 @@ def test_what_each_policy_costs_is_said(make: Any, tokenizer: Any, capsys: pytes
         UserError, match=rf"train\.jsonl:2: {len(whole)} tokens, more than max_length \(overlong: trunc"
     ):
         load_data(make(rows, max_length=limit, overlong="error"), tokenizer, ALONE)
+
+
+def test_answers_without_text_are_kept_and_counted(
+    make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what is learned: neither a call nor an answer that the mask leaves out."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows: list[Any] = [
+        *questions_and_answers(3),
+        {"question": "Q", "answer": ""},
+        {"question": "Q", "answer": " \n"},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "train": False},
+                      {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+    ]  # fmt: skip
+    data = load_data(make(rows), tokenizer, ALONE)
+    report = data.report["train"]
+    assert (report["rows_kept"], report["rows_with_empty_answers"]) == (6, 2)
+    assert report["first_empty_answer"].endswith("train.jsonl:4")
+    print_report(data.report, ALONE)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"train: 2 rows have an answer without text, the first in {report['first_empty_answer']}: a" in said
+    calls = to_dialogue({"messages": [{"role": "user", "content": "Q"}, call]}, Reading(""))
+    assert not has_textless_answer(calls, "all")
 
 
 def test_rows_that_forge_a_turn_under_the_reference_are_counted(

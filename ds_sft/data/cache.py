@@ -54,6 +54,7 @@ STATS = np.dtype(
         ("supervised_cut", "<i4"),
         ("hash", "<u8"),  # of the ids
         ("forged", "?"),  # whether text of it became special tokens
+        ("textless", "?"),  # whether an answer in it has no text
     ]
 )
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
@@ -489,6 +490,7 @@ def _stats(encoded: Encoded, lines: list[int]) -> np.ndarray:
     stats["supervised"] = encoded.supervised
     stats["supervised_cut"] = encoded.supervised_cut
     stats["forged"] = np.isin(encoded.dialogue, list(encoded.forged_dialogues))
+    stats["textless"] = np.isin(encoded.dialogue, list(encoded.textless_dialogues))
     data, starts = encoded.input_ids.tobytes(), (encoded.starts * 4).tolist()
     stats["hash"] = [xxhash.xxh3_64_intdigest(data[a:b]) for a, b in pairwise(starts)]
     return stats

@@ -49,6 +49,7 @@ class Encoded:
     dropped: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     split: int = 0  # dialogues that became several rows
     forged_dialogues: frozenset[int] = frozenset()  # those of which text became special tokens
+    textless_dialogues: frozenset[int] = frozenset()  # those with an answer to learn that has no text, and no call
 
     @property
     def forged(self) -> int:
@@ -106,7 +107,9 @@ class Encoder:
         rows.bad = bad
         if self.overlong == "split" and (rows.length > self.max_length).any():
             rows = self._split_long(dialogues, pieces, rows)
-        return replace(self._fit(rows), forged_dialogues=frozenset((forged | hidden) - set(bad)))
+        textless = frozenset(i for i, dialogue in enumerate(dialogues) if has_textless_answer(dialogue, self.mask))
+        forged_dialogues = frozenset((forged | hidden) - set(bad))
+        return replace(self._fit(rows), forged_dialogues=forged_dialogues, textless_dialogues=textless)
 
     def _hidden_special_tokens(self, rows: Encoded, pieces: Sequence[Sequence[Piece]]) -> set[int]:
         """Dialogues with more special tokens among their ids than their text shows: a normaliser made them."""
@@ -280,6 +283,12 @@ class Encoder:
             dropped=dropped,
             split=rows.split,
         )
+
+
+def has_textless_answer(dialogue: Dialogue, mask: str) -> bool:
+    """Whether an answer that is learned is empty or of spaces alone: only its end is then learned."""
+    messages = zip(dialogue.messages, learned_messages(dialogue, mask), strict=True)
+    return any(learned and not message.content.strip() and not message.tool_calls for message, learned in messages)
 
 
 def _begins_exchange(messages: Sequence[Message], index: int) -> bool:

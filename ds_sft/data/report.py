@@ -31,6 +31,8 @@ class Report:
     rows_per_epoch: int = 0  # after weights
     duplicates: int = 0  # rows that are, token for token, rows of train
     rows_with_special_tokens: int = 0  # of which text became special tokens
+    rows_with_empty_answers: int = 0  # kept: of these answers only the end of turn is learned
+    first_empty_answer: str | None = None  # FILE:LINE
     tokens: int = 0
     tokens_cut: int = 0  # lost to max_length
     supervised_tokens: int = 0
@@ -54,7 +56,11 @@ def describe(
     Args:
         stats, left_out: [rows] of `cache.STATS` with a field `file`: index into `names`.
     """
-    lost = stats["length"] - stats["tokens"]
+
+    def where(row: np.void) -> str:
+        return f"{names[row['file']]}:{row['row']}"
+
+    lost, textless = stats["length"] - stats["tokens"], stats[stats["textless"]]
     report = Report(
         file=file,
         rows_read=counts.rows_read,
@@ -64,6 +70,8 @@ def describe(
         rows_split=counts.rows_split,
         rows_per_epoch=len(stats),
         rows_with_special_tokens=int(stats["forged"].sum()),
+        rows_with_empty_answers=len(textless),
+        first_empty_answer=where(textless[0]) if len(textless) else None,
         tokens=int(stats["tokens"].sum(dtype=np.int64)),
         tokens_cut=int(lost.sum(dtype=np.int64)),
         supervised_tokens=int(stats["supervised"].sum(dtype=np.int64)),
@@ -79,7 +87,7 @@ def describe(
         report.length_percentiles = {name: int(value) for name, value in zip(PERCENTILES, values, strict=True)}
         report.recommended_max_length = -(-report.length_percentiles["p99"] // ROUND) * ROUND
         order = np.argsort(-stats["length"].astype(np.int64), kind="stable")[:LONGEST]
-        report.longest = [[f"{names[stats['file'][i]]}:{stats['row'][i]}", int(stats["length"][i])] for i in order]
+        report.longest = [[where(stats[i]), int(stats["length"][i])] for i in order]
     return report
 
 
@@ -149,6 +157,11 @@ def advice(split: str, counts: dict[str, Any]) -> list[str]:
         lines.append(
             f"{split}: in {counts['rows_with_special_tokens']:,} rows text such as <|im_end|> becomes special tokens, "
             "as in the reference script; under template: tokenizer it stays text."
+        )
+    if counts["rows_with_empty_answers"]:
+        lines.append(
+            f"{split}: {counts['rows_with_empty_answers']:,} rows have an answer without text, the first in "
+            f"{counts['first_empty_answer']}: a model learns from them to end its turn at once."
         )
     if counts["duplicates"]:
         lines.append(f"{split}: {counts['duplicates']:,} rows are also in train, token for token: the loss on them "
