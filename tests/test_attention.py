@@ -96,14 +96,14 @@ def test_four_layouts_teach_the_same(family: str, checkpointing: bool) -> None:
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_bfloat16(family: str, kind: str) -> None:
-    """Within 2^-9 of the loss one row at a time, 2e-2 of its gradient."""
+    """Within 2^-14 of the loss one row at a time, 1.5e-2 of its gradient; 2^-16 and 7e-3 measured."""
     rows, model = make_rows(), make(family, torch.bfloat16 if kind == "bfloat16" else torch.float32)
     loss, gradient = learn(model, one_by_one(rows), autocast=kind == "autocast")
     keep_rows_apart(model, None, ALONE)
     supervise(model, ALONE)
     found, found_gradient = learn(model, [collate_flat(rows)], autocast=kind == "autocast")
-    assert found == pytest.approx(loss, rel=2**-9)
-    assert apart(found_gradient, gradient) < 2e-2
+    assert found == pytest.approx(loss, rel=2**-14)
+    assert apart(found_gradient, gradient) < 1.5e-2
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 300])

@@ -113,7 +113,10 @@ def test_labels_or_none(family: str) -> None:
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])
 def test_bfloat16(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 2^-9 of the model's own loss, 1e-2 of its gradient: roundings, no more than its own from float32."""
+    """Within 2^-12 of the model's own loss, 1e-2 of its gradient: roundings, no more than its own from float32.
+
+    A cap on logits rounds twice as much. Measured: 2^-13.7 and 9e-3 with the cap, 2^-22 and 5e-3 without.
+    """
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * VOCAB * 5)
     exact = learn(make(family).bfloat16().float())
     model = make(family, torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -122,9 +125,8 @@ def test_bfloat16(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     own = learn(model, autocast=kind == "autocast")
     supervise(model, ALONE)
     found = learn(model, autocast=kind == "autocast")
-    assert found[0] == pytest.approx(own[0], rel=2**-9)
-    assert apart(found[1], own[1]) < 1e-2
-
+    assert found[0] == pytest.approx(own[0], rel=2**-12)
+    assert apart(found[1], own[1]) < (2e-2 if family == "gemma2" else 1e-2)
     assert apart(found[1], exact[1]) < 1.25 * apart(own[1], exact[1])
 
 
