@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import ROOT, read_lines, run
+from tests.crash_campaign import metrics
+from tests.distributed.harness import ROOT, run
 from tests.distributed.test_trajectory import engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs each
 
 NUM_ROWS = 13  # 4 rows a step: four steps an epoch, the last of which has a single row
 STEPS = 8
-TIMES = ("runtime", "per_second", "seconds", "_share", "mfu", "memory")  # the only numbers that may differ
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,6 @@ def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 2400, ex
     assert done.code == 0, done.output + logs
     codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
     assert {code for ranks in codes for code in ranks} == {expected}, f"{codes}\n{logs}"
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in row.items() if not any(time in name for time in TIMES)}
-        for row in read_lines(out / "metrics.jsonl")
-    ]
 
 
 def assert_bit_equal(out: Path, reference: Path) -> None:
