@@ -18,6 +18,7 @@ from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, finge
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, Plan
 from ds_sft.errors import UserError
+from ds_sft.training.trainer import RankRows
 
 
 def make(lengths: Any, **changes: Any) -> Batching:
@@ -238,6 +239,24 @@ def test_skipping_reads_nothing_that_is_skipped() -> None:
 def test_a_row_that_is_nothing_teaches_nothing() -> None:
     rows = Rows([{"input_ids": [5], "labels": [5]}])
     assert (rows[0], rows[NOTHING]) == ({"input_ids": [5], "labels": [5]}, {"input_ids": [0], "labels": [-100]})
+
+
+def test_validation_rows_are_dealt_by_length() -> None:
+    """Every row to one rank; what the ranks have at a time is as long as can be; the end of a set counts nothing."""
+    lengths = np.random.default_rng(0).integers(2, 500, 101)
+    rows = Dataset.from_dict(
+        {name: [[i] * n for i, n in enumerate(lengths.tolist())] for name in ("input_ids", "labels")}
+    )
+    ranks = [RankRows(rows, rank, 4) for rank in range(4)]
+    assert {len(rank) for rank in ranks} == {26}
+    dealt = [[rank[i] for i in range(26)] for rank in ranks]
+    counted = [[row["input_ids"][0] for row in of_rank if row["labels"][0] != -100] for of_rank in dealt]
+    assert sorted(chain(*counted)) == list(range(101))
+    assert [len(of_rank) for of_rank in counted] == [26, 25, 25, 25]
+    tokens = [sum(len(row["input_ids"]) for row in of_rank) for of_rank in dealt]
+    assert max(tokens) - min(tokens) <= lengths.max()  # in the order of the file: 1,159
+    last = [of_rank[-1] for of_rank in dealt]
+    assert [len(row["input_ids"]) for row in last] == [lengths.min()] * 4
 
 
 def test_fingerprint_sees_values_order_and_borders_but_not_storage() -> None:

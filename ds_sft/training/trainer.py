@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from ds_sft.config import OUR_ORDERS
 from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.micro_batches import lengths_of
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
 from ds_sft.training.loss import supervised_loss
@@ -33,13 +35,15 @@ from ds_sft.training.working_copy import WorkingCopy
 
 
 class RankRows(Dataset[dict[str, list[int]]]):
-    """Every `world_size`-th row from `rank` on. Ranks without a last row get one that counts nothing.
+    """Every `world_size`-th row from `rank` on, longest first. Ranks without a last row get one that counts nothing.
 
-    All ranks so run the same number of forward passes, which ZeRO-3 needs, and no row is measured twice.
+    All ranks so run the same number of forward passes, which ZeRO-3 needs, of about as many tokens each, and no row is
+    measured twice.
     """
 
     def __init__(self, rows: Any, rank: int, world_size: int) -> None:
         self.rows, self.rank, self.world_size = rows, rank, world_size
+        self.order = np.argsort(-lengths_of(rows), kind="stable")
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.world_size)
@@ -47,9 +51,9 @@ class RankRows(Dataset[dict[str, list[int]]]):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         position = index * self.world_size + self.rank
         if position < len(self.rows):
-            return dict(self.rows[position])
-        first = self.rows[0]
-        return {**first, "labels": [IGNORE_INDEX] * len(first["labels"])}
+            return dict(self.rows[int(self.order[position])])
+        shortest = self.rows[int(self.order[-1])]
+        return {**shortest, "labels": [IGNORE_INDEX] * len(shortest["labels"])}
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
