@@ -57,8 +57,9 @@ class Recorder:
     def start(self) -> None:
         """The baseline: libraries are loaded and the process group is up, the model is not there yet."""
         gc.collect()
-        subprocess.Popen([sys.executable, "-c", POLL, str(os.getpid()), str(self.series)])
+        poll = subprocess.Popen([sys.executable, "-c", POLL, str(os.getpid()), str(self.series)])
         while not (self.series.exists() and self.series.read_text().endswith("\n")):
+            assert poll.poll() is None, "nobody watches the memory"
             time.sleep(0.05)
         self.mark("loading")
 

@@ -61,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 leave(config, launch, stop, str(stopped))
             end_group()
     except UserError as error:
-        exit_with(str(error), launch, told_to_end=by_launcher(stop))
+        exit_with(str(error), launch, told_to_end=ended_by_launcher(stop))
     except Exception as error:
-        exit_after(error, launch, told_to_end=by_launcher(stop))
+        exit_after(error, launch, told_to_end=ended_by_launcher(stop))
     return 0
 
 
-def by_launcher(stop: StopRequests | None) -> bool:
-    """Whether this rank was asked to end as launchers do when another rank has failed."""
-    return stop is not None and stop.reason == "SIGTERM"
+def ended_by_launcher(stop: StopRequests | None) -> bool:
+    """Whether a launcher ends this rank because another one has failed: not where all ranks agreed to stop."""
+    return stop is not None and stop.reason == "SIGTERM" and stop.decided is None
 
 
 def run(config: Config, launch: Launch, stop: StopRequests) -> None:

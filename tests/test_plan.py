@@ -252,6 +252,14 @@ def test_nothing_fits_is_said_and_is_exit_code_1(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("config_file")
+def test_what_runs_under_autocast_takes_more(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "Without DeepSpeed fp16 and torch_compile run under autocast"
+    for flags, said in (([], 0), (["--torch_compile", "yes"], 1), (["--bf16", "no", "--fp16", "yes"], 1)):
+        assert main(["plan", "run.yaml", *flags]) == 0
+        assert capsys.readouterr().out.count(line) == said
+
+
+@pytest.mark.usefixtures("config_file")
 def test_memory_decides_the_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     wide = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "80GB")["recommended"]
     narrow = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "1.095GB")["recommended"]

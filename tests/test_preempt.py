@@ -17,6 +17,7 @@ import pytest
 from ds_sft.runtime import preempt
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.preempt import LAUNCHER_DIED, Stopped, StopRequests, watch_for_stop
+from ds_sft.train import ended_by_launcher
 
 ALONE = Launch(launcher="python")
 
@@ -173,3 +174,13 @@ print("done")
 def test_children_leave_requests_to_their_parent() -> None:
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_a_rank_is_ended_by_its_launcher_unless_all_agreed_to_stop() -> None:
+    stop = StopRequests(ALONE)
+    assert not ended_by_launcher(None)
+    assert not ended_by_launcher(stop)
+    stop.reason = "SIGTERM"
+    assert ended_by_launcher(stop)
+    stop.decided = "SIGTERM"  # a job that is preempted: whoever is lost in the save after that is to be named
+    assert not ended_by_launcher(stop)

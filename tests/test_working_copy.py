@@ -29,9 +29,9 @@ def loss(of: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_a_bfloat16_model_with_gradients_in_float32(tied: bool, recompute: bool) -> None:
-    """Bit for bit, over two micro batches."""
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_bfloat16_model_with_gradients_in_float32(tied: bool, reentrant: bool | None) -> None:
+    """Bit for bit, over two micro batches, under autocast as Trainer has it; `reentrant` is a way to recompute."""
     expected: dict[str, torch.Tensor] = {}
     for ids in batches():
         half = model(tied=tied)
@@ -41,17 +41,38 @@ def test_a_bfloat16_model_with_gradients_in_float32(tied: bool, recompute: bool)
         for name, parameter in half.named_parameters():
             expected[name] = expected.get(name, torch.zeros(())) + parameter.grad.float()
     whole = model(tied=tied)
-    if recompute:
-        whole.activation_checkpointing_enable()
+    if reentrant is not None:
+        whole.activation_checkpointing_enable({"use_reentrant": reentrant})
     copy = WorkingCopy(whole)
     for number, ids in enumerate(batches()):
         with copy.lent(keep=number == 0):
-            loss(whole, ids).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(whole, ids)
+            value.backward()
     found = dict(whole.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_evaluation_between_micro_batches_and_frozen_weights() -> None:
+    whole = model(tied=False)
+    whole.model.embed_tokens.requires_grad_(False)
+    copy = WorkingCopy(whole)
+    expected: dict[str, torch.Tensor] = {}
+    for evaluate in (False, True):
+        whole.zero_grad()
+        for ids in batches():
+            if evaluate:
+                with torch.no_grad(), copy.lent(keep=True):
+                    assert not loss(whole, ids).requires_grad
+            with copy.lent(keep=True):
+                loss(whole, ids).backward()
+        found = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        assert found.pop("model.embed_tokens.weight") is None
+        expected = expected or found
+        assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
 
 
 def test_made_once_and_given_back() -> None:

@@ -191,6 +191,7 @@ class Plan:
             "configured": self.configured,
             "options": [self._row(o) for o in self.options],
             "filled": self.config.fills_batches,
+            "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
             "disk": self.disk(),
             "schedule": vars(times),

@@ -27,7 +27,7 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         "an assumption, everything else is counted."
     )
     console.print(cost_table(plan))
-    for line in (recommendation(plan), *disk_lines(plan), *time_lines(plan, given)):
+    for line in (recommendation(plan), *autocast_lines(plan), *disk_lines(plan), *time_lines(plan, given)):
         console.print(line)
 
 
@@ -86,6 +86,14 @@ def recommendation(plan: dict[str, Any]) -> str:
         f"{plan['ranks']} GPUs = {batch}, checkpointing {'on' if best['checkpointing'] else 'off'}: "
         f"{best['gpu_total'] / GB:.1f} GB of a GPU, {best['step_seconds']['total']:.2f} s a step."
     )
+
+
+def autocast_lines(plan: dict[str, Any]) -> list[str]:
+    if not plan["autocast"] or all(option["name"] != "no DeepSpeed" for option in plan["options"]):
+        return []
+    return [
+        "Without DeepSpeed fp16 and torch_compile run under autocast, which takes 5 to 14 % more than planned here."
+    ]
 
 
 def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """A model's weights in bfloat16, made once a step of the float32 weights that the optimizer changes.
 
-DeepSpeed's engine keeps such a copy; this is the same for training without it. Autocast instead casts every matrix in
-each micro batch, again where activations are recomputed, and leaves norms and the residual in float32.
+DeepSpeed's engine keeps such a copy; this is the same for training without it. Autocast alone casts every matrix in
+each micro batch, again where activations are recomputed, and leaves norms and the residual in float32. It stays on
+around the copy: it casts weights that a module reads of another one without calling it (Mamba), and rounds what a model
+multiplies in float32, such as a router. As in DeepSpeed's engine all float32 parameters have a copy, and buffers none.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class WorkingCopy:
         if master not in self.values:
             self.values[master] = master.detach().to(self.dtype)
         if master not in self.loans:
-            self.loans[master] = _Loan.apply(master, self.values[master])  # type: ignore[no-untyped-call]
+            with torch.enable_grad():  # reentrant checkpointing's forward is without: the weight would be cut off
+                self.loans[master] = _Loan.apply(master, self.values[master])  # type: ignore[no-untyped-call]
         return self.loans[master]
 
 

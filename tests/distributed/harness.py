@@ -39,6 +39,7 @@ def free_port() -> int:
     Below those that the kernel gives out by itself, and of the numbers that are this lane's of pytest-xdist alone.
     """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    first = first if first > 4096 else 32768  # where the kernel gives out all of them
     lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     while True:
         port = random.SystemRandom().randrange(max(first - 16_000, 1024) // 8, first // 8) * 8 + lane

@@ -179,7 +179,7 @@ def test_figures_of_every_logging_step(results: dict[str, Path], name: str) -> N
     assert all(row["forward_backward_share"] > 0 and row["optimizer_share"] > 0 for row in steps)
     assert all((row["communication_share"] > 0) == (record["world_size"] > 1) for row in steps)
     assert all(0.1 < row["peak_memory_gib"] < 3 for row in steps)
-    assert speed["seconds"] < record["train_seconds"] < 500  # evaluations are left out
+    assert speed["seconds"] < record["train_seconds"]  # evaluations are left out
     assert log.count("Peak for MFU: ") == 1
     assert len(re.findall(r"Step [1-6] of 6: loss .*, [\d,]+ tokens/s, MFU .*%, waiting .*%, padding .*%", log)) == 6
     assert "{'loss'" not in log

@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES = [
     ("llama-30m", "none", 2, True),
+    ("llama-30m", "none", 1, False),
     ("llama-30m", "zero1", 2, True),
     ("llama-30m", "zero2", 2, False),
     ("llama-30m", "zero3", 2, True),
