@@ -71,7 +71,8 @@ POSITIVE = ("max_length", "max_tokens_per_batch", "preprocessing_num_workers", "
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm")
+NOT_NEGATIVE = ("num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm",
+                "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
 ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # steps below 1 are a share of all
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.

@@ -30,6 +30,7 @@ from ds_sft.runtime.distributed import (
     others_wait,
     print_line,
     read_launch,
+    share_cores,
     use_one_device,
 )
 from ds_sft.runtime.identity import identity
@@ -78,11 +79,12 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     stop.use_output_dir(config.output_dir)
     if not launch.distributed:
         use_one_device(os.environ)
+    share_cores(launch, os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.runtime.expectation import expect_memory
-    from ds_sft.runtime.storage import settle_storage
+    from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
@@ -92,6 +94,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.training.trainer import SFTTrainer
 
     engine = engine_config(config, launch)
+    require_writable(config.output_dir)
     with stop.until_ranks_meet():
         tokenizer = load_tokenizer(config, launch)
         read_ahead(config, launch)

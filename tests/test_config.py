@@ -158,6 +158,7 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         (["--max_length", "1.5"], "--max_length: expected a whole number such as 2048, found '1.5'"),
         (["--max_length", "0"], "--max_length: expected 1 or more, found '0'"),
         (["--num_predictions", "-1"], "--num_predictions: expected 0 or more, found '-1'"),
+        (["--dataloader_num_workers", "-7"], "--dataloader_num_workers: expected 0 or more, found '-7'"),
         (["--learning_rate", "fast"], "--learning_rate: expected a number such as 2e-5, found 'fast'"),
         (["--learning_rate", "nan"], "--learning_rate: expected a number such as 2e-5, found 'nan'"),
         (["--learning_rate", "1e999"], "--learning_rate: expected a number such as 2e-5, found '1e999'"),

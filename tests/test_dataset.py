@@ -103,7 +103,9 @@ def test_cut_and_dropped_rows_are_counted(make: Any, tokenizer: Any) -> None:
 def test_bad_rows_stop_the_run_or_are_counted(make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*questions_and_answers(2), "{", {"question": "only"}, *["{"] * 30]
     config = make(rows)
-    with pytest.raises(UserError, match=r"train\.jsonl:3: not JSON: .*\(on_bad_row: skip leaves such rows out\)$"):
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:3: not JSON: .*[^t] at column \d+; .*\(on_bad_row: skip leaves such rows out\)$"
+    ):
         load_data(config, tokenizer, ALONE)
     assert not list(Path(config.cache_dir).glob("encoded-*[!k]"))  # nothing half made, the lock file aside
     capsys.readouterr()
@@ -551,7 +553,7 @@ def test_answers_without_text_are_kept_and_counted(
     assert report["first_empty_answer"].endswith("train.jsonl:4")
     print_report(data.report, ALONE)
     said = capsys.readouterr().out.replace("\n", " ")
-    assert f"train: 2 rows have an answer without text, the first in {report['first_empty_answer']}: a" in said
+    assert f"train: rows with an answer without text: 2, the first in {report['first_empty_answer']}: a" in said
     calls = to_dialogue({"messages": [{"role": "user", "content": "Q"}, call]}, Reading(""))
     assert not has_textless_answer(calls, "all")
 

@@ -16,6 +16,7 @@ from ds_sft.runtime.distributed import (
     exit_with,
     print_line,
     read_launch,
+    share_cores,
     use_one_device,
 )
 
@@ -65,6 +66,13 @@ def test_one_gpu_without_a_launcher() -> None:
         env = {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
         use_one_device(env)
         assert env == {"CUDA_VISIBLE_DEVICES": after}
+
+
+def test_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(8))
+    for ranks, before, after in ((4, {}, "2"), (16, {}, "1"), (4, {"OMP_NUM_THREADS": "3"}, "3"), (1, {}, None)):
+        share_cores(Launch(launcher="deepspeed", world_size=ranks, local_world_size=ranks), before)
+        assert before.get("OMP_NUM_THREADS") == after
 
 
 def test_rank_0_says_an_error_and_others_only_when_it_did_not(

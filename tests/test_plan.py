@@ -249,6 +249,9 @@ def test_rows_are_counted_as_launch_counts_them(capsys: pytest.CaptureFixture[st
 def test_nothing_fits_is_said_and_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "run.yaml", "--gpu-memory", "1GB"]) == 1
     assert "Nothing fits: even " in capsys.readouterr().out
+    assert main(["plan", "run.yaml", "--gpu-memory", "1GB", "--write", "planned.yaml"]) == 1
+    assert "--write planned.yaml: nothing is written, as nothing fits" in capsys.readouterr().err
+    assert not Path("planned.yaml").exists()
 
 
 @pytest.mark.usefixtures("config_file")

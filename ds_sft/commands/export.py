@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from ds_sft.runtime.export import PARTIAL, move_into
 
     checkpoint = open_checkpoint(given.checkpoint)
+    _require_manifest(given.checkpoint)
     dtype = _dtype(given)
     model = _empty_model(given)
     weights = _named(checkpoint.weights, model, given, dtype) if checkpoint.engine else checkpoint.weights
@@ -71,6 +72,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if given.out.exists() and (not given.out.is_dir() or {path.name for path in given.out.iterdir()} - {".export"}):
         raise UserError(f"{given.out}: exists and is not empty; give a new folder")
     return given
+
+
+def _require_manifest(checkpoint: Path) -> None:
+    """A checkpoint of our runs is complete when it has a manifest; those of other programs never have one.
+
+    Raises:
+        UserError: it has none, beside checkpoints of its run or the run's configuration.
+    """
+    from ds_sft.runtime.checkpoint import MANIFEST
+
+    run = checkpoint.resolve().parent
+    if not (checkpoint / MANIFEST).exists() and ((run / "config.yaml").exists() or any(run.glob(f"*/{MANIFEST}"))):
+        raise UserError(f"{checkpoint}: no {MANIFEST} in it: it was never completed; take an earlier checkpoint")
 
 
 def _dtype(given: argparse.Namespace) -> torch.dtype:

@@ -78,8 +78,10 @@ def main(argv: Sequence[str]) -> int:
         from ds_sft.commands.plan_tables import show_plan
 
         show_plan(plan.to_dict(), given)
-    if given.write:
-        write(plan, given.write)
+    if given.write and plan.best:
+        write(plan.config, plan.best, plan.configured, given.write)
+    elif given.write:
+        print(f"--write {given.write}: nothing is written, as nothing fits", file=sys.stderr)
     return 0 if plan.best else NOTHING_FITS
 
 
@@ -235,25 +237,19 @@ def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, An
     return configured, {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}
 
 
-def write(plan: Plan, path: Path) -> None:
-    """Save the recommended configuration.
-
-    Raises:
-        UserError: nothing fits.
-    """
-    if plan.best is None:
-        raise UserError(f"--write {path}: nothing fits, so there is nothing to recommend")
-    run, training = plan.best.run, dict(plan.config.training)
-    engine = training.get("deepspeed") if plan.best.name == plan.configured else None
-    if engine is None and plan.best.name in FILES:
-        file = CONFIGS / FILES[plan.best.name]
+def write(config: Config, best: Option, configured: str, path: Path) -> None:
+    """Save the recommended configuration; `configured` is the layout that `config` has."""
+    run, training = best.run, dict(config.training)
+    engine = training.get("deepspeed") if best.name == configured else None
+    if engine is None and best.name in FILES:
+        file = CONFIGS / FILES[best.name]
         engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
     training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": run.checkpointing,
                  "deepspeed": engine}  # fmt: skip
     most = run.max_tokens
-    if plan.config.fills_batches:
+    if config.fills_batches:
         most = run.tokens
     else:
         training["per_device_train_batch_size"] = run.micro_batch
-    replace(plan.config, max_tokens_per_batch=most, training=training).save(path)
+    replace(config, max_tokens_per_batch=most, training=training).save(path)
     print(f"Saved the recommended configuration: {path}", file=sys.stderr)

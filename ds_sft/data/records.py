@@ -82,7 +82,8 @@ def parse_json(line: bytes) -> Any:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise BadRow("not UTF-8", f"not UTF-8: {found}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        text = f"not JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
+        what = error.msg.removesuffix(" at")
+        text = f"not JSON: {what} at column {error.colno}; expected one JSON object a line"
         raise BadRow("not JSON", text) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
         raise BadRow("not JSON", f"not JSON: {type(error).__name__}; expected one JSON object a line") from None

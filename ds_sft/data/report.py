@@ -160,7 +160,7 @@ def advice(split: str, counts: dict[str, Any]) -> list[str]:
         )
     if counts["rows_with_empty_answers"]:
         lines.append(
-            f"{split}: {counts['rows_with_empty_answers']:,} rows have an answer without text, the first in "
+            f"{split}: rows with an answer without text: {counts['rows_with_empty_answers']:,}, the first in "
             f"{counts['first_empty_answer']}: a model learns from them to end its turn at once."
         )
     if counts["duplicates"]:

@@ -120,6 +120,15 @@ def use_one_device(env: dict[str, str] | os._Environ[str]) -> None:
     env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
+def share_cores(launch: Launch, env: dict[str, str] | os._Environ[str]) -> None:
+    """Give each rank of a node its part of the cores where nobody has said OMP_NUM_THREADS; torchrun says 1 itself.
+
+    Under `deepspeed` every rank would start a thread for every core. Must run before torch is imported.
+    """
+    if launch.local_world_size > 1 and not env.get("OMP_NUM_THREADS"):
+        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+
+
 def start_gloo(timeout_seconds: int, *, with_deepspeed: bool) -> None:
     """Start the process group for ranks without a GPU; Trainer's own start would forget the time limit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from pathlib import Path
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
+
+
+def require_writable(folder: Path) -> None:
+    """See before data are encoded that a folder can be made and written; it is not made yet.
+
+    Raises:
+        UserError: it cannot.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir: {folder}: cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: {folder}: cannot be written: no permission to write in {there}")
 
 
 def settle_storage(args: TrainingArguments, launch: Launch) -> bool:

@@ -81,6 +81,12 @@ class ResumableTrainer(Trainer):
 
     # ---- Continuing
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but a tied weight is not missing: checkpoints have it once."""
+        tied = set(self.model.all_tied_weights_keys)
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def restore_progress(self) -> None:
         """Take up what Trainer forgets: the loss since the last log entry, the sums over the run."""
         if self.run.resumed is None:
