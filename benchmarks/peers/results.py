@@ -236,7 +236,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set(
             title=run,
-            xlabel=f"CPU time for the same tokens / {OURS}",
+            xlabel=f"CPU time for the same tokens\nover that of {OURS}",
             xlim=(0, 1.25 * max(v or 0 for v in [*ratios, 1])),
         )
     panels[0][0].invert_yaxis()
