@@ -134,15 +134,14 @@ def test_auto_is_what_the_run_would_export(plain: Path, tmp_path: Path) -> None:
         [("bf16: true", torch.bfloat16), ("bf16: false", torch.float32), ("export_dtype: float16", torch.float16)]
     ):
         (plain.parent / "config.yaml").write_text(record, encoding="utf-8")
-        (plain / "manifest.json").touch()
         assert export([str(plain), str(tmp_path / str(number))]) == 0
         weights = load_file(tmp_path / str(number) / "model.safetensors")
         assert {value.dtype for value in weights.values()} == {dtype}
 
 
 def test_a_checkpoint_that_was_never_completed(plain: Path, tmp_path: Path) -> None:
-    (plain.parent / "config.yaml").write_text("bf16: true", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no manifest\.json in it: it was never completed"):
+    (plain.parent / "data_report.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r": it was never completed: no manifest; take another checkpoint$"):
         export([str(plain), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

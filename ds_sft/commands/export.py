@@ -78,13 +78,16 @@ def _require_manifest(checkpoint: Path) -> None:
     """A checkpoint of our runs is complete when it has a manifest; those of other programs never have one.
 
     Raises:
-        UserError: it has none, beside checkpoints of its run or the run's configuration.
+        UserError: it has none, or one that cannot be read, in a folder that a run of ours has reported its data in.
     """
-    from ds_sft.runtime.checkpoint import MANIFEST
+    from ds_sft.runtime.checkpoint import Broken, read_manifest
 
-    run = checkpoint.resolve().parent
-    if not (checkpoint / MANIFEST).exists() and ((run / "config.yaml").exists() or any(run.glob(f"*/{MANIFEST}"))):
-        raise UserError(f"{checkpoint}: no {MANIFEST} in it: it was never completed; take an earlier checkpoint")
+    if not (checkpoint.resolve().parent / "data_report.json").exists():
+        return
+    try:
+        read_manifest(checkpoint)
+    except Broken as error:
+        raise UserError(f"{checkpoint}: {error}; take another checkpoint") from None
 
 
 def _dtype(given: argparse.Namespace) -> torch.dtype:
