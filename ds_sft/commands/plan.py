@@ -41,6 +41,7 @@ from ds_sft.plan.layouts import (
 from ds_sft.plan.memory import activations
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, read_shape
+from ds_sft.runtime.storage import nearest
 from ds_sft.runtime.zero import read_engine
 
 UNITS = {
@@ -177,11 +178,9 @@ class Plan:
         if number != 0 and training.get("save_total_limit"):
             kept = training["save_total_limit"] + 1  # the new one is written before the oldest goes
             number = kept if number is None else min(number, kept)
-        folder = next(p for p in (self.config.output_dir.absolute(), *self.config.output_dir.absolute().parents)
-                      if p.exists())  # fmt: skip
         return {"checkpoint": one, "checkpoints_at_once": number, "final_model": final,
                 "total": None if number is None else one * number + final,
-                "free": shutil.disk_usage(folder).free}  # fmt: skip
+                "free": shutil.disk_usage(nearest(self.config.output_dir)).free}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""

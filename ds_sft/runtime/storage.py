@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or of those it is to be made in the innermost that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def require_writable(folder: Path) -> None:
     """See before data are encoded that a folder can be made and written; it is not made yet.
 
     Raises:
         UserError: it cannot.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = nearest(folder)
     if not there.is_dir():
         raise UserError(f"output_dir: {folder}: cannot be written: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
