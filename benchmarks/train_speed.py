@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def measure(wanted: list[Candidate], homes: dict[str, Any], job: Job, given: arg
 
 
 def measure_scaling(job: Job, given: argparse.Namespace) -> Results:
-    """Ours with one and two ranks of one thread each."""
+    """Ours with one and two ranks of one thread each: the same steps, and micro batches of as many rows."""
+    job = replace(job, most=job.batch // 2)
     results: Results = []
     for number, (run, (ranks, stage)) in itertools.product(range(given.rounds), SCALING.items()):
         found = run_one(CANDIDATES[0], None, with_ranks(job, ranks, stage, threads=1), given.timeout)
@@ -179,7 +181,7 @@ def measure_scaling(job: Job, given: argparse.Namespace) -> Results:
 
 
 def with_ranks(job: Job, ranks: int, stage: int, threads: int) -> Job:
-    return Job(**{**vars(job), "ranks": ranks, "stage": stage, "threads": threads})
+    return replace(job, ranks=ranks, stage=stage, threads=threads)
 
 
 def run_one(candidate: Candidate, home: Any, job: Job, timeout: int) -> Result:

@@ -190,12 +190,37 @@ def test_loss_that_is_no_number_is_flagged() -> None:
 
 
 def test_scaling_is_against_twice_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [run(OURS, 0, 4.0, run="plain x1"), run(OURS, 0, 4.0, run="ZeRO-2 x2", wall=5.0)]
+    """Of its own engine, and of one without DeepSpeed; a failed one is named with what depends on it."""
+    runs = [
+        run(OURS, 0, 4.0, run="plain x1"),
+        run(OURS, 0, 5.0, run="ZeRO-2 x1", wall=10.0),
+        run(OURS, 0, 0.0, run="ZeRO-3 x1", error="no room"),
+        run(OURS, 0, 6.0, run="ZeRO-2 x2", wall=5.0),
+        run(OURS, 0, 4.0, run="ZeRO-3 x2", wall=5.0),
+    ]
     results.print_scaling(runs)
     assert capsys.readouterr().out.splitlines()[3:] == [
-        "| plain x1 | 125 | 100% | 1.00 |",
-        "| ZeRO-2 x2 | 200 | 80% | 1.00 |",
+        "| plain x1 | 125 | 100% | 100% | 1.00 |",
+        "| ZeRO-2 x1 | 100 | 100% | 80% | 1.00 |",
+        "| ZeRO-3 x1 | does not run: no room | | | |",
+        "| ZeRO-2 x2 | 200 | 100% | 80% | 1.20 |",
+        "| ZeRO-3 x2 | does not run: one rank does not run | | | |",
     ]
+
+
+def test_scaling_keeps_micro_batches_and_steps() -> None:
+    """One rank accumulates what two compute at once."""
+    job = train_speed.with_ranks(
+        commands.Job(Path(), Path(), "", batch=8, steps=2, longest=1, tokens=1, most=4), 1, 2, 1
+    )
+    micro = [
+        (k["per_device_train_batch_size"], k["gradient_accumulation_steps"])
+        for k in (
+            job.keys(train_speed.CANDIDATES[0], Path("out")),
+            train_speed.with_ranks(job, 2, 2, 1).keys(train_speed.CANDIDATES[0], Path("out")),
+        )
+    ]
+    assert micro == [(4, 2), (4, 1)]
 
 
 def test_plot_names_what_does_not_run(tmp_path: Path) -> None:

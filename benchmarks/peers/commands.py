@@ -63,9 +63,10 @@ class Job:
     ranks: int = 1
     stage: int = 0  # DeepSpeed's; 0: no DeepSpeed
     threads: int = 1  # of each rank
+    most: int | None = None  # rows of a micro batch, at most
 
     def micro(self, candidate: Candidate) -> int:
-        return 1 if candidate.layout == "single" else self.batch // self.ranks
+        return 1 if candidate.layout == "single" else min(self.batch // self.ranks, self.most or self.batch)
 
     def keys(self, candidate: Candidate, out: Path) -> dict[str, Any]:
         """Fields of TrainingArguments, the same for all; the rows come in the file's order."""

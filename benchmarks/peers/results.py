@@ -194,19 +194,22 @@ def print_targets(results: list[dict[str, Any]]) -> None:
 
 
 def print_scaling(results: list[dict[str, Any]]) -> None:
-    """Tokens a second of two ranks against twice one, at one thread each."""
+    """Tokens a second of two ranks against twice one, at one thread each: one of the same engine, and without any."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         runs.setdefault(result["run"], {})[result["round"]] = result
-    print("\n| ours | tokens/s | of one rank's times ranks | CPU time of one rank's |\n|---|---|---|---|")
-    one = runs["plain x1"]
+    print("\n| ours | tokens/s | of one rank's times ranks | of one plain rank's | CPU time of one rank's |")
+    print("|---|---|---|---|---|")
     for name, rounds in runs.items():
-        speed, work = ratio(one, rounds, "wall"), ratio(rounds, one, "cpu")
-        if speed is None or work is None:
-            print(f"| {name} | does not run: {next(iter(rounds.values()))['error']} | | |")
+        ranks, one = int(name[-1]), runs.get(f"{name[:-1]}1", {})
+        speeds, work = [ratio(base, rounds, "wall") for base in (one, runs["plain x1"])], ratio(rounds, one, "cpu")
+        if None in (*speeds, work):
+            error = next((r["error"] for r in rounds.values() if r["error"]), "one rank does not run")
+            print(f"| {name} | does not run: {error} | | | |")
             continue
         rate = statistics.median(1000 / r["wall"] for r in rounds.values() if not r["error"])
-        print(f"| {name} | {rate:.0f} | {speed / int(name[-1]):.0%} | {work:.2f} |")
+        shares = [f"{speed / ranks:.0%}" for speed in speeds if speed is not None]
+        print(f"| {name} | {rate:.0f} | {' | '.join(shares)} | {work:.2f} |")
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
