@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["schedule"]["steps"] == 14  # 7 an epoch of 100 rows, 16 a step; two epochs
     assert found["schedule"]["tokens"] == 14 * 16 * 128
     assert found["disk"]["total"] == found["disk"]["checkpoint"] + found["disk"]["final_model"]
+
+
+@pytest.mark.usefixtures("config_file")
+def test_tables_have_one_unit_of_memory_and_no_time_of_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    """GB are of links and of a GPU as it was given; a step of this model lasts less than a millisecond."""
+    said = []
+    for words in ([], ["--sweep", "nodes=1..2"]):
+        assert main(["plan", "run.yaml", *words]) == 0
+        said.append(capsys.readouterr().out)
+        assert "0.00 s" not in said[-1]
+        assert re.search(r"0\.\d+ ms", said[-1])
+    assert "8 GPUs of 80 GB (74.5 GiB)." in said[0]
+    assert re.findall(r"\S+ GB\b(?!/s)", said[0]) == ["80 GB", "GPU, GB"]
+    assert "GPU, GiB" in said[1]
 
 
 @pytest.mark.usefixtures("config_file")
