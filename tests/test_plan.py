@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import resource
 import subprocess
@@ -24,6 +25,7 @@ from ds_sft.plan.layouts import FILES, engine_of, micro_batches, name_of, shippe
 from ds_sft.plan.memory import (
     CHUNK_BYTES,
     Engine,
+    Memory,
     Reduction,
     Run,
     chunk_logits,
@@ -36,6 +38,8 @@ from ds_sft.plan.memory import (
 from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.sweep import nodes_of
+from ds_sft.runtime import expectation
+from ds_sft.runtime.distributed import Launch
 
 TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -488,6 +492,44 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], said: st
         code = int(str(ended.code))
     assert code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measured", "freed", "said"),
+    [
+        (2.4, 0.0, "2.00 GiB planned, 2.40 measured (+0.40)."),
+        (2.9, 0.7, "(+0.90). On a CPU freed blocks count that the C library keeps for later: up to 0.70 GiB here."),
+        (2.9, 0.3, "(+0.90). They part: the plan of a longer or larger run would be as wrong; please report it with"),
+        (1.1, 0.7, "(-0.90). They part: "),
+    ],
+)
+def test_a_run_that_parts_from_its_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measured: float, freed: float, said: str
+) -> None:
+    monkeypatch.setattr(expectation, "peak_memory", lambda: {"host_gib": measured + 0.5})
+    monkeypatch.setattr(expectation, "freed_gib", lambda: freed)
+    planned = expectation.Expectation("ZeRO-2", Memory("loss", {"activations": 2 << 30}), False, before_gib=0.5)
+    found = expectation.compare_with_plan(planned, Launch(launcher="python"))
+    assert said in capsys.readouterr().out
+    assert found == {"layout": "ZeRO-2", "moment": "loss", "planned_gib": 2.0, "measured_gib": measured}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_blocks_that_the_c_library_keeps() -> None:
+    """Once a block was freed glibc takes the next of its size from the heap, which a block at its end keeps."""
+    script = """
+import ctypes
+from ds_sft.runtime.expectation import freed_gib
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+c.free(c.malloc(20 << 20))
+blocks, last, before = [c.malloc(16 << 20) for _ in range(8)], c.malloc(1 << 20), freed_gib()
+for block in blocks:
+    c.free(block)
+print(round(8 * (freed_gib() - before), 2))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "1.0\n"
 
 
 def test_answers_in_two_seconds(config_file: Path) -> None:
