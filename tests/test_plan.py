@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermedi
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 SHAPE = Shape(family="llama", hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=1000,
               tied=False)  # fmt: skip
+TIED = replace(SHAPE, tied=True)
 # A layer: q, o 64 x 64 each; k, v 64 x 32 each; gate, up, down 64 x 128 each; two norms of 64.
 LAYER = 2 * 4096 + 2 * 2048 + 3 * 8192 + 128
 PARAMETERS = 2 * LAYER + 2 * 64_000 + 64
@@ -125,6 +127,8 @@ def test_gathered_parameters_obey_the_reuse_distance() -> None:
     assert near[2] == 2 * (2 * (LAYER - 128) + 2 * 64_000)  # both layers' matrices, the embedding and the projection
     far = gathered_at(run(3, engine=Engine(stage=3, prefetch_bucket=0, persistence_threshold=64, max_reuse_distance=0)))
     assert far == [2 * 64_000, 2 * 8192, 2 * 64_000]
+    tied = replace(run(3, engine=Engine(stage=3, prefetch_bucket=0, persistence_threshold=64)), shape=TIED)
+    assert gathered_at(tied) == [2 * 64_000, *[2 * (2 * (LAYER - 128) + 64_000)] * 2]  # until the embedding's backward
 
 
 def test_traffic_in_weights() -> None:

@@ -336,7 +336,8 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"backward of layer {i}", parts
     embedding, last = reached[-2:]
     yield "embedding", moment(0, replace(embedding, passing=max(waiting + head, embedding.passing)))
-    yield "end of backward", {"gradients": last.kept + last.passing, "buckets": last.buckets}
+    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets}
+    yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
 
 
 @dataclass(frozen=True)
@@ -517,13 +518,12 @@ def gathered_at(run: Run) -> list[int]:
         """Whether what so many layers follow is kept; the output projection is used by forward and backward."""
         return 2 * s.embedding + passes * layer * layers_behind < engine.max_reuse_distance
 
-    # Untied, the embedding waits for its own backward; tied, it is the output projection.
-    embedding = 0 if s.tied or not stays(s.layers) else s.embedding
+    embedding = s.embedding if stays(s.layers) else 0  # waits for its own backward, as output projection or beside it
     held = []
     for i in range(s.layers + 1):
         near = sum(layer for number in range(i) if stays(s.layers - 1 - number))
         if i in (0, s.layers):
-            current = s.embedding + (embedding if i else 0)
+            current = s.embedding + (embedding if i and not s.tied else 0)
         else:
             current = (layer if stays(s.layers - 1 - i) else max(matrices, default=0)) + embedding
         held.append((near + current + min(engine.prefetch_bucket, s.parameters)) * run.weight)
