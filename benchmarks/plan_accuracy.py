@@ -1,6 +1,6 @@
 """Is `ds-sft plan` right? Train real models through `train.py` and compare each rank's memory with the plan.
 
-    python benchmarks/plan_accuracy.py                    # the cases of README: three hours on two cores, 16 GiB
+    python benchmarks/plan_accuracy.py                    # the cases of README: half an hour on two cores, 13 GiB
     python benchmarks/plan_accuracy.py --full             # all models x layouts x ranks x checkpointing: a day, 56 GiB
     python benchmarks/plan_accuracy.py --only zero3 --only 2r --results results.jsonl   # cases with both words
 
