@@ -58,7 +58,7 @@ def run(stage: int, ranks: int, **keys: int | bool) -> Run:
 def states_bytes(stage: int, ranks: int, rank: int | None = None) -> float:
     """Bytes of states of a rank for each parameter of the model."""
     asked = run(stage, ranks)
-    held = gradients(asked, ranks // 2 if rank is None else rank, LLAMA.parameters)
+    held = gradients(asked, ranks // 2 if rank is None else rank)
     return (sum(states(asked).values()) + held) / LLAMA.parameters
 
 

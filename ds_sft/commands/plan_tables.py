@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-GB = 1e9
+from ds_sft.runtime.size import in_units
+
+GB, GIB = 1e9, 2**30  # of links; of memory and disks
 PARTS = ("parameters", "gradients", "master weights", "optimizer states", "activations", "logits", "buckets",
          "gathered parameters", "reduction", "step buffers", "flat copy", "allocator margin")  # fmt: skip
 
@@ -19,7 +21,8 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
     model = plan["model"]
     tied = ", tied embeddings" if model["tied"] else ""
-    gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {given.gpu_memory / GB:.0f} GB"
+    memory = f"{given.gpu_memory / GB:.0f} GB ({in_units(given.gpu_memory)})"
+    gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {memory}"
     console.print(f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus}.")
     console.print(memory_table(plan))
     console.print(
@@ -33,7 +36,7 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
 
 def memory_table(plan: dict[str, Any]) -> Table:
     """Memory of a GPU by part, a column for each layout."""
-    table = Table(title="GB of a GPU, by part")
+    table = Table(title="GiB of a GPU, by part")
     table.add_column("")
     for option in plan["options"]:
         mark = " *" if option["name"] == plan["configured"] else ""
@@ -41,15 +44,15 @@ def memory_table(plan: dict[str, Any]) -> Table:
     for part in PARTS:
         sizes = [option["gpu"].get(part, 0) for option in plan["options"]]
         if any(sizes):
-            table.add_row(part, *(f"{size / GB:.2f}" if size else "" for size in sizes))
+            table.add_row(part, *(f"{size / GIB:.2f}" if size else "" for size in sizes))
     table.add_section()
-    table.add_row("GPU", *(f"{option['gpu_total'] / GB:.1f}" for option in plan["options"]))
+    table.add_row("GPU", *(f"{option['gpu_total'] / GIB:.1f}" for option in plan["options"]))
     table.add_row("fullest at", *(option["fullest_moment"] for option in plan["options"]))
-    table.add_row("host memory of a node", *(f"{option['node_total'] / GB:.1f}" for option in plan["options"]))
+    table.add_row("host memory of a node", *(f"{option['node_total'] / GIB:.1f}" for option in plan["options"]))
     table.add_row("fits", *("yes" if option["fits"] else "no" for option in plan["options"]))
     table.add_section()
     for way, title in (("checkpointing", "activations with checkpointing"), ("without", "activations without")):
-        table.add_row(title, *(f"{option['activations'][way] / GB:.2f}" for option in plan["options"]))
+        table.add_row(title, *(f"{option['activations'][way] / GIB:.2f}" for option in plan["options"]))
     first = plan["options"][0]
     table.caption = (f"* as configured: micro batch {_micro(first, plan)} x accumulation {first['accumulation']}, "
                      f"checkpointing {'on' if first['checkpointing'] else 'off'}")  # fmt: skip
@@ -59,12 +62,12 @@ def memory_table(plan: dict[str, Any]) -> Table:
 def cost_table(plan: dict[str, Any]) -> Table:
     """Traffic and time of a step."""
     table = Table(title=f"A step; links reached: {plan['ring_bandwidth'] / GB:.0f} GB/s sent by each GPU of a ring")
-    for name in ("", "sent by a GPU, GB", "hides behind computation above, GB/s", "computes, s", "lasts, s"):
+    for name in ("", "sent by a GPU, GB", "hides behind computation above, GB/s", "computes", "lasts"):
         table.add_column(name, justify="left" if not name else "right")
     for option in plan["options"]:
         step = option["step_seconds"]
         table.add_row(option["name"], f"{option['sent_per_step'] / GB:.2f}", f"{option['hiding_bandwidth'] / GB:.2f}",
-                      f"{step['compute']:.2f}", f"{step['total']:.2f}")  # fmt: skip
+                      in_seconds(step["compute"]), in_seconds(step["total"]))  # fmt: skip
     return table
 
 
@@ -72,8 +75,8 @@ def recommendation(plan: dict[str, Any]) -> str:
     best = plan["recommended"]
     if best is None:
         least = min(plan["options"], key=lambda option: option["gpu_total"])
-        return (f"Nothing fits: even {least['name']} needs {least['gpu_total'] / GB:.1f} GB of a GPU at micro batch "
-                f"{_micro(least, plan)} and {least['node_total'] / GB:.0f} GB of a node. "
+        return (f"Nothing fits: even {least['name']} needs {in_units(least['gpu_total'])} of a GPU at micro batch "
+                f"{_micro(least, plan)} and {in_units(least['node_total'])} of a node. "
                 "Take more GPUs, a smaller max_length, or a smaller model.")  # fmt: skip
     parts = best["accumulation"] * plan["ranks"]
     if plan["filled"]:
@@ -84,7 +87,7 @@ def recommendation(plan: dict[str, Any]) -> str:
     return (
         f"Recommended: {best['name']}, micro batch {_micro(best, plan)} x accumulation {best['accumulation']} x "
         f"{plan['ranks']} GPUs = {batch}, checkpointing {'on' if best['checkpointing'] else 'off'}: "
-        f"{best['gpu_total'] / GB:.1f} GB of a GPU, {best['step_seconds']['total']:.2f} s a step."
+        f"{in_units(best['gpu_total'])} of a GPU, {in_seconds(best['step_seconds']['total'])} a step."
     )
 
 
@@ -104,12 +107,12 @@ def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
 def disk_lines(plan: dict[str, Any]) -> list[str]:
     disk = plan["disk"]
     if disk["total"] is None:
-        return [f"Disk: {disk['checkpoint'] / GB:.1f} GB a checkpoint, final model {disk['final_model'] / GB:.1f} GB; "
-                f"{disk['free'] / GB:.1f} GB free. How many checkpoints there will be depends on the rows of "
+        return [f"Disk: {in_units(disk['checkpoint'])} a checkpoint, final model {in_units(disk['final_model'])}; "
+                f"{in_units(disk['free'])} free. How many checkpoints there will be depends on the rows of "
                 "train_file, which cannot be counted from here; give --rows, or set save_total_limit."]  # fmt: skip
-    line = (f"Disk: {disk['checkpoint'] / GB:.1f} GB a checkpoint x {disk['checkpoints_at_once']} + final model "
-            f"{disk['final_model'] / GB:.1f} GB = {disk['total'] / GB:.1f} GB; "
-            f"{disk['free'] / GB:.1f} GB free.")  # fmt: skip
+    line = (f"Disk: {in_units(disk['checkpoint'])} a checkpoint x {disk['checkpoints_at_once']} + final model "
+            f"{in_units(disk['final_model'])} = {in_units(disk['total'])}; "
+            f"{in_units(disk['free'])} free.")  # fmt: skip
     if disk["total"] <= disk["free"]:
         return [line]
     return [line, "The disk is too small: set save_total_limit, save less often, or choose another output_dir."]
@@ -134,6 +137,11 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
     return lines
 
 
+def in_seconds(seconds: float) -> str:
+    """Of a step: 1.25 s, 43.1 ms."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
 def duration(seconds: float) -> str:
     """2 d 03 h, 5 h 07 min, 12 min, 40 s."""
     minutes = int(seconds // 60)
@@ -141,4 +149,6 @@ def duration(seconds: float) -> str:
         return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    if minutes or seconds < 1:
+        return f"{minutes} min" if minutes else in_seconds(seconds)
+    return f"{seconds:.0f} s"

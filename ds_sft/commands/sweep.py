@@ -11,12 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ds_sft.commands.plan_tables import in_seconds
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware
 from ds_sft.plan.memory import Run
 from ds_sft.plan.sweep import Point, nodes_of, sweep
 
-GB = 1e9
+GB, GIB = 1e9, 2**30  # of links; of memory
 
 
 def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path | None, *, as_json: bool) -> int:
@@ -43,16 +44,15 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
 
 def table(points: list[Point], hardware: Hardware) -> Table:
     made = Table(title=f"{hardware.gpus_per_node} GPUs a node")
-    for name in ("layout", "nodes", "GPU, GB", "computes, s", "communicates, s", "step, s", "none hidden, s",
-                 "efficiency"):  # fmt: skip
+    for name in ("layout", "nodes", "GPU, GiB", "computes", "communicates", "step", "none hidden", "efficiency"):
         made.add_column(name, justify="left" if name == "layout" else "right")
     last = points[0].layout
     for p in points:
         if p.layout != last:
             made.add_section()
         last = p.layout
-        made.add_row(p.layout, str(p.nodes), f"{p.gpu_bytes / GB:.1f}", f"{p.step.compute:.2f}",
-                     f"{p.step.communication:.2f}", f"{p.step.total:.2f}", f"{p.unhidden:.2f}",
+        made.add_row(p.layout, str(p.nodes), f"{p.gpu_bytes / GIB:.1f}",
+                     *map(in_seconds, (p.step.compute, p.step.communication, p.step.total, p.unhidden)),
                      f"{p.efficiency:.0%}")  # fmt: skip
     return made
 
@@ -72,7 +72,7 @@ def draw(points: list[Point], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     panels: dict[str, Callable[[Point], float]] = {
-        "GPU memory, GB": lambda p: p.gpu_bytes / GB,
+        "GPU memory, GiB": lambda p: p.gpu_bytes / GIB,
         "step, s": lambda p: p.step.total,
         "efficiency": lambda p: p.efficiency,
     }

@@ -9,7 +9,8 @@ the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from ds_sft.plan.shape import Shape
 
@@ -189,9 +190,7 @@ def model_states(run: Run) -> int:
     if run.engine.stage is None:
         fixed.pop("buckets")
     held = max(step_gradients(run, rank) for rank in _ranks(run))
-    buckets = _buckets(run)["buckets"] if run.engine.stage == 3 else 0
-    if run.engine.offload_optimizer and run.engine.stage != 3:
-        buckets += _largest_copy(run)
+    buckets = 0 if run.engine.stage is None else _buckets(replace(run, lazy=False))
     return sum(fixed.values()) + sum(on_host.values()) + held + buckets
 
 
@@ -310,61 +309,163 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
     s, layer = run.shape, layer_activations(run)
     kept = kept_between_layers(run) if run.checkpointing else layer
     gathered, head = gathered_at(run), s.embedding * run.width  # bytes of the gradient of either end of the model
+    reached, per_layer = reductions(run, rank), len(s.layer_tensors())
+    behind = 1 if s.tied else 2  # the last norm, and before it an output projection of its own
 
-    def moment(layers: int, done: int, whole: int, **parts: int) -> dict[str, int]:
-        """`layers` still to go backward, `done` elements behind, `whole` bytes of gradients not yet divided."""
+    def moment(layers: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
+        """`layers` still to go backward, `waiting` bytes of a gradient in autograd."""
         return {
             "activations": outside_layers(run) + layers * kept + working_copy(run),
             "gathered parameters": gathered[layers],
-            "gradients": gradients(run, rank, done) + whole,
-            **_buckets(run),
+            "gradients": at.kept + at.passing + waiting,
+            "buckets": at.buckets,
             **parts,
         }
 
     # The projection's gradient is formed in forward.
-    yield "loss", moment(s.layers, 0, head, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
-    behind = 0 if s.tied else s.embedding
-    waiting = head if s.tied else 0  # in autograd, for the embedding's own, to be added
-    yield "output projection", moment(s.layers, behind, reduction(run, s.embedding), logits=loss_inputs(run))
+    start = Reduction(gradients_before(run, rank), head, _buckets(run))
+    yield "loss", moment(s.layers, start, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
+    waiting = head if s.tied else 0  # for the embedding's own, to be added
+    at = _fullest(reached[:behind])
+    yield "output projection", moment(s.layers, at, waiting, logits=loss_inputs(run))
     for i in reversed(range(s.layers)):
-        behind += s.layer_parameters
-        parts = moment(i, behind, waiting + reduction(run, max(s.layer_tensors())))
+        at = _fullest(reached[behind : behind + per_layer])
+        behind += per_layer
+        parts = moment(i, at, waiting)
         parts["activations"] += layer + layer_backward(run)
         yield f"backward of layer {i}", parts
-    yield "embedding", moment(0, behind, max(waiting + head, reduction(run, s.embedding)))
+    embedding, last = reached[-2:]
+    yield "embedding", moment(0, replace(embedding, passing=max(waiting + head, embedding.passing)))
+    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets}
+    yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
 
 
-def gradients(run: Run, rank: int, done: int) -> int:
-    """Gradients that a rank keeps for the step when those of the last `done` elements of the model are computed.
+@dataclass(frozen=True)
+class Reduction:
+    """Bytes of gradients at one point of backward."""
+
+    kept: int  # for the step
+    passing: int  # the newest, and what reducing others takes
+    buckets: int
+
+
+def _fullest(points: list[Reduction]) -> Reduction:
+    return max(points, key=lambda point: point.kept + point.passing + point.buckets)
+
+
+def reductions(run: Run, rank: int) -> list[Reduction]:
+    """Gradients as each parameter gets its own, from the model's end to its start, and when the last are reduced."""
+    engine, w = run.engine, run.weight
+    kept, buckets = gradients_before(run, rank), _buckets(run)
+    if engine.stage is None:
+        cast = run.width if run.width != w else 0  # the gradient of a working copy is there in 16 bits too
+        sizes = [*reversed(run.shape.tensors()), 0]
+        done = [0, *accumulate(sizes[:-1])]
+        return [Reduction(kept or d * w, size * (w + cast), buckets) for d, size in zip(done, sizes, strict=True)]
+    mine, partition = {start for start, *_ in _in_share(run, rank)}, _partition(run, rank)
+    points, after, reducing, own, touched = [], kept, 0, 0, [0, 0]
+    for number, bucket in enumerate(_bucketed(run)):
+        large, size, filled = _large(run, bucket), _size(bucket), 0
+        for _, one in bucket:
+            filled += 0 if large else one
+            touched[number % 2] = max(touched[number % 2], filled)
+            points.append(Reduction(kept, one * w + reducing, buckets + _double(run, touched)))
+            kept, reducing = after, 0
+        if engine.stage < 3 and not engine.offload_optimizer:
+            inside = sum(one for start, one in bucket if start in mine)
+            after += (inside if run.lazy else partition if inside and not own else 0) * w  # one buffer takes all
+            own += inside
+            if engine.stage == 1:
+                after += (size - inside) * w * large  # nobody takes them, nobody frees them
+                after -= size * w * (run.accumulation > 1)  # those of earlier micro batches move into buckets as well
+        reducing = max(_copies(run, bucket) + size * w * large, after - kept)
+    return [*points, Reduction(kept, reducing, buckets + _double(run, touched))]
+
+
+def _size(bucket: list[tuple[int, int]]) -> int:
+    return sum(size for _, size in bucket)
+
+
+def _bucketed(run: Run) -> list[list[tuple[int, int]]]:
+    """Start and size of the parameters of each bucket, from the model's end.
+
+    One is reduced when the next gradient does not fit (`reduce_independent_p_g_buckets_and_remove_grads`).
+    """
+    made: list[list[tuple[int, int]]] = []
+    start, room = run.shape.parameters, 0
+    for size in reversed(run.shape.tensors()):
+        start -= size
+        if size > room:
+            made.append([])
+            room = run.engine.reduce_bucket
+        made[-1].append((start, size))
+        room -= size
+    return made
+
+
+def _large(run: Run, bucket: list[tuple[int, int]]) -> bool:
+    """Whether it is one gradient with no room in DeepSpeed's buffer: it stays where it is, alone."""
+    return bucket[0][1] > run.engine.reduce_bucket
+
+
+def _copies(run: Run, bucket: list[tuple[int, int]]) -> int:
+    """Bytes that reducing a bucket takes: in stage 3 `reduce_scatter_coalesced`, else `allreduce_bucket`.
+
+    Both put what several ranks keep parts of into one piece, and gloo copies what it scatters. Offloading takes norms
+    in float64.
+    """
+    engine, size = run.engine, _size(bucket)
+    if engine.stage == 3:
+        joined = len(bucket) > 1 or size % run.ranks > 0
+        copies = joined + run.lazy
+        norm = max(-(-size // run.ranks) for _, size in bucket)
+    else:
+        share = -(-run.shape.parameters // run.ranks)
+        first, last = bucket[-1][0] // share, (bucket[0][0] + bucket[0][1] - 1) // share
+        copies = first != last
+        norm = max(min(size, share) for _, size in bucket)
+    return max(copies * size * run.weight, norm * NORM * engine.offload_optimizer)
+
+
+def gradients_before(run: Run, rank: int) -> int:
+    """Bytes of gradients that a rank has before backward: of earlier micro batches; in stage 3 one buffer takes all."""
+    engine, w = run.engine, run.weight
+    if engine.stage == 3:
+        return 0 if engine.offload_optimizer else owned(run) * w
+    if run.accumulation == 1:
+        return 0
+    if engine.stage in (None, 1):
+        return run.shape.parameters * w
+    return 0 if engine.offload_optimizer else _partition(run, rank) * w
+
+
+def gradients(run: Run, rank: int) -> int:
+    """Bytes of gradients that a rank has when backward ends.
 
     With accumulation those of earlier micro batches are there from the start. Without DeepSpeed and in stage 1 new ones
     are added to them, in stage 2 they lie beside them (`all_grad_tensors`), in stage 3 one buffer takes both.
     """
-    engine, w, several = run.engine, run.weight, run.accumulation > 1
+    engine = run.engine
     if engine.stage == 3:
-        return 0 if engine.offload_optimizer else owned(run) * w
+        return gradients_before(run, rank)
     if engine.stage in (None, 1):
-        return (run.shape.parameters if several else done) * w
-    if engine.offload_optimizer:
-        return 0
-    new = _partition(run, rank, done if run.lazy or not done else None)  # a GPU reserves the buffer at the first one
-    return (new + several * _partition(run, rank)) * w
+        return run.shape.parameters * run.weight
+    return 0 if engine.offload_optimizer else (1 + (run.accumulation > 1)) * _partition(run, rank) * run.weight
 
 
 def step_gradients(run: Run, rank: int) -> int:
     """Gradients left when the optimizer steps: in stages 1 and 2 those of a rank's share (`_clear_param_grad_only`)."""
     if run.engine.stage in (1, 2):
         return 0 if run.engine.offload_optimizer else _partition(run, rank) * run.weight
-    return gradients(run, rank, run.shape.parameters)
+    return gradients(run, rank)
 
 
-def _partition(run: Run, rank: int, done: int | None = None) -> int:
+def _partition(run: Run, rank: int) -> int:
     """Elements of all parameters that lie in a rank's share, those that lie in it with a part only as well.
 
-    Stage 2 keeps their gradients whole (`copy_grads_in_partition`). `done` counts from the model's end.
+    Stage 2 keeps their gradients whole (`copy_grads_in_partition`).
     """
-    reached = 0 if done is None else run.shape.parameters - done
-    return sum(size for start, size, _ in _in_share(run, rank) if start >= reached)
+    return sum(size for _, size, _ in _in_share(run, rank))
 
 
 def _in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
@@ -378,29 +479,25 @@ def _in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
         start += size
 
 
-def _buckets(run: Run) -> dict[str, int]:
-    """DeepSpeed's reduction buffers (reduce_bucket_size); nothing without DeepSpeed: see `states`."""
+def _buckets(run: Run) -> int:
+    """Bytes of the reduction buffers that are there all the time: DistributedDataParallel's, and stage 3's."""
     engine = run.engine
     if engine.stage is None:
-        return {"buckets": run.shape.parameters * FP32 if run.ranks > 1 else 0}
-    buffers = 2 if engine.overlap and engine.stage < 3 else 1
-    size = min(engine.reduce_bucket, run.shape.parameters) if run.lazy else engine.reduce_bucket
-    extra = _largest_copy(run) if engine.offload_optimizer and engine.stage < 3 else 0
-    return {"buckets": buffers * size * run.weight + extra}
+        return run.shape.parameters * FP32 if run.ranks > 1 else 0
+    if engine.stage < 3:
+        return _largest_copy(run) if engine.offload_optimizer else 0
+    filled = max((_size(bucket) for bucket in _bucketed(run) if not _large(run, bucket)), default=0)
+    return (filled if run.lazy else engine.reduce_bucket) * run.weight
 
 
-def reduction(run: Run, size: int) -> int:
-    """Bytes of a whole gradient of `size` elements while it is reduced, with the copies of it that takes.
-
-    One is flattened over the ranks that share it (`allreduce_bucket`, `reduce_scatter_coalesced`); offloading takes its
-    norm in float64. The gradient of a working copy
-    is there in 16 bits too, while it is cast.
-    """
+def _double(run: Run, touched: list[int]) -> int:
+    """Bytes of the buffers that stages 1 and 2 make for a backward, two where communication overlaps."""
     engine = run.engine
-    copies = 2 if engine.stage is not None and (run.ranks > 1 or engine.stage == 3) else 1
-    norm = NORM * (-(-size // run.ranks) if engine.stage == 3 else min(size, owned(run))) * engine.offload_optimizer
-    cast = size * run.width if run.width != run.weight else 0
-    return copies * size * run.weight + norm + cast
+    if engine.stage == 3:
+        return 0
+    if run.lazy:
+        return (sum(touched) if engine.overlap else max(touched)) * run.weight
+    return (1 + engine.overlap) * engine.reduce_bucket * run.weight
 
 
 def gathered_at(run: Run) -> list[int]:
@@ -421,13 +518,12 @@ def gathered_at(run: Run) -> list[int]:
         """Whether what so many layers follow is kept; the output projection is used by forward and backward."""
         return 2 * s.embedding + passes * layer * layers_behind < engine.max_reuse_distance
 
-    # Untied, the embedding waits for its own backward; tied, it is the output projection.
-    embedding = 0 if s.tied or not stays(s.layers) else s.embedding
+    embedding = s.embedding if stays(s.layers) else 0  # waits for its own backward, as output projection or beside it
     held = []
     for i in range(s.layers + 1):
         near = sum(layer for number in range(i) if stays(s.layers - 1 - number))
         if i in (0, s.layers):
-            current = s.embedding + (embedding if i else 0)
+            current = s.embedding + (embedding if i and not s.tied else 0)
         else:
             current = (layer if stays(s.layers - 1 - i) else max(matrices, default=0)) + embedding
         held.append((near + current + min(engine.prefetch_bucket, s.parameters)) * run.weight)
@@ -439,14 +535,14 @@ def step(run: Run, rank: int) -> dict[str, int]:
     engine, share = run.engine, owned(run)
     held = step_gradients(run, rank)
     if engine.stage is None or engine.offload_optimizer:
-        return {"gradients": held}
+        return {"gradients": held, "buckets": _buckets(run)}
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != FP32 else FP32)
     if engine.stage == 3:
         norm = NORM * -(-max(run.shape.tensors()) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in _in_share(run, rank)), default=0)
-    return {"gradients": held, "step buffers": max(flat, norm), **({} if engine.stage != 3 else _buckets(run))}
+    return {"gradients": held, "step buffers": max(flat, norm), "buckets": _buckets(run)}
 
 
 def validation(run: Run) -> dict[str, int]:
@@ -454,7 +550,7 @@ def validation(run: Run) -> dict[str, int]:
     wide = run.eval_batch * run.length * max(run.shape.hidden, run.shape.intermediate) * 2 * FP32
     size = chunk_logits(run, run.eval_batch * run.length) if run.eval_batch else 0
     wide += working_copy(run) if run.eval_batch else 0
-    return {"logits": size, "activations": wide, "gathered parameters": gathered_at(run)[-1], **_buckets(run)}
+    return {"logits": size, "activations": wide, "gathered parameters": gathered_at(run)[-1], "buckets": _buckets(run)}
 
 
 def loading(run: Run) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from ds_sft.runtime.results import peak_memory
 
 GIB = 2**30
 TOLERANCE = 0.15  # of the plan, or this much where models are tiny:
-FLOOR = 0.5  # GiB: modules imported late, blocks that the C library keeps
+FLOOR = 0.5  # GiB: modules imported late
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,40 @@ def compare_with_plan(expected: Expectation | None, launch: Launch) -> dict[str,
     if expected is None:
         return None
     now = peak_memory()
-    mine = now["gpu_gib"] if expected.on_gpu else now["host_gib"] - expected.before_gib
-    measured = max(gather(mine))
+    mine = (now["gpu_gib"], 0.0) if expected.on_gpu else (now["host_gib"] - expected.before_gib, freed_gib())
+    measured, freed = max(gather(mine))
     difference = measured - expected.gib
     line = f"Memory of a rank: {expected.gib:.2f} GiB planned, {measured:.2f} measured ({difference:+.2f})."
-    if abs(difference) > max(TOLERANCE * expected.gib, FLOOR):
+    tolerance = max(TOLERANCE * expected.gib, FLOOR)
+    if freed and tolerance < difference <= tolerance + freed:
+        line += f" On a CPU freed blocks count that the C library keeps for later: up to {freed:.2f} GiB here."
+    elif abs(difference) > tolerance:
         line += " They part: the plan of a longer or larger run would be as wrong; please report it with run.json."
     launch.say(line)
     return {"layout": expected.layout, "moment": expected.memory.moment, "planned_gib": round(expected.gib, 3),
             "measured_gib": round(measured, 3)}  # fmt: skip
+
+
+class MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, malloc.h: `fordblks` are the bytes in free blocks, of all arenas."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def freed_gib() -> float:
+    """Freed blocks that the C library has not given back to the system; 0 where it does not tell (glibc 2.33 does).
+
+    The plan counts what is in use. Blocks of up to 32 MiB are kept when they are freed, activations above all, and what
+    a later moment of the step takes in larger blocks comes on top: SmolLM2-135M without checkpointing under ZeRO-3 had
+    2.42 GiB in use at most (2.50 planned), 1.56 at the optimizer step, when 1.48 of freed blocks beside them made 3.04
+    resident. The same run with every freed block given back at once: 2.43.
+    """
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0.0
+    mallinfo2.restype = MallInfo
+    return float(mallinfo2().fordblks) / GIB
 
 
 def resident_gib() -> float:

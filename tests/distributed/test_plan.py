@@ -27,7 +27,7 @@ CASES = [
     ("llama-30m", "zero1", 2, True),
     ("llama-30m", "zero2", 2, False),
     ("llama-30m", "zero3", 2, True),
-    ("qwen3-10m", "zero2", 2, True),
+    ("qwen3-10m", "zero2-offload", 2, True),
     ("qwen3-10m", "zero3", 2, True),
 ]  # untied and tied
 
