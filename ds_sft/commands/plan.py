@@ -67,6 +67,10 @@ def main(argv: Sequence[str]) -> int:
         UserError: a mistake in the configuration or a flag, or a model that cannot be planned.
     """
     given, rest = parser().parse_known_args(list(argv))
+    if given.plot and not given.sweep:
+        raise UserError("--plot: draws a sweep: give --sweep nodes=1..128 as well")
+    if given.write and given.sweep:
+        raise UserError("--write: a sweep recommends nothing: leave out --sweep or --write")
     config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG")
     plan = Plan(config, given)
     if given.sweep:
@@ -94,14 +98,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpus-per-node", type=count, default=8, help="[%(default)s]")
     made.add_argument("--gpu-memory", type=memory, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
     made.add_argument("--host-memory", type=memory, metavar="512GB", help="of one node [not checked]")
-    made.add_argument("--interconnect", type=size, default=25e9, metavar="25GB",
+    made.add_argument("--interconnect", type=memory, default=25e9, metavar="25GB",
                       help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's; "
                            "what `ds-sft doctor` measures, divided by a node's GPUs [25GB: 200 Gbit/s]")  # fmt: skip
-    made.add_argument("--nvlink", type=size, default=200e9, metavar="200GB",
+    made.add_argument("--nvlink", type=memory, default=200e9, metavar="200GB",
                       help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
-    made.add_argument("--host-link", type=size, default=20e9, metavar="20GB",
+    made.add_argument("--host-link", type=memory, default=20e9, metavar="20GB",
                       help="bytes a second and GPU to host memory [20GB]")  # fmt: skip
-    made.add_argument("--flops", type=size, default=150e12, metavar="150T",
+    made.add_argument("--flops", type=flops, default=150e12, metavar="150T",
                       help="floating-point operations a second that a GPU reaches [150T]")  # fmt: skip
     made.add_argument(
         "--tokens-per-second", type=size, help="of all GPUs, measured [run.json of output_dir, else --flops]"
@@ -130,11 +134,16 @@ def size(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def memory(text: str) -> float:
+def memory(text: str, unit: str = "GB") -> float:
     """A size with its unit: 80 alone would be 80 bytes."""
     if text.strip()[-1:].isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number with its unit, such as {text.strip()}GB")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number with its unit, such as {text.strip()}{unit}")
     return size(text)
+
+
+def flops(text: str) -> float:
+    """A rate with its unit: 312 alone would be 312 operations a second."""
+    return memory(text, "T")
 
 
 class Plan:
@@ -165,7 +174,7 @@ class Plan:
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
-        return schedule(self.config, best.run, best.step.total, rows=given.rows or self.rows,
+        return schedule(self.config, best.run, self.hardware, rows=given.rows or self.rows,
                         mean_tokens=given.mean_tokens,
                         rate=given.tokens_per_second or measured_rate(self.config, self.hardware.ranks))  # fmt: skip
 
@@ -250,5 +259,8 @@ def write(config: Config, best: Option, configured: str, path: Path) -> None:
         most = run.tokens
     else:
         training["per_device_train_batch_size"] = run.micro_batch
-    replace(config, max_tokens_per_batch=most, training=training).save(path)
+    try:
+        replace(config, max_tokens_per_batch=most, training=training).save(path)
+    except OSError as error:
+        raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
     print(f"Saved the recommended configuration: {path}", file=sys.stderr)

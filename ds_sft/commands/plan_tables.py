@@ -30,7 +30,12 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         "an assumption, everything else is counted."
     )
     console.print(cost_table(plan))
-    for line in (recommendation(plan), *autocast_lines(plan), *disk_lines(plan), *time_lines(plan, given)):
+    for line in (
+        recommendation(plan, host_checked=given.host_memory is not None),
+        *autocast_lines(plan),
+        *disk_lines(plan),
+        *time_lines(plan, given),
+    ):
         console.print(line)
 
 
@@ -71,7 +76,7 @@ def cost_table(plan: dict[str, Any]) -> Table:
     return table
 
 
-def recommendation(plan: dict[str, Any]) -> str:
+def recommendation(plan: dict[str, Any], *, host_checked: bool) -> str:
     best = plan["recommended"]
     if best is None:
         least = min(plan["options"], key=lambda option: option["gpu_total"])
@@ -88,6 +93,11 @@ def recommendation(plan: dict[str, Any]) -> str:
         f"Recommended: {best['name']}, micro batch {_micro(best, plan)} x accumulation {best['accumulation']} x "
         f"{plan['ranks']} GPUs = {batch}, checkpointing {'on' if best['checkpointing'] else 'off'}: "
         f"{in_units(best['gpu_total'])} of a GPU, {in_seconds(best['step_seconds']['total'])} a step."
+        + (
+            f" Each node needs {in_units(best['node_total'])} of memory, which is not checked: give --host-memory."
+            if best["host"] and not host_checked
+            else ""
+        )
     )
 
 
@@ -139,16 +149,16 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
 
 def in_seconds(seconds: float) -> str:
     """Of a step: 1.25 s, 43.1 ms."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
 
 
 def duration(seconds: float) -> str:
     """2 d 03 h, 5 h 07 min, 12 min, 40 s."""
-    minutes = int(seconds // 60)
+    if seconds < 1:
+        return in_seconds(seconds)
+    minutes = round(seconds / 60) if seconds >= 59.5 else 0
     if minutes >= 1440:
         return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
-    if minutes or seconds < 1:
-        return f"{minutes} min" if minutes else in_seconds(seconds)
-    return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -61,7 +61,7 @@ def draw(points: list[Point], path: Path) -> None:
     """Three panels over the number of nodes, as PNG.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         import matplotlib
@@ -84,4 +84,7 @@ def draw(points: list[Point], path: Path) -> None:
         axis.set_xticks(ticks := sorted({p.nodes for p in points}), [str(tick) for tick in ticks])
         axis.minorticks_off()
     axes[0].legend()
-    figure.savefig(path, dpi=120, format="png")
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"--plot: {path}: cannot be written: {error.strerror}") from None

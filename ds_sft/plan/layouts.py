@@ -22,10 +22,10 @@ LAYOUTS: dict[str, tuple[int | None, bool, bool]] = {  # name -> stage, optimize
     "ZeRO-2 offload": (2, True, False),
     "ZeRO-3 offload": (3, True, True),
 }
-# Those with a file in ds_configs/. ZeRO-2 needs less than ZeRO-1 everywhere, so that one is shown and never advised.
+# Those with a file in ds_configs/. ZeRO-2 never needs more than ZeRO-1, so that one is shown and never advised.
 FILES = {"ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json", "ZeRO-2 offload": "zero2_offload.json",
          "ZeRO-3 offload": "zero3_offload.json"}  # fmt: skip
-# Elements, of ds_configs/. Transformers' "auto" is hidden x hidden: 0.3 M at 135 M parameters, 400 reductions a step.
+# Elements, of ds_configs/. Transformers' "auto" is hidden x hidden: 0.3 M at 135 M parameters, 200 reductions a step.
 REDUCE_BUCKET = 50_000_000
 CUDA_CONTEXT = 1 << 30  # CUDA's own and NCCL's buffers, bytes; not measured here
 FRAGMENTS = 0.05  # of what is allocated, lost between blocks (ZeRO paper, section 3.2); not measured here
@@ -37,14 +37,21 @@ def engine_of(zero: Mapping[str, Any], shape: Shape) -> Engine:
     Raises:
         UserError: stage 0, which is DeepSpeed without ZeRO.
     """
-    stage = int(zero.get("stage", 0))
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage: {stage!r}: expected 1, 2 or 3")
     if stage == 0:
         raise UserError("zero_optimization.stage: 0: cannot be planned; leave the deepspeed key out, or take stage 1")
     h, given = shape.hidden, Engine(stage=stage)
 
     def size(key: str, auto: int, default: int) -> int:
         value = zero.get(key, default)
-        return auto if value == "auto" else int(value)
+        if value == "auto":
+            return auto
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise UserError(f'zero_optimization.{key}: {value!r}: expected a number of elements, or "auto"') from None
 
     return replace(
         given,
@@ -57,12 +64,15 @@ def engine_of(zero: Mapping[str, Any], shape: Shape) -> Engine:
         persistence_threshold=size("stage3_param_persistence_threshold", 10 * h, given.persistence_threshold),
         max_reuse_distance=size("stage3_max_reuse_distance", given.max_reuse_distance, given.max_reuse_distance),
         sub_group=size("sub_group_size", given.sub_group, given.sub_group),
-        hierarchical=int(zero.get("zero_hpz_partition_size", 1)),
+        hierarchical=max(size("zero_hpz_partition_size", 1, 1), 1),
     )
 
 
 def _offloaded(zero: Mapping[str, Any], name: str) -> bool:
-    return str((zero.get(name) or {}).get("device", "none")) != "none"
+    block = zero.get(name) or {}
+    if not isinstance(block, Mapping):
+        raise UserError(f'zero_optimization.{name}: {block!r}: expected an object, such as {{"device": "cpu"}}')
+    return str(block.get("device", "none")) != "none"
 
 
 def shipped_engine(name: str, shape: Shape) -> Engine:
@@ -191,11 +201,13 @@ def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, ho
     """The layout that divides least among those that fit and are about as fast as the fastest.
 
     Over layouts, checkpointing, and micro batches that keep the global batch, in rows or, where tokens fill micro
-    batches (`filled`), in tokens. Estimated times that differ by less than
-    a quarter are taken as equal: they leave out what dividing further costs in latency.
+    batches (`filled`), in tokens. Offloading is taken where nothing else fits: its times leave out Adam on the host.
+    Estimated times that differ by less than a quarter are taken as equal: they leave out what dividing further costs in
+    latency.
     """
     found = [best for name, run in base.items() if name in FILES or (name == "no DeepSpeed" and run.ranks == 1)
              for best in _largest(name, run, hardware, gpu_memory, host, filled=filled)]  # fmt: skip
+    found = [option for option in found if not option.run.engine.offload_optimizer] or found
     if not found:
         return None
     fastest = min(option.step.total for option in found)

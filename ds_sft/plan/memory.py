@@ -362,6 +362,8 @@ def reductions(run: Run, rank: int) -> list[Reduction]:
         sizes = [*reversed(run.shape.tensors()), 0]
         done = [0, *accumulate(sizes[:-1])]
         return [Reduction(kept or d * w, size * (w + cast), buckets) for d, size in zip(done, sizes, strict=True)]
+    if engine.stage == 1 and (run.accumulation > 1 or not engine.overlap):
+        return _reduced_at_the_end(run, rank)
     mine, partition = {start for start, *_ in _in_share(run, rank)}, _partition(run, rank)
     points, after, reducing, own, touched = [], kept, 0, 0, [0, 0]
     for number, bucket in enumerate(_bucketed(run)):
@@ -369,7 +371,8 @@ def reductions(run: Run, rank: int) -> list[Reduction]:
         for _, one in bucket:
             filled += 0 if large else one
             touched[number % 2] = max(touched[number % 2], filled)
-            points.append(Reduction(kept, one * w + reducing, buckets + _double(run, touched)))
+            cloned = large and engine.offload_optimizer and engine.stage < 3  # where it stays, and on its way there
+            points.append(Reduction(kept, one * w * (1 + cloned) + reducing, buckets + _double(run, touched)))
             kept, reducing = after, 0
         if engine.stage < 3 and not engine.offload_optimizer:
             inside = sum(one for start, one in bucket if start in mine)
@@ -377,9 +380,27 @@ def reductions(run: Run, rank: int) -> list[Reduction]:
             own += inside
             if engine.stage == 1:
                 after += (size - inside) * w * large  # nobody takes them, nobody frees them
-                after -= size * w * (run.accumulation > 1)  # those of earlier micro batches move into buckets as well
-        reducing = max(_copies(run, bucket) + size * w * large, after - kept)
+        reducing = max(_copies(run, bucket), after - kept) + size * w * large  # a large one until it has been copied
     return [*points, Reduction(kept, reducing, buckets + _double(run, touched))]
+
+
+def _reduced_at_the_end(run: Run, rank: int) -> list[Reduction]:
+    """Stage 1 but for the last micro batch, and without overlap for all: gradients stay where they are.
+
+    They are reduced behind the last micro batch's backward (`reduce_gradients`).
+    """
+    w, buckets, several = run.weight, _buckets(run), run.accumulation > 1
+    sizes = [*reversed(run.shape.tensors())]
+    done = [0, *accumulate(sizes)]
+    whole = gradients_before(run, rank) if several else 0
+    points = [Reduction(whole or d * w, size * w, buckets) for d, size in zip(done, sizes, strict=False)]
+    bucketed = _bucketed(run)
+    touched = [0, 0]
+    for number, bucket in enumerate(bucketed):
+        filled = 0 if _large(run, bucket) else _size(bucket)
+        touched[number % 2] = max(touched[number % 2], filled)
+    copies = max(_copies(run, bucket) for bucket in bucketed)
+    return [*points, Reduction(done[-1] * w, copies, buckets + _double(run, touched))]
 
 
 def _size(bucket: list[tuple[int, int]]) -> int:
@@ -411,20 +432,36 @@ def _large(run: Run, bucket: list[tuple[int, int]]) -> bool:
 def _copies(run: Run, bucket: list[tuple[int, int]]) -> int:
     """Bytes that reducing a bucket takes: in stage 3 `reduce_scatter_coalesced`, else `allreduce_bucket`.
 
-    Both put what several ranks keep parts of into one piece, and gloo copies what it scatters. Offloading takes norms
-    in float64.
+    Both put what several ranks keep parts of into one piece, up to a bucket's size, and gloo copies what it scatters.
+    Offloading takes norms in float64. (Stage 2 divides weights with decay and those without each by themselves; here
+    all are divided as one, which can move a border within a layer.)
     """
     engine, size = run.engine, _size(bucket)
     if engine.stage == 3:
         joined = len(bucket) > 1 or size % run.ranks > 0
-        copies = joined + run.lazy
+        copies = (joined + run.lazy) * size
         norm = max(-(-size // run.ranks) for _, size in bucket)
     else:
         share = -(-run.shape.parameters // run.ranks)
-        first, last = bucket[-1][0] // share, (bucket[0][0] + bucket[0][1] - 1) // share
-        copies = first != last
-        norm = max(min(size, share) for _, size in bucket)
-    return max(copies * size * run.weight, norm * NORM * engine.offload_optimizer)
+        copies = joined_parts(bucket[-1][0], bucket[0][0] + bucket[0][1], share, engine.reduce_bucket)
+        copies *= engine.allreduce
+        norm = max(min(one, share) for _, one in bucket)
+    return max(copies * run.weight, norm * NORM * engine.offload_optimizer)
+
+
+def joined_parts(start: int, end: int, share: int, room: int) -> int:
+    """Elements of the largest piece that the parts of several ranks are put into (`allreduce_and_scatter`).
+
+    A piece is closed once it is larger than `room`; one part alone is not copied.
+    """
+    largest = piece = parts = 0
+    while start < end:
+        part = min(end, (start // share + 1) * share) - start
+        start, piece, parts = start + part, piece + part, parts + 1
+        if piece > room or start == end:
+            largest = max(largest, piece if parts > 1 else 0)
+            piece = parts = 0
+    return largest
 
 
 def gradients_before(run: Run, rank: int) -> int:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
-from ds_sft.plan.cost import model_flops_per_token
+from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time
 from ds_sft.plan.memory import Run
 from ds_sft.plan.steps import Steps, steps_of
 
@@ -34,7 +34,7 @@ class Schedule:
     checkpoints: int | None  # written in all
 
 
-def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None, mean_tokens: float | None,
+def schedule(config: Config, run: Run, hardware: Hardware, *, rows: int | None, mean_tokens: float | None,
              rate: float | None) -> Schedule:  # fmt: skip
     """How long a run of `rows` an epoch takes: at `rate` tokens a second, else at the step time that was estimated."""
     training = config.training
@@ -49,8 +49,9 @@ def schedule(config: Config, run: Run, step_seconds: float, *, rows: int | None,
     counted = steps_of(training, micro, run.accumulation, run.ranks, rows or 0)
     steps = counted.steps if rows or counted.max_steps > 0 else None
     tokens = None if steps is None else steps * per_step * per_row
-    # Estimated steps are of rows as long as max_length: shorter ones are padded or take less time, none takes more.
-    estimated = run.tokens * run.accumulation * run.ranks / step_seconds
+    # Shorter rows compute less, but what a step sends and updates stays the same.
+    mean = run if size is not None else replace(run, length=max(length, 1))
+    estimated = mean.tokens * run.accumulation * run.ranks / step_time(mean, hardware).total
     used = rate or estimated
     return Schedule(
         rows=rows,

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,7 +72,7 @@ class Shape:
     def layer_parameters(self) -> int:
         return sum(self.layer_tensors())
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(self.tensors())
 

@@ -89,7 +89,7 @@ def compare_with_plan(expected: Expectation | None, launch: Launch) -> dict[str,
         line += " They part: the plan of a longer or larger run would be as wrong; please report it with run.json."
     launch.say(line)
     return {"layout": expected.layout, "moment": expected.memory.moment, "planned_gib": round(expected.gib, 3),
-            "measured_gib": round(measured, 3)}  # fmt: skip
+            "measured_gib": round(measured, 3), "freed_gib": round(freed, 3)}  # fmt: skip
 
 
 class MallInfo(ctypes.Structure):
@@ -102,7 +102,8 @@ class MallInfo(ctypes.Structure):
 def freed_gib() -> float:
     """Freed blocks that the C library has not given back to the system; 0 where it does not tell (glibc 2.33 does).
 
-    The plan counts what is in use. Blocks of up to 32 MiB are kept when they are freed, activations above all, and what
+    The plan counts what is in use. Blocks of up to 32 MiB (`training/model.py` sets that, as training is twice as slow
+    where each is mapped anew) are kept when they are freed, activations above all, and what
     a later moment of the step takes in larger blocks comes on top: SmolLM2-135M without checkpointing under ZeRO-3 had
     2.42 GiB in use at most (2.50 planned), 1.56 at the optimizer step, when 1.48 of freed blocks beside them made 3.04
     resident. The same run with every freed block given back at once: 2.43.
