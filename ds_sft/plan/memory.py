@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 
 from ds_sft.plan.shape import Shape
@@ -355,6 +356,14 @@ def _fullest(points: list[Reduction]) -> Reduction:
 
 def reductions(run: Run, rank: int) -> list[Reduction]:
     """Gradients as each parameter gets its own, from the model's end to its start, and when the last are reduced."""
+    # The batch does not matter: the search for the largest one asks again and again.
+    same = Run(shape=run.shape, engine=run.engine, ranks=run.ranks, micro_batch=1, length=1, half=run.half,
+               accumulation=min(run.accumulation, 2), checkpointing=False, lazy=run.lazy)  # fmt: skip
+    return _reductions(same, rank)
+
+
+@lru_cache(maxsize=256)
+def _reductions(run: Run, rank: int) -> list[Reduction]:
     engine, w = run.engine, run.weight
     kept, buckets = gradients_before(run, rank), _buckets(run)
     if engine.stage is None:
