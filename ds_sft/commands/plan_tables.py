@@ -12,8 +12,8 @@ from rich.table import Table
 from ds_sft.runtime.size import in_units
 
 GB, GIB = 1e9, 2**30  # of links; of memory and disks
-PARTS = ("parameters", "gradients", "master weights", "optimizer states", "activations", "logits", "buckets",
-         "gathered parameters", "reduction", "step buffers", "flat copy", "allocator margin")  # fmt: skip
+PARTS = ("parameters", "gradients", "master weights", "optimizer states", "working copy", "activations", "logits",
+         "buckets", "gathered parameters", "reduction", "step buffers", "flat copy", "allocator margin")  # fmt: skip
 
 
 def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:

@@ -316,7 +316,8 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
     def moment(layers: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
         """`layers` still to go backward, `waiting` bytes of a gradient in autograd."""
         return {
-            "activations": outside_layers(run) + layers * kept + working_copy(run),
+            "activations": outside_layers(run) + layers * kept,
+            "working copy": working_copy(run),
             "gathered parameters": gathered[layers],
             "gradients": at.kept + at.passing + waiting,
             "buckets": at.buckets,
@@ -595,8 +596,9 @@ def validation(run: Run) -> dict[str, int]:
     """A validation batch: a chunk of its logits."""
     wide = run.eval_batch * run.length * max(run.shape.hidden, run.shape.intermediate) * 2 * FP32
     size = chunk_logits(run, run.eval_batch * run.length) if run.eval_batch else 0
-    wide += working_copy(run) if run.eval_batch else 0
-    return {"logits": size, "activations": wide, "gathered parameters": gathered_at(run)[-1], "buckets": _buckets(run)}
+    copy = working_copy(run) if run.eval_batch else 0
+    return {"logits": size, "activations": wide, "working copy": copy, "gathered parameters": gathered_at(run)[-1],
+            "buckets": _buckets(run)}  # fmt: skip
 
 
 def loading(run: Run) -> dict[str, int]:
