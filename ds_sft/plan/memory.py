@@ -126,13 +126,10 @@ def peak(run: Run, *, loading: bool = True) -> Memory:
 
 
 def states(run: Run) -> dict[str, int]:
-    """What stays on the device from step to step (ZeRO paper, section 3.1 and figure 1), gradients apart."""
+    """What stays on the device from step to step (ZeRO paper, section 3.1, figure 1), gradients and buckets apart."""
     engine, share = run.engine, owned(run)
     if engine.stage is None:
-        ddp = (
-            run.shape.parameters * FP32 if run.ranks > 1 else 0
-        )  # DDP's gradient buckets (gradient_as_bucket_view off)
-        return {"parameters": run.shape.parameters * FP32, "optimizer states": share * MOMENTS, "buckets": ddp}
+        return {"parameters": run.shape.parameters * FP32, "optimizer states": share * MOMENTS}
     whole = run.shape.parameters if engine.stage < 3 else 0
     masters = 0 if engine.stage == 3 and run.weight == FP32 else share * FP32  # float32 shares are their own masters
     on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight}
@@ -187,12 +184,9 @@ def model_states(run: Run) -> int:
 
     Wherever they are, and with the buffers that DeepSpeed never frees; without DDP's, which Python cannot see.
     """
-    fixed, on_host = states(run), host(run)
-    if run.engine.stage is None:
-        fixed.pop("buckets")
     held = max(step_gradients(run, rank) for rank in _ranks(run))
     buckets = 0 if run.engine.stage is None else _buckets(replace(run, lazy=False))
-    return sum(fixed.values()) + sum(on_host.values()) + held + buckets
+    return sum(states(run).values()) + sum(host(run).values()) + held + buckets
 
 
 # ---- Activations
@@ -399,16 +393,13 @@ def _reduced_at_the_end(run: Run, rank: int) -> list[Reduction]:
 
     They are reduced behind the last micro batch's backward (`reduce_gradients`).
     """
-    w, buckets, several = run.weight, _buckets(run), run.accumulation > 1
+    w, buckets, whole = run.weight, _buckets(run), gradients_before(run, rank)
     sizes = [*reversed(run.shape.tensors())]
     done = [0, *accumulate(sizes)]
-    whole = gradients_before(run, rank) if several else 0
     points = [Reduction(whole or d * w, size * w, buckets) for d, size in zip(done, sizes, strict=False)]
     bucketed = _bucketed(run)
-    touched = [0, 0]
-    for number, bucket in enumerate(bucketed):
-        filled = 0 if _large(run, bucket) else _size(bucket)
-        touched[number % 2] = max(touched[number % 2], filled)
+    filled = [0 if _large(run, bucket) else _size(bucket) for bucket in bucketed]
+    touched = [max(filled[buffer::2], default=0) for buffer in (0, 1)]
     copies = max(_copies(run, bucket) for bucket in bucketed)
     return [*points, Reduction(done[-1] * w, copies, buckets + _double(run, touched))]
 
@@ -527,7 +518,10 @@ def _in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _buckets(run: Run) -> int:
-    """Bytes of the reduction buffers that are there all the time: DistributedDataParallel's, and stage 3's."""
+    """Bytes of the reduction buffers that are there all the time.
+
+    DistributedDataParallel's (`gradient_as_bucket_view` is off), stage 3's, and what stage 2 sends to the host from.
+    """
     engine = run.engine
     if engine.stage is None:
         return run.shape.parameters * FP32 if run.ranks > 1 else 0
