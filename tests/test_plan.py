@@ -253,6 +253,24 @@ def test_engine_options_are_those_transformers_fills_in() -> None:
         engine_of({}, SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stage": "auto"}, "zero_optimization.stage: 'auto': expected 1, 2 or 3"),
+        ({"stage": 4}, "zero_optimization.stage: 4: expected 1, 2 or 3"),
+        ({"reduce_bucket_size": None}, "zero_optimization.reduce_bucket_size: None: expected a number of elements"),
+        ({"offload_optimizer": "cpu"}, "zero_optimization.offload_optimizer: 'cpu': expected an object, such as"),
+    ],
+)
+def test_engine_options_that_cannot_be_read(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        engine_of({"stage": 2, **options}, SHAPE)
+
+
+def test_no_hierarchy_is_one_rank() -> None:
+    assert engine_of({"stage": 3, "zero_hpz_partition_size": 0}, SHAPE).hierarchical == 1
+
+
 def test_micro_batches_keep_the_rows_of_a_step() -> None:
     assert micro_batches(12) == [12, 6, 4, 3, 2, 1]
 

@@ -96,14 +96,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
     made.add_argument("--gpus-per-node", type=count, default=8, help="[%(default)s]")
-    made.add_argument("--gpu-memory", type=memory, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
-    made.add_argument("--host-memory", type=memory, metavar="512GB", help="of one node [not checked]")
-    made.add_argument("--interconnect", type=memory, default=25e9, metavar="25GB",
+    made.add_argument("--gpu-memory", type=with_unit, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
+    made.add_argument("--host-memory", type=with_unit, metavar="512GB", help="of one node [not checked]")
+    made.add_argument("--interconnect", type=with_unit, default=25e9, metavar="25GB",
                       help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's; "
                            "what `ds-sft doctor` measures, divided by a node's GPUs [25GB: 200 Gbit/s]")  # fmt: skip
-    made.add_argument("--nvlink", type=memory, default=200e9, metavar="200GB",
+    made.add_argument("--nvlink", type=with_unit, default=200e9, metavar="200GB",
                       help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
-    made.add_argument("--host-link", type=memory, default=20e9, metavar="20GB",
+    made.add_argument("--host-link", type=with_unit, default=20e9, metavar="20GB",
                       help="bytes a second and GPU to host memory [20GB]")  # fmt: skip
     made.add_argument("--flops", type=flops, default=150e12, metavar="150T",
                       help="floating-point operations a second that a GPU reaches [150T]")  # fmt: skip
@@ -134,16 +134,15 @@ def size(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def memory(text: str, unit: str = "GB") -> float:
-    """A size with its unit: 80 alone would be 80 bytes."""
+def with_unit(text: str, unit: str = "GB") -> float:
+    """A size or a rate: 80 alone would be 80 bytes."""
     if text.strip()[-1:].isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number with its unit, such as {text.strip()}{unit}")
     return size(text)
 
 
 def flops(text: str) -> float:
-    """A rate with its unit: 312 alone would be 312 operations a second."""
-    return memory(text, "T")
+    return with_unit(text, "T")
 
 
 class Plan:

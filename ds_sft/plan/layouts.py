@@ -35,7 +35,7 @@ def engine_of(zero: Mapping[str, Any], shape: Shape) -> Engine:
     """The DeepSpeed options that have a size; "auto" as transformers fills it in (`integrations/deepspeed.py`).
 
     Raises:
-        UserError: stage 0, which is DeepSpeed without ZeRO.
+        UserError: stage 0, which is DeepSpeed without ZeRO, or an option that DeepSpeed could not read.
     """
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
