@@ -60,11 +60,10 @@ def test_ctrl_c_is_the_reason_also_where_the_launcher_is_as_fast() -> None:
 
 def test_work_that_nobody_waits_for_ends_at_once() -> None:
     with watch_for_stop(ALONE) as stop:
-        started = time.monotonic()
         subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({os.getpid()}, 15)"])
         with pytest.raises(Stopped), stop.anywhere():
             time.sleep(300)
-        assert time.monotonic() - started < 150
+            raise AssertionError("it was not interrupted")
         with pytest.raises(Stopped), stop.until_ranks_meet():
             raise AssertionError("it does not even begin")
 
@@ -80,6 +79,7 @@ def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
         wait_for(stop)
         with stop.until_ranks_meet():
             time.sleep(300)
+            raise AssertionError("it was not interrupted")
         heard._look()
         assert heard.reason == "SIGTERM"  # through a note in the folder
     assert list(tmp_path.iterdir()) == []  # which is gone
