@@ -30,6 +30,11 @@ def wait_for(stop: StopRequests) -> str:
     return stop.reason
 
 
+def be_interrupted() -> None:
+    time.sleep(300)
+    raise AssertionError("it was not interrupted")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_is_a_request(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -62,8 +67,7 @@ def test_work_that_nobody_waits_for_ends_at_once() -> None:
     with watch_for_stop(ALONE) as stop:
         subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({os.getpid()}, 15)"])
         with pytest.raises(Stopped), stop.anywhere():
-            time.sleep(300)
-            raise AssertionError("it was not interrupted")
+            be_interrupted()
         with pytest.raises(Stopped), stop.until_ranks_meet():
             raise AssertionError("it does not even begin")
 
@@ -78,8 +82,7 @@ def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(stop)
         with stop.until_ranks_meet():
-            time.sleep(300)
-            raise AssertionError("it was not interrupted")
+            be_interrupted()
         heard._look()
         assert heard.reason == "SIGTERM"  # through a note in the folder
     assert list(tmp_path.iterdir()) == []  # which is gone
