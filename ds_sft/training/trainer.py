@@ -27,6 +27,7 @@ from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.micro_batches import lengths_of
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
+from ds_sft.runtime.zero import stage
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.progress import ProgressLine
@@ -235,8 +236,8 @@ class Measuring(TrainerCallback):
 
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer, self.meter = trainer, trainer.meter
-        stage = trainer.args.hf_deepspeed_config.get_value("zero_optimization.stage") if trainer.args.deepspeed else 0
-        self.every_micro_batch = stage >= 2  # ranks meet after each, to reduce its gradients
+        # Ranks meet after each, to reduce its gradients.
+        self.every_micro_batch = (stage(trainer.args.deepspeed) or 0) >= 2
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
