@@ -126,17 +126,17 @@ class SFTTrainer(ResumableTrainer):
         with self.meter.clock.part("optimizer"):
             return super()._clip_grad_norm(model)
 
-    def agree_on_stopping(self) -> str | None:
+    def meet(self) -> tuple[str | None, bool]:
         with self.meter.clock.part(self.meter.talking):
-            return super().agree_on_stopping()
+            return super().meet()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.meter.clock.part("save"):
             super()._save_checkpoint(*args, **kwargs)
 
-    def finish_save(self, *, wait: bool = True) -> None:
+    def finish_save(self) -> None:
         with self.meter.clock.part("save"):
-            super().finish_save(wait=wait)
+            super().finish_save()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.meter.clock.part(EVALUATION):
@@ -197,9 +197,10 @@ class SFTTrainer(ResumableTrainer):
         self.model.eval()  # also switches gradient checkpointing off
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        stop = self.run.stop.paced()
         with self._in_16_bits():
             for batch in dataloader:
-                self.run.stop.check()
+                stop.check()
                 inputs = self._prepare_inputs(batch)
                 total += self._loss_sum(inputs)
                 count += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()

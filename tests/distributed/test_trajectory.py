@@ -100,7 +100,7 @@ def loss_and_count(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tu
 
 
 def engine(name: str, folder: Path) -> str | None:
-    """The file of a DeepSpeed configuration: a shipped one, one of another stage made from it, or one that says nothing,
+    """The file of a DeepSpeed configuration: a shipped one, one of another stage made from it, or an empty one,
     which is stage 0."""
     if name == "none":
         return None
