@@ -174,6 +174,11 @@ AUTO = 'write "auto", or change one of the two'
 STAGE3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, keys of the run, what is said
     "misspelt": ({"zero_optimisation": {}}, {}, "zero_optimisation: {}: unknown key: did you mean zero_optimization?"),
+    "a tracker of DeepSpeed's": (
+        {"wandb": {"enabled": True}},
+        {"report_to": ["none"]},
+        "wandb.enabled: true: the run has report_to: none; delete one of the two",
+    ),
     "no ZeRO": (
         {"zero_optimization": None},
         {},

@@ -130,6 +130,8 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _unknown_keys(engine)
     yield from _zero_block(engine, training)
     yield from _contradictions(engine, training)
+    if not config.trackers:
+        yield from _monitors(engine)
     yield from _optimizer_block(engine)
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
@@ -205,6 +207,13 @@ def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> I
     kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
     if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:
         yield f"scheduler.type: {_show(kind)}: the run has lr_scheduler_type: {schedule}; delete the scheduler block"
+
+
+def _monitors(engine: Mapping[str, Any]) -> Iterator[str]:
+    """DeepSpeed's own trackers, in a run that is to have none."""
+    for name in ("tensorboard", "wandb", "comet", "csv_monitor"):
+        if _get(engine, f"{name}.enabled"):
+            yield f"{name}.enabled: true: the run has report_to: none; delete one of the two"
 
 
 def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:
