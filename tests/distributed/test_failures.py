@@ -116,4 +116,4 @@ def test_a_rank_that_hangs_ends_the_run_after_ddp_timeout(model_dir: Path, tmp_p
     assert done.code != 0
     assert "2 ranks; one that does not answer ends the run after 40 s (ddp_timeout)." in done.output
     assert "ds_sft: [rank 0 on " in done.output
-    assert "lost the other ranks (" in done.output
+    assert re.search(r"lost the other ranks \(.*(Timed out|timeout)", done.output), done.output[-3000:]
