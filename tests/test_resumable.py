@@ -208,6 +208,22 @@ def test_the_next_save_and_the_end_of_training_complete_the_last_one(
     assert made._finalize_training(None, 0, 0.0) == ["checkpoint-6"]
 
 
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_stop_ends_with_the_failure_of_its_own_checkpoint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], later: int
+) -> None:
+    """One that was being hashed when the run was asked to stop is done without: that of the stop comes after it."""
+    made = saving(tmp_path, monkeypatch)
+    made.run.on_save_error, made.run.stop.decided = "continue", "SIGTERM"
+    made.state.global_step += later
+    if later:
+        made._give_up(tmp_path / "checkpoint-4", "full")
+        assert "Training on (on_save_error: continue)." in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="checkpoint-4 could not be saved: full"):
+            made._give_up(tmp_path / "checkpoint-4", "full")
+
+
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_failure_beside_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_save_error: str

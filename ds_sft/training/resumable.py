@@ -330,7 +330,8 @@ class ResumableTrainer(Trainer):
         message = f"{folder} could not be saved: {trouble}; " + (
             f"the newest complete one is {older.path}" if older else "there is no older one"
         )
-        if self.run.on_save_error == "stop" or self.run.stop.decided:
+        last = folder.name == f"checkpoint-{self.state.global_step}" and self.run.stop.decided  # none comes after it
+        if self.run.on_save_error == "stop" or last:
             raise UserError(f"{message} (on_save_error: continue would train on)")
         self.run.site.launch.say(f"Warning: {message}. Training on (on_save_error: continue).")
 
