@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False) -> 
     reason = _take_over(model, fp16=fp16)
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
+    if _adds_to_loss(type(model)):
+        SharedAuxiliary(model)
 
 
 def supervised_loss(model: Any) -> SupervisedLoss | None:
@@ -160,6 +163,53 @@ def _between_logits_and_loss(model_class: type) -> str:
     if not plain or not alone or any(not text.startswith(("return ", "if not return_dict:")) for text in after):
         raise LookupError
     return "\n".join(text for text in texts[calls[0] + 1 : losses[0]] if text != "loss = None")
+
+
+def _adds_to_loss(model_class: type) -> bool:
+    """Whether a model's `forward` adds something of its own to the cross-entropy."""
+    try:
+        source = inspect.getsource(inspect.unwrap(model_class.forward))  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return False
+    return re.search(r"\bloss (\+= |= loss \+ )", source) is not None
+
+
+class SharedAuxiliary:
+    """Weighs what a model adds to its cross-entropy by the micro batch's share of the step's supervised tokens.
+
+    A mixture of experts adds its load balancing loss, Bamba a z-loss: each a mean over one micro batch, added whole,
+    while the cross-entropy is divided by the tokens of the step. The sum of a step then grew with its micro batches and
+    ranks. The shares of a step are 1 in all, so its auxiliary loss is a mean, weighted like the cross-entropy.
+
+    What remains of the split: balancing is N x sum over experts of f_e x P_e, the share of a micro batch's tokens that
+    goes to e times e's mean probability. The mean of such products over micro batches differs from the product over
+    all tokens by the covariance of f_e and P_e between micro batches: by nothing where they route alike, and by less
+    the more tokens each has. The product over a step would take a pass before the one that learns.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.cross_entropy: torch.Tensor | None = None  # of the batch under way
+        self._loss_function = model.loss_function
+        model.loss_function = self._keep
+        model.register_forward_hook(self._weigh, with_kwargs=True)
+
+    def _keep(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.cross_entropy = self._loss_function(*args, **kwargs)
+        return self.cross_entropy.clone()  # models add in place
+
+    def _weigh(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The model's output, whose loss comes first."""
+        known, self.cross_entropy = self.cross_entropy, None
+        count = kwargs.get("num_items_in_batch")
+        if known is None or count is None:
+            return output
+        supervised = (kwargs["labels"][..., 1:] != IGNORE_INDEX).sum().to(known.device)
+        share = supervised / torch.as_tensor(count, device=known.device).clamp(min=1)
+        loss = known + share * (output[0] - known)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
