@@ -129,6 +129,8 @@ class Config:
     preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
     cache_dir: str | None = key("encoded data; default: DS_SFT_CACHE, else ~/.cache/ds_sft", default=None)
     trust_remote_code: bool = key("run code that comes with the model", default=False)
+    resize_embeddings: bool = key("add rows, the mean of the others, for tokens that the model has none for",
+                                  default=False)  # fmt: skip
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
     export_dtype: str = key("of the final weights; auto: the dtype trained in",
                             choices=("auto", "float32", "bfloat16", "float16"), default="auto")  # fmt: skip

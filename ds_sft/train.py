@@ -88,6 +88,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
+    from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
@@ -100,6 +101,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         read_ahead(config, launch)
         data = load_data(config, tokenizer, launch)
         print_report(data.report, launch)
+        check_limits(config, tokenizer, data, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
@@ -115,7 +117,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     steps = plan_steps(args, batching, data, engine, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
-    model = load_model_to_train(config, args, launch, padded=padded)
+    model = load_model_to_train(config, args, tokenizer, launch, padded=padded)
     size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
@@ -181,13 +183,16 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
     continue_from(args, start.accumulation, universal=start.universal)
 
 
-def load_model_to_train(config: Config, args: TrainingArguments, launch: Launch, *, padded: bool) -> PreTrainedModel:
-    """The model with our attention, where rows are not padded, and our loss."""
+def load_model_to_train(
+    config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
+) -> PreTrainedModel:
+    """The model with a row for each token, our attention, where rows are not padded, and our loss."""
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import load_model
+    from ds_sft.training.model import load_model, make_room
 
     model = load_model(config, args)
+    make_room(model, tokenizer, config)
     if not padded:
         flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
         keep_rows_apart(model, config.attn_implementation, launch, flash=flash)

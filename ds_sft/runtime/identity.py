@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ds_sft.config import TRAINING_DEFAULTS, Config, training_keys
@@ -64,7 +65,9 @@ def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, a line of "key: then -> now" each."""
-    before, after = then.get("config", {}), now["config"]
+    after = now["config"]
+    younger = {f.name: f.default for f in fields(Config) if f.name in after}  # than the checkpoint: at its default then
+    before = younger | then.get("config", {})
     names = [name for name in {**before, **after} if _plain(before.get(name)) != _plain(after.get(name))]
     lines = [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names]
     if then.get("data") != now["data"]:
