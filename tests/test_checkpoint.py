@@ -233,6 +233,14 @@ def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
     assert said == ["deepspeed.zero_optimization.reduce_bucket_size: 5 -> 6"]
 
 
+def test_a_key_that_the_checkpoint_is_older_than_was_at_its_default(tmp_path: Path) -> None:
+    then = identity(config(tmp_path), None, "abc")
+    del then["config"]["resize_embeddings"]
+    assert differences(then, identity(config(tmp_path), None, "abc")) == []
+    now = identity(config(tmp_path, resize_embeddings=True), None, "abc")
+    assert differences(then, now) == ["resize_embeddings: False -> True"]
+
+
 def test_the_layout_of_the_same_rows_is_not_compared(tmp_path: Path) -> None:
     def of(**keys: Any) -> dict[str, Any]:
         return identity(config(tmp_path, **keys), None, "abc")

@@ -325,7 +325,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("config_file")
 def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--gpus-per-node", "4")
-    assert found["model"] == {"parameters": PARAMETERS, "tied": False, "family": "llama"}
+    assert found["model"] == {"parameters": PARAMETERS, "tied": False, "family": "llama", "positions": None}
     assert [o["name"] for o in found["options"]] == ["no DeepSpeed", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload",
                                                      "ZeRO-3 offload"]  # fmt: skip
     assert all(sum(o["gpu"].values()) == o["gpu_total"] for o in found["options"])
@@ -336,6 +336,36 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["schedule"]["steps"] == 14  # 7 an epoch of 100 rows, 16 a step; two epochs
     assert found["schedule"]["tokens"] == 14 * 16 * 128
     assert found["disk"]["total"] == found["disk"]["checkpoint"] + found["disk"]["final_model"]
+
+
+def test_rows_that_resizing_adds_are_planned(
+    config_file: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1,000 rows hold the 400 tokens; 399 do not, and become 448."""
+    tokenizer.save_pretrained("model")
+    assert plan(capsys, "--resize_embeddings", "yes")["model"]["parameters"] == PARAMETERS
+    (config_file.parent / "model" / "config.json").write_text(json.dumps({**TINY, "vocab_size": 399}), encoding="utf-8")
+    assert plan(capsys)["model"]["parameters"] == PARAMETERS - 2 * 64 * 601
+    assert plan(capsys, "--resize_embeddings", "yes")["model"]["parameters"] == PARAMETERS - 2 * 64 * 552
+    for file in Path("model").glob("tokenizer*"):
+        file.unlink()
+    assert main(["plan", "run.yaml", "--resize_embeddings", "yes"]) == 2
+    assert "error: resize_embeddings: model: no tokenizer to count: " in capsys.readouterr().err
+
+
+def test_a_length_beyond_the_positions_of_the_model_is_noted(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file.parent / "model" / "config.json"
+    file.write_text(json.dumps({**TINY, "max_position_embeddings": 128}), encoding="utf-8")
+    main(["plan", "run.yaml"])
+    assert "positions" not in capsys.readouterr().out
+    main(["plan", "run.yaml", "--max_length", "129"])
+    assert (
+        "max_length: 129 is above the 128 positions that the model was made for (max_position_embeddings): a run "
+        "warns if a row is.\n"
+    ) in capsys.readouterr().out
+    assert plan(capsys)["model"]["positions"] == 128
 
 
 @pytest.mark.usefixtures("config_file")

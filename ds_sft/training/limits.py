@@ -172,4 +172,5 @@ def _how_to_scale(known: dict[str, Any], longest: int) -> str:
         return ""
     trained = rope.get("original_max_position_embeddings") or known["max_position_embeddings"]
     rope["factor"] = float(math.ceil(longest / trained))
-    return f', or write "rope_parameters": {json.dumps(rope, sort_keys=True)} into config.json of a copy of the model{instead}'
+    written = json.dumps(rope, sort_keys=True)
+    return f', or write "rope_parameters": {written} into config.json of a copy of the model{instead}'
