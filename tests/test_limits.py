@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ds_sft.cli import main
 from ds_sft.config import Config
 from ds_sft.data.dataset import load_data
 from ds_sft.errors import UserError
@@ -77,6 +79,19 @@ def test_validation_rows_count(check: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"first used by .*/eval\.jsonl:2: "):
         check(QWEN, [PLAIN], NEW, eval_file=file)
     assert f"{file}:2 has 111 tokens" in check(ROTARY, [PLAIN], NEW, eval_file=file, resize_embeddings=True)
+
+
+def test_prepare_says_it_too(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = write_rows(tmp_path / "train.jsonl", [{"question": "q", "answer": "<|a|>"}])
+    keys = {"model_name_or_path": tmp_path / "model", "train_file": file, "output_dir": "o", "cache_dir": tmp_path}
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    assert main(["prepare", *words]) == 2
+    assert "none for the tokens '<|a|>' (400), the first used by " in capsys.readouterr().err
+    assert main(["prepare", *words, "--resize_embeddings", "yes"]) == 0
 
 
 @pytest.mark.parametrize(

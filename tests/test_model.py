@@ -216,6 +216,17 @@ def test_rows_are_never_taken_away(model_dir: Path, tokenizer: Any) -> None:
     assert len(weight) == 400
 
 
+def test_a_model_that_cannot_be_resized(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(make(model_dir), arguments())
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("has embeddings of its own")
+
+    monkeypatch.setattr(type(model), "resize_token_embeddings", refuse)
+    with pytest.raises(UserError, match=r"^resize_embeddings: Qwen3ForCausalLM: has embeddings of its own$"):
+        resize_embeddings(model, 448)
+
+
 def test_rows_are_added_where_asked(model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.add_tokens(["<|a|>"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from ds_sft.config import TRAINING_DEFAULTS, Config, training_keys
@@ -66,8 +66,8 @@ def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, a line of "key: then -> now" each."""
     after = now["config"]
-    younger = {f.name: f.default for f in fields(Config) if f.name in after}  # than the checkpoint: at its default then
-    before = younger | then.get("config", {})
+    defaults = {f.name: f.default for f in fields(Config) if f.name in after and f.default is not MISSING}
+    before = defaults | then.get("config", {})  # a key that is younger than the checkpoint was at its default
     names = [name for name in {**before, **after} if _plain(before.get(name)) != _plain(after.get(name))]
     lines = [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names]
     if then.get("data") != now["data"]:

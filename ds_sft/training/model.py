@@ -138,13 +138,19 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
     As transformers, which draws them from a narrow normal distribution around that mean; here every engine and rank
     starts from the same, so the mean is summed in float64 and rounded to bfloat16, what weights are published in.
     Under ZeRO-3 the new tensors are whole on every rank until the engine is made, which partitions them.
+
+    Raises:
+        UserError: a model whose embeddings transformers cannot resize.
     """
     import torch
 
-    before = model.config.get_text_config().vocab_size
+    before = model.get_input_embeddings().num_embeddings  # ZeRO-3 leaves the weight itself no shape
     if rows <= before:
         return
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    except (NotImplementedError, TypeError) as error:
+        raise UserError(f"resize_embeddings: {type(model).__name__}: {_first_line(error)}") from error
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             for values in (getattr(module, "weight", None), getattr(module, "bias", None)):

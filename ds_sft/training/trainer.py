@@ -181,7 +181,7 @@ class SFTTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Token mean of the cross-entropy, with Trainer's progress bar."""
+        """Token mean of the cross-entropy alone, without what a model adds to it; with Trainer's progress bar."""
         self.callback_handler.eval_dataloader = dataloader
         metrics = {f"{metric_key_prefix}_loss": self.token_mean(dataloader, self._show_progress)}
         num_rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
