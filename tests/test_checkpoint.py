@@ -235,7 +235,7 @@ def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
 
 def test_a_key_that_the_checkpoint_is_older_than_was_at_its_default(tmp_path: Path) -> None:
     then = identity(config(tmp_path), None, "abc")
-    del then["config"]["resize_embeddings"]
+    then["config"].pop("resize_embeddings", None)
     assert differences(then, identity(config(tmp_path), None, "abc")) == []
     now = identity(config(tmp_path, resize_embeddings=True), None, "abc")
     assert differences(then, now) == ["resize_embeddings: False -> True"]
