@@ -1,7 +1,7 @@
 """GPU kernels in Triton's interpreter, against the same in PyTorch. A program of its own: `TRITON_INTERPRET` is read
-when a kernel is defined. Prints what it finds as JSON, which `tests/test_kernels.py` judges.
+when a kernel is defined. Prints what it finds as JSON, which `tests/test_interpreted.py` judges.
 
-    PYTHONPATH=.:.venv/kernels python -m tests.kernels
+    PYTHONPATH=.:.venv/kernels python -m tests.interpreted
 """
 
 from __future__ import annotations
