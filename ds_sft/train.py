@@ -27,6 +27,7 @@ from ds_sft.runtime.distributed import (
     exit_after,
     exit_with,
     gather,
+    grow_segments,
     others_wait,
     print_line,
     read_launch,
@@ -80,6 +81,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     if not launch.distributed:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
+    grow_segments(os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
@@ -186,16 +188,20 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 def load_model_to_train(
     config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
 ) -> PreTrainedModel:
-    """The model with a row for each token, our attention, where rows are not padded, and our loss."""
+    """The model with a row for each token, our attention, where rows are not padded, fused kernels, and our loss."""
     from ds_sft.training.attention import keep_rows_apart
+    from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
     from ds_sft.training.model import load_model, make_room
 
+    on_gpu = args.device.type == "cuda"
+    require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
     make_room(model, tokenizer, config)
     if not padded:
         flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
         keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+    fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
     supervise(model, launch, fp16=args.fp16)
     return model
 

@@ -35,7 +35,7 @@ def make(name: Path | str, **keys: Any) -> Config:
 
 
 def arguments(*, bf16: bool = False, fp16: bool = False, deepspeed: Any = None) -> Any:
-    return SimpleNamespace(bf16=bf16, fp16=fp16, deepspeed=deepspeed)
+    return SimpleNamespace(bf16=bf16, fp16=fp16, deepspeed=deepspeed, device=torch.device("cpu"))
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -47,6 +47,21 @@ def edit(file: Path, **changes: Any) -> None:
 @pytest.fixture
 def copy(model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def test_weights_go_to_the_gpu_directly(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every rank's whole model through host memory; a rank's own GPU and no other."""
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **options: asked.append(options.get("device_map")) or SimpleNamespace(generation_config=None),
+    )
+    for device in (torch.device("cpu"), torch.device("cuda", 3)):
+        args = arguments()
+        args.device = device
+        load_model(make(model_dir), args)
+    assert asked == [None, {"": torch.device("cuda", 3)}]
 
 
 def test_a_tokenizer_with_a_pad_token_is_left_alone(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

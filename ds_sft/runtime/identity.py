@@ -28,6 +28,7 @@ INDIFFERENT = {
     # how the machine is used; the size of a step is compared on its own, with the number of ranks
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "fused_kernels",
     "deepspeed",  # its content counts, not its name
 }  # fmt: skip
 # Engine options that follow from other keys, or say where files go.

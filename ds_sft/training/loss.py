@@ -12,6 +12,7 @@ have fewer). The idea of forming gradients in forward is Liger Kernel's (arXiv 2
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import textwrap
@@ -280,7 +281,7 @@ class _CrossEntropySum(torch.autograd.Function):
             rows = slice(start, start + size)
             of_hidden, *others = gradients
             parts = (of_hidden[rows] if of_hidden is not None else None, *others)
-            total += _learn_chunk(x[rows], w, b, targets[rows, None], terms, parts)
+            total += _learn_chunk(x[rows], w, b, targets[rows], terms, parts)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
         return total
@@ -305,22 +306,31 @@ def _learn_chunk(
     """Sum of the cross-entropy of a chunk; adds to `gradients` of its hidden states x [n, hidden], weight and bias."""
     of_hidden, of_weight, of_bias = gradients
     logits = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-    loss, slopes = _loss_and_slopes(logits, targets, terms, learn=any(g is not None for g in gradients))
-    if slopes is not None:
-        slopes = logits.copy_(slopes)  # in the dtype of training
-        if of_hidden is not None:
-            torch.mm(slopes, weight, out=of_hidden)
-        if of_weight is not None:
-            of_weight.addmm_(slopes.T, x)
-        if of_bias is not None:
-            of_bias += slopes.sum(0)
+    learn = any(g is not None for g in gradients)
+    loss = (_by_kernel if uses_kernel(logits) else _by_torch)(logits, targets, terms, learn=learn)
+    slopes = logits  # they took its place
+    if of_hidden is not None:
+        torch.mm(slopes, weight, out=of_hidden)
+    if of_weight is not None:
+        of_weight.addmm_(slopes.T, x)
+    if of_bias is not None:
+        of_bias += slopes.sum(0)
     return loss
 
 
-def _loss_and_slopes(
-    logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the cross-entropy of a chunk, and its gradient in the logits, float32; `logits` [n, vocab] is used up."""
+def uses_kernel(logits: torch.Tensor) -> bool:
+    """Whether one Triton kernel computes loss and gradient of logits: on GPUs, where Triton comes with PyTorch."""
+    return logits.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def _by_kernel(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool) -> torch.Tensor:
+    from ds_sft.training.loss_kernel import loss_and_slopes  # needs Triton
+
+    return loss_and_slopes(logits, targets, terms.scale, terms.cap, learn=learn)
+
+
+def _by_torch(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool) -> torch.Tensor:
+    """Sum of the cross-entropy of a chunk; to learn, its gradient takes the place of `logits` [n, vocab]."""
     x = logits.float()
     if terms.scale != 1:
         x = x.mul_(terms.scale)
@@ -330,14 +340,15 @@ def _loss_and_slopes(
         curve = bent.square().neg_().add_(1) if learn else None
         x = bent.mul_(terms.cap)
     top = x.amax(-1, keepdim=True)
-    of_target = x.gather(1, targets) - top
+    of_target = x.gather(1, targets[:, None]) - top
     x = x.sub_(top).exp_()
     whole = x.sum(-1, keepdim=True)
     loss = (whole.log() - of_target).sum()
     if not learn:
-        return loss, None
+        return loss
     x = x.div_(whole)
-    x.scatter_add_(1, targets, torch.full_like(of_target, -1))
+    x.scatter_add_(1, targets[:, None], torch.full_like(of_target, -1))
     if curve is not None:
         x = x.mul_(curve)
-    return loss, x.mul_(terms.scale) if terms.scale != 1 else x
+    logits.copy_(x.mul_(terms.scale) if terms.scale != 1 else x)  # in the dtype of training
+    return loss

@@ -117,6 +117,8 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": training_dtype(args), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if args.device.type == "cuda" and not is_deepspeed_zero3_enabled():
+        options["device_map"] = {"": args.device}  # else every rank of a node has the whole model in host memory first
     try:
         with freed_memory_returned() if is_deepspeed_zero3_enabled() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
