@@ -16,7 +16,6 @@ from ds_sft.runtime import checkpoint
 from ds_sft.runtime.checkpoint import (
     FACTS,
     Broken,
-    Checkpoint,
     Site,
     _fit,
     choose,
@@ -28,15 +27,18 @@ from ds_sft.runtime.checkpoint import (
     where_to_start,
 )
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import differences, identity
+from ds_sft.runtime.identity import changes, identity, in_words
 
 ALONE = Site(Launch(launcher="python"), shared=True)
 RUN = {"config": {"learning_rate": 1e-4}, "data": "abc", "zero_stage": None}
+EPOCH_END = {"epoch": 1, "first_step": 4, "step": 4, "rows": 0, "samples": 13}  # as `micro_batches.Seam` has them
+MID_EPOCH = {"epoch": 0, "first_step": 0, "step": 4, "rows": 16, "samples": 16}
 
 
 def facts(step: int, **changes: Any) -> dict[str, Any]:
     known = dict.fromkeys(FACTS - {"save_id"}, 0) | {"step": step, "world_size": 1, "rows_a_step": 4} | RUN
-    return known | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4} | changes
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    return known | batch | {"micro_batches_a_step": 4, "here": MID_EPOCH} | changes
 
 
 def save(output_dir: Path, step: int, **changes: Any) -> Path:
@@ -171,8 +173,10 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, 4)
     here = config(tmp_path)
     assert where_to_start(here, RUN, ALONE).checkpoint is not None
-    other = {**RUN, "config": {"learning_rate": 1e-5, "seed": 1}}
-    with pytest.raises(UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; seed: None -> 1\. Take another"):
+    other = {**RUN, "config": {"learning_rate": 1e-5, "mask": "last"}}
+    with pytest.raises(
+        UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; mask: None -> 'last'\. Take another"
+    ):
         where_to_start(here, other, ALONE)
     assert where_to_start(config(tmp_path, resume_anyway=True), other, ALONE).checkpoint is not None
     with pytest.raises(UserError, match="the rows of train_file, or how they are encoded"):
@@ -215,7 +219,7 @@ def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, caps
     with pytest.raises(
         UserError, match=r"6 micro batches a step, which 4 ranks cannot share\. What can: 1, 2, 3, 6 ranks"
     ):
-        _fit(Checkpoint(tmp_path, {"world_size": 3, "micro_batches_a_step": 6}), filled, four)
+        _fit(choose("auto", tmp_path, ALONE), {}, filled, four)
 
 
 def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
@@ -223,14 +227,14 @@ def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
         return identity(config(tmp_path, training={"bf16": True, **training}), None, "abc")
 
     same = {"seed": 42, "weight_decay": 0.0, "logging_steps": 7, "save_steps": 3, "output_dir": "elsewhere"}
-    assert differences(keys(), keys(**same)) == []
-    assert differences(keys(), keys(seed=1, bf16=False)) == ["bf16: True -> False", "seed: None -> 1"]
+    assert changes(keys(), keys(**same)) == {}
+    assert changes(keys(), keys(seed=1, bf16=False)) == {"bf16": (True, False), "seed": (42, 1)}
     engine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "train_batch_size": "auto"}
     other = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 6}, "train_batch_size": 8}
     known = identity(config(tmp_path), engine, "abc")
     assert known["zero_stage"] == 2
-    said = differences(known, identity(config(tmp_path), other, "abc"))
-    assert said == ["deepspeed.zero_optimization.reduce_bucket_size: 5 -> 6"]
+    found = changes(known, identity(config(tmp_path), other, "abc"))
+    assert found == {"deepspeed.zero_optimization.reduce_bucket_size": (5, 6)}
 
 
 def test_the_layout_of_the_same_rows_is_not_compared(tmp_path: Path) -> None:
@@ -241,17 +245,18 @@ def test_the_layout_of_the_same_rows_is_not_compared(tmp_path: Path) -> None:
         given = replace(config(tmp_path, max_tokens_per_batch=100, **keys), training={"output_dir": "o"})
         return identity(given, None, "abc")
 
-    assert differences(of(), of(batching="padded", max_tokens_per_batch=512)) == []
-    assert differences(filled(), filled(batching="padded")) == ["batching: 'padding_free' -> 'padded'"]
-    assert "max_tokens_per_batch: None -> 100" in differences(of(), filled())
+    assert changes(of(), of(batching="padded", max_tokens_per_batch=512)) == {}
+    assert changes(filled(), filled(batching="padded")) == {"batching": ("padding_free", "padded")}
+    assert changes(of(), filled())["max_tokens_per_batch"] == (None, 100)
 
 
 def test_other_validation_rows_are_another_run(tmp_path: Path) -> None:
     then = identity(config(tmp_path), None, "abc", "v1")
     now = identity(config(tmp_path), None, "abc", "v2")
-    assert differences(then, now) == ["the validation rows, or how they are encoded"]
+    assert changes(then, now) == {"eval_data": ("v1", "v2")}
+    assert in_words(changes(then, now)) == "the validation rows, or how they are encoded"
     del then["eval_data"]  # of an older version, which did not look
-    assert differences(then, now) == []
+    assert changes(then, now) == {}
 
 
 def step_of(start: checkpoint.Start) -> int | None:

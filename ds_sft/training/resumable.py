@@ -160,6 +160,12 @@ class ResumableTrainer(Trainer):
         """The epoch under way after a step of the run, and the steps of it that are done."""
         return self.batching.position(step) if self.deals_rows else divmod(step, self.step_boundary.steps_an_epoch)
 
+    def restate_epoch(self) -> None:
+        """Trainer's share of an epoch is one of its steps; where these are of two sizes, rows tell it."""
+        epoch, steps = self.position(self.state.global_step)
+        if self.deals_rows and steps and self.batching.seam.rows and epoch == self.batching.seam.epoch:
+            self.state.epoch = epoch + self.batching.here(self.state.global_step).rows / len(self.batching.lengths)
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
         """As Trainer's, but epochs need not have equally many steps."""
         epochs, *between, steps = super().set_initial_training_values(args, dataloader)
@@ -403,6 +409,7 @@ class StepBoundary(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
+        self.trainer.restate_epoch()
         self.trainer.finish_save(wait=False)
         if self.trainer.agree_on_stopping():
             control.should_training_stop = control.should_save = True
