@@ -206,6 +206,102 @@ def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pyte
         where_to_start(config(tmp_path, training={"per_device_train_batch_size": 3}), RUN, ALONE)
 
 
+def start(output_dir: Path, run: dict[str, Any] = RUN, world_size: int = 1, **changes: Any) -> checkpoint.Start:
+    site = Site(Launch(launcher="python", world_size=world_size), shared=True)
+    return where_to_start(config(output_dir, **changes), run, site)
+
+
+def batch(micro: int, accumulation: int) -> dict[str, Any]:
+    return {"training": {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}}
+
+
+def test_as_many_rows_in_a_step_go_on(tmp_path: Path) -> None:
+    save(tmp_path, 4, seam=EPOCH_END)
+    found = start(tmp_path, **batch(2, 2))
+    assert (found.accumulation, found.seam) == (2, EPOCH_END)
+    assert found.changed == {"per_device_train_batch_size": (1, 2), "gradient_accumulation_steps": (4, 2)}
+    with pytest.raises(UserError, match="per_device_train_batch_size: 1 -> 2\\. Take another"):
+        start(tmp_path, **batch(2, 4))
+
+
+def test_a_run_is_resumed_again_on_the_ranks_that_changed_its_accumulation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun on two ranks with 4, then on four with 2: the command still says 4."""
+    asked = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    save(tmp_path, 4, world_size=4, gradient_accumulation_steps=2, rows_a_step=8, batch=asked)
+    assert start(tmp_path, world_size=4).accumulation == 2
+    assert "gradient_accumulation_steps is set to 2, so that a step keeps its 8 rows." in capsys.readouterr().out
+
+
+def test_other_rows_in_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their order is that of the epoch, whatever the size of a step; another order would begin anew."""
+    save(tmp_path, 4)
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4 -> 6"):
+        start(tmp_path, **batch(1, 6))
+    found = start(tmp_path, resume_anyway=True, **batch(1, 6))
+    assert (found.accumulation, found.seam) == (6, MID_EPOCH)
+    assert found.changed == {"gradient_accumulation_steps": (4, 6), "rows_a_step": (4, 6)}
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "Rows are dealt anew from step 5 on; the 16 that this epoch has learned do not come again in it.",
+        "Going on with what has changed: gradient_accumulation_steps: 4 -> 6; rows_a_step: 4 -> 6.",
+    ]
+    two = start(tmp_path, world_size=2, resume_anyway=True, **batch(1, 4))  # of the ranks alone: a step keeps its rows
+    assert (two.accumulation, two.seam) == (2, {})
+    assert start(tmp_path, world_size=2, resume_anyway=True, **batch(1, 6)).accumulation == 6
+
+
+@pytest.mark.parametrize(
+    ("run", "changes"),
+    [
+        ({**RUN, "data": "xyz"}, {}),
+        ({**RUN, "config": {"learning_rate": 1e-4, "seed": 1}}, {}),
+        (RUN, {"training": {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 6}}),
+        ({**RUN, "config": {"learning_rate": 1e-4, "packing": "concat"}}, {"packing": "concat"}),
+        ({**RUN, "config": {"learning_rate": 1e-4, "max_length": 9}}, {"packing": "concat"}),
+    ],
+    ids=["rows", "seed", "grouped", "packing", "max_length"],
+)
+def test_what_deals_the_rows_changes_where_an_epoch_ends(
+    tmp_path: Path, run: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    save(tmp_path, 4, here=EPOCH_END)
+    assert start(tmp_path, run, resume_anyway=True, **changes).seam == EPOCH_END
+    save(tmp_path, 6, here=MID_EPOCH)
+    said = (
+        r"checkpoint-6: .*: in the middle of an epoch, 16 rows of which are learned, .* \(--resume .*/checkpoint-4\), "
+    )
+    with pytest.raises(UserError, match=said):
+        start(tmp_path, run, resume_anyway=True, **changes)
+    save(tmp_path, 8, here=None)  # of an order that is not ours, or of an older version
+    with pytest.raises(UserError, match=r"checkpoint-8: .*: what deals the rows can only change where the order of"):
+        start(tmp_path, run, resume_anyway=True, **changes)
+
+
+def test_max_length_deals_no_rows_that_are_not_packed(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    changed = {**RUN, "config": {"learning_rate": 1e-4, "max_length": 9}}
+    assert start(tmp_path, changed, resume_anyway=True).seam == {}
+
+
+def test_a_sampler_of_trainers_own_keeps_its_batch(tmp_path: Path) -> None:
+    save(tmp_path, 4, here=EPOCH_END)
+    foreign = {"train_sampling_strategy": "batch_rebalance", "per_device_train_batch_size": 2}
+    with pytest.raises(UserError, match="per_device_train_batch_size: 1 -> 2: the order of rows can only be kept with"):
+        start(tmp_path, resume_anyway=True, training=foreign)
+
+
+def test_what_states_are_made_for_is_refused_whatever_is_written(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    other = {**RUN, "config": {"learning_rate": 1e-5, "optim": "adafactor"}}
+    said = (
+        r"checkpoint-4 cannot go on with optim: None -> 'adafactor': the optimizer's states are of the old one\. Write"
+    )
+    for anyway in (False, True):
+        with pytest.raises(UserError, match=said):
+            start(tmp_path, other, resume_anyway=anyway)
+
+
 def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six a step, of 3 ranks; now one rank has all six, and 4 ranks cannot share them."""
     save(tmp_path, 4, world_size=3, gradient_accumulation_steps=2, rows_a_step=None, micro_batches_a_step=6)
