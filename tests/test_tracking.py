@@ -387,4 +387,5 @@ def test_what_changed_on_a_resume_is_shown_before_its_first_step(tmp_path: Path,
             TrackerCallback(tracker, given).on_train_begin(args, state, TrainerControl())
     assert lines(tmp_path) == [{"step": 4, "changed": {"learning_rate": [1e-4, 5e-5], "weight_decay": [0.0, 0.1]}}]
     (entry,) = [given for name, given in swanlab.calls if name == "log"]
-    assert (list(entry["data"]), entry["step"]) == (["Changed on resume"], 4)
+    text = "Text(learning_rate: 0.0001 -> 5e-05\nweight_decay: 0.0 -> 0.1)"
+    assert entry == {"values": {"Changed on resume": text}, "step": 4}
