@@ -115,8 +115,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch, padded=padded)
-    batching = batching_of(args, config, rows_in_batches, padded=padded)
-    steps = plan_steps(args, batching, data, engine, launch)
+    batching = batching_of(args, config, rows_in_batches, padded=padded, seam=start.seam)
+    steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
     model = load_model_to_train(config, args, tokenizer, launch, padded=padded)
@@ -131,11 +131,12 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             data_collator=collate,
             processing_class=tokenizer,
             batching=batching,
-            callbacks=[TrackerCallback(tracker), *profiling(config, launch)],
+            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
             run=Continuity(
                 stop=stop,
                 site=site,
                 resumed=start.checkpoint,
+                changed=start.changed,
                 on_save_error=config.on_save_error,
                 size=size,
                 identity=this_run,
@@ -157,18 +158,28 @@ def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: 
 
 
 def plan_steps(
-    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, launch: Launch
+    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, start: Start, launch: Launch
 ) -> Steps:
     """How rows become steps, checked and said."""
     from ds_sft.runtime.zero import stage
     from ds_sft.training.arguments import run_steps
 
     steps = run_steps(args, batching)
-    batching.check(steps.num_epochs, partial(data.where, "train"))
+    batching.check(batching.position(steps.steps - 1)[0] + 1, partial(data.where, "train"))
+    require_steps_left(start, steps.steps)
     launch.say(steps.describe())
     if args.train_sampling_strategy in OUR_ORDERS:
         launch.say(batching.describe(each_micro_batch=(stage(engine) or 0) >= 2))
     return steps
+
+
+def require_steps_left(start: Start, steps: int) -> None:
+    """See that the checkpoint is not beyond the end of the run, which may have been asked to end earlier."""
+    if start.checkpoint is not None and steps < start.checkpoint.step:
+        raise UserError(
+            f"{start.checkpoint.path} is after step {start.checkpoint.step:,}, this run ends after {steps:,} "
+            "(max_steps, num_train_epochs): write more, or --resume PATH of an earlier checkpoint"
+        )
 
 
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
