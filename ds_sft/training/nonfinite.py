@@ -26,6 +26,7 @@ import torch
 
 from ds_sft.config import OUR_ORDERS
 from ds_sft.data.batches import single_rows
+from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import RunError
 from ds_sft.runtime.checkpoint import newest_complete
 from ds_sft.runtime.distributed import gather
@@ -127,19 +128,17 @@ class FiniteTrainer(ResumableTrainer):
 
         return measured
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        learns = (inputs["labels"][..., 1:] != IGNORE_INDEX).any()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        # A mean over no token, of a model that keeps its own loss, is NaN; its gradients are 0.
+        loss = torch.where(learns | torch.isfinite(loss.detach()), loss, 0.0)
         if self.args.fp16:
             return loss
         if not self.micro_losses and self.on_nonfinite == "skip":
             self.loss_before = self._tr_loss.clone()
         self.micro_losses.append(loss.detach())
         return spread(loss)
-
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """A step without a supervised token has loss 0, also where a model that keeps its own would divide by none."""
-        count = super()._get_num_items_in_batch(*args, **kwargs)
-        return count.clamp(min=1) if isinstance(count, torch.Tensor) else count and max(count, 1)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after the gradients were reduced; under DeepSpeed after the engine's step, else before it."""
@@ -163,13 +162,15 @@ class FiniteTrainer(ResumableTrainer):
         """End the run if a step of which the host did not know yet was not sound; the same on all ranks."""
         reading, self.reading = self.reading, None
         if reading is not None and not reading.sound:
-            self._end(self._describe(reading), "on_nonfinite: skip would leave such steps out")
+            self._end(self._describe(reading), "on_nonfinite: skip would leave the step out")
 
     def _end(self, what: str, remedy: str) -> None:
         self.finish_save()  # of a sound step
         newest = newest_complete(Path(self.args.output_dir))
         kept = f"{newest.path} is complete" if newest else "no checkpoint was saved before it"
-        raise RunError(f"{what}. Nothing of this step is kept; {kept}. Look at rows and learning_rate; {remedy}")
+        raise RunError(
+            f"{what}. Nothing of this step is kept; {kept}. Look at these rows, and at learning_rate; {remedy}"
+        )
 
     def _describe(self, reading: Reading) -> str:
         """What is wrong with a step, on which ranks; all ranks must call it."""
@@ -212,7 +213,7 @@ class FiniteTrainer(ResumableTrainer):
         self.skipped_in_a_row += 1
         what = self._describe(reading)
         if self.skipped_in_a_row == MAX_IN_A_ROW:
-            self._end(what, f"{MAX_IN_A_ROW} steps in a row were so (on_nonfinite: skip leaves out fewer)")
+            self._end(what, f"it is step {MAX_IN_A_ROW} of this kind in a row, where on_nonfinite: skip ends, too")
         if self.is_deepspeed_enabled:
             assert self.accelerator.optimizer_step_was_skipped, "DeepSpeed applied a norm that is not finite"
         else:
