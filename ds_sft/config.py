@@ -64,6 +64,7 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "auto_find_batch_size": "it changes the rows a step in mid-run; `ds-sft plan` tells what fits",
     "use_liger_kernel": "it exchanges classes for the whole process, and the loss; write fused_kernels: liger",
     "ignore_data_skip": "a resumed run would learn its first rows again",
+    "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
     "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
 SECRETS = ("hub_token",)
@@ -152,6 +153,8 @@ class Config:
     resume_anyway: bool = key("resume although keys or data have changed since", default=False)
     on_save_error: str = key("a checkpoint that cannot be written ends the run, or is done without",
                              choices=("stop", "continue"), default="stop")  # fmt: skip
+    on_nonfinite: str = key("a step whose loss or gradients are no numbers ends the run, or is left out and counted",
+                            choices=("stop", "skip"), default="stop")  # fmt: skip
     profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
                                     default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)

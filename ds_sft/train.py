@@ -19,7 +19,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_sft.config import OUR_ORDERS, Config, load_config
-from ds_sft.errors import UserError
+from ds_sft.errors import RunError, UserError
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the training that the command line describes; 2 is the exit code of a mistake in it."""
+    """Run the training that the command line describes; 2 is the exit code of a mistake in it, 1 of a failure."""
     launch = Launch(launcher="python")
     stop: StopRequests | None = None
     try:
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             end_group()
     except UserError as error:
         exit_with(str(error), launch, told_to_end=ended_by_launcher(stop))
+    except RunError as error:
+        exit_with(str(error), launch, told_to_end=ended_by_launcher(stop), code=1)
     except Exception as error:
         exit_after(error, launch, told_to_end=ended_by_launcher(stop))
     return 0
@@ -131,6 +133,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             data_collator=collate,
             processing_class=tokenizer,
             batching=batching,
+            on_nonfinite=config.on_nonfinite,
+            where=partial(data.where, "train"),
             callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
             run=Continuity(
                 stop=stop,
@@ -309,6 +313,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "device": str(trainer.args.device),
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
         "epochs": trainer.state.epoch,
         "eval_loss_first": eval_losses[0] if eval_losses else None,
         "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,

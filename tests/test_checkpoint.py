@@ -175,7 +175,7 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     assert where_to_start(here, RUN, ALONE).checkpoint is not None
     other = {**RUN, "config": {"learning_rate": 1e-5, "mask": "last"}}
     with pytest.raises(
-        UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; mask: None -> 'last'\. Take another"
+        UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; mask: 'all' -> 'last'\. Take another"
     ):
         where_to_start(here, other, ALONE)
     assert where_to_start(config(tmp_path, resume_anyway=True), other, ALONE).checkpoint is not None

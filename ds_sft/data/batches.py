@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import xxhash
@@ -66,6 +66,12 @@ def make_batches(
     plan = plan_packs(lengths_of(rows), config.max_length, seed=int(config.training.get("seed", 42)))
     launch.say(plan.describe(len(rows)))
     return PackedRows(rows, plan), collate_flat
+
+
+def single_rows(rows: Any, numbers: Sequence[int]) -> list[int]:
+    """Numbers of the rows that the rows or packed sequences with these numbers are made of."""
+    packs = rows.plan.packs if isinstance(rows, PackedRows) else None
+    return [row for number in numbers for row in (packs[number] if packs else [number])]
 
 
 class TrainLoader(DataLoader[dict[str, list[int]]]):

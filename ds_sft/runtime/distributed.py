@@ -225,20 +225,20 @@ def sum_over_ranks(*values: float, device: Any) -> list[float]:
     return result
 
 
-def exit_with(message: str, launch: Launch, *, told_to_end: bool = False) -> NoReturn:
-    """End this rank with exit code 2 after `message` was said once for the whole run.
+def exit_with(message: str, launch: Launch, *, told_to_end: bool = False, code: int = 2) -> NoReturn:
+    """End this rank with an exit code, 2 for a mistake of the user's, after `message` was said once for the whole run.
 
-    All ranks usually meet the same mistake; rank 0 says it and exits, and the launcher ends the others. A rank that is
+    All ranks usually meet the same trouble; rank 0 says it and exits, and the launcher ends the others. A rank that is
     still there after `ERROR_GRACE` met something of its own (a file missing on its node) and says so itself. One that
     was `told_to_end` before it came here need not wait for it.
     """
     if not launch.is_main:
         if told_to_end:
-            sys.exit(2)
+            sys.exit(code)
         time.sleep(ERROR_GRACE)
         message = f"[rank {launch.rank} on {socket.gethostname()}] {message}"
     print_line(f"ds_sft: error: {message}", sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def exit_after(error: Exception, launch: Launch, *, told_to_end: bool = False) -> NoReturn:

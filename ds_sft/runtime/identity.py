@@ -15,14 +15,15 @@ from ds_sft.runtime.zero import stage
 # Keys that say where, how often and how fast, but not what is learned; every other key counts.
 INDIFFERENT = {
     # what this start does, and where
-    "output_dir", "resume", "resume_anyway", "on_save_error", "cache_dir", "preprocessing_num_workers",
+    "output_dir", "resume", "resume_anyway", "on_save_error", "on_nonfinite", "cache_dir", "preprocessing_num_workers",
     "train_file", "eval_file",  # their rows count, not their names
     "num_predictions", "predict_max_new_tokens", "predict_before", "generation",
     "verify_export", "export_max_shard_size",
     "run_name", "report_to", "swanlab_project", "swanlab_mode", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
     # when it measures, logs and saves
-    "logging_strategy", "logging_first_step", "logging_steps", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter",
+    "log_level", "log_level_replica", "log_on_each_node",
     "disable_tqdm", "profile_steps", "skip_memory_metrics", "include_num_input_tokens_seen",
     "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model",
     "restore_callback_states_from_checkpoint", "enable_jit_checkpoint",

@@ -33,6 +33,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
         import_muon(engine)
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["deepspeed"] = engine
+    keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = _other_trackers(keys.get("report_to"))
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
     keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions

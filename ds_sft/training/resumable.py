@@ -94,6 +94,8 @@ class ResumableTrainer(Trainer):
         self.write_troubles: list[str] = []
         self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
         self.num_parameters = 0  # without embeddings, once counted
+        self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
+        self.skipped_unlogged = 0  # of them since the last log entry
         if run.resumed is not None:
             self.evaluation_due = self.args.eval_on_start = bool(run.resumed.manifest["evaluation_due"])
 
@@ -115,6 +117,7 @@ class ResumableTrainer(Trainer):
         self._tr_loss.fill_(pending[self.args.process_index] if same else sum(pending) / len(pending))
         self._globalstep_last_logged = known["last_logged_step"]
         self._total_loss_scalar = known["loss_total"]
+        self.skipped_steps, self.skipped_unlogged = known.get("skipped_steps", (0, 0))
         self.tokens_seen.fill_(known["tokens"] if self.args.process_index == 0 else 0)
 
     @property
@@ -213,7 +216,7 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # of the run, not of this start
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.skipped_steps, 1)
         super().log(logs, start_time)
 
     # ---- Stopping
@@ -367,6 +370,7 @@ class ResumableTrainer(Trainer):
             "loss_pending": gather(self._tr_loss.item()),
             "last_logged_step": self._globalstep_last_logged,
             "loss_total": self._total_loss_scalar,
+            "skipped_steps": [self.skipped_steps, self.skipped_unlogged],
             "tokens": int(tokens),
             # Where rows were dealt anew, and where they could be now; see `micro_batches.Seam`.
             "seam": asdict(self.batching.seam),

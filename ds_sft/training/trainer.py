@@ -30,8 +30,9 @@ from ds_sft.runtime.peak import device_peak
 from ds_sft.training.fused import compiles_layers
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
+from ds_sft.training.nonfinite import FiniteTrainer
 from ds_sft.training.progress import ProgressLine
-from ds_sft.training.resumable import ResumableTrainer, StepBoundary
+from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 
@@ -73,7 +74,7 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).sum()
 
 
-class SFTTrainer(ResumableTrainer):
+class SFTTrainer(FiniteTrainer):
     """Trainer whose `eval_loss` is the mean over all supervised tokens of the validation set, whatever the world size.
 
     Trainer's own is a mean of batch means, and wrong when ranks x batch does not divide the set (transformers#39241).
