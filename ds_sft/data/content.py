@@ -62,7 +62,7 @@ def _with_part(said: Said, part: dict[str, Any], where: str, unread: set[str], *
 
 
 def _part_text(part: dict[str, Any], kind: str, where: str, unread: set[str]) -> str:
-    """The text of a part under `text`, `value` or its type; in OpenAI's threads {"value": ..., "annotations": [...]}."""
+    """The text of a part under `text`, `value` or its type; OpenAI's threads have {"value": ..., "annotations"}."""
     names = [name for name in dict.fromkeys(("text", "value", kind)) if part.get(name) is not None]
     if len(names) != 1:
         raise BadRow("a part without a text", f"{where} has {' and '.join(names) or 'no text'}; expected text or value")
@@ -82,7 +82,7 @@ def _part_calls(part: dict[str, Any], kind: str, where: str, unread: set[str]) -
     if name is None:
         return read_calls({key: item for key, item in part.items() if key != "type"}, where, unread)
     note_unread(part, ("type", name, "id", "tool_call_id"), f"{where}.", unread)
-    calls = read_calls(part[name], where, unread)
+    calls = read_calls(part[name], f"{where}.{name}", unread)
     identity = part.get("tool_call_id") or part.get("id")
     return tuple({"id": identity, **call} for call in calls) if isinstance(identity, str) and len(calls) == 1 else calls
 
@@ -105,7 +105,9 @@ def read_reasoning(holder: Mapping[str, Any], where: str, unread: set[str], *, t
         else:
             note_unread({name: value}, (), where, unread)
     if len(set(texts)) > 1:
-        raise BadRow("two reasonings", f"{where or 'the row '}has two that differ; expected one of {', '.join(REASONING)}")
+        raise BadRow(
+            "two reasonings", f"{where or 'the row '}has two that differ; expected one of {', '.join(REASONING)}"
+        )
     thought = THOUGHT.match(text) if texts else None
     return "" if not texts or (thought and thought[1].strip() == texts[0].strip()) else texts[0]
 
@@ -119,7 +121,9 @@ def read_calls(value: Any, where: str, unread: set[str]) -> tuple[dict[str, Any]
     value = unpacked(value)
     if value is None or value == []:
         return ()
-    return tuple(_call(call, where, unread) for call in (value if isinstance(value, list) else [value]))
+    if not isinstance(value, list):
+        return (_call(value, where, unread),)
+    return tuple(_call(call, f"{where}[{index}]", unread) for index, call in enumerate(value))
 
 
 def _call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
@@ -128,9 +132,9 @@ def _call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call without a name", f"{where}: {found(call)} is no call; expected name and arguments")
     known = ("id", "type", "name", "arguments") if function is call else ("id", "type", "function")
-    note_unread(call, known, f"{where}.call.", unread)
+    note_unread(call, known, f"{where}.", unread)
     if function is not call:
-        note_unread(function, ("name", "arguments"), f"{where}.call.function.", unread)
+        note_unread(function, ("name", "arguments"), f"{where}.function.", unread)
     arguments = _arguments(function.get("arguments"), where)
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     clean = {"name": check_text(function["name"], where), "arguments": {} if arguments is None else arguments}

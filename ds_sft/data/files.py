@@ -1,7 +1,8 @@
 """Files, folders, globs and hub data sets -> rows as they stand in them, one at a time, in bounded memory.
 
 JSON Lines, a JSON array (alone or as {"data": [...]}), CSV, TSV and Parquet, each also compressed (.gz, .zst), and data
-sets of the Hugging Face hub. No row decides what is opened: only what the keys `train_file` and `eval_file` name is read.
+sets of the Hugging Face hub. No row decides what is opened: only what the keys `train_file` and `eval_file` name is
+read.
 """
 
 from __future__ import annotations
@@ -275,7 +276,7 @@ def holds_lines(path: Path) -> bool:
 
 
 def _begins_with_a_row(head: bytes) -> bool:
-    """Whether the first line is JSON in itself and others follow: a line of JSON Lines, though it begins like a list."""
+    """Whether the first line is JSON in itself and others follow: JSON Lines, though they begin like a list."""
     line, _, rest = head.partition(b"\n")
     if not rest.strip():
         return False

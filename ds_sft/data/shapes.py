@@ -231,12 +231,14 @@ def _full_message(item: dict[str, Any], role: str, names: tuple[str, str], where
     known = {*names, learned, *extra, *((*REASONING, *CALL_FIELDS) if answer else ())}
     note_unread(item, known, f"{where}.", unread)
     if role in CALLS:
-        said = Said(calls=read_calls(value, where, unread))
+        said = Said(calls=read_calls(value, place, unread))
     else:
         said = read_content(value, place, unread, answer=answer)
     calls = _one_place(said.calls, _field_calls(item, where, unread), where) if answer else ()
     if said.text is None and not calls:
-        raise BadRow("a content is not text", f"{place} is {found(value)}; expected {'a call' if role in CALLS else 'a string'}")
+        raise BadRow(
+            "a content is not text", f"{place} is {found(value)}; expected {'a call' if role in CALLS else 'a string'}"
+        )
     text = said.text or ""
     reasoning = read_reasoning(item, f"{where}.", unread, text=text, parts=said.reasoning) if answer else ""
     extra = {"reasoning_content": reasoning, **extra} if reasoning else extra
@@ -251,7 +253,7 @@ def _name(item: dict[str, Any], names: tuple[str, str], fields: Mapping[str, str
 
 
 def _field_calls(item: dict[str, Any], where: str, unread: set[str]) -> tuple[dict[str, Any], ...]:
-    first, second = (read_calls(item.get(name), where, unread) for name in CALL_FIELDS)
+    first, second = (read_calls(item.get(name), f"{where}.{name}", unread) for name in CALL_FIELDS)
     return _one_place(first, second, where)
 
 
