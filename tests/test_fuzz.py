@@ -94,19 +94,19 @@ def test_mutated_rows(name: str, count: int) -> None:
     assert count / 10 < accepted < count * 0.9  # both ways are walked
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "json.zst", "held.json"])
 def test_mutated_files(tmp_path: Path, kind: str) -> None:
-    from tests.test_files import CONTENTS, compress
+    from tests.test_files import CONTENTS, KINDS, compress
 
     chance, name = random.Random(kind), kind.split(".")[0]
     for _ in range(400):
-        content = bytearray(CONTENTS[name])
+        content = bytearray(KINDS[kind] if name == "held" else CONTENTS[name])
         for _ in range(chance.randint(1, 3)):
             at = chance.randrange(len(content))
             content[at : at + chance.choice([0, 1, 40])] = chance.choice(
                 [b"", b"\xff", b"\0", b'"', b"[", b"\n", b",,"]
             )
-        packed = compress(bytes(content), Path(kind).suffix if "." in kind else "")
+        packed = compress(bytes(content), Path(kind).suffix)
         if kind == "jsonl.gz" and chance.random() < 0.5:
             packed = gzip.compress(bytes(content))[: chance.randrange(40)]
         check_file(tmp_path / f"rows.{kind}", packed)

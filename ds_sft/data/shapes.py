@@ -26,6 +26,7 @@ from ds_sft.data.values import check_text, found, json_type, note_unread, unpack
 
 Shape = Literal["auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"]
 SHAPES = get_args(Shape)
+Calls = tuple[dict[str, Any], ...]
 EXPECTED = "expected question and answer; instruction and output; conversations; messages; or prompt and completion"
 ROLES = {
     "system": "system", "developer": "system",
@@ -96,10 +97,12 @@ def _turns(
     return _alpaca(row, system_prompt) if shape == "alpaca" else _question_answer(row, "question", "answer")
 
 
-def _read_names(given: Mapping[str, Any], shape: Shape, fields: Mapping[str, str]) -> set[str]:
+def _read_names(given: Mapping[str, Any], shape: Shape, fields: Mapping[str, str]) -> frozenset[str]:
     """The names of the fields that this shape reads, as the file has them."""
+    if not fields:
+        return READ[shape]
     renamed = {ours: theirs for ours, theirs in fields.items() if ours in READ[shape] and theirs in given}
-    return (READ[shape] - renamed.keys()) | set(renamed.values())
+    return (READ[shape] - renamed.keys()) | frozenset(renamed.values())
 
 
 def _add_reasoning(messages: list[Message], row: Mapping[str, Any], shape: Shape, unread: set[str]) -> None:
@@ -252,12 +255,12 @@ def _name(item: dict[str, Any], names: tuple[str, str], fields: Mapping[str, str
     return next((name for name in present if item[name] is not None), present[0] if present else known[0])
 
 
-def _field_calls(item: dict[str, Any], where: str, unread: set[str]) -> tuple[dict[str, Any], ...]:
+def _field_calls(item: dict[str, Any], where: str, unread: set[str]) -> Calls:
     first, second = (read_calls(item.get(name), f"{where}.{name}", unread) for name in CALL_FIELDS)
     return _one_place(first, second, where)
 
 
-def _one_place(first: tuple[dict[str, Any], ...], second: tuple[dict[str, Any], ...], where: str) -> Any:
+def _one_place(first: Calls, second: Calls, where: str) -> Calls:
     """The calls of whichever place has some.
 
     Raises:

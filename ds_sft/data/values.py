@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from ds_sft.data.files import BadRow
@@ -79,7 +80,8 @@ def note_unread(holder: Mapping[str, Any], known: Collection[str], where: str, u
     Raises:
         BadRow: one of them holds images, audio or video.
     """
-    for name in sorted(holder.keys() - set(known), key=str):
+    names = holder.keys() - known
+    for name in sorted(names, key=str) if names else ():
         value = holder[name]
         if is_empty(value):
             continue
@@ -88,6 +90,7 @@ def note_unread(holder: Mapping[str, Any], known: Collection[str], where: str, u
         unread.add(field_name(f"{where}{name}"))
 
 
+@lru_cache(maxsize=1024)
 def field_name(path: str) -> str:
     """messages[3].id -> messages[].id, fit to be printed."""
     name = INDEX.sub("[]", path)
