@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.data.files import BadRow, DataFile, Raw
-from ds_sft.data.shapes import Message, Shape, to_messages
+from ds_sft.data.shapes import Message, Shape, as_object, to_messages
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Dialogue:
     def answer(self) -> str:
         """The last answer, with the calls it makes in JSON."""
         message = self.messages[self.last_answer]
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+        functions = [call["function"] for call in message.tool_calls]
+        calls = [json.dumps({**f, "arguments": as_object(f["arguments"])}, ensure_ascii=False) for f in functions]
         return "\n".join([message.content, *calls] if message.content else calls)
 
 

@@ -201,7 +201,7 @@ def _train(item: dict[str, Any], where: str, role: str) -> bool | None:
 
 
 def _calls(item: dict[str, Any], where: str, text: str) -> tuple[dict[str, Any], ...]:
-    """The calls of a message in OpenAI's form, with arguments as an object where they are one."""
+    """The calls of a message in OpenAI's form, with arguments as they are: an object, or the text of one."""
     value = item.get(text) if item.get("role", item.get("from")) in CALLS else item.get("tool_calls")
     value = _unpacked(value)
     if value is None or value == []:
@@ -214,11 +214,16 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call without a name", f"{where}: {_found(call)} is no call; expected name and arguments")
-    arguments = _unpacked(function.get("arguments"))
+    arguments = function.get("arguments")
     clean = {"name": function["name"], "arguments": {} if arguments is None else arguments}
-    _check_unicode(clean, where)
+    _check_unicode({**clean, "arguments": as_object(arguments)}, where)
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": clean}
+
+
+def as_object(arguments: Any) -> Any:
+    """The arguments of a call as an object, where their text is one."""
+    return _unpacked(arguments)
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
