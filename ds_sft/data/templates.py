@@ -18,7 +18,7 @@ from ds_sft.config import Config
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
-from ds_sft.data.turns import CALL_FORMS, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
+from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
 from ds_sft.errors import UserError
 
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -97,14 +97,14 @@ def with_thinking(messages: Sequence[Message], policy: str) -> list[Message]:
 def _rethink(message: Message, policy: str) -> Message:
     if message.role != "assistant":
         return message
-    extra = {name: text for name, text in message.extra.items() if name != "reasoning_content"}
+    extra = {name: text for name, text in message.extra.items() if name != FIELD}
     content = THINKING.sub("", message.content, count=1) if THINKING.match(message.content) else message.content
     return replace(message, content=EMPTY_THINKING + content if policy == "empty" else content, extra=extra)
 
 
 def full_content(message: Message) -> str:
     """A message with the reasoning that stands in a field of its own before it, as Qwen3 and DeepSeek write it."""
-    reasoning = message.extra.get("reasoning_content", "")
+    reasoning = message.extra.get(FIELD, "")
     return f"<think>\n{reasoning}\n</think>\n\n{message.content}" if reasoning else message.content
 
 
@@ -208,7 +208,9 @@ class ChatTemplate:
             helps.append("leave reasoning out (thinking: drop)")
         if any(last) and self._accepts(dialogue, last, self.thinking):
             helps.append("learn the last answer only (mask: last)")
-        return BadRow(error.reason, f"{error}; {' or '.join(helps) or 'expected a template that renders it as it is'}")
+        return BadRow(
+            error.reason, f"{error}; {' or '.join(helps) or 'expected another template (template: FILE.jinja)'}"
+        )
 
     def _accepts(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> bool:
         try:
@@ -248,12 +250,15 @@ class ChatTemplate:
         return working or [own_first[0]]
 
     def _from_any_start(self) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
-        """What may stand before a content or reasoning after a mark: with the header, without, without what opens."""
-        header, turns = self.turns.header, self.turns
-        plain = {start for text, part in turns.plain for start in (header + text, text, text[part:])}
-        thought = {(start, between) for text, between in turns.thought
-                   for start in (header + text, text, text.removeprefix(turns.opened))}  # fmt: skip
+        """What may stand before a content or reasoning after a mark: all the template writes, or a part of it."""
+        plain = {start for text, part in self.turns.plain for start in (*self._starts(text), text[part:])}
+        thought = {(start, between) for text, between in self.turns.thought for start in self._starts(text)}
         return tuple((text, 0) for text in sorted(plain, key=len, reverse=True)), tuple(thought)
+
+    def _starts(self, text: str) -> list[str]:
+        """A text with the header, without it, and from each tag of a thinking block on."""
+        whole = self.turns.header + text
+        return [whole, text, *(whole[tag.start() :] for tag in THINK_TAG.finditer(whole))]
 
     def _complete(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> tuple[list[Message], list[bool]]:
         messages, learned = with_thinking(dialogue.messages, thinking), list(learned)
@@ -264,13 +269,13 @@ class ChatTemplate:
     def _row(self, message: Message) -> dict[str, Any]:
         """A message as the template wants it: reasoning in the field that it reads, or in the content."""
         extra, content = dict(message.extra), message.content
-        reasoning = extra.pop("reasoning_content", "")
+        reasoning = extra.pop(FIELD, "")
         if not reasoning and self.turns.splits and message.role == "assistant" and (own := THINKING.match(content)):
-            extra[self.turns.reasoning], content = own[1].strip("\n"), content[own.end() :]
+            extra[FIELD], content = own[1].strip("\n"), content[own.end() :]
         elif reasoning and self.turns.reasoning == "content":
             content = full_content(message)
         elif reasoning:
-            extra[self.turns.reasoning or "reasoning_content"] = reasoning
+            extra[FIELD] = reasoning
         row: dict[str, Any] = {"role": message.role, "content": content, **extra}
         return {**row, "tool_calls": list(message.tool_calls)} if message.tool_calls else row
 
@@ -374,8 +379,8 @@ class ChatTemplate:
     def _said(self, row: dict[str, Any]) -> tuple[str | None, str]:
         """Reasoning and content of a message."""
         content = row.get("content") or ""
-        if self.turns.reasoning != "content" and (field := self.turns.reasoning or "reasoning_content") in row:
-            return row[field], content
+        if FIELD in row:
+            return row[FIELD], content
         if "</think>" not in content:
             return None, content
         if own := THINKING.match(content):
@@ -400,7 +405,8 @@ class ChatTemplate:
         return bool(self.turns.tool_header) and self.turns.tool_header in text
 
     def _refusal(self, text: str | None, row: dict[str, Any]) -> BadRow:
-        if text is None or (self.turns.header and self.turns.header in text) or self._runs_on(text):
+        header = "" if self.marks else self.turns.header
+        if text is None or (header and header in text) or self._runs_on(text):
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
         for call in row.get("tool_calls", ()):
             if not shows_call(text, call):

@@ -26,17 +26,19 @@ from ds_sft.errors import UserError
 EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 THINK_TAG = re.compile("</?think>")
 REFUSED = "the template refuses it"
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+FIELD = "reasoning_content"  # transformers hands it to gpt-oss's template as `thinking`, too
 
 # What the dialogues of our own say. No template writes these.
-QUESTION, ANSWER, THOUGHT, ARGUMENT, RESULT = "x", "ds_sft-7f3a", "ds_sft-5c1e", "ds_sft-1d90", "ds_sft-e64b"
+QUESTION, ANSWER, THOUGHT, NAME, ARGUMENT, RESULT = (
+    "x", "ds_sft-7f3a", "ds_sft-5c1e", "ds_sft_f", "ds_sft-1d90", "ds_sft-e64b"
+)  # fmt: skip
 USER = {"role": "user", "content": QUESTION}
 CALL = {  # Mistral wants ids of nine letters and digits
     "id": "call00001",
     "type": "function",
-    "function": {"name": "ds_sft_f", "arguments": {"ds_sft_a": ARGUMENT}},
+    "function": {"name": NAME, "arguments": {"ds_sft_a": ARGUMENT}},
 }
-TOOL_RESULT = {"role": "tool", "content": RESULT, "name": "ds_sft_f", "tool_call_id": "call00001"}
+TOOL_RESULT = {"role": "tool", "content": RESULT, "name": NAME, "tool_call_id": "call00001"}
 
 
 Content = Literal["empty", "none", "absent"]
@@ -130,8 +132,8 @@ class Turns:
     call_end: str  # ends one with calls
     ends: tuple[str, ...]  # all that may end an answer
     closes: bool  # whether the last answer ends with the first token of the turn that would follow
-    reasoning: str  # field of a message where reasoning goes; "content": into the content; "": nowhere
-    splits: bool  # whether reasoning at the start of a content must be put into that field
+    reasoning: Literal["field", "content", "nowhere"]  # of a message, where the template wants it
+    splits: bool  # whether reasoning at the start of a content must be put into the field
     call_forms: tuple[CallForm, ...]  # those in which the template renders a call
     tool_header: str  # before the result of a call
     written: str  # a question, an answer and a prompt, as rendered
@@ -156,13 +158,13 @@ def find_turns(renderer: Renderer) -> Turns:
     if ANSWER not in last:
         raise UserError("template: it does not render an answer as it is")
     earlier = renderer.attempt(USER, answer, USER, {"role": "assistant", "content": "y"})
-    header, opened = _header(before, prompt, [last, earlier])
     reasoning, splits, thoughtful = _reasoning(renderer)
-    call_forms = tuple(form for form in CALL_FORMS if _renders_call(renderer, form, header))
+    start, header, opened = _header(before, prompt, [last, earlier, *thoughtful])
+    call_forms = _call_forms(renderer, header)
     beside, called, tool_header = _calls(renderer, call_forms)
     end, closes = _end(renderer, last, earlier)
     call_end = _call_end(renderer, called, tool_header, end, closes=closes)
-    at = before + header
+    at = start + header
     block = renderer.attempt(USER, generation=True, thinking=False).removeprefix(at)
     prefixes = {text[len(at) : text.find(ANSWER)] for text in (last, earlier, *beside) if _begins(text, at, ANSWER)}
     plain = sorted({"", opened, *prefixes}, key=len, reverse=True)
@@ -187,17 +189,21 @@ def _begins(text: str, at: str, *held: str) -> bool:
     return text.startswith(at) and all(mark in text[len(at) :] for mark in held)
 
 
-def _header(before: str, prompt: str, answered: Sequence[str]) -> tuple[str, str]:
-    """What every answer begins with, and what the generation prompt has besides: an opened block of reasoning."""
-    if not prompt.startswith(before) or not answered[0].startswith(before):
-        return "", ""
-    whole = prompt[len(before) :]
-    written = [text[len(before) : text.find(ANSWER)] for text in answered if _begins(text, before, ANSWER)]
+def _header(before: str, prompt: str, answered: Sequence[str]) -> tuple[str, str, str]:
+    """What stands before every answer, what each begins with, and what the generation prompt has besides.
+
+    That is an opened block of reasoning, as of Qwen3-Thinking.
+    """
+    start = _common_start([before, prompt, answered[0]])
+    if QUESTION not in start:  # a template that renders the question otherwise once there is an answer
+        return "", "", ""
+    whole = prompt[len(start) :]
+    written = [re.split(f"{THOUGHT}|{ANSWER}", text[len(start) :])[0] for text in answered if text.startswith(start)]
     header = _common_start([whole, *written])
     tag = THINK_TAG.search(whole)
     if tag and header != whole:  # no border inside <think></think>
         header = header[: tag.start()]
-    return header, whole[len(header) :]
+    return start, header, whole[len(header) :]
 
 
 def _common_start(texts: Sequence[str]) -> str:
@@ -221,18 +227,17 @@ def _prompt_part(prefix: str, opened: str, block: str) -> int:
 # ---- Reasoning
 
 
-def _reasoning(renderer: Renderer) -> tuple[str, bool, list[str]]:
+def _reasoning(renderer: Renderer) -> tuple[Literal["field", "content", "nowhere"], bool, list[str]]:
     """Where the template wants reasoning, whether it must be taken out of a content, and dialogues with some."""
     inline = {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
-    as_content = renderer.attempt(USER, inline)
-    for field in REASONING_FIELDS:
-        message = {"role": "assistant", "content": ANSWER, field: THOUGHT}
-        text = renderer.attempt(USER, message)
-        if THOUGHT in text:
-            splits = "".join(text.split()) != "".join(as_content.split())
-            return field, splits, [text, renderer.attempt(USER, message, USER)]
-    kept = THOUGHT in as_content
-    return "content" if kept else "", False, [as_content, renderer.attempt(USER, inline, USER)] if kept else []
+    field = {"role": "assistant", "content": ANSWER, FIELD: THOUGHT}
+    in_content, in_field = renderer.attempt(USER, inline), renderer.attempt(USER, field)
+    if THOUGHT in in_field:
+        splits = "".join(in_field.split()) != "".join(in_content.split())
+        return "field", splits, [in_field, renderer.attempt(USER, field, USER)]
+    if THOUGHT in in_content:
+        return "content", False, [in_content, renderer.attempt(USER, inline, USER)]
+    return "nowhere", False, []
 
 
 def _around_thought(text: str, at: str) -> Iterator[tuple[str, str]]:
@@ -244,13 +249,21 @@ def _around_thought(text: str, at: str) -> Iterator[tuple[str, str]]:
 # ---- Calls
 
 
-def _renders_call(renderer: Renderer, form: CallForm, header: str) -> bool:
-    """Whether a call in this form is rendered, once, and without a second turn for a content that says nothing."""
-    message = form.applied({"role": "assistant", "content": "", "tool_calls": [CALL]})
-    text = renderer.attempt(USER, message)
-    text = text or renderer.attempt(USER, message, TOOL_RESULT, {"role": "assistant", "content": ANSWER})
-    once = not header or ANSWER in text or text.count(header) <= 1
-    return once and shows_call(text, message["tool_calls"][0])
+def _call_forms(renderer: Renderer, header: str) -> tuple[CallForm, ...]:
+    """The forms in which a call is rendered, once, and without a second turn for a content that says nothing.
+
+    A template that wants objects may write a text twice quoted or braced; where it takes both, they come out the same.
+    """
+    rendered = {}
+    for form in CALL_FORMS:
+        message = form.applied({"role": "assistant", "content": "", "tool_calls": [CALL]})
+        text = renderer.attempt(USER, message)
+        text = text or renderer.attempt(USER, message, TOOL_RESULT, {"role": "assistant", "content": ANSWER})
+        once = not header or ANSWER in text or text.count(header) <= 1
+        if once and shows_call(text, message["tool_calls"][0]):
+            rendered[form] = text
+    of_objects = {text for form, text in rendered.items() if not form.as_text}
+    return tuple(form for form, text in rendered.items() if not of_objects or text in of_objects)
 
 
 def _calls(renderer: Renderer, forms: Sequence[CallForm]) -> tuple[list[str], str, str]:
@@ -260,8 +273,10 @@ def _calls(renderer: Renderer, forms: Sequence[CallForm]) -> tuple[list[str], st
     message = forms[0].applied({"role": "assistant", "content": "", "tool_calls": [CALL]})
     called, answered = renderer.attempt(USER, message), renderer.attempt(USER, message, TOOL_RESULT)
     beside = renderer.attempt(USER, {**message, "content": ANSWER})
-    added = answered[len(called) :].partition(RESULT) if called and answered.startswith(called) else ("", "", "")
-    return [beside], called, added[0].partition("ds_sft_f")[0] if added[1] else ""
+    between = answered.partition(ARGUMENT)[2].partition(RESULT)[0]
+    tail = called.partition(ARGUMENT)[2]
+    header = between[len(tail) :].partition(NAME)[0] if tail and between.startswith(tail) else ""
+    return [beside] if NAME not in beside.partition(ANSWER)[0] else [], called, header
 
 
 def shows_call(text: str, call: Mapping[str, Any]) -> bool:
