@@ -208,9 +208,8 @@ class ChatTemplate:
             helps.append("leave reasoning out (thinking: drop)")
         if any(last) and self._accepts(dialogue, last, self.thinking):
             helps.append("learn the last answer only (mask: last)")
-        return BadRow(
-            error.reason, f"{error}; {' or '.join(helps) or 'expected another template (template: FILE.jinja)'}"
-        )
+        remedy = " or ".join(helps) or "expected another template (template: FILE.jinja)"
+        return BadRow(error.reason, f"{error}; {remedy}")
 
     def _accepts(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> bool:
         try:
@@ -367,7 +366,9 @@ class ChatTemplate:
         if reasoning is not None and self._is_thought(text, reasoning, content, bool(calls)):
             return 0 if self.marks else self.turns.prompt_part(text)
         if reasoning and not reasoning.isspace():
-            return None
+            if FIELD in row:
+                return None
+            content = row["content"]  # which the template may leave as it is
         content = content.strip()
         for prefix, prompt_part in self.plain:
             if text.startswith(prefix) or (not content and text == prefix.rstrip()):
@@ -410,7 +411,7 @@ class ChatTemplate:
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
         for call in row.get("tool_calls", ()):
             if not shows_call(text, call):
-                name = _unmarked(call["function"]["name"])
+                name = _unmarked(call["function"]["name"])[:40]
                 return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
                               f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
         reasoning, content = self._said(row)

@@ -30,7 +30,7 @@ FIELD = "reasoning_content"  # transformers hands it to gpt-oss's template as `t
 
 # What the dialogues of our own say. No template writes these.
 QUESTION, ANSWER, THOUGHT, NAME, ARGUMENT, RESULT = (
-    "x", "ds_sft-7f3a", "ds_sft-5c1e", "ds_sft_f", "ds_sft-1d90", "ds_sft-e64b"
+    "ds_sft-3b7e", "ds_sft-7f3a", "ds_sft-5c1e", "ds_sft_f", "ds_sft-1d90", "ds_sft-e64b"
 )  # fmt: skip
 USER = {"role": "user", "content": QUESTION}
 CALL = {  # Mistral wants ids of nine letters and digits
