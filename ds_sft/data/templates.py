@@ -184,6 +184,9 @@ class ChatTemplate:
         self.plain, self.thought = self.turns.plain, self.turns.thought
         if self.marks:  # which begin where a template's author put them
             self.plain, self.thought = self._from_any_start()
+        within = any(self.turns.header in text for pair in self.turns.thought for text in pair)  # between channels
+        headers = (self.turns.tool_header, "" if self.marks or within else self.turns.header)
+        self.borders = [header for header in headers if header]  # where another turn begins
         self.ends = re.compile(f"(?<!{OPEN})(?:{'|'.join(map(re.escape, self.turns.ends))})")
 
     @property
@@ -348,19 +351,18 @@ class ChatTemplate:
 
     def _span(self, whole: str, start: int, ends: Iterable[re.Match[str]], row: dict[str, Any]) -> tuple[int, int]:
         """From where generation starts up to and with the token that ends the turn, of `ends` the first that can be."""
-        first = None
+        texts = []
         own_ends = sum(map((row.get("content") or "").count, self.turns.ends))
         for end in islice(ends, MOST_ENDS + own_ends):
-            text = whole[start : end.start()]
-            first = text if first is None else first
-            if (prompt_part := self._prompt_part(text, row)) is not None:
+            texts.append(whole[start : end.start()])
+            if (prompt_part := self._prompt_part(texts[-1], row)) is not None:
                 return start + prompt_part, end.end()
-        raise self._refusal(first, row)
+        raise self._refusal(texts, row)
 
     def _prompt_part(self, text: str, row: dict[str, Any]) -> int | None:
         """How much of what stands between header and end is prompt; None where that is not the answer of `row`."""
         calls = row.get("tool_calls", ())
-        if calls and (self._runs_on(text) or not all(shows_call(text, call) for call in calls)):
+        if calls and (self._runs_on(text) or _missing_call(text, row) is not None):
             return None
         reasoning, content = self._said(row)
         if reasoning is not None and self._is_thought(text, reasoning, content, bool(calls)):
@@ -402,22 +404,28 @@ class ChatTemplate:
         return False
 
     def _runs_on(self, text: str) -> bool:
-        """Whether a text goes on into the turn of a tool."""
-        return bool(self.turns.tool_header) and self.turns.tool_header in text
+        """Whether a text goes on into another turn."""
+        return any(border in text for border in self.borders)
 
-    def _refusal(self, text: str | None, row: dict[str, Any]) -> BadRow:
-        header = "" if self.marks else self.turns.header
-        if text is None or (header and header in text) or self._runs_on(text):
+    def _refusal(self, texts: Sequence[str], row: dict[str, Any]) -> BadRow:
+        """Why none of the texts up to an end is the answer."""
+        text = next((text for text in texts if _missing_call(text, row) is None), texts[0] if texts else None)
+        if text is None or self._runs_on(text):
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
-        for call in row.get("tool_calls", ()):
-            if not shows_call(text, call):
-                name = _unmarked(call["function"]["name"])[:40]
-                return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
-                              f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
+        if (name := _missing_call(text, row)) is not None:
+            return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
+                          f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
         reasoning, content = self._said(row)
         said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
         return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
                       f"{_unmarked(text)[:40]!r}")  # fmt: skip
+
+
+def _missing_call(text: str, row: dict[str, Any]) -> str | None:
+    """The name of a call that a text leaves out, or whose arguments."""
+    names = (call["function"]["name"] for call in row.get("tool_calls", ()) if not shows_call(text, call))
+    name = next(names, None)
+    return None if name is None else _unmarked(name)[:40]
 
 
 def _check_tools(whole: str, tools: list[Any]) -> None:

@@ -165,7 +165,7 @@ def find_turns(renderer: Renderer) -> Turns:
     end, closes = _end(renderer, last, earlier)
     call_end = _call_end(renderer, called, tool_header, end, closes=closes)
     at = start + header
-    block = renderer.attempt(USER, generation=True, thinking=False).removeprefix(at)
+    block = renderer.attempt(USER, generation=True, thinking=False).rpartition(header or prompt)[2]
     prefixes = {text[len(at) : text.find(ANSWER)] for text in (last, earlier, *beside) if _begins(text, at, ANSWER)}
     plain = sorted({"", opened, *prefixes}, key=len, reverse=True)
     return Turns(
