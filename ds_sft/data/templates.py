@@ -27,7 +27,6 @@ EMPTY_THINKING = "<think>\n\n</think>\n\n"
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 MARKED = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MOST_ENDS = 4  # ends of turn that are looked at for one answer; gpt-oss writes one between its channels
 NOT_SEEN = "it cannot be shown which text is learned"
 REMEDIED = ("the template rewrites an answer", "the template rewrites earlier turns", "no end of turn")
 
@@ -188,6 +187,8 @@ class ChatTemplate:
         headers = (self.turns.tool_header, "" if self.marks or within else self.turns.header)
         self.borders = [header for header in headers if header]  # where another turn begins
         self.ends = re.compile(f"(?<!{OPEN})(?:{'|'.join(map(re.escape, self.turns.ends))})")
+        # Ends that the template writes within an answer: gpt-oss's <|end|> between reasoning and content.
+        self.inner_ends = max((len(self.ends.findall(between)) for _, between in self.turns.thought), default=0)
 
     @property
     def end(self) -> str:
@@ -351,9 +352,9 @@ class ChatTemplate:
 
     def _span(self, whole: str, start: int, ends: Iterable[re.Match[str]], row: dict[str, Any]) -> tuple[int, int]:
         """From where generation starts up to and with the token that ends the turn, of `ends` the first that can be."""
-        texts = []
-        own_ends = sum(map((row.get("content") or "").count, self.turns.ends))
-        for end in islice(ends, MOST_ENDS + own_ends):
+        texts: list[str] = []
+        said = f"{row.get(FIELD, '')} {row.get('content') or ''}"
+        for end in islice(ends, 1 + self.inner_ends + len(self.ends.findall(said))):
             texts.append(whole[start : end.start()])
             if (prompt_part := self._prompt_part(texts[-1], row)) is not None:
                 return start + prompt_part, end.end()
@@ -362,7 +363,7 @@ class ChatTemplate:
     def _prompt_part(self, text: str, row: dict[str, Any]) -> int | None:
         """How much of what stands between header and end is prompt; None where that is not the answer of `row`."""
         calls = row.get("tool_calls", ())
-        if calls and (self._runs_on(text) or _missing_call(text, row) is not None):
+        if calls and (self._runs_on(text) or self._missing_call(text, row) is not None):
             return None
         reasoning, content = self._said(row)
         if reasoning is not None and self._is_thought(text, reasoning, content, bool(calls)):
@@ -407,25 +408,24 @@ class ChatTemplate:
         """Whether a text goes on into another turn."""
         return any(border in text for border in self.borders)
 
+    def _missing_call(self, text: str, row: dict[str, Any]) -> str | None:
+        """The name of a call that a text leaves out, or whose arguments."""
+        calls, can = row.get("tool_calls", ()), self.turns.call_forms
+        names = [call["function"]["name"] for call in calls if not can or not shows_call(text, call)]
+        return _unmarked(names[0])[:40] if names else None
+
     def _refusal(self, texts: Sequence[str], row: dict[str, Any]) -> BadRow:
         """Why none of the texts up to an end is the answer."""
-        text = next((text for text in texts if _missing_call(text, row) is None), texts[0] if texts else None)
+        text = next((text for text in texts if self._missing_call(text, row) is None), texts[0] if texts else None)
         if text is None or self._runs_on(text):
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
-        if (name := _missing_call(text, row)) is not None:
+        if (name := self._missing_call(text, row)) is not None:
             return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
                           f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
         reasoning, content = self._said(row)
         said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
         return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
                       f"{_unmarked(text)[:40]!r}")  # fmt: skip
-
-
-def _missing_call(text: str, row: dict[str, Any]) -> str | None:
-    """The name of a call that a text leaves out, or whose arguments."""
-    names = (call["function"]["name"] for call in row.get("tool_calls", ()) if not shows_call(text, call))
-    name = next(names, None)
-    return None if name is None else _unmarked(name)[:40]
 
 
 def _check_tools(whole: str, tools: list[Any]) -> None:
