@@ -129,6 +129,7 @@ def message(role: str, content: str, **fields: Any) -> Message:
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"at": "Paris"}}}
+CALL_IN_TEXT = {"type": "function", "function": {"name": "weather", "arguments": '{"at": "Paris"}'}}
 TOOL = {"type": "function", "function": {"name": "weather"}}
 ASKED = (message("user", "q"), message("assistant", "a"))
 
@@ -175,7 +176,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
             {"role": "tool", "content": "20", "tool_call_id": "1", "name": "weather"},
             {"role": "assistant", "content": "a"},
         ], "tools": [TOOL]},
-        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL},)),
+        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL_IN_TEXT},)),
          message("tool", "20", extra={"tool_call_id": "1", "name": "weather"}), ASKED[1]),
     ),
     "messages in a text, as in CSV": (
