@@ -8,6 +8,7 @@ ends the run with the input that caused it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -73,13 +74,13 @@ def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes | dict[st
     encoded = encoder.encode(dialogues)
     assert all(one_line(error) for error in encoded.bad.values())
     assert set(encoded.dialogue.tolist()) | set(encoded.bad) | set(encoded.dropped) == set(range(len(dialogues)))
-    learned: dict[int, list[int]] = {}
+    learned: dict[int, list[list[int]]] = {}
     whole: dict[int, list[int]] = {}
     cut: set[int] = set(encoded.dropped) | set(encoded.dialogue[encoded.supervised_cut > 0].tolist())
     for index, (ids, labels) in zip(encoded.dialogue.tolist(), encoded.rows(), strict=True):
         assert 0 < len(ids) <= encoder.max_length
         assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
-        learned.setdefault(index, []).extend(label for label in labels if label != IGNORE_INDEX)
+        learned.setdefault(index, []).extend(stretches(labels))
         whole.setdefault(index, []).extend(ids)
     raw = [line for line, row in zip(lines, found, strict=True) if isinstance(row, Dialogue)]
     for index in set(learned) - cut:
@@ -88,7 +89,7 @@ def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes | dict[st
         if isinstance(encoder.template, Reference):
             check_text(tokenizer, learned[index], messages)
         else:
-            check_turns(tokenizer, learned[index], messages, encoder.template.end)
+            check_turns(tokenizer, learned[index], messages, encoder.template.turns.ends)
         if max(map(len, whole.values())) < encoder.max_length:
             line = raw[index]
             text = tokenizer.backend_tokenizer.decode(whole[index], skip_special_tokens=False)
@@ -177,7 +178,13 @@ def is_list_of_objects(value: Any) -> bool:
 
 
 def is_rendered(path: str, text: str, squeezed: str, unread: set[str]) -> bool:
-    """As it is, as JSON writes it, or, of a text that is JSON, every text in it; or it is said that nobody reads it."""
+    """As it is, as JSON writes it, or, of a text that is JSON, every text in it; or it is said that nobody reads it.
+
+    What is before and after the signs of reasoning may stand apart: in channels, or behind a sign of the template's.
+    """
+    parts = re.split("</?think>", text)
+    if len(parts) > 1:
+        return all(is_rendered(path, part, squeezed, unread) for part in parts)
     once = json.dumps(text, ensure_ascii=False)[1:-1]
     forms = (text, once, json.dumps(once, ensure_ascii=False)[1:-1])
     if any(_squeezed(form) in squeezed for form in forms) or any(is_named(path, name) for name in unread):
@@ -204,7 +211,7 @@ def check_special(encoder: Encoder, encoded: Encoded, dialogues: Sequence[Dialog
 
 def _harmless(value: Any) -> Any:
     if isinstance(value, str):
-        return re.sub(r"[<>|\[\]/]", "-", value)
+        return re.sub(r"(</?think>)|[<>|\[\]/]", lambda match: match[1] or "-", value)  # reasoning has its own place
     if isinstance(value, Dialogue):
         return Dialogue(_harmless(value.messages), _harmless(value.tools))
     if isinstance(value, Message):
@@ -229,26 +236,43 @@ def learned_messages(dialogue: Dialogue, mask: str) -> list[Message]:
     ]
 
 
-def check_text(tokenizer: Any, learned: list[int], messages: Sequence[Message]) -> None:
+def stretches(labels: Sequence[int]) -> list[list[int]]:
+    """What is learned, without a gap in it."""
+    groups = itertools.groupby(labels, key=lambda label: label != IGNORE_INDEX)
+    return [list(stretch) for is_learned, stretch in groups if is_learned]
+
+
+def check_text(tokenizer: Any, learned: Sequence[list[int]], messages: Sequence[Message]) -> None:
     """Exactly the answers, each with its end: special-token text in them is what it is under the reference."""
     expected = "".join(full_content(message) + tokenizer.pad_token for message in messages)
-    assert tokenizer.backend_tokenizer.decode(learned, skip_special_tokens=False) == expected, messages
+    ids = [label for stretch in learned for label in stretch]
+    assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == expected, messages
 
 
-def check_turns(tokenizer: Any, learned: list[int], messages: Sequence[Message], end: str) -> None:
-    """One stretch for each answer, up to and with the one end token in it.
+def check_turns(tokenizer: Any, learned: Sequence[list[int]], messages: Sequence[Message], ends: Sequence[str]) -> None:
+    """One stretch for each answer, up to and with an end of turn, which is the one in it but between channels.
 
     A template may trim an answer, set white space around reasoning, and write a call in its own way.
     """
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    ends = [i + 1 for i, token in enumerate(learned) if token == end_id]
-    assert len(ends) == len(messages), messages
-    assert ends[-1] == len(learned), messages
-    for start, stop, message in zip([0, *ends], ends, messages, strict=False):
-        text = tokenizer.backend_tokenizer.decode(learned[start : stop - 1], skip_special_tokens=False)
+    end_ids = tokenizer.convert_tokens_to_ids(list(ends))
+    assert len(learned) == len(messages), messages
+    for stretch, message in zip(learned, messages, strict=True):
+        text = tokenizer.backend_tokenizer.decode(stretch[:-1], skip_special_tokens=False)
+        assert stretch[-1] in end_ids, messages
+        text, channels = without_channels(text) if "<|return|>" in ends else (text, 1)
+        assert sum(token in end_ids for token in stretch) == channels, messages
         text, want = "".join(text.split()), "".join(full_content(message).split())
-        wanted = {want, want.removeprefix("<think></think>")}  # of earlier turns Qwen leaves an empty block out
+        # Of earlier turns Qwen leaves an empty block out; a prompt may have opened one.
+        wanted = {want, "</think>" + want, *map(want.removeprefix, ("<think></think>", "<think>", "</think>"))}
         assert any(text.startswith(want) if message.tool_calls else text == want for want in wanted), (text, messages)
+
+
+def without_channels(text: str) -> tuple[str, int]:
+    """gpt-oss's channels as Qwen writes reasoning, and how many they are."""
+    if not text.startswith("<|channel|>analysis<|message|>"):
+        return text.removeprefix("<|channel|>final<|message|>"), 1
+    thought, _, rest = text.removeprefix("<|channel|>analysis<|message|>").partition("<|end|><|start|>assistant")
+    return f"<think>{thought}</think>{rest.removeprefix('<|channel|>final<|message|>')}", 2
 
 
 def check_file(path: Path, content: bytes) -> None:

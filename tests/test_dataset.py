@@ -544,7 +544,8 @@ def test_what_a_template_leaves_out_of_turns_that_are_not_learned(make: Any, tmp
     report = load_data(config, family("qwen"), ALONE).report["train"]
     assert report["left_out_by_template"] == {"assistant reasoning_content": [1, f"{config.train_file}:1"]}
     with pytest.raises(
-        UserError, match=r"train\.jsonl:1: the template renders the answer 'a' as 'a'; leave reasoning out"
+        UserError,
+        match=r"train\.jsonl:1: the template renders the answer '<think>Because of that.</think>a' as 'a'; leave",
     ):
         load_data(make([{"messages": talk}], template="tokenizer"), family("qwen"), ALONE)
 

@@ -17,6 +17,7 @@ from tests.families import family
 from tests.fuzzing import SEEDS, check_file, check_rows, encoder_of
 
 QWEN, LLAMA, GEMMA, MISTRAL, MARKED = map(family, ("qwen", "llama", "gemma", "mistral", "marked"))
+THINKING, DEEPSEEK, GLM, HARMONY = map(family, ("thinking", "deepseek", "glm", "harmony"))
 ENCODERS = {
     "reference": (encoder_of(QWEN), QWEN),
     "qwen": (encoder_of(QWEN, template="tokenizer"), QWEN),
@@ -24,6 +25,10 @@ ENCODERS = {
     "gemma": (encoder_of(GEMMA, template="tokenizer"), GEMMA),
     "mistral": (encoder_of(MISTRAL, template="tokenizer", system_prompt=""), MISTRAL),
     "marked": (encoder_of(MARKED, template="tokenizer"), MARKED),
+    "thinking": (encoder_of(THINKING, template="tokenizer"), THINKING),
+    "deepseek": (encoder_of(DEEPSEEK, template="tokenizer"), DEEPSEEK),
+    "glm": (encoder_of(GLM, template="tokenizer"), GLM),
+    "harmony": (encoder_of(HARMONY, template="tokenizer"), HARMONY),
     "last": (encoder_of(QWEN, template="tokenizer", mask="last"), QWEN),
     "drop": (encoder_of(QWEN, template="tokenizer", thinking="drop"), QWEN),
     "empty": (encoder_of(QWEN, template="tokenizer", thinking="empty"), QWEN),
@@ -36,6 +41,10 @@ SPECIAL = [
     "<|eot_id|>",
     "<|endoftext|>",
     "<end_of_turn>",
+    "<|user|>",
+    "<|return|>",
+    "<|channel|>final<|message|>",
+    "<｜Assistant｜>",
     "<start_of_turn>model\n",
     "</s>",
     "[INST]",

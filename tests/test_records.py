@@ -130,6 +130,7 @@ def message(role: str, content: str, **fields: Any) -> Message:
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"at": "Paris"}}}
+CALL_IN_TEXT = {"type": "function", "function": {"name": "weather", "arguments": '{"at": "Paris"}'}}
 TOOL = {"type": "function", "function": {"name": "weather"}}
 ASKED = (message("user", "q"), message("assistant", "a"))
 
@@ -176,7 +177,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
             {"role": "tool", "content": "20", "tool_call_id": "1", "name": "weather"},
             {"role": "assistant", "content": "a"},
         ], "tools": [TOOL]},
-        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL},)),
+        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL_IN_TEXT},)),
          message("tool", "20", extra={"tool_call_id": "1", "name": "weather"}), ASKED[1]),
     ),
     "messages in a text, as in CSV": (
@@ -418,7 +419,7 @@ def test_nulls_of_arguments_and_tools_are_left_out() -> None:
     tool = {"name": "f", "strict": None, "parameters": {"default": None, "enum": ["a", None]}}
     calls = [{"function": {"name": "f", "arguments": arguments}, "id": None} for arguments in (odd, json.dumps(odd))]
     dialogue = to_dialogue({"messages": [{"role": "assistant", "tool_calls": calls}], "tools": [tool]}, READING)
-    assert [call["function"]["arguments"] for call in dialogue.messages[0].tool_calls] == [clean, odd]
+    assert [call["function"]["arguments"] for call in dialogue.messages[0].tool_calls] == [clean, json.dumps(odd)]
     assert dialogue.tools == ({"type": "function", "function": {"name": "f", "parameters": {"enum": ["a", None]}}},)
 
 

@@ -113,7 +113,7 @@ def read_reasoning(holder: Mapping[str, Any], where: str, unread: set[str], *, t
 
 
 def read_calls(value: Any, where: str, unread: set[str]) -> tuple[dict[str, Any], ...]:
-    """Calls in OpenAI's form, with arguments as an object where they are one.
+    """Calls in OpenAI's form, with arguments as they are: an object, or the text of one.
 
     Raises:
         BadRow: no call, or one without a name.
@@ -145,9 +145,13 @@ def _arguments(value: Any, where: str) -> Any:
     """Arguments in a text say what they say, null fields as well: no kind of file changes a text."""
     if not isinstance(value, str):
         return check_json(value, where)
-    arguments = unpacked(value)
-    check_json(arguments, where)
-    return arguments
+    check_json(as_object(value), where)
+    return value
+
+
+def as_object(arguments: Any) -> Any:
+    """The arguments of a call as an object, where their text is one."""
+    return unpacked(arguments)
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:

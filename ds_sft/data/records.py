@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_sft.config import Config
+from ds_sft.data.content import as_object
 from ds_sft.data.files import ROWS_UNDER, BadRow, DataFile, Raw
 from ds_sft.data.shapes import Message, Shape, to_messages
 
@@ -34,7 +35,8 @@ class Dialogue:
     def answer(self) -> str:
         """The last answer, with the calls it makes in JSON."""
         message = self.messages[self.last_answer]
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+        functions = [call["function"] for call in message.tool_calls]
+        calls = [json.dumps({**f, "arguments": as_object(f["arguments"])}, ensure_ascii=False) for f in functions]
         return "\n".join([message.content, *calls] if message.content else calls)
 
 
@@ -84,7 +86,7 @@ def parse_json(line: bytes) -> Any:
         raise BadRow("not UTF-8", f"not UTF-8: {found}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         if line.strip() in (b"{", b"["):
-            raise BadRow("not JSON", "JSON that goes over several lines; expected one object a line, or an array of "
+            raise BadRow("not JSON", "not JSON: it goes over several lines; expected one object a line, or an array of "
                          f"objects, alone or as {{{ROWS_UNDER[0]!r}: [...]}}") from None  # fmt: skip
         what = error.msg.removesuffix(" at")
         text = f"not JSON: {what} at column {error.colno}; expected one JSON object a line"

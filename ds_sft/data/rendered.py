@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ds_sft.data.content import THOUGHT
+from ds_sft.data.content import THOUGHT, as_object
 from ds_sft.data.shapes import Message
 
 
@@ -49,7 +49,7 @@ def left_out(messages: Sequence[Message], learned: Sequence[bool], text: str) ->
         for name, said in message.extra.items() if message.extra else ():
             if name != "tool_call_id" and not (is_learned and name == "reasoning_content") and not rendered.has(said):
                 found.add(f"{message.role} {name}")
-        if not all(rendered.has(said) for call in message.tool_calls for said in _call_texts(call["function"])):
+        if not all(_has_call(rendered, call["function"]) for call in message.tool_calls):
             found.add(f"{message.role} tool_calls")
     return found
 
@@ -62,8 +62,12 @@ def _parts(content: str) -> Iterator[tuple[str, str]]:
     yield "content", content[thought.end() :] if thought else content
 
 
-def _call_texts(function: Mapping[str, Any]) -> Iterator[str]:
-    return texts_in([function["name"], function["arguments"]])
+def _has_call(rendered: Rendered, function: Mapping[str, Any]) -> bool:
+    """Arguments that are JSON in a text may be rendered so, or as what they say."""
+    arguments = function["arguments"]
+    if isinstance(arguments, str) and rendered.has(arguments):
+        return rendered.has(function["name"])
+    return all(map(rendered.has, texts_in([function["name"], as_object(arguments)])))
 
 
 def texts_in(value: Any) -> Iterator[str]:
