@@ -276,7 +276,9 @@ def test_only_lines_are_counted_unread(tmp_path: Path) -> None:
     counts = []
     for content in (CONTENTS["jsonl"], CONTENTS["json"], KINDS["held.jsonl"]):
         (tmp_path / "rows.jsonl").write_bytes(content)
-        counts.append(count_quickly(DataFile(str(tmp_path / "rows.jsonl")), Config(model_name_or_path="m", train_file="t")))
+        counts.append(
+            count_quickly(DataFile(str(tmp_path / "rows.jsonl")), Config(model_name_or_path="m", train_file="t"))
+        )
     assert counts == [5, None, None]
 
 
