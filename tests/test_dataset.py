@@ -517,7 +517,7 @@ def test_fields_that_nobody_reads_are_counted_with_their_first_row(
         said = capsys.readouterr().out.splitlines()
         assert f"train: fields not read: id (2,102 rows, first {file}:2101), weight (2,100 rows, first {file}:2104), " \
                f"messages[].date (1 rows, first {file}:2102)." in said  # fmt: skip
-        assert f"train: left out by the template: user name (1 rows, first {file}:2102)." in said
+        assert f"train: left out or rewritten by the template: user name (1 rows, first {file}:2102)." in said
 
 
 def test_names_without_end_are_counted_together(

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ds_sft.commands.rows import count_quickly
+from ds_sft.config import Config
 from ds_sft.data import files
 from ds_sft.data.files import BadRow, DataFile, find_files, hub_name
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
@@ -267,6 +269,17 @@ def test_broken_arrays(tmp_path: Path, text: str, said: str) -> None:
         read(file)
     assert str(caught.value).startswith(f"{file}{said}")
     assert "\n" not in str(caught.value)
+
+
+def test_only_lines_are_counted_unread(tmp_path: Path) -> None:
+    """For a plan: a list under the name of lines has as many lines as it likes."""
+    counts = []
+    for content in (CONTENTS["jsonl"], CONTENTS["json"], KINDS["held.jsonl"]):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        counts.append(
+            count_quickly(DataFile(str(tmp_path / "rows.jsonl")), Config(model_name_or_path="m", train_file="t"))
+        )
+    assert counts == [5, None, None]
 
 
 def test_arrays_are_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -406,6 +406,12 @@ def test_what_nobody_reads_is_named(row: dict[str, Any], unread: list[str]) -> N
     assert list(to_dialogue(row, READING).unread) == unread
 
 
+def test_reasoning_may_have_a_name_of_its_own() -> None:
+    row = {"question": "q", "answer": "a", "cot": "r"}
+    dialogue = to_dialogue(row, Reading(SYSTEM, "auto", {"reasoning": "cot"}))
+    assert (dialogue.messages, dialogue.unread) == (REASONED, ())
+
+
 def test_a_field_that_another_one_replaces_is_not_read() -> None:
     row = {"question": "x", "answer": "a", "prompt": "q", "text": "t"}
     dialogue = to_dialogue(row, Reading(SYSTEM, "auto", {"question": "prompt", "content": "text"}))

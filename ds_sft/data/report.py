@@ -169,7 +169,7 @@ def advice(split: str, counts: dict[str, Any]) -> list[str]:
     if counts["fields_not_read"]:
         lines.append(f"{split}: fields not read: {_fields(counts['fields_not_read'])}.")
     if counts["left_out_by_template"]:
-        lines.append(f"{split}: left out by the template: {_fields(counts['left_out_by_template'])}.")
+        lines.append(f"{split}: left out or rewritten by the template: {_fields(counts['left_out_by_template'])}.")
     if counts["duplicates"]:
         lines.append(f"{split}: {counts['duplicates']:,} rows are also in train, token for token: the loss on them "
                      "says nothing about new dialogues.")  # fmt: skip
