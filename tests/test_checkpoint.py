@@ -243,7 +243,7 @@ def test_other_rows_in_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (found.accumulation, found.seam) == (6, MID_EPOCH)
     assert found.changed == {"gradient_accumulation_steps": (4, 6), "rows_a_step": (4, 6)}
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "Rows are dealt anew from step 5 on; the 16 that this epoch has learned do not come again in it.",
+        "Rows are dealt anew from step 5 on: the 16 that this epoch has learned do not come again in it.",
         "Going on with what has changed: gradient_accumulation_steps: 4 -> 6; rows_a_step: 4 -> 6.",
     ]
     two = start(tmp_path, world_size=2, resume_anyway=True, **batch(1, 4))  # of the ranks alone: a step keeps its rows

@@ -405,8 +405,10 @@ def _refuse_rows_twice_or_never(found: Checkpoint, dealt_anew: Changes, config: 
             f"and others never. Write it as before, or resume where an epoch ends ({end}), or --resume never to start "
             "anew"
         )
-    site.launch.say(f"Rows are dealt anew from step {found.step + 1:,} on; the {here['rows']:,} that this epoch has "
-                    "learned do not come again in it.")  # fmt: skip
+    past = (
+        f"the {here['rows']:,} that this epoch has learned do not come again in it" if here["rows"] else "a new epoch"
+    )
+    site.launch.say(f"Rows are dealt anew from step {found.step + 1:,} on: {past}.")
 
 
 def _end_of_an_epoch(found: Checkpoint) -> str:

@@ -92,7 +92,7 @@ def test_everything_changed_holds_from_the_next_step_on(model_dir: Path, tmp_pat
     log = (tmp_path / "log").read_text(encoding="utf-8")
     assert log.count("Going on with what has changed: learning_rate: 0.001 -> 0.004; ") == 1
     assert (
-        log.count("Rows are dealt anew from step 4 on; the 24 that this epoch has learned do not come again in it.")
+        log.count("Rows are dealt anew from step 4 on: the 24 that this epoch has learned do not come again in it.")
         == 1
     )
 
