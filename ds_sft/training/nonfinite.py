@@ -169,7 +169,7 @@ class FiniteTrainer(ResumableTrainer):
         newest = newest_complete(Path(self.args.output_dir))
         kept = f"{newest.path} is complete" if newest else "no checkpoint was saved before it"
         raise RunError(
-            f"{what}. Nothing of this step is kept; {kept}. Look at these rows, and at learning_rate; {remedy}"
+            f"{what}. Nothing of this step is kept; {kept}. Look at its rows, and at learning_rate; {remedy}"
         )
 
     def _describe(self, reading: Reading) -> str:
