@@ -17,6 +17,8 @@ from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.runtime.distributed import print_line
+from ds_sft.training.limits import positions_left
+from ds_sft.training.model import make_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +72,7 @@ def generate(
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype="auto", device_map=device_map, trust_remote_code=config.trust_remote_code
     ).eval()
+    make_room(model, tokenizer, config)  # the model before training has its own rows
     ends = end_tokens(model, tokenizer, turn_end)
     answers: list[str] = []
     torch.manual_seed(config.training.get("seed", 42))  # the same sampled answers again
@@ -85,11 +88,15 @@ def _generate_batch(
 ) -> list[str]:
     import torch
 
+    most = config.predict_max_new_tokens or config.max_length
+    if left := positions_left(model):
+        prompts = [prompt[1 - left :] for prompt in prompts]
+        most = min(most, left - max(map(len, prompts)))
     inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(model.device)
     with torch.inference_mode():
         output = model.generate(
             **inputs,
-            max_new_tokens=config.predict_max_new_tokens or config.max_length,
+            max_new_tokens=most,
             **generation_options(config),
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,

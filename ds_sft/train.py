@@ -27,6 +27,7 @@ from ds_sft.runtime.distributed import (
     exit_after,
     exit_with,
     gather,
+    grow_segments,
     others_wait,
     print_line,
     read_launch,
@@ -82,6 +83,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     if not launch.distributed:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
+    grow_segments(os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
@@ -90,6 +92,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
+    from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
@@ -102,6 +105,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         read_ahead(config, launch)
         data = load_data(config, tokenizer, launch)
         print_report(data.report, launch)
+        check_limits(config, tokenizer, data, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
@@ -113,11 +117,11 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch, padded=padded)
-    batching = batching_of(args, config, rows_in_batches, padded=padded)
-    steps = plan_steps(args, batching, data, engine, launch)
+    batching = batching_of(args, config, rows_in_batches, padded=padded, seam=start.seam)
+    steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
-    model = load_model_to_train(config, args, launch, padded=padded)
+    model = load_model_to_train(config, args, tokenizer, launch, padded=padded)
     size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
@@ -131,11 +135,12 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
-            callbacks=[TrackerCallback(tracker), *profiling(config, launch)],
+            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
             run=Continuity(
                 stop=stop,
                 site=site,
                 resumed=start.checkpoint,
+                changed=start.changed,
                 on_save_error=config.on_save_error,
                 size=size,
                 identity=this_run,
@@ -157,18 +162,28 @@ def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: 
 
 
 def plan_steps(
-    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, launch: Launch
+    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, start: Start, launch: Launch
 ) -> Steps:
     """How rows become steps, checked and said."""
     from ds_sft.runtime.zero import stage
     from ds_sft.training.arguments import run_steps
 
     steps = run_steps(args, batching)
-    batching.check(steps.num_epochs, partial(data.where, "train"))
+    batching.check(batching.position(steps.steps - 1)[0] + 1, partial(data.where, "train"))
+    require_steps_left(start, steps.steps)
     launch.say(steps.describe())
     if args.train_sampling_strategy in OUR_ORDERS:
         launch.say(batching.describe(each_micro_batch=(stage(engine) or 0) >= 2))
     return steps
+
+
+def require_steps_left(start: Start, steps: int) -> None:
+    """See that the checkpoint is not beyond the end of the run, which may have been asked to end earlier."""
+    if start.checkpoint is not None and steps < start.checkpoint.step:
+        raise UserError(
+            f"{start.checkpoint.path} is after step {start.checkpoint.step:,}, this run ends after {steps:,} "
+            "(max_steps, num_train_epochs): write more, or --resume PATH of an earlier checkpoint"
+        )
 
 
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
@@ -185,16 +200,23 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
     continue_from(args, start.accumulation, universal=start.universal)
 
 
-def load_model_to_train(config: Config, args: TrainingArguments, launch: Launch, *, padded: bool) -> PreTrainedModel:
-    """The model with our attention, where rows are not padded, and our loss."""
+def load_model_to_train(
+    config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
+) -> PreTrainedModel:
+    """The model with a row for each token, our attention, where rows are not padded, fused kernels, and our loss."""
     from ds_sft.training.attention import keep_rows_apart
+    from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import load_model
+    from ds_sft.training.model import load_model, make_room
 
+    on_gpu = args.device.type == "cuda"
+    require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
+    make_room(model, tokenizer, config)
     if not padded:
         flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
         keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+    fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
     supervise(model, launch, fp16=args.fp16)
     return model
 

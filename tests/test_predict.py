@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.config import Config
 from ds_sft.data.records import Dialogue
@@ -75,6 +75,25 @@ def test_options_of_generate() -> None:
 def test_before_is_the_model_that_training_started_from(model_dir: Path, tokenizer: Any) -> None:
     (row,) = predict(make(model_dir, predict_max_new_tokens=3, predict_before=True), SAMPLES[:1], tokenizer)
     assert row.before == row.prediction  # here both are the same folder
+
+
+def test_the_model_before_training_has_rows_for_its_tokens_too(model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|think|>"]})
+    samples = [Dialogue((Message("user", "<|think|>"), Message("assistant", "x")))]
+    config = make(model_dir, predict_max_new_tokens=3, resize_embeddings=True)
+    (row,) = predict(config, samples, tokenizer)
+    assert row.question == "<|think|>"
+
+
+def test_an_answer_ends_where_the_positions_of_a_table_do(tmp_path: Path, tokenizer: Any) -> None:
+    """Also one to a prompt that is longer than the table, as rows that were cut have."""
+    config = AutoConfig.for_model("gpt2", vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    samples = [Dialogue((Message("user", "x" * size), Message("assistant", "y"))) for size in (5, 200)]
+    rows = predict(make(tmp_path), samples, tokenizer)
+    assert [row.question for row in rows] == ["xxxxx", "x" * 200]
 
 
 def test_a_dialogue_is_continued_where_its_last_answer_stands(model_dir: Path, tokenizer: Any) -> None:

@@ -88,13 +88,9 @@ def test_no_write_keeps_a_rank_from_the_engines_barriers() -> None:
 )
 def test_samples_of_a_manifest(step: int, drop_last: bool, samples: int) -> None:
     """13 rows, 4 a step: four steps an epoch, or three whole ones."""
-    boundary = SimpleNamespace(steps_an_epoch=3 if drop_last else 4)
-
-    class Known(ResumableTrainer):
-        step_boundary: Any = boundary
-
-    made: Any = Known.__new__(Known)
+    made = trainer()
     made.__dict__ |= {
+        "args": SimpleNamespace(train_sampling_strategy="random"),
         "state": SimpleNamespace(global_step=step),
         "batching": Batching(lengths=np.full(13, 5), micro_batch=1, accumulation=2, ranks=2, padded=False, seed=0,
                              drop_last=drop_last),
@@ -125,7 +121,7 @@ def saving(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *, stopping: bool 
     site = Site(Launch(launcher="python"), shared=True)
     stop = SimpleNamespace(decided=None, agreed=lambda: None)
     made.__dict__ |= {
-        "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True),
+        "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True, train_sampling_strategy="random"),
         "run": SimpleNamespace(site=site, size=0, stop=stop, on_save_error="stop"),
         "state": SimpleNamespace(global_step=4, best_model_checkpoint=None, max_steps=9),
         "control": SimpleNamespace(should_training_stop=stopping),
@@ -151,9 +147,8 @@ def test_a_save_is_complete_at_the_end_of_the_step_in_which_it_is_hashed(
     assert complete_ones(tmp_path) == ["checkpoint-4"]
     assert made.unfinished is not None
     made.unfinished.hashed.result(60)
-    boundary = StepBoundary(made)
-    boundary.steps_an_epoch = 100
-    boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
+    made.batching = Batching(lengths=np.full(100, 5), micro_batch=1, accumulation=1, ranks=1, padded=False, seed=0)
+    StepBoundary(made).on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
     assert complete_ones(tmp_path) == ["checkpoint-5"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 

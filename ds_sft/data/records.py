@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_sft.config import Config
-from ds_sft.data.files import BadRow, DataFile, Raw
+from ds_sft.data.files import ROWS_UNDER, BadRow, DataFile, Raw
 from ds_sft.data.shapes import Message, Shape, to_messages
 
 
@@ -18,6 +18,7 @@ class Dialogue:
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)  # fields of the row that hold something nobody reads
 
     @property
     def last_answer(self) -> int:
@@ -82,6 +83,9 @@ def parse_json(line: bytes) -> Any:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise BadRow("not UTF-8", f"not UTF-8: {found}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
+        if line.strip() in (b"{", b"["):
+            raise BadRow("not JSON", "JSON that goes over several lines; expected one object a line, or an array of "
+                         f"objects, alone or as {{{ROWS_UNDER[0]!r}: [...]}}") from None  # fmt: skip
         what = error.msg.removesuffix(" at")
         text = f"not JSON: {what} at column {error.colno}; expected one JSON object a line"
         raise BadRow("not JSON", text) from None
@@ -95,5 +99,5 @@ def to_dialogue(row: Any, reading: Reading) -> Dialogue:
     Raises:
         BadRow: not an object, a field missing or of another type, or nothing to learn in it.
     """
-    messages, tools = to_messages(row, reading.shape, reading.fields, reading.system_prompt)
-    return Dialogue(tuple(messages), tuple(tools))
+    messages, tools, unread = to_messages(row, reading.shape, reading.fields, reading.system_prompt)
+    return Dialogue(tuple(messages), tuple(tools), unread)

@@ -134,7 +134,7 @@ class Reference:
 
     def forged(self, dialogue: Dialogue) -> bool:
         """Whether text of the row becomes special tokens, as in the reference."""
-        return any(self.special.search(message.content) for message in dialogue.messages)
+        return any(self.special.search(full_content(message)) for message in dialogue.messages)
 
     @cached_property
     def _remedy(self) -> str:

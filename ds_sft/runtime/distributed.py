@@ -129,6 +129,14 @@ def share_cores(launch: Launch, env: dict[str, str] | os._Environ[str]) -> None:
         env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
 
 
+def grow_segments(env: dict[str, str] | os._Environ[str]) -> None:
+    """Let PyTorch's allocator of GPU memory grow its segments: micro batches differ in size, and blocks of many sizes
+    would leave gaps between them. Must run before torch is imported; what a user has set stays.
+    """
+    if not env.get("PYTORCH_CUDA_ALLOC_CONF"):  # the name of older versions
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def start_gloo(timeout_seconds: int, *, with_deepspeed: bool) -> None:
     """Start the process group for ranks without a GPU; Trainer's own start would forget the time limit.
 

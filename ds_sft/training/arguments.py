@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import OUR_ORDERS, Config
-from ds_sft.data.micro_batches import Batching, lengths_of
+from ds_sft.data.micro_batches import Batching, Seam, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
@@ -63,7 +64,9 @@ def _other_trackers(report_to: Any) -> list[str]:
     return [name for name in names if name not in ("swanlab", "none")] or ["none"]
 
 
-def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: bool) -> Batching:
+def batching_of(
+    args: TrainingArguments, config: Config, rows: Any, *, padded: bool, seam: Mapping[str, int] | None = None
+) -> Batching:
     """What decides the micro batches of this run, made of these rows or packed sequences; all ranks must call it."""
     return Batching(
         lengths=lengths_of(rows),
@@ -76,6 +79,7 @@ def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: b
         max_tokens=config.max_tokens_per_batch,
         drop_last=args.dataloader_drop_last,
         attention=gather(attention_cost(config))[0],  # ranks that disagreed would deal a row twice
+        seam=Seam(**(seam or {})),
     )
 
 
@@ -102,7 +106,7 @@ def run_steps(args: TrainingArguments, batching: Batching) -> Steps:
         num_bins=batching.num_bins,
         max_tokens=batching.max_tokens,
         epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
+        max_steps=args.max_steps if args.max_steps > 0 else batching.steps(args.num_train_epochs),
         drop_last=batching.drop_last,
     )
 

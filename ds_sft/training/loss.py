@@ -12,7 +12,9 @@ have fewer). The idea of forming gradients in forward is Liger Kernel's (arXiv 2
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +115,8 @@ def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False) -> 
     reason = _take_over(model, fp16=fp16)
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
+    if _adds_to_loss(type(model)):
+        SharedAuxiliary(model)
 
 
 def supervised_loss(model: Any) -> SupervisedLoss | None:
@@ -160,6 +164,53 @@ def _between_logits_and_loss(model_class: type) -> str:
     if not plain or not alone or any(not text.startswith(("return ", "if not return_dict:")) for text in after):
         raise LookupError
     return "\n".join(text for text in texts[calls[0] + 1 : losses[0]] if text != "loss = None")
+
+
+def _adds_to_loss(model_class: type) -> bool:
+    """Whether a model's `forward` adds something of its own to the cross-entropy."""
+    try:
+        source = inspect.getsource(inspect.unwrap(model_class.forward))  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return False
+    return re.search(r"\bloss (\+= |= loss \+ )", source) is not None
+
+
+class SharedAuxiliary:
+    """Weighs what a model adds to its cross-entropy by the micro batch's share of the step's supervised tokens.
+
+    A mixture of experts adds its load balancing loss, Bamba a z-loss: each a mean over one micro batch, added whole,
+    while the cross-entropy is divided by the tokens of the step. The sum of a step then grew with its micro batches and
+    ranks. The shares of a step are 1 in all, so its auxiliary loss is a mean, weighted like the cross-entropy.
+
+    What remains of the split: balancing is N x sum over experts of f_e x P_e, the share of a micro batch's tokens that
+    goes to e times e's mean probability. The mean of such products over micro batches differs from the product over
+    all tokens by the covariance of f_e and P_e between micro batches: by nothing where they route alike, and by less
+    the more tokens each has. The product over a step would take a pass before the one that learns.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.cross_entropy: torch.Tensor | None = None  # of the batch under way
+        self._loss_function = model.loss_function
+        model.loss_function = self._keep
+        model.register_forward_hook(self._weigh, with_kwargs=True)
+
+    def _keep(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.cross_entropy = self._loss_function(*args, **kwargs)
+        return self.cross_entropy.clone()  # models add in place
+
+    def _weigh(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The model's output, whose loss comes first."""
+        known, self.cross_entropy = self.cross_entropy, None
+        count = kwargs.get("num_items_in_batch")
+        if known is None or count is None:
+            return output
+        supervised = (kwargs["labels"][..., 1:] != IGNORE_INDEX).sum().to(known.device)
+        share = supervised / torch.as_tensor(count, device=known.device).clamp(min=1)
+        loss = known + share * (output[0] - known)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +281,7 @@ class _CrossEntropySum(torch.autograd.Function):
             rows = slice(start, start + size)
             of_hidden, *others = gradients
             parts = (of_hidden[rows] if of_hidden is not None else None, *others)
-            total += _learn_chunk(x[rows], w, b, targets[rows, None], terms, parts)
+            total += _learn_chunk(x[rows], w, b, targets[rows], terms, parts)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
         return total
@@ -255,22 +306,31 @@ def _learn_chunk(
     """Sum of the cross-entropy of a chunk; adds to `gradients` of its hidden states x [n, hidden], weight and bias."""
     of_hidden, of_weight, of_bias = gradients
     logits = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-    loss, slopes = _loss_and_slopes(logits, targets, terms, learn=any(g is not None for g in gradients))
-    if slopes is not None:
-        slopes = logits.copy_(slopes)  # in the dtype of training
-        if of_hidden is not None:
-            torch.mm(slopes, weight, out=of_hidden)
-        if of_weight is not None:
-            of_weight.addmm_(slopes.T, x)
-        if of_bias is not None:
-            of_bias += slopes.sum(0)
+    learn = any(g is not None for g in gradients)
+    loss = (_by_kernel if uses_kernel(logits) else _by_torch)(logits, targets, terms, learn=learn)
+    slopes = logits  # they took its place
+    if of_hidden is not None:
+        torch.mm(slopes, weight, out=of_hidden)
+    if of_weight is not None:
+        of_weight.addmm_(slopes.T, x)
+    if of_bias is not None:
+        of_bias += slopes.sum(0)
     return loss
 
 
-def _loss_and_slopes(
-    logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the cross-entropy of a chunk, and its gradient in the logits, float32; `logits` [n, vocab] is used up."""
+def uses_kernel(logits: torch.Tensor) -> bool:
+    """Whether one Triton kernel computes loss and gradient of logits: on GPUs, where Triton comes with PyTorch."""
+    return logits.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def _by_kernel(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool) -> torch.Tensor:
+    from ds_sft.training.loss_kernel import loss_and_slopes  # needs Triton
+
+    return loss_and_slopes(logits, targets, terms.scale, terms.cap, learn=learn)
+
+
+def _by_torch(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool) -> torch.Tensor:
+    """Sum of the cross-entropy of a chunk; to learn, its gradient takes the place of `logits` [n, vocab]."""
     x = logits.float()
     if terms.scale != 1:
         x = x.mul_(terms.scale)
@@ -280,14 +340,15 @@ def _loss_and_slopes(
         curve = bent.square().neg_().add_(1) if learn else None
         x = bent.mul_(terms.cap)
     top = x.amax(-1, keepdim=True)
-    of_target = x.gather(1, targets) - top
+    of_target = x.gather(1, targets[:, None]) - top
     x = x.sub_(top).exp_()
     whole = x.sum(-1, keepdim=True)
     loss = (whole.log() - of_target).sum()
     if not learn:
-        return loss, None
+        return loss
     x = x.div_(whole)
-    x.scatter_add_(1, targets, torch.full_like(of_target, -1))
+    x.scatter_add_(1, targets[:, None], torch.full_like(of_target, -1))
     if curve is not None:
         x = x.mul_(curve)
-    return loss, x.mul_(terms.scale) if terms.scale != 1 else x
+    logits.copy_(x.mul_(terms.scale) if terms.scale != 1 else x)  # in the dtype of training
+    return loss

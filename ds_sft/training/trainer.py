@@ -27,12 +27,13 @@ from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.micro_batches import lengths_of
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
+from ds_sft.training.fused import compiles_layers
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.nonfinite import FiniteTrainer
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
-from ds_sft.training.working_copy import WorkingCopy
+from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 
 class RankRows(Dataset[dict[str, list[int]]]):
@@ -88,8 +89,11 @@ class SFTTrainer(FiniteTrainer):
             world_size=self.args.world_size,
         )
         # What is compiled would be compiled again for other weights: autocast casts them there.
-        own = self.args.bf16 and not self.is_deepspeed_enabled and not self.args.torch_compile
-        self.working_copy = WorkingCopy(self.model) if own else None
+        alone = self.args.world_size == 1
+        compiled = self.args.torch_compile or (compiles_layers(self.model) and not alone)
+        own = self.args.bf16 and not self.is_deepspeed_enabled and not compiled
+        kind = WorkingCopy if alone else LentCopy
+        self.working_copy = kind(self.model) if own else None
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
@@ -182,7 +186,7 @@ class SFTTrainer(FiniteTrainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Token mean of the cross-entropy, with Trainer's progress bar."""
+        """Token mean of the cross-entropy alone, without what a model adds to it; with Trainer's progress bar."""
         self.callback_handler.eval_dataloader = dataloader
         metrics = {f"{metric_key_prefix}_loss": self.token_mean(dataloader, self._show_progress)}
         num_rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
