@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -73,7 +74,6 @@ def test_rows_of_packed_sequences() -> None:
 class Watching(FiniteTrainer):
     """Two rows a micro batch, two micro batches a step, four steps an epoch, one rank; `norm` is that of every step."""
 
-    step_boundary: Any = SimpleNamespace(steps_an_epoch=4)
     is_deepspeed_enabled: Any = False
 
     def finish_save(self, *, wait: bool = True) -> None:
@@ -89,7 +89,7 @@ def watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                         order="sequential")  # fmt: skip
     made.__dict__ |= {
         "args": SimpleNamespace(fp16=False, output_dir=str(tmp_path), train_sampling_strategy="sequential",
-                                gradient_accumulation_steps=2, world_size=1, metric_for_best_model="eval_loss",
+                                metric_for_best_model="eval_loss",
                                 greater_is_better=True, save_strategy="steps"),
         "state": SimpleNamespace(global_step=5, best_metric=None, best_global_step=None),
         "control": SimpleNamespace(should_log=False, should_evaluate=False, should_save=False),
@@ -122,6 +122,16 @@ def test_the_norm_is_read_when_the_next_one_is_due(watching: Any) -> None:
         take_step(watching, [1.0, 1.0], torch.tensor(1.0))
     assert str(ended.value).startswith(WRONG)
     assert watching.finished
+
+
+def test_rows_of_a_step_that_has_another_size_since_a_resume(watching: Any) -> None:
+    """Four rows of the second epoch were learned in a step of two micro batches; since then a step is one."""
+    before = watching.batching
+    watching.batching = dataclasses.replace(before, accumulation=1, seam=before.here(5))
+    assert [watching._rows(step, 0, 0) for step in (6, 7)] == [
+        ["rows.jsonl:5", "rows.jsonl:6"],
+        ["rows.jsonl:7", "rows.jsonl:8"],
+    ]
 
 
 @pytest.mark.parametrize("due", ["should_log", "should_evaluate", "should_save"])

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from ds_sft.config import OUR_ORDERS
 from ds_sft.data.batches import single_rows
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import RunError
@@ -169,7 +168,7 @@ class FiniteTrainer(ResumableTrainer):
         newest = newest_complete(Path(self.args.output_dir))
         kept = f"{newest.path} is complete" if newest else "no checkpoint was saved before it"
         raise RunError(
-            f"{what}. Nothing of this step is kept; {kept}. Look at these rows, and at learning_rate; {remedy}"
+            f"{what}. Nothing of this step is kept; {kept}. Look at its rows, and at learning_rate; {remedy}"
         )
 
     def _describe(self, reading: Reading) -> str:
@@ -180,11 +179,10 @@ class FiniteTrainer(ResumableTrainer):
 
     def _rows(self, step: int, rank: int, micro_batch: int) -> list[str]:
         """FILE:LINE of the rows in a micro batch; none where Trainer chose them by itself."""
-        args = self.args
-        if args.train_sampling_strategy not in OUR_ORDERS:
+        if not self.deals_rows:
             return []
-        epoch, before = divmod(step - 1, self.step_boundary.steps_an_epoch)
-        number = (before * args.gradient_accumulation_steps + micro_batch) * args.world_size + rank
+        epoch, before = self.position(step - 1)
+        number = (before * self.batching.accumulation + micro_batch) * self.batching.ranks + rank
         rows = single_rows(self.train_dataset, self.batching.epoch(epoch).micro_batch(number))
         return [self.where(row) for row in rows]
 

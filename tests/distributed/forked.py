@@ -1,10 +1,10 @@
-"""Many short runs of train.py without paying for the imports each time; started by test_resume.py.
+"""Many short runs of train.py without paying for the imports each time; test_resume.py, test_nonfinite.py start it.
 
-python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at", "file_limit"}, run one after the other. The process
-imports everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP SIGNAL RANK":
-PLACE is step, eval, save, start, encode or predict. "file_limit" is how many bytes a file may have: the disk is full
-beyond it. "poison" makes losses no numbers: see poisoned.py. Writes the exit codes of the ranks of every job as JSON
-into JOBS.json.done.
+python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at", "file_limit", "poison"}, run one after the other.
+The process imports everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP
+SIGNAL RANK": PLACE is step, eval, save, start, encode or predict. "file_limit" is how many bytes a file may have: the
+disk is full beyond it. "poison" makes losses no numbers: see poisoned.py. Writes the exit codes of the ranks of every
+job as JSON into JOBS.json.done.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_the_run_ends_and_goes_on_from_the_checkpoint_before(folder: Path, name:
     (error,) = [line for line in log.splitlines() if line.startswith("ds_sft: ")]
     assert error == (
         f"ds_sft: error: step 3: the loss is nan on rank 0 ({ROWS_OF_IT}). Nothing of this step is kept; "
-        f"{out.name}/checkpoint-2 is complete. Look at these rows, and at learning_rate; on_nonfinite: skip would "
+        f"{out.name}/checkpoint-2 is complete. Look at its rows, and at learning_rate; on_nonfinite: skip would "
         "leave the step out"
     )
     assert "Traceback" not in log
@@ -179,6 +179,6 @@ def test_too_many_in_a_row(folder: Path) -> None:
     assert error == (
         "ds_sft: error: step 5: the loss is nan on rank 0 (marked.jsonl:18); nan on rank 0 (marked.jsonl:17, "
         "marked.jsonl:19, marked.jsonl:20). Nothing of this step is kept; no checkpoint was saved before it. Look at "
-        "these rows, and at learning_rate; it is step 5 of this kind in a row, where on_nonfinite: skip ends, too"
+        "its rows, and at learning_rate; it is step 5 of this kind in a row, where on_nonfinite: skip ends, too"
     )
     assert [(row["step"], row["loss"]) for row in metrics(folder / "every")] == [(n, None) for n in (1, 2, 3, 4)]
