@@ -219,13 +219,17 @@ def test_earlier_answers_without_the_block_that_the_prompt_opens(policy: str, le
     assert run("thinking", dialogue(*turns), mask="last")[1] == ["ho\n</think>\n\nd<|im_end|>"]
 
 
-def test_only_what_helps_is_advised() -> None:
-    """DeepSeek's template drops the reasoning of the last answer, too."""
+def test_only_what_helps_is_advised(tmp_path: Path) -> None:
+    """DeepSeek's template drops the reasoning of the last answer, too; against other changes nothing helps."""
     talk = dialogue(("user", "q"), ("assistant", {"content": "Paris.", "reasoning_content": "hm"}))
     with pytest.raises(BadRow, match=r"answer '<think>hm</think>Paris.' as 'Paris.'; leave .* \(thinking: drop\)$"):
         run("deepseek", talk)
     assert run("deepseek", talk, thinking="drop")[1] == ["Paris.<｜end▁of▁sentence｜>"]
     assert decoded_prompt("deepseek", dialogue(("user", "q"), ("assistant", "a"))).endswith("q<｜Assistant｜>")
+    file = tmp_path / "chat.jinja"
+    file.write_text(FAMILIES["marked"][1].replace("{{ m.content +", "{{ m.content | replace('x', 'y') +"), "utf-8")
+    with pytest.raises(BadRow, match=r"renders the answer 'x' as 'y'; expected another template .*FILE\.jinja\)$"):
+        run("marked", dialogue(("user", "q"), ("assistant", "x")), template=str(file))
 
 
 @pytest.mark.parametrize("field", ["content", "reasoning_content"])
