@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_sft.config import Config
-from ds_sft.data.templates import ChatTemplate, Reference, open_template
+from ds_sft.data.templates import EMPTY_AGAIN, ChatTemplate, Reference, open_template
 from ds_sft.runtime.distributed import Launch
 
 # `Reference.pieces` in Jinja, under the values of `system_turn`, `end` and `thinking`.
@@ -41,6 +41,12 @@ REFERENCE = """
 """.strip()
 
 
+# Put before an author's template. The line end after the last tag is none of the text (`trim_blocks`), and the author's
+# text begins a line as before.
+DEFAULT_SYSTEM = "{%- if messages[0]['role'] != 'system' %}{%- set messages = [TURN] + messages %}{%- endif %}\n"
+NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}\n"
+
+
 @dataclass(frozen=True)
 class Serving:
     """What is exported beside the weights, and what the user is told of it, a line each."""
@@ -63,16 +69,11 @@ def serving(config: Config, tokenizer: Any) -> Serving:
     template = open_template(config, tokenizer)
     if isinstance(template, Reference):
         return Serving([tokenizer.pad_token_id], _reference_template(template), _reference_remarks(tokenizer))
-    remarks = []
     end_ids = [i for i, token in tokenizer.added_tokens_decoder.items() if str(token) == template.end]
+    source, remarks = _own_template(template)
     if not end_ids:
         remarks.append(f"template: an answer ends with the text {template.end!r}, which is no token of this tokenizer: "
                        "no server stops there unless told to (stop).")  # fmt: skip
-    source = _with_default_system(template)
-    if source is None:
-        source = template.source
-        remarks.append("template: the chat template that is exported cannot add the system turn of this run by itself: "
-                       f"a client has to send it: {config.system_prompt[:100]!r}.")  # fmt: skip
     return Serving(end_ids, source, remarks)
 
 
@@ -101,32 +102,55 @@ def _reference_remarks(tokenizer: Any) -> list[str]:
     return remarks
 
 
-def _with_default_system(template: ChatTemplate) -> str | None:
-    """The author's template, given the run's system turn where a dialogue has none; None where that fails.
+def _own_template(template: ChatTemplate) -> tuple[str, list[str]]:
+    """The author's template with what this run adds by itself put before it, and what could not be put there."""
+    source = template.source
+    if template.system_prompt:
+        turn = f"{{'role': 'system', 'content': {_literal(template.system_prompt)}}}"
+        source = DEFAULT_SYSTEM.replace("TURN", turn) + source
+    block = "" if template.thinking == "empty" else _written_before_an_answer(template)
+    if not block:
+        return source, []
+    if template.thinking == "drop" and _renders(template, NO_THINKING + source, block):
+        return NO_THINKING + source, []
+    return source, [
+        "template: an answer without reasoning is learned after an empty <think> block that generation does not start "
+        "with, unless a client sends enable_thinking: false and this template knows it; with thinking: empty the model "
+        "learns the block, too."
+    ]
 
-    The line end after the last tag is none of the text (`trim_blocks`), and the author's text begins a line as before.
-    """
+
+def _written_before_an_answer(template: ChatTemplate) -> str:
+    """The empty thinking block that the template writes before an answer, but not where generation starts."""
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    prompt = _render(template, template.source, [question], True)
+    whole = _render(template, template.source, [question, answer])
+    found = EMPTY_AGAIN.match(whole, len(prompt)) if whole.startswith(prompt) else None
+    return found[0] if found else ""
+
+
+def _renders(template: ChatTemplate, source: str, block: str = "") -> bool:
+    """Whether `source` makes of dialogues what training made of them: the run's system turn, `block` after a prompt."""
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    system = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
+    for messages, prompt in ((talk, False), (talk[:2], False), (talk[:1], True), (talk[:3], True)):
+        wanted = _render(template, template.source, [*system, *messages], prompt) + (block if prompt else "")
+        if not wanted or _render(template, source, messages, prompt) != wanted:
+            return False
+    return True
+
+
+def _render(template: ChatTemplate, source: str, messages: list[dict[str, str]], prompt: bool = False) -> str:
+    """As a server does; nothing where the template refuses."""
     from jinja2 import TemplateError
 
-    if not template.system_prompt:
-        return template.source
-    system = {"role": "system", "content": template.system_prompt}
-    turn = f"{{'role': 'system', 'content': {_literal(template.system_prompt)}}}"
-    source = (
-        f"{{%- if messages[0]['role'] != 'system' %}}{{%- set messages = [{turn}] + messages %}}{{%- endif %}}\n"
-        + template.source
-    )
-    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
-    render = template.tokenizer.apply_chat_template
     try:
-        for messages, prompt in ((talk, False), (talk[:2], False), (talk[:1], True), (talk[:3], True)):
-            shown = render(messages, chat_template=source, tokenize=False, add_generation_prompt=prompt)
-            told = [system, *messages]
-            if shown != render(told, chat_template=template.source, tokenize=False, add_generation_prompt=prompt):
-                return None
+        text = template.tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=prompt
+        )
     except TemplateError:
-        return None
-    return source
+        return ""
+    return str(text)
 
 
 def _literal(text: str) -> str:

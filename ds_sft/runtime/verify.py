@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -67,8 +68,7 @@ def verify(folder: Path, question: Question) -> dict[str, Any]:
     except Interrupted:
         return {"verified": None, "reason": "the fresh process was stopped by a signal"}
     except OutOfMemory as error:
-        reason = f"no memory for it in a fresh process ({error}); verify it later: ds-sft verify {folder}"
-        return {"verified": None, "reason": reason, "out_of_memory": True}
+        return {"verified": None, "reason": f"no memory for it in a fresh process ({error})", "out_of_memory": True}
     if not found["tokens"]:
         return {"verified": None, "reason": f"none of the {len(rows)} rows asked has a supervised token"}
     bound = max(BOUNDS[dtype] for dtype in question.dtypes) * max(1.0, trained_loss)
@@ -103,7 +103,8 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     if result is None:
         return
     if result["verified"] is None:
-        print_line(f"Export not verified: {result['reason']}.")
+        later = f" Verify it later: ds-sft verify {shlex.quote(str(folder))}" if result.get("out_of_memory") else ""
+        print_line(f"Export not verified: {result['reason']}.{later}")
         return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
