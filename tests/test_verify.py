@@ -8,7 +8,8 @@ import signal
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from ds_sft.cli import main
+from ds_sft.config import Config
 from ds_sft.runtime.placement import is_out_of_memory
 from ds_sft.runtime.verify import (
     ExportError,
@@ -26,6 +28,7 @@ from ds_sft.runtime.verify import (
     verify,
     verify_or_keep,
 )
+from ds_sft.train import let_it_answer
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
@@ -147,8 +150,8 @@ def test_killed_by_the_kernel_then_verified_later(
         require_verified(result, out)  # no error
         assert main(["verify", str(out)]) == 1  # still none
     said = capsys.readouterr().out.splitlines()
-    assert said == 2 * [f"Export not verified: no memory for it in a fresh process (killed by SIGKILL). Verify it later: "
-                        f"ds-sft verify {out}"]  # fmt: skip
+    line = "Export not verified: no memory for it in a fresh process (killed by SIGKILL). Verify it later: "
+    assert said == [line + f"ds-sft verify {out}"] * 2
     assert main(["verify", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"Export verified: {out}, loaded in a fresh process, has loss ")
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -163,3 +166,26 @@ def test_wrong_weights_are_found_later_too(model_dir: Path, tmp_path: Path, caps
     assert main(["verify", str(out)]) == 1
     assert capsys.readouterr().out.startswith(f"Export NOT verified: {out}, loaded in a fresh process, has loss 6.")
     assert not (out / "run.json").exists()
+
+
+def test_predictions_that_find_no_memory_do_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers(export: dict[str, Any], error: Exception) -> str:
+        def fail(*given: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("ds_sft.predict.predict", fail)
+        config = Config(model_name_or_path="m", train_file="t", training={"output_dir": str(tmp_path)})
+        data, tracker = (cast("Any", SimpleNamespace(samples=[])) for _ in range(2))
+        let_it_answer(config, data, None, tracker, {"export": export})  # type: ignore[arg-type]
+        return capsys.readouterr().out
+
+    lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    said = answers({"verified": True}, lack)
+    assert said == "No predictions: no memory for them (CUDA out of memory. Tried to allocate 2 GiB).\n"
+    said = answers({"verified": None, "out_of_memory": True}, AssertionError("asked"))
+    assert said == "No predictions: they would need the same memory.\n"
+    with pytest.raises(ValueError, match="another"):
+        answers({"verified": True}, ValueError("another"))
+    assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ def counted(model_dir: Path, folder: Path, names: list[str], launcher: str, rank
 
 
 def test_every_engine_gives_its_memory_back(model_dir: Path, tmp_path: Path) -> None:
-    """Less than a byte a parameter stays, and no model; the runs share a process, so that one cannot hide in another."""
+    """Less than a byte a parameter stays, and no model. All runs are of one process, where leftovers would add up."""
     found = counted(model_dir, tmp_path, list(AT_LEAST), "torchrun", 2)
     assert found.keys() == AT_LEAST.keys()
     for name, (trained, left, models) in found.items():
