@@ -258,6 +258,8 @@ def let_it_answer(
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.placement import is_out_of_memory
 
+    file = config.output_dir / "predictions.jsonl"
+    file.unlink(missing_ok=True)  # an earlier run's
     if (results["export"] or {}).get("out_of_memory"):
         print_line("No predictions: they would need the same memory.")
         return
@@ -268,7 +270,7 @@ def let_it_answer(
             raise
         print_line(f"No predictions: no memory for them ({' '.join(str(error).split())[:150]}).")
         return
-    write_predictions(predictions, config.output_dir / "predictions.jsonl")
+    write_predictions(predictions, file)
     print_predictions(predictions)
     tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
 

@@ -181,6 +181,7 @@ def test_predictions_that_find_no_memory_do_not_fail_the_run(
         let_it_answer(config, data, None, tracker, {"export": export})  # type: ignore[arg-type]
         return capsys.readouterr().out
 
+    (tmp_path / "predictions.jsonl").write_text("{}", encoding="utf-8")
     lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     said = answers({"verified": True}, lack)
     assert said == "No predictions: no memory for them (CUDA out of memory. Tried to allocate 2 GiB).\n"
@@ -188,4 +189,4 @@ def test_predictions_that_find_no_memory_do_not_fail_the_run(
     assert said == "No predictions: they would need the same memory.\n"
     with pytest.raises(ValueError, match="another"):
         answers({"verified": True}, ValueError("another"))
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # not an earlier run's answers either

@@ -39,8 +39,6 @@ REFERENCE = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """.strip()
-
-
 # Put before an author's template. The line end after the last tag is none of the text (`trim_blocks`), and the author's
 # text begins a line as before.
 DEFAULT_SYSTEM = "{%- if messages[0]['role'] != 'system' %}{%- set messages = [TURN] + messages %}{%- endif %}\n"
@@ -86,9 +84,7 @@ def _reference_template(template: Reference) -> str:
 
 def _reference_remarks(tokenizer: Any) -> list[str]:
     """Where this tokenizer reads the reference's layout as something else than turns."""
-    own = (
-        "template: tokenizer has the model's own" if tokenizer.chat_template else "template: FILE.jinja may have others"
-    )
+    own = "template: tokenizer has the model's own" if tokenizer.chat_template else "a template: FILE.jinja may fit it"
     backend, remarks = tokenizer.backend_tokenizer, []
     pieces = {mark: backend.encode(mark, add_special_tokens=False).tokens for mark in ("<|im_start|>", "<|im_end|>")}
     split = [mark for mark, tokens in pieces.items() if len(tokens) > 1]
@@ -103,7 +99,7 @@ def _reference_remarks(tokenizer: Any) -> list[str]:
 
 
 def _own_template(template: ChatTemplate) -> tuple[str, list[str]]:
-    """The author's template with what this run adds by itself put before it, and what could not be put there."""
+    """The author's template with what this run adds by itself put before it; a line on what could not be put there."""
     source = template.source
     if template.system_prompt:
         turn = f"{{'role': 'system', 'content': {_literal(template.system_prompt)}}}"
