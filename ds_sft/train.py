@@ -36,13 +36,14 @@ from ds_sft.runtime.distributed import (
 )
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
-from ds_sft.runtime.results import RESULTS, git_commit, peak_memory, versions, write_json
+from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.micro_batches import Batching
+    from ds_sft.data.serving import Serving
     from ds_sft.plan.steps import Steps
     from ds_sft.runtime.expectation import Expectation
     from ds_sft.tracking import Tracker
@@ -87,6 +88,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
+    from ds_sft.data.serving import serving
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
@@ -103,6 +105,8 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     with stop.until_ranks_meet():
         tokenizer = load_tokenizer(config, launch)
         read_ahead(config, launch)
+        served = serving(config, tokenizer)
+        served.say(launch)
         data = load_data(config, tokenizer, launch)
         print_report(data.report, launch)
         check_limits(config, tokenizer, data, launch)
@@ -146,11 +150,11 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
                 identity=this_run,
             ),
         )
-        del model  # the trainer's alone, so that `free` can give it back
+        del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
-        finish(trainer, tracker, data, config, launch, stop, expected=expected, started=started)
+        finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch) -> dict[str, Any]:
@@ -238,6 +242,7 @@ def finish(
     trainer: SFTTrainer,
     tracker: Tracker | None,
     data: Data,
+    served: Serving,
     config: Config,
     launch: Launch,
     stop: StopRequests,
@@ -246,9 +251,9 @@ def finish(
     started: float,
 ) -> None:
     """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
-    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.expectation import compare_with_plan
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
+    from ds_sft.runtime.release import release
     from ds_sft.runtime.verify import require_verified
 
     planned = compare_with_plan(expected, launch)
@@ -256,22 +261,44 @@ def finish(
         launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
     rows = (data.eval or data.train).take(VERIFIED_ROWS)
     trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-    export_model(trainer, trainer.processing_class, config, launch)
+    tokenizer, run_identity = trainer.processing_class, trainer.run.identity
+    export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
     results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
-    free(trainer)
+    release(trainer)  # of no use from here on
     with others_wait(), stop.until_ranks_meet():
         if tracker is not None:  # rank 0
-            results["export"] = check_export(trainer, rows, trained_loss, config)
+            results["export"] = check_export(rows, trained_loss, config)
             write_json(config.output_dir / RESULTS, results)
             require_verified(results["export"], config.output_dir)
-            predictions = predict(config, data.samples, trainer.processing_class)
-            write_predictions(predictions, config.output_dir / "predictions.jsonl")
-            print_predictions(predictions)
-            tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+            let_it_answer(config, data, tokenizer, tracker, results)
     stop.check()
     if tracker is not None:
-        write_json(config.output_dir / RESULTS, results | {"identity": trainer.run.identity})
+        write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
         print_line(summary(results))
+
+
+def let_it_answer(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+) -> None:
+    """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
+    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.runtime.placement import is_out_of_memory
+
+    file = config.output_dir / "predictions.jsonl"
+    file.unlink(missing_ok=True)  # an earlier run's
+    if (results["export"] or {}).get("out_of_memory"):
+        print_line("No predictions: they would need the same memory.")
+        return
+    try:
+        predictions = predict(config, data.samples, tokenizer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print_line(f"No predictions: no memory for them ({' '.join(str(error).split())[:150]}).")
+        return
+    write_predictions(predictions, file)
+    print_predictions(predictions)
+    tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
@@ -289,7 +316,7 @@ def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> No
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:
     """Leave what the run was asked to do and what it found in the output folder, before it starts."""
     if launch.is_main:
-        for old in (PREEMPTED, RESULTS):
+        for old in (PREEMPTED, RESULTS, KEPT):
             (config.output_dir / old).unlink(missing_ok=True)
         config.save(config.output_dir / "config.yaml")
         write_json(config.output_dir / "data_report.json", report)
@@ -332,21 +359,6 @@ def best_checkpoint(trainer: Trainer) -> str | None:
     """The checkpoint that `load_best_model_at_end` went back to."""
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return Path(best).name if best else None
-
-
-def free(trainer: Trainer) -> None:
-    """Give the engine's memory back, on every rank, for the predictions."""
-    import gc
-
-    import torch
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # else from_pretrained would still partition, and wait for the other ranks
-    trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def summary(results: dict[str, Any]) -> str:

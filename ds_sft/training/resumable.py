@@ -127,7 +127,9 @@ class ResumableTrainer(Trainer):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(*args, **kwargs)
-        self.asked = Asked.of(self.optimizer, scheduler)  # the optimizer is complete, and nothing is loaded yet
+        # For a DeepSpeed file's own optimizer a copy of this trainer is asked first, with that as an argument.
+        if not (args[1:] or kwargs.get("optimizer")):
+            self.asked = Asked.of(self.optimizer, scheduler)  # the optimizer is complete, and nothing is loaded yet
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
