@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import FACTS, Site
+from ds_sft.runtime.checkpoint import FACTS, Checkpoint, Site, Start
 from ds_sft.runtime.distributed import Launch
+from ds_sft.train import require_steps_left
 from ds_sft.training import resumable
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 
@@ -96,6 +97,29 @@ def test_samples_of_a_manifest(step: int, drop_last: bool, samples: int) -> None
                              drop_last=drop_last),
     }  # fmt: skip
     assert made._samples_seen() == samples
+
+
+def test_a_resumed_run_has_the_cadence_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no best model that other validation rows have chosen."""
+
+    def load(self: Any, *args: Any) -> tuple[int, int]:
+        self.state = TrainerState(global_step=5, logging_steps=7, save_steps=7, best_metric=1.0, best_global_step=4)
+        return (9, 9)
+
+    monkeypatch.setattr(Trainer, "_init_training_state", load)
+    args = TrainingArguments(logging_steps=0.25, save_steps=3, gradient_accumulation_steps=2)
+    batching = Batching(lengths=np.full(13, 5), micro_batch=2, accumulation=2, ranks=1, padded=False, seed=0)
+    for changed, best in (({}, 1.0), ({"eval_data": ("a", "b")}, None)):
+        made = trainer(args=args, batching=batching, run=SimpleNamespace(changed=changed))
+        assert made._init_training_state(8, 99, 99, None, None) == (1, 2)  # four steps an epoch, not 99
+        assert (made.state.logging_steps, made.state.save_steps, made.state.best_metric) == (2, 3, best)
+
+
+def test_a_run_that_is_asked_to_end_before_its_checkpoint(tmp_path: Path) -> None:
+    start = Start(Checkpoint(tmp_path / "checkpoint-8", {"step": 8}))
+    require_steps_left(start, 8)
+    with pytest.raises(UserError, match=r"checkpoint-8 is after step 8, this run ends after 4 \(max_steps, num_train"):
+        require_steps_left(start, 4)
 
 
 class Saving(ResumableTrainer):
