@@ -175,7 +175,7 @@ def test_ends_and_remarks(tokenizer: Any, kind: str) -> None:
     own = FAMILY[kind]
     found = serving(config(template="tokenizer", system_prompt=""), own)
     assert own.convert_ids_to_tokens(found.end_ids) == [FAMILIES[kind][0][0], *CALL_ENDS.get(kind, [])]
-    assert found.remarks == ([BLOCK] if kind == "qwen" else [])
+    assert found.remarks == ([BLOCK] if kind in ("qwen", "glm") else [])
     assert serving(config(template="reference"), own).end_ids == [own.pad_token_id]
     assert serving(config(template="reference"), tokenizer).remarks == []
 
