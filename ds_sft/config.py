@@ -38,7 +38,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_on_each_node": True,
     "activation_checkpointing": True,
     "bf16": True,
-    "report_to": ["none"],
+    "report_to": ["swanlab"],
 }
 EVAL_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 100.0}  # where there is an eval_file
 OUR_ORDERS = ("random", "sequential", "group_by_length")  # of train_sampling_strategy: the same on any number of ranks
@@ -162,6 +162,13 @@ class Config:
     @property
     def output_dir(self) -> Path:
         return Path(self.training["output_dir"])
+
+    @property
+    def trackers(self) -> list[str]:
+        """What `report_to` names; nothing for `none`, SwanLab where the key is not given."""
+        given = self.training.get("report_to")
+        names = TRAINING_DEFAULTS["report_to"] if given is None else [given] if isinstance(given, str) else given
+        return [name for name in names if name != "none"]
 
     @property
     def fills_batches(self) -> bool:
@@ -415,6 +422,9 @@ def _resolve(given: Mapping[str, Given]) -> Config:
         defaults = {name: value for name, value in defaults.items() if name != "per_device_train_batch_size"}
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
+    named = config.training["report_to"] or []
+    if "none" in named and config.trackers:
+        raise UserError(f"{given['report_to'].where}report_to: {', '.join(named)}: none is said alone")
     return config
 
 

@@ -82,9 +82,14 @@ class Tracker:
         self.metrics.write_bytes(points)
 
     def start(self) -> None:
-        """Open a SwanLab run; say once in which mode, and why if not the one asked for."""
+        """Open a SwanLab run if it is wanted; say once where curves go, by which key, and why if not as asked for."""
+        trackers = self.config.trackers
+        if not {"swanlab", "all"} & set(trackers):
+            self._say_off(f"report_to: {', '.join(trackers) or 'none'}")
+            return
         project, mode = take_environment(self.config)
         if mode == "disabled":
+            self._say_off("swanlab_mode or SWANLAB_MODE: disabled")
             return
         trouble = self._open(mode, project)
         if trouble and mode != "offline":
@@ -92,8 +97,13 @@ class Tracker:
             trouble = self._open("offline", project)
         if trouble:
             print_line(f"SwanLab is off ({trouble}); {self.metrics} has every metric.")
-        elif self.mode == "offline":
-            print_line(f"SwanLab: offline; upload later with {self._sync_commands()}.")
+        else:
+            how = f"; upload later with {self._sync_commands()}" if self.mode == "offline" else f", project {project}"
+            print_line(f"SwanLab: {self.mode}{how}. `report_to: none` turns it off.")
+
+    def _say_off(self, switch: str) -> None:
+        others = [name for name in self.config.trackers if name != "swanlab"]
+        print_line(f"Curves go to {' and '.join([*others, str(self.metrics)])}; SwanLab is off ({switch}).")
 
     def _open(self, mode: str, project: str) -> str | None:
         """Open a run in `mode`; None, or what went wrong."""

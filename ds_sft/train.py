@@ -28,6 +28,7 @@ from ds_sft.runtime.distributed import (
     exit_with,
     gather,
     grow_segments,
+    hide_gpus,
     others_wait,
     print_line,
     read_launch,
@@ -81,7 +82,9 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
-    if not launch.distributed:
+    if config.training.get("use_cpu"):
+        hide_gpus(os.environ)
+    elif not launch.distributed:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
     grow_segments(os.environ)

@@ -185,6 +185,7 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         (["--config"], "--config: expected a value after it"),
         (["train.jsonl"], "'train.jsonl': expected --key value"),
         (["--fp16", "yes", "--bf16", "yes"], "--fp16: yes beside bf16: yes: take one of the two"),
+        ([*NEEDED, "--report_to", "[none, tensorboard]"], "--report_to: none, tensorboard: none is said alone"),
         (["my.yaml"], "'my.yaml': expected --config my.yaml"),
         (["--learning_rate", "-1"], "--learning_rate: expected 0 or more, found '-1'"),
         (["--weight_decay", "-0.1"], "--weight_decay: expected 0 or more, found '-0.1'"),
@@ -293,6 +294,20 @@ def test_every_default_is_read_back(tmp_path: Path) -> None:
     config = load_config(NEEDED)
     config.save(tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "trackers"),
+    [
+        ("seed: 1\n", ["swanlab"]), ("report_to:\n", ["swanlab"]), ("report_to: none\n", []), ("report_to: []\n", []),
+        ("report_to: swanlab\n", ["swanlab"]), ("report_to: [tensorboard]\n", ["tensorboard"]),
+    ],
+)  # fmt: skip
+def test_trackers_are_what_report_to_names(tmp_path: Path, text: str, trackers: list[str]) -> None:
+    """And so they are when the run's keys are read back."""
+    config = from_yaml(tmp_path, text)
+    config.save(tmp_path / "config.yaml")
+    assert config.trackers == load_config(["--config", str(tmp_path / "config.yaml")]).trackers == trackers
 
 
 def test_tokens_fill_micro_batches_unless_their_rows_are_given(tmp_path: Path) -> None:

@@ -324,10 +324,18 @@ def test_rows_of_a_table_that_do_not_fit(tmp_path: Path, content: bytes, said: l
         ("a.parquet.gz", b"no", ": cannot be read: zlib inflate failed"),
         ("a.jsonl.gz", b"no", ": cannot be read: zlib inflate failed"),
         ("a.jsonl.zst", b"no", ": cannot be read: ZSTD decompress failed"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], ": cannot be read: Truncated compressed stream"),
     ],
 )
 def test_files_that_are_not_what_they_say(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    refuse(tmp_path, name, content, said)
+
+
+def test_a_compressed_file_that_was_cut_off(tmp_path: Path) -> None:
+    """Not a parameter of the test above: gzip writes the time into its bytes, and zlib's are another version's."""
+    refuse(tmp_path, "a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], ": cannot be read: Truncated compressed stream")
+
+
+def refuse(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         read(tmp_path / name)

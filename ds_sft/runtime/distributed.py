@@ -120,6 +120,15 @@ def use_one_device(env: dict[str, str] | os._Environ[str]) -> None:
     env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
+def hide_gpus(env: dict[str, str] | os._Environ[str]) -> None:
+    """Show torch and DeepSpeed no GPU, so that nothing of a run with `use_cpu` asks one, measures one or waits for one.
+
+    DeepSpeed takes the GPU that it sees, whatever Trainer was told. Must run before torch looks for devices.
+    """
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    env["DS_ACCELERATOR"] = "cpu"
+
+
 def share_cores(launch: Launch, env: dict[str, str] | os._Environ[str]) -> None:
     """Give each rank of a node its part of the cores where nobody has said OMP_NUM_THREADS; torchrun says 1 itself.
 

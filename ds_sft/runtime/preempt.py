@@ -28,6 +28,7 @@ from ds_sft.runtime.results import write_json
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WAKE = signal.SIGURG  # interrupts the main thread; does nothing to a process that has no handler for it
 POLL = 0.5  # seconds between looks at the stop file, the launcher and the other ranks
+PACE = 1.0  # seconds of work between two meetings in a loop that nobody times
 # A launcher hands on a signal that the terminal has sent to its workers already.
 ECHO = 5.0  # seconds in which a further signal counts as the same request, on a busy machine too
 A_DAY = 86400.0  # seconds; a note counts for the minutes before there is a process group
@@ -120,19 +121,31 @@ class StopRequests:
         """
         return Interruptible(self, quietly=self.launch.world_size > 1)
 
-    def agreed(self) -> str | None:
-        """Why the run stops here, if any rank was asked to; all ranks must call it, and all get the same answer."""
-        if self.decided is None and any_rank(self.reason is not None):
+    def meet(self, *, busy: bool = False) -> tuple[str | None, bool]:
+        """Why the run stops here, if any rank was asked to, and whether any is `busy`, in one small collective.
+
+        All ranks must call it, and all get the same answer.
+        """
+        asked, someone_is_busy = any_rank(self.reason is not None, busy)
+        if asked and self.decided is None:
             reasons = [reason for reason in gather(self.reason) if reason]
             self.decided = reasons[0]
             self.reason = self.reason or self.decided
-        return self.decided
+        return self.decided, someone_is_busy
+
+    def agreed(self) -> str | None:
+        """Why the run stops here, if any rank was asked to; all ranks must call it, and all get the same answer."""
+        return self.decided or self.meet()[0]
 
     def check(self) -> None:
         """Raise `Stopped` on every rank if any was asked to stop; all ranks must call it."""
         reason = self.agreed()
         if reason:
             raise Stopped(reason)
+
+    def paced(self) -> Paced:
+        """A `check` for loops of many short turns."""
+        return Paced(self)
 
     def leave(self, output_dir: Path, checkpoint: str | None, step: int) -> None:
         """Write OUTPUT_DIR/PREEMPTED.json and take the default stop file away: it was obeyed; for rank 0."""
@@ -206,6 +219,31 @@ class StopRequests:
                 self._note.write_text(reason, encoding="utf-8")
 
 
+class Paced:
+    """`check` once in about `PACE` seconds, in the same turns of a loop on all ranks.
+
+    No rank's clock can say when, as they differ: the number of turns between two meetings is doubled while every rank
+    had them behind it within `PACE`, and halved when one had not.
+    """
+
+    def __init__(self, stop: StopRequests) -> None:
+        self.stop = stop
+        self.every, self.left = 1, 0  # turns from one meeting to the next; until the next
+        self.met: float | None = None  # when, on this rank's clock
+
+    def check(self) -> None:
+        """Raise `Stopped` on every rank if any was asked to stop; all ranks must call it equally often."""
+        if self.left:
+            self.left -= 1
+            return
+        slow = self.met is None or time.monotonic() - self.met > PACE
+        reason, someone_is_slow = self.stop.meet(busy=slow)
+        if reason:
+            raise Stopped(reason)
+        self.every = max(self.every // 2, 1) if someone_is_slow else 2 * self.every
+        self.left, self.met = self.every - 1, time.monotonic()
+
+
 class Interruptible:
     """A block that a request ends; `quietly`: without an exception."""
 
@@ -265,16 +303,16 @@ def remove_older(folder: Path, pattern: str, seconds: float) -> None:
                 file.unlink()
 
 
-def any_rank(value: bool) -> bool:
-    """Whether `value` is true on any rank; one byte between CPUs, so that a GPU's queue is not waited for."""
+def any_rank(*values: bool) -> list[bool]:
+    """Whether each value is true on any rank; a byte each between CPUs, so that a GPU's queue is not waited for."""
     if _group_size() == 1:
-        return value
+        return list(values)
     import torch
     import torch.distributed as dist
 
-    flag = torch.tensor([value], dtype=torch.uint8)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_cpu_group())
-    return bool(flag.item())
+    flags = torch.tensor(values, dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_cpu_group())
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def _group_size() -> int:

@@ -46,6 +46,8 @@ SAME = {
     "optimizer.params.weight_decay": "weight_decay",
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
+# Those of them that must be there: without them DeepSpeed has values of its own, or none.
+OURS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 # The options of its Adam: an absent one of the first four has DeepSpeed's own default, whatever the run says.
 ADAM = (
     "lr", "betas", "eps", "weight_decay",
@@ -84,7 +86,13 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
             "(`deepspeed ds_sft/train.py ...` uses it, and all GPUs)."
         )
         return None
-    return dict(found)
+    return _complete(found)
+
+
+def _complete(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """With what nobody wrote: DeepSpeed would not clip, accelerate would accumulate over 1 and know no stage."""
+    absent = {name: "auto" for name in OURS if engine.get(name) is None}
+    return {**engine, **absent, "zero_optimization": {"stage": 0, **engine.get("zero_optimization", {})}}
 
 
 def read_engine(path: Path) -> dict[str, Any]:
@@ -123,6 +131,8 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _zero_block(engine, training)
     yield from _unsound_steps(engine, training, config.on_nonfinite)
     yield from _contradictions(engine, training)
+    if not config.trackers:
+        yield from _monitors(engine)
     yield from _optimizer_block(engine)
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
@@ -136,7 +146,7 @@ def _unknown_keys(engine: Mapping[str, Any]) -> Iterator[str]:
         block = _get(engine, name)
         if isinstance(block, Mapping):
             yield from _not_among(_fields(file, cls), block, f"{name}.")
-        elif block is not None:
+        elif block is not None or name in engine:  # null is no option of `engine`; some of zero_optimization's may be
             yield f"{name}: {_show(block)}: expected an object of options, such as {_EXAMPLES.get(name, '{...}')}"
 
 
@@ -163,9 +173,11 @@ def _zero_block(engine: Mapping[str, Any], training: Mapping[str, Any]) -> Itera
     if number not in (0, 1, 2, 3) or isinstance(number, bool):
         yield f"zero_optimization.stage: {_show(number)}: expected 0, 1, 2 or 3"
     if number == 0 and training.get("bf16"):
+        found = "0" if "stage" in zero else "not given, so 0"
         yield (
-            "zero_optimization.stage: 0: with bf16 it keeps no float32 weights and loses updates below a rounding "
-            "(weights of 1 never moved at 1e-3); write 1, or delete the deepspeed key: DDP needs the same memory"
+            f"zero_optimization.stage: {found}: with bf16 it keeps no float32 weights and loses updates below a "
+            "rounding (weights of 1 never moved at 1e-3); write 1, or delete the deepspeed key: DDP needs the same "
+            "memory"
         )
     gather = "stage3_gather_16bit_weights_on_model_save"
     if number == 3 and zero.get(gather) is not True:
@@ -209,6 +221,13 @@ def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> I
     kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
     if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:
         yield f"scheduler.type: {_show(kind)}: the run has lr_scheduler_type: {schedule}; delete the scheduler block"
+
+
+def _monitors(engine: Mapping[str, Any]) -> Iterator[str]:
+    """DeepSpeed's own trackers, in a run that is to have none."""
+    for name in ("tensorboard", "wandb", "comet", "csv_monitor"):
+        if _get(engine, f"{name}.enabled"):
+            yield f"{name}.enabled: true: the run has report_to: none; delete one of the two"
 
 
 def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:

@@ -34,7 +34,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["deepspeed"] = engine
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
-    keys["report_to"] = _other_trackers(keys.get("report_to"))
+    keys["report_to"] = other_trackers(config.trackers) or ["none"]
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
     keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
     keys.setdefault("ddp_timeout", 1800)
@@ -53,15 +53,34 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
-            return TrainingArguments(**keys)
+            args = TrainingArguments(**keys)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+    if not config.trackers:
+        args.report_to = []  # transformers adds Kubeflow's where it finds its cluster
+    return args
 
 
-def _other_trackers(report_to: Any) -> list[str]:
-    """`report_to` without SwanLab: transformers' own callback fails on swanlab 0.10; ours is in tracking.py."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    return [name for name in names if name not in ("swanlab", "none")] or ["none"]
+def other_trackers(names: list[str]) -> list[str]:
+    """Those that transformers serves; its SwanLab fails on swanlab 0.10, ours is in tracking.py.
+
+    Raises:
+        UserError: one that it does not know, or that is not installed: Trainer would die of it with the model loaded.
+    """
+    if set(names) <= {"swanlab"}:
+        return []
+    from transformers.integrations import integration_utils
+
+    known = set(integration_utils.INTEGRATION_TO_CALLBACK)
+    installed = set(integration_utils.get_available_reporting_integrations())
+    for name in names:
+        if name not in known | {"all"}:
+            raise UserError(
+                f"report_to: {name}: no such tracker; expected none, all, or any of {', '.join(sorted(known))}"
+            )
+        if name not in installed | {"all", "swanlab", "azure_ml", "flyte"}:  # the last two may be absent from it
+            raise UserError(f"report_to: {name}: it is not installed here; install its package, or leave it out")
+    return sorted((installed if "all" in names else set(names)) - {"swanlab"})
 
 
 def batching_of(

@@ -223,9 +223,14 @@ class ResumableTrainer(Trainer):
 
     # ---- Stopping
 
-    def agree_on_stopping(self) -> str | None:
-        """Why to stop here, if any rank was asked to; the same answer on all ranks, which all must ask."""
-        return self.run.stop.agreed()
+    def meet(self) -> tuple[str | None, bool]:
+        """Why to stop here, if any rank was asked to, and whether a checkpoint waits that all have synced and hashed.
+
+        The same answer on all ranks, which all must ask.
+        """
+        saved = self.unfinished
+        reason, someone_hashes = self.run.stop.meet(busy=saved is not None and not saved.hashed.done())
+        return reason, saved is not None and not someone_hashes
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -279,12 +284,9 @@ class ResumableTrainer(Trainer):
         if self.control.should_training_stop:
             self.finish_save()
 
-    def finish_save(self, *, wait: bool = True) -> None:
-        """Complete the checkpoint that waits for it, if any; all ranks must call it.
-
-        Without `wait` only if every rank has synced and hashed its part.
-        """
-        if self.unfinished is None or not (wait or all(gather(self.unfinished.hashed.done()))):
+    def finish_save(self) -> None:
+        """Complete the checkpoint that waits for it, if any; all ranks must call it."""
+        if self.unfinished is None:
             return
         saved, self.unfinished = self.unfinished, None
         trouble = complete(saved.folder, saved.facts, self.run.site, hashed=saved.hashed)
@@ -416,8 +418,10 @@ class StepBoundary(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
         self.trainer.restate_epoch()
-        self.trainer.finish_save(wait=False)
-        if self.trainer.agree_on_stopping():
+        stopping, hashed = self.trainer.meet()
+        if hashed:
+            self.trainer.finish_save()
+        if stopping:
             control.should_training_stop = control.should_save = True
             self._postpone_evaluation(control)
         self.save_at_epoch_end(state, control)
@@ -429,7 +433,8 @@ class StepBoundary(TrainerCallback):
         if self.trainer.run.stop.decided and not self._ends_epoch(state):  # Trainer leaves an epoch only this way
             control.should_log = control.should_evaluate = control.should_save = False
             return
-        if self.trainer.agree_on_stopping():
+        stopping, _ = self.trainer.meet()
+        if stopping:
             control.should_training_stop = self.save_due = True
             self._postpone_evaluation(control)
         control.should_save, self.save_due = control.should_save or self.save_due, False

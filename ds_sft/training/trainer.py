@@ -27,6 +27,7 @@ from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.micro_batches import lengths_of
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
+from ds_sft.runtime.zero import stage
 from ds_sft.training.fused import compiles_layers
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
@@ -130,17 +131,17 @@ class SFTTrainer(FiniteTrainer):
         with self.meter.clock.part("optimizer"):
             return super()._clip_grad_norm(model)
 
-    def agree_on_stopping(self) -> str | None:
+    def meet(self) -> tuple[str | None, bool]:
         with self.meter.clock.part(self.meter.talking):
-            return super().agree_on_stopping()
+            return super().meet()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.meter.clock.part("save"):
             super()._save_checkpoint(*args, **kwargs)
 
-    def finish_save(self, *, wait: bool = True) -> None:
+    def finish_save(self) -> None:
         with self.meter.clock.part("save"):
-            super().finish_save(wait=wait)
+            super().finish_save()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.meter.clock.part(EVALUATION):
@@ -201,9 +202,10 @@ class SFTTrainer(FiniteTrainer):
         self.model.eval()  # also switches gradient checkpointing off
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        stop = self.run.stop.paced()
         with self._in_16_bits():
             for batch in dataloader:
-                self.run.stop.check()
+                stop.check()
                 inputs = self._prepare_inputs(batch)
                 total += self._loss_sum(inputs)
                 count += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
@@ -240,8 +242,8 @@ class Measuring(TrainerCallback):
 
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer, self.meter = trainer, trainer.meter
-        stage = trainer.args.hf_deepspeed_config.get_value("zero_optimization.stage") if trainer.args.deepspeed else 0
-        self.every_micro_batch = stage >= 2  # ranks meet after each, to reduce its gradients
+        # Ranks meet after each, to reduce its gradients.
+        self.every_micro_batch = (stage(trainer.args.deepspeed) or 0) >= 2
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

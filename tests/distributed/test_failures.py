@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from tests.distributed.test_trajectory import engine
 
 pytestmark = pytest.mark.distributed
 
-LIMIT = 200.0  # seconds from the fault to the launcher's end on a busy machine; DeepSpeed's gives the others 30
 
+def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **changes: Any) -> Done:
+    """Run until the fault; how it ended. `run` waits for all pipes: nothing is left running.
 
-def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **changes: Any) -> tuple[Done, float]:
-    """Run until the fault; how it ended, and the seconds since. `run` waits for all pipes: nothing is left running."""
+    Its time limit is far below `ddp_timeout`: whoever waits for a rank that is gone is found by it.
+    """
     write_rows(folder / "train.jsonl", questions_and_answers(8))
     write_rows(folder / "eval.jsonl", questions_and_answers(3))
     keys: dict[str, Any] = {
@@ -44,22 +44,23 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
     command = [*entry(launcher, 2)[:-1], str(Path(__file__).with_name("faulty.py")), *flags]
     done = run(command, cwd=folder, timeout=500, env={"FAULT": fault, "PYTHONPATH": str(ROOT)})
-    faults = re.findall(r"the fault at ([\d.]+) s", done.output)
-    assert faults, done.output[-4000:]
-    return done, time.time() - float(faults[0])
+    assert fault.split()[1] == "slow" or "here is the fault" in done.output, done.output[-4000:]
+    return done
 
 
 @pytest.mark.parametrize("name", ["none", "zero2"])
 def test_a_slow_rank_shows_as_waiting(model_dir: Path, tmp_path: Path, name: str) -> None:
-    """Each of two steps takes rank 1 three seconds longer; rank 0 waits that long, half of it on average.
+    """Each of the last two steps takes rank 1 three seconds, in which rank 0 waits: half of them on average.
 
-    What else holds a rank up, on a busy machine, counts as well: a second here or there is no fault.
+    On a clock that stands still beside that, as other work would hold a rank up, too.
     """
-    done, _ = fail(model_dir, tmp_path, "torchrun", name, "train slow 1", num_predictions=0, save_strategy="no")
+    done = fail(model_dir, tmp_path, "torchrun", name, "train slow 1", num_predictions=0, save_strategy="no",
+                per_device_train_batch_size=1)  # fmt: skip
     assert done.code == 0, done.output[-4000:]
     speed = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["speed"]
-    assert speed["waiting_share"] * speed["seconds"] == pytest.approx(3, abs=1)
-    assert speed["communication_share"] >= speed["waiting_share"]
+    parts = {name: speed[f"{name}_share"] for name in ("waiting", "communication", "other", "forward_backward")}
+    assert parts == {"waiting": 0.5, "communication": 0.5, "other": 0.5, "forward_backward": 0.0}
+    assert speed["seconds"] == 6.0
 
 
 @pytest.mark.parametrize(
@@ -76,9 +77,8 @@ def test_a_slow_rank_shows_as_waiting(model_dir: Path, tmp_path: Path, name: str
     ],
 )
 def test_a_rank_that_raises(model_dir: Path, tmp_path: Path, launcher: str, name: str, place: str, rank: int) -> None:
-    done, seconds = fail(model_dir, tmp_path, launcher, name, f"{place} raise {rank}")
+    done = fail(model_dir, tmp_path, launcher, name, f"{place} raise {rank}")
     assert done.code != 0
-    assert seconds < LIMIT
     assert f"ds_sft: [rank {rank} on " in done.output
     last = done.output.rindex(f"ValueError: a fault in {place}")
     assert not re.search(r"Connection closed|lost the other ranks|Timed out", done.output[last:])
@@ -100,23 +100,20 @@ def test_a_rank_that_raises(model_dir: Path, tmp_path: Path, launcher: str, name
 def test_a_rank_that_is_killed(
     model_dir: Path, tmp_path: Path, launcher: str, name: str, place: str, rank: int
 ) -> None:
-    done, seconds = fail(model_dir, tmp_path, launcher, name, f"{place} kill {rank}")
+    done = fail(model_dir, tmp_path, launcher, name, f"{place} kill {rank}")
     assert done.code != 0
-    assert seconds < LIMIT
     assert re.search(r"Signal 9|SIGKILL|return code = -9|code: -9", done.output)
 
 
 def test_out_of_memory_names_the_remedies(model_dir: Path, tmp_path: Path) -> None:
-    done, seconds = fail(model_dir, tmp_path, "torchrun", "zero2", "train oom 1")
+    done = fail(model_dir, tmp_path, "torchrun", "zero2", "train oom 1")
     assert done.code != 0
-    assert seconds < LIMIT
     assert "Out of memory: try a smaller per_device_train_batch_size" in done.output
 
 
 def test_a_rank_that_hangs_ends_the_run_after_ddp_timeout(model_dir: Path, tmp_path: Path) -> None:
-    done, seconds = fail(model_dir, tmp_path, "torchrun", "zero3", "train hang 1", ddp_timeout=40)
+    done = fail(model_dir, tmp_path, "torchrun", "zero3", "train hang 1", ddp_timeout=40)
     assert done.code != 0
-    assert 20 < seconds < 40 + 20 + LIMIT  # the time limit, the silence for a rank that may speak, the launcher
     assert "2 ranks; one that does not answer ends the run after 40 s (ddp_timeout)." in done.output
     assert "ds_sft: [rank 0 on " in done.output
-    assert "lost the other ranks (" in done.output
+    assert re.search(r"lost the other ranks \(.*(Timed out|timeout)", done.output), done.output[-3000:]

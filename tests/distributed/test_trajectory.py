@@ -102,15 +102,18 @@ def loss_and_count(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tu
 
 
 def engine(name: str, folder: Path) -> str | None:
-    """The file of a DeepSpeed configuration: a shipped one, or one of another stage made from it."""
+    """The file of a DeepSpeed configuration: a shipped one, one of another stage made from it, or an empty one,
+    which is stage 0."""
     if name == "none":
         return None
     source = name if "offload" in name else "zero3" if name == "zero3" else "zero2"
     content = json.loads((ROOT / "ds_configs" / f"{source}.json").read_text(encoding="utf-8"))
     zero = content["zero_optimization"]
-    if name in ("zero0", "zero1"):
-        zero["stage"] = int(name[4])
-    if zero["stage"] == 3:
+    if name == "zero0":
+        content = {}
+    elif name == "zero1":
+        zero["stage"] = 1
+    elif zero["stage"] == 3:
         zero |= STRICT
     (folder / "engine.json").write_text(json.dumps(content), encoding="utf-8")
     return "engine.json"
