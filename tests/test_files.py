@@ -231,8 +231,8 @@ def test_rows_in_json_whatever_the_name_of_the_file(tmp_path: Path, name: str, t
             (1, 'field "version" stands beside the rows, in none of them; remove it, or write it into the rows'),
             (1, None), (2, 'field "by" stands beside the rows')]),
         ('{\n "question": "q",\n "answer": "a"\n}', [
-            (1, "not JSON: it goes over several lines; expected one object a line, or an array of objects, alone or as "
-                "{'data': [...]}"), (2, "not JSON"), (3, "not JSON"), (4, "not JSON")]),
+            (1, 'not JSON: it goes over several lines; expected one object a line, or {"data": [...]}'),
+            (2, "not JSON"), (3, "not JSON"), (4, "not JSON")]),
     ],
 )  # fmt: skip
 def test_what_looks_like_a_list_of_rows(tmp_path: Path, text: str, said: list[tuple[int, str | None]]) -> None:

@@ -135,6 +135,9 @@ class Saving(ResumableTrainer):
     def restate_epoch(self) -> None:
         """No rows are dealt here."""
 
+    def position(self, step: int) -> tuple[int, int]:
+        return divmod(step, 100)
+
     def _facts(self) -> dict[str, Any]:
         return {**dict.fromkeys(FACTS - {"save_id"}, 0), "step": self.state.global_step}
 

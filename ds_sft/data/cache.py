@@ -74,9 +74,7 @@ class Counts:
     bad_rows: int = 0  # of those dropped, the ones that were no usable dialogue
     messages: list[str] = field(default_factory=list)  # the first bad rows: "LINE: what is wrong"
     lost: list[str] = field(default_factory=list)  # the first rows left out because of their length, likewise
-    unread: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # field nobody reads -> rows it holds something in, first
+    unread: dict[str, list[int]] = field(default_factory=dict)  # field nobody reads -> rows that have it, the first
     left_out: dict[str, list[int]] = field(default_factory=dict)  # likewise: what the template leaves out
 
     def add(self, other: Counts) -> None:

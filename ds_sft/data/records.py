@@ -86,8 +86,8 @@ def parse_json(line: bytes) -> Any:
         raise BadRow("not UTF-8", f"not UTF-8: {found}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         if line.strip() in (b"{", b"["):
-            raise BadRow("not JSON", "not JSON: it goes over several lines; expected one object a line, or an array of "
-                         f"objects, alone or as {{{ROWS_UNDER[0]!r}: [...]}}") from None  # fmt: skip
+            text = f'not JSON: it goes over several lines; expected one object a line, or {{"{ROWS_UNDER[0]}": [...]}}'
+            raise BadRow("not JSON", text) from None
         what = error.msg.removesuffix(" at")
         text = f"not JSON: {what} at column {error.colno}; expected one JSON object a line"
         raise BadRow("not JSON", text) from None

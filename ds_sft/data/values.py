@@ -13,9 +13,7 @@ from ds_sft.data.files import BadRow
 SURROGATE = re.compile("[\ud800-\udfff]")
 INDEX = re.compile(r"\[\d+\]")
 MAX_NAME = 60  # characters of a field's name that are kept
-MEDIA = frozenset(
-    f"{kind}{end}" for kind in ("image", "audio", "video") for end in ("", "s", "_url", "_urls", "_path", "_paths")
-)
+MEDIA = frozenset(f"{kind}{end}" for kind in ("image", "audio", "video") for end in ("", "s", "_url", "_urls"))
 
 
 def check_text(value: str, name: str) -> str:
