@@ -160,7 +160,7 @@ def settings_key(config: Config, tokenizer: Any) -> str:
         digest.update(Path(config.template).expanduser().read_bytes())
     # The backend's own description holds vocabulary, merges, normaliser and special tokens.
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in ("cache", "encode", "files", "records", "shapes", "templates"):
+    for name in ("cache", "encode", "files", "records", "shapes", "templates", "turns"):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
 
