@@ -26,6 +26,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import wait_until_gone
+from tests.families import family
 from tests.test_encode import SYSTEM, reference_row
 
 ALONE = Launch(launcher="python")
@@ -100,6 +101,13 @@ def test_cut_and_dropped_rows_are_counted(make: Any, tokenizer: Any) -> None:
     assert report["tokens"] == 2 * limit
     assert report["supervised_tokens"] == 2 * 2  # of the long answer too two tokens are left
     assert report["tokens_cut"] == len(reference_row(tokenizer, "Q", "long " * 50, SYSTEM, 2048)[0]) - limit
+
+
+def test_an_end_that_is_the_next_turns_token_is_said(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "template: it ends an answer with '<|user|>' of the next turn, which is added after a last answer"
+    for name, said in (("glm", 1), ("harmony", 0)):
+        load_data(make(questions_and_answers(3), template="tokenizer"), family(name), ALONE)
+        assert capsys.readouterr().out.splitlines().count(note) == said
 
 
 def test_bad_rows_stop_the_run_or_are_counted(make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,18 @@ def settings_key(config: Config, tokenizer: Any) -> str:
         digest.update(Path(config.template).expanduser().read_bytes())
     # The backend's own description holds vocabulary, merges, normaliser and special tokens.
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in ("cache", "content", "encode", "files", "records", "rendered", "shapes", "templates", "values"):
+    for name in (
+        "cache",
+        "content",
+        "encode",
+        "files",
+        "records",
+        "rendered",
+        "shapes",
+        "templates",
+        "turns",
+        "values",
+    ):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
 

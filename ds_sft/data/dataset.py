@@ -75,6 +75,8 @@ def load_data(config: Config, tokenizer: Any, launch: Launch) -> Data:
         UserError: a file or a row is unusable, or no row is left to train on.
     """
     encoder, settings = Encoder(tokenizer, config), settings_key(config, tokenizer)
+    if encoder.template.note:
+        launch.say(encoder.template.note)
     train = _load(config.train_file, "train_file", config, settings, encoder, launch)
     seed = int(config.training.get("seed", 42))
     if config.eval_file is not None:

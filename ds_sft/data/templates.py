@@ -129,6 +129,10 @@ class Reference:
     def allow_special_tokens(self) -> bool:
         return True  # as in the reference; `forged` counts them
 
+    @property
+    def note(self) -> str:
+        return ""
+
     @cached_property
     def special(self) -> re.Pattern[str]:
         """Matches text that becomes special tokens."""
@@ -174,7 +178,8 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, source: str, *, system_prompt: str, thinking: str, allow_special_tokens: bool
     ) -> None:
-        self.thinking, self.system_prompt, self.allow_special_tokens = thinking, system_prompt, allow_special_tokens
+        self.tokenizer, self.source, self.thinking = tokenizer, source, thinking
+        self.system_prompt, self.allow_special_tokens = system_prompt, allow_special_tokens
         self.renderer, self.marks = Renderer(tokenizer, source), GENERATION.search(source) is not None
         self.turns = find_turns(self.renderer)
         system = self.renderer.attempt({"role": "system", "content": "x"}, {"role": "user", "content": "x"})
@@ -194,6 +199,13 @@ class ChatTemplate:
     def end(self) -> str:
         """What ends the last answer."""
         return self.turns.end
+
+    @property
+    def note(self) -> str:
+        """What a user would not expect of this template; none as a rule."""
+        if not self.turns.closes:
+            return ""
+        return f"template: it ends an answer with {self.end!r} of the next turn, which is added after a last answer"
 
     def forged(self, dialogue: Dialogue) -> bool:
         return False

@@ -276,6 +276,7 @@ def _calls(renderer: Renderer, forms: Sequence[CallForm]) -> tuple[list[str], st
     between = answered.partition(ARGUMENT)[2].partition(RESULT)[0]
     tail = called.partition(ARGUMENT)[2]
     header = between[len(tail) :].partition(NAME)[0] if tail and between.startswith(tail) else ""
+    header = header if renderer.first_token(header) else ""  # plain text may stand anywhere
     return [beside] if NAME not in beside.partition(ANSWER)[0] else [], called, header
 
 
