@@ -185,12 +185,11 @@ def load_model_to_train(config: Config, args: TrainingArguments, launch: Launch,
     """The model with our attention, where rows are not padded, and our loss."""
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import load_model
+    from ds_sft.training.model import computing_dtype, load_model
 
     model = load_model(config, args)
     if not padded:
-        flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
-        keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
     supervise(model, launch, fp16=args.fp16)
     return model
 

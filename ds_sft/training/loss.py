@@ -25,6 +25,7 @@ from torch import nn
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.plan.memory import CHUNK_BYTES
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training.precision import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -195,9 +196,8 @@ def cross_entropy_sum(
         targets: [supervised].
         terms: what the model does to its logits.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(hidden.device) or weight.dtype
+    with without_autocast(hidden.device):
         total: torch.Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
             hidden, weight, bias, targets, terms, dtype, torch.is_grad_enabled()
         )

@@ -29,6 +29,7 @@ from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
+from ds_sft.training.model import computing_dtype
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 from ds_sft.training.working_copy import WorkingCopy
@@ -241,9 +242,8 @@ class Measuring(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         barrier()
-        peak = device_peak(args.device, dtype)
+        peak = device_peak(args.device, computing_dtype(args))
         self.trainer.run.site.launch.say(f"Peak for MFU: {peak.flops / 1e12:,.3g} TFLOP/s a rank ({peak.source}).")
         self.meter.start(peak)
 
