@@ -65,6 +65,9 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
     # On a box with GPUs accelerate spreads a model that one of them cannot hold.
     device_map = "auto" if torch.cuda.is_available() and not config.training.get("use_cpu") else None
     model = AutoModelForCausalLM.from_pretrained(

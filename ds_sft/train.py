@@ -84,6 +84,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.runtime.expectation import expect_memory
+    from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
@@ -101,6 +102,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         data = load_data(config, tokenizer, launch)
         print_report(data.report, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
+    avoid_plans()
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
     stop.check()

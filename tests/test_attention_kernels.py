@@ -168,7 +168,12 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch: pytest.MonkeyPatch)
     [
         ("cpu", BFLOAT16, {}, "no kernel takes rows of different lengths on cpu"),
         ("meta", torch.float32, {}, "no kernel takes rows of different lengths in float32; with bf16: yes one does"),
-        ("meta", BFLOAT16, {"attention_dropout": 0.1}, "the kernel for rows of different lengths has no attention_dropout"),
+        (
+            "meta",
+            BFLOAT16,
+            {"attention_dropout": 0.1},
+            "no kernel takes rows of different lengths with attention_dropout",
+        ),
         ("meta", BFLOAT16, {"head_dim": 264}, "no kernel takes rows of different lengths with heads of 264"),
         ("meta", BFLOAT16, {"head_dim": 12}, "no kernel takes rows of different lengths with heads of 12"),
     ],

@@ -119,6 +119,9 @@ def loss_on_disk(folder: str, rows: Sequence[dict[str, Any]], use_cpu: bool, tru
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",

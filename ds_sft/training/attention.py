@@ -39,8 +39,9 @@ SHORT_ROW = 1024  # tokens: 4 MiB of scores a head, for a moment
 # 12.7, forward and backward of a layer with 16 heads; 8 rows of 2,048 took it 3.1 ms one by one and varlen_attn 2.3
 # (an H200, torch 2.11). Between the two nothing was measured.
 LONE_ROW = 8192
-# cuDNN builds a plan for each length it meets, about 50 ms of the host, forward and backward: few lengths, few plans.
+# cuDNN builds a plan for each length it meets, about 0.1 s of the host: few lengths, few plans.
 PLANNED_LENGTHS = 1024  # multiples of it
+NO_KERNEL = "no kernel takes rows of different lengths"
 MAX_HEAD_DIM = 256  # of varlen_attn's kernels, which also want multiples of 8
 BLOCK = 128  # tokens: kernels cover the longest row by blocks, so nothing is lost by rounding up to whole ones
 # Newer versions of torch want to be told of grouped heads, older ones do not know the word.
@@ -307,16 +308,16 @@ def _choose(model: PreTrainedModel, asked: str | None, device: torch.device, dty
 def _why_row_by_row(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `varlen_attn` cannot take all rows at once; None: it can."""
     if device.type not in ("cuda", "meta"):
-        return f"no kernel takes rows of different lengths on {device.type}"
+        return f"{NO_KERNEL} on {device.type}"
     if dtype not in HALF:
-        return f"no kernel takes rows of different lengths in {str(dtype).removeprefix('torch.')}; with bf16: yes one does"
+        return f"{NO_KERNEL} in {str(dtype).removeprefix('torch.')}; with bf16: yes one does"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"no kernel takes rows of different lengths on a {torch.cuda.get_device_name(device)}"
+        return f"{NO_KERNEL} on a {torch.cuda.get_device_name(device)}"
     if getattr(config, "attention_dropout", 0):
-        return "the kernel for rows of different lengths has no attention_dropout"
+        return f"{NO_KERNEL} with attention_dropout"
     sizes = _head_dims(config)
     if len(set(sizes)) > 1 or max(sizes) > MAX_HEAD_DIM or max(sizes) % 8:
-        return f"no kernel takes rows of different lengths with heads of {' and '.join(map(str, sizes))}"
+        return f"{NO_KERNEL} with heads of {' and '.join(map(str, sizes))}"
     return None
 
 
