@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.data.packing import collate_flat
+from ds_sft.data.layout import collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import attention
 from ds_sft.training.attention import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_sft.data.packing import collate_flat
+from ds_sft.data.layout import collate_flat
 from ds_sft.training import attention, precision
 from ds_sft.training.attention import NAME, Attention, RowBorders, attention_of, keep_rows_apart, rows_attention
 from ds_sft.training.loss import supervise

@@ -12,7 +12,7 @@ from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.shape import shape_of
 from ds_sft.runtime.peak import device_peak, known_peak
 from ds_sft.training import metrics
-from ds_sft.training.metrics import Clock, Flops, Interval, Meter, count_batch, count_flops
+from ds_sft.training.metrics import Clock, Flops, Interval, Meter, count_flops
 from ds_sft.training.progress import describe
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -101,27 +101,6 @@ def test_marks_do_not_pile_up(passing: Time, monkeypatch: pytest.MonkeyPatch) ->
         clock.lap()
         assert len(clock.marks) < 8
     assert seconds_of(clock) == {"optimizer": 100.0}
-
-
-def test_padded_rows_are_counted() -> None:
-    batch = {
-        "input_ids": torch.zeros(2, 5, dtype=torch.long),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
-        "labels": torch.tensor([[7, -100, 8, 9, -100], [-100, 5, -100, -100, -100]]),
-    }
-    # The first label of a row is predicted by nothing; rows of 5 and 2 tokens see 15 and 3 pairs.
-    assert count_batch(batch).tolist() == [7, 10, 3, 18]
-
-
-def test_rows_laid_end_to_end_are_counted() -> None:
-    batch = {
-        "input_ids": torch.zeros(1, 7, dtype=torch.long),
-        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1]]),
-        "labels": torch.tensor([[-100, -100, 8, 9, -100, -100, 5]]),
-    }
-    assert count_batch(batch).tolist() == [7, 7, 3, 18]
-    del batch["position_ids"]
-    assert count_batch(batch).tolist() == [7, 7, 3, 28]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.precision import HALF, autocast_dtype
 
@@ -397,7 +398,10 @@ def _pass_flash_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> 
 
 
 def _borders(kwargs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
-    """Lengths of the rows of a batch, and where they begin: [rows + 1] int32."""
+    """Lengths of the rows, and where they begin, [rows + 1] int32: as the batch says, or by reading its positions."""
+    layout: Layout | None = kwargs.get(LAYOUT)
+    if layout is not None and layout.starts is not None:
+        return layout.lengths, layout.starts
     lengths = lengths_of_rows(kwargs["position_ids"])
     starts = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
     return lengths, starts.to(kwargs["position_ids"].device)

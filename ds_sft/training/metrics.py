@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import Layout
 from ds_sft.runtime.distributed import gather_numbers
 from ds_sft.runtime.peak import Peak
 from ds_sft.runtime.results import peak_memory
@@ -28,7 +28,7 @@ PARTS = ("data_wait", "forward_backward", "communication", "optimizer", "save", 
 WORK = ("data_wait", "forward_backward", "optimizer", "other")  # what a rank does while others may wait for it
 EVALUATION = "evaluation"  # no part of training: left out of every figure
 WHOLE = ("save", EVALUATION)  # what happens inside them counts as them
-COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as `count_batch` has them
+COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as its `Layout` has them
 SENT = (*COUNTS, "peak_flops", "memory_gib", *PARTS)  # what a rank tells the others, before its laps
 MARKS_KEPT = 10_000
 # Collectives of DeepSpeed's backend (deepspeed/comm/torch.py) that training uses.
@@ -153,26 +153,6 @@ def _numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # under ZeRO-3 of the whole, wherever it is
 
 
-def count_batch(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`COUNTS` of a micro batch, on its device; pairs are those of a token and one that it sees.
-
-    Padding makes the difference between tokens and places. Rows laid end to end have no mask; their `position_ids`
-    restart with every row.
-    """
-    ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
-    places = torch.tensor(ids.numel(), device=ids.device)
-    positions = inputs.get("position_ids")
-    if mask is None:
-        tokens = places
-        seen = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
-        pairs = (seen + 1).sum()
-    else:
-        lengths = mask.sum(-1)
-        tokens, pairs = lengths.sum(), (lengths * (lengths + 1)).sum() // 2
-    targets = inputs["shift_labels"] if "shift_labels" in inputs else labels[..., 1:]
-    return torch.stack([tokens, places, (targets != IGNORE_INDEX).sum(), pairs])
-
-
 @dataclass(frozen=True)
 class Interval:
     """What all ranks did between two logging steps; `+` joins two that follow each other."""
@@ -222,7 +202,7 @@ class Meter:
         self.talking = "communication" if world_size > 1 else "other"  # what ranks do together is nothing for one
         self.flops = count_flops(model)
         self.peak = Peak(0.0, "unknown")
-        self.counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.total = Interval()
         self.memory_gib = 0.0  # the fullest rank's peak
 
@@ -231,11 +211,10 @@ class Meter:
         self.peak = peak
         self.clock.restart()
 
-    def count(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Count a micro batch; its tokens without padding, a scalar on the device."""
-        counted = count_batch(inputs).to(self.device)
-        self.counts += counted
-        return counted[0]
+    def count(self, layout: Layout) -> None:
+        """Count a micro batch."""
+        for name in COUNTS:
+            self.counts[name] += getattr(layout, name)
 
     def interval(self) -> Interval:
         """All ranks' numbers since the last call; all must call it, after equally many laps."""
@@ -243,9 +222,9 @@ class Meter:
         self.clock.settle()
         seconds, laps = self.clock.take()
         peaks = peak_memory()
-        mine = {**dict(zip(COUNTS, self.counts.tolist(), strict=True)), **seconds, "peak_flops": self.peak.flops,
+        mine = {**self.counts, **seconds, "peak_flops": self.peak.flops,
                 "memory_gib": peaks.get("gpu_gib", peaks["host_gib"])}  # fmt: skip
-        self.counts.zero_()
+        self.counts = dict.fromkeys(COUNTS, 0)
         ranks = gather_numbers([*(mine[name] for name in SENT), *laps], device=self.device)
         told = [dict(zip(SENT, rank, strict=False)) for rank in ranks]
         self.memory_gib = max(rank["memory_gib"] for rank in told)
