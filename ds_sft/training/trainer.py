@@ -299,6 +299,11 @@ class Measuring(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.meter.clock.lap()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.stop()
+
 
 class EvaluateAtEnd(TrainerCallback):
     """Measure the final model too: the last step is rarely a multiple of `eval_steps`."""
