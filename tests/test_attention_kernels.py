@@ -244,3 +244,40 @@ def test_a_model_on_the_meta_device_learns(monkeypatch: pytest.MonkeyPatch) -> N
     batch = meta_batch([20, 20])
     model(**batch, labels=batch["input_ids"], use_cache=False, num_items_in_batch=9).loss.backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_an_installed_flash_attention_that_was_asked_for_gets_the_borders() -> None:
+    """By transformers' names, as the batch has them; the longest is a number of the host's."""
+    model = make("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    keep_rows_apart(model, "flash_attention_2", ALONE)
+    given: dict[str, Any] = {}
+
+    class Asked(Exception):
+        pass
+
+    def forward(**kwargs: Any) -> None:
+        given.update(kwargs)
+        raise Asked
+
+    model.model.forward = forward
+    batch = collate_flat(make_rows())
+    with pytest.raises(Asked):
+        model(**batch, use_cache=False)
+    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["layout"].starts
+    assert (given["max_length_q"], given["max_length_k"]) == (40, 40)
+
+
+def test_a_lone_long_row_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cuDNN switched on for it alone, in the graph as outside of it."""
+    monkeypatch.setattr(attention, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "LONE_ROW", 32)
+    monkeypatch.setattr(attention, "PLANNED_LENGTHS", 16)
+    rows = borders([40], Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True))
+    states = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    compiled = torch.compile(rows_attention, backend="eager")
+    found, _ = compiled(torch.nn.Module(), *states, None, row_borders=rows)
+    torch.testing.assert_close(found, rows_attention(torch.nn.Module(), *states, None, row_borders=rows)[0])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch._dynamo.reset()
