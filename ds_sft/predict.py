@@ -70,6 +70,9 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         dtype="auto",

@@ -93,6 +93,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.data.serving import serving
     from ds_sft.runtime.expectation import expect_memory
+    from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
@@ -114,6 +115,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         print_report(data.report, launch)
         check_limits(config, tokenizer, data, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
+    avoid_plans()
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
     stop.check()
@@ -214,15 +216,14 @@ def load_model_to_train(
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import load_model, make_room
+    from ds_sft.training.model import computing_dtype, load_model, make_room
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
     make_room(model, tokenizer, config)
     if not padded:
-        flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
-        keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
     supervise(model, launch, fp16=args.fp16)
     return model

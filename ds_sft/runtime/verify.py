@@ -148,6 +148,9 @@ def loss_on_disk(folder: str, rows: list[dict[str, Any]], use_cpu: bool, trust_r
     import torch.nn.functional as F
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     longest = max((len(row["input_ids"]) for row in rows), default=0)
     placement = place(folder, working=logits_size(config, longest), use_cpu=use_cpu)

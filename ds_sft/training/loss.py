@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.plan.memory import CHUNK_BYTES
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training.precision import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -62,6 +64,7 @@ class SupervisedLoss:
         self.head: Any = model.get_output_embeddings()
         self.terms = terms
         self.labels: torch.Tensor | None = None  # of the batch under way, [batch, seq]
+        self.layout: Layout | None = None  # of the same, where it came with one
         self.total: torch.Tensor | None = None  # of the last batch: sum of the cross-entropy, float32
         self.count: torch.Tensor | None = None  # supervised tokens in it
         self._project = self.head.forward
@@ -71,7 +74,7 @@ class SupervisedLoss:
         model.register_forward_pre_hook(self._take_labels, with_kwargs=True)
 
     def _take_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.labels, self.total = kwargs.get("labels"), None
+        self.labels, self.layout, self.total = kwargs.get("labels"), kwargs.get(LAYOUT), None
         if self._hook is not None:  # of a forward that failed
             self._hook.remove()
             self._hook = None
@@ -85,15 +88,18 @@ class SupervisedLoss:
         if self.labels is None:
             logits: torch.Tensor = self._project(hidden)
             return logits
-        positions, targets = supervised_positions(self.labels.to(hidden.device))
-        self.count = torch.tensor(len(targets), device=hidden.device)
+        if self.layout is not None:
+            positions, targets = self.layout.positions, self.layout.targets
+        else:
+            positions, targets = supervised_positions(self.labels.to(hidden.device))
+        self.count = torch.full((), len(targets), device=hidden.device)
         return cross_entropy_sum(
             hidden.flatten(0, -2).index_select(0, positions), self.head.weight, self.head.bias, targets, self.terms
         )
 
     def _keep_total(self, head: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """The model goes on with logits of no token: what it does to them has been done."""
-        self.total, self.labels = output, None
+        self.total, self.labels, self.layout = output, None, None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -246,9 +252,8 @@ def cross_entropy_sum(
         targets: [supervised].
         terms: what the model does to its logits.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(hidden.device) or weight.dtype
+    with without_autocast(hidden.device):
         total: torch.Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
             hidden, weight, bias, targets, terms, dtype, torch.is_grad_enabled()
         )

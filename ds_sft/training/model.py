@@ -99,8 +99,13 @@ def training_dtype(args: TrainingArguments) -> torch.dtype:
     """
     import torch
 
-    if args.deepspeed is None:
-        return torch.float32
+    return torch.float32 if args.deepspeed is None else computing_dtype(args)
+
+
+def computing_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of forward and backward."""
+    import torch
+
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 

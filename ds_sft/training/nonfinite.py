@@ -141,7 +141,10 @@ class FiniteTrainer(ResumableTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after the gradients were reduced; under DeepSpeed after the engine's step, else before it."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:  # as Trainer's, but on the device until it is logged: reading it would wait
+            norm = self.model_wrapped.get_global_grad_norm()
+        else:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.args.fp16:
             return norm
         norm = self.unclipped_norm if norm is None else norm

@@ -87,7 +87,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, run: Continuity, batching: Batching, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run, self.batching = run, batching
-        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
+        self.tokens_seen = 0  # this rank's, without padding
         # Rotation is ours: Trainer's looks at names only, and with a limit of 1 deletes the newest for the best.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self.evaluation_due = False  # the run stopped where an evaluation was to come
@@ -118,7 +118,7 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = known["last_logged_step"]
         self._total_loss_scalar = known["loss_total"]
         self.skipped_steps, self.skipped_unlogged = known.get("skipped_steps", (0, 0))
-        self.tokens_seen.fill_(known["tokens"] if self.args.process_index == 0 else 0)
+        self.tokens_seen = known["tokens"] if self.args.process_index == 0 else 0
 
     @property
     def other_world_size(self) -> bool:
@@ -359,7 +359,7 @@ class ResumableTrainer(Trainer):
         args, state = self.args, self.state
         a_step = self.batching.slots  # micro batches
         metrics = Path(args.output_dir) / "metrics.jsonl"
-        (tokens,) = sum_over_ranks(self.tokens_seen.item(), device=args.device)
+        (tokens,) = sum_over_ranks(self.tokens_seen, device=args.device)
         return {
             "step": state.global_step,
             "epoch": state.epoch,
