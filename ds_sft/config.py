@@ -62,7 +62,9 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
 UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "enable_jit_checkpoint": "ranks would save at different steps and wait for each other; runs stop and save anyway",
     "auto_find_batch_size": "it changes the rows a step in mid-run; `ds-sft plan` tells what fits",
+    "use_liger_kernel": "it exchanges classes for the whole process, and the loss; write fused_kernels: liger",
     "ignore_data_skip": "a resumed run would learn its first rows again",
+    "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
     "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
 SECRETS = ("hub_token",)
@@ -129,7 +131,11 @@ class Config:
     preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
     cache_dir: str | None = key("encoded data; default: DS_SFT_CACHE, else ~/.cache/ds_sft", default=None)
     trust_remote_code: bool = key("run code that comes with the model", default=False)
+    resize_embeddings: bool = key("add rows, the mean of the others, for tokens that the model has none for",
+                                  default=False)  # fmt: skip
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
+    fused_kernels: str = key("norms, rotations, gates: Liger's (auto: on a GPU that has them), or compiled layers",
+                             choices=("auto", "liger", "compile", "none"), default="auto")  # fmt: skip
     export_dtype: str = key("of the final weights; auto: the dtype trained in",
                             choices=("auto", "float32", "bfloat16", "float16"), default="auto")  # fmt: skip
     export_max_shard_size: str = key("of a file of the final weights, such as 5GB or 500MB", default="5GB")
@@ -147,6 +153,8 @@ class Config:
     resume_anyway: bool = key("resume although keys or data have changed since", default=False)
     on_save_error: str = key("a checkpoint that cannot be written ends the run, or is done without",
                              choices=("stop", "continue"), default="stop")  # fmt: skip
+    on_nonfinite: str = key("a step whose loss or gradients are no numbers ends the run, or is left out and counted",
+                            choices=("stop", "skip"), default="stop")  # fmt: skip
     profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
                                     default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)

@@ -17,12 +17,14 @@ from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.runtime.distributed import print_line
+from ds_sft.runtime.placement import cache_size, place
+from ds_sft.training.limits import positions_left
+from ds_sft.training.model import make_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 8  # prompts generated together
-TURN_END = "<|im_end|>"  # what a model that knows ChatML says when it is done
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ def predict(config: Config, samples: Sequence[Dialogue], tokenizer: PreTrainedTo
         return []
     encoder = Encoder(tokenizer, config)
     found = [(sample, prompt) for sample in samples if (prompt := _prompt(encoder, sample))]
-    samples, prompts, end = [sample for sample, _ in found], [prompt for _, prompt in found], encoder.template.end
+    samples, prompts = [sample for sample, _ in found], [prompt for _, prompt in found]
     if not samples:
         return []
-    after = generate(str(config.output_dir), prompts, end, tokenizer, config)
+    after = generate(str(config.output_dir), prompts, tokenizer, config)
     before: Sequence[str | None] = [None] * len(samples)
     if config.predict_before:
-        before = generate(config.model_name_or_path, prompts, end, tokenizer, config)
+        before = generate(config.model_name_or_path, prompts, tokenizer, config)
     rows = zip(samples, after, before, strict=True)
     return [Prediction(s.question, s.answer, a, b) for s, a, b in rows]
 
@@ -59,39 +61,59 @@ def _prompt(encoder: Encoder, sample: Dialogue) -> list[int]:
 
 
 def generate(
-    model_path: str, prompts: Sequence[list[int]], turn_end: str, tokenizer: PreTrainedTokenizerBase, config: Config
+    model_path: str, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[str]:
-    """Greedy answers of the model in `model_path` to prompts in token ids, special tokens left out."""
+    """Greedy answers of the model in `model_path` to prompts in token ids, special tokens left out.
+
+    They end where the model's own files say, as with any server: nothing of the run is added.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    # On a box with GPUs accelerate spreads a model that one of them cannot hold.
-    device_map = "auto" if torch.cuda.is_available() and not config.training.get("use_cpu") else None
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype="auto", device_map=device_map, trust_remote_code=config.trust_remote_code
+        model_path,
+        dtype="auto",
+        trust_remote_code=config.trust_remote_code,
+        **placement(model_path, prompts, config),
     ).eval()
-    ends = end_tokens(model, tokenizer, turn_end)
+    make_room(model, tokenizer, config)  # the model before training has its own rows
     answers: list[str] = []
     torch.manual_seed(config.training.get("seed", 42))  # the same sampled answers again
     started = time.monotonic()
     for start in range(0, len(prompts), BATCH):
-        answers += _generate_batch(model, prompts[start : start + BATCH], ends, tokenizer, config)
+        answers += _generate_batch(model, prompts[start : start + BATCH], tokenizer, config)
         print_line(f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})")
     return answers
 
 
-def _generate_batch(
-    model: Any, prompts: Sequence[list[int]], ends: list[int], tokenizer: Any, config: Config
-) -> list[str]:
+def placement(model_path: str, prompts: Sequence[list[int]], config: Config) -> dict[str, Any]:
+    """Keywords that put the model, and the keys and values of a batch, on one GPU where they fit."""
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(model_path, trust_remote_code=config.trust_remote_code)
+    tokens = BATCH * (max(map(len, prompts)) + (config.predict_max_new_tokens or config.max_length))
+    placed = place(model_path, working=cache_size(found, tokens), use_cpu=bool(config.training.get("use_cpu")))
+    if placed.remark:
+        print_line(f"Predicting: {placed.remark}")
+    return placed.options
+
+
+def _generate_batch(model: Any, prompts: Sequence[list[int]], tokenizer: Any, config: Config) -> list[str]:
     import torch
 
+    most = config.predict_max_new_tokens or config.max_length
+    if left := positions_left(model):
+        prompts = [prompt[1 - left :] for prompt in prompts]
+        most = min(most, left - max(map(len, prompts)))
     inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(model.device)
     with torch.inference_mode():
         output = model.generate(
             **inputs,
-            max_new_tokens=config.predict_max_new_tokens or config.max_length,
+            max_new_tokens=most,
             **generation_options(config),
-            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
     new = output[:, inputs["input_ids"].shape[1] :]
@@ -105,15 +127,6 @@ def generation_options(config: Config) -> dict[str, Any]:
     """
     given = dict(config.generation or {})
     return given if given.get("do_sample") else {"do_sample": False, **dict.fromkeys(SAMPLING), **given}
-
-
-def end_tokens(model: Any, tokenizer: Any, turn_end: str) -> list[int]:
-    """What ends an answer: `turn_end`, which training taught, the model's own ends, ChatML's end of turn."""
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    known = tokenizer.convert_tokens_to_ids([turn_end, TURN_END])
-    ends |= {end for end in known if end != tokenizer.unk_token_id}
-    return sorted(end for end in ends if end is not None)
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:

@@ -151,12 +151,22 @@ class Tracker:
         """Record Trainer's metrics under Trainer's names; SwanLab gets them under transformers' chart names."""
         # JSON has no NaN.
         finite = {k: v if isinstance(v, (int, float)) and math.isfinite(v) else None for k, v in metrics.items()}
+        self._append({"step": step, **finite})
+        self._send(lambda: {chart_name(k): v for k, v in finite.items() if v is not None}, step)
+
+    def log_changes(self, changed: Mapping[str, tuple[Any, Any]], step: int) -> None:
+        """Show the seam of a run that goes on after `step` with other keys: key -> [what it was, what it is]."""
+        shown = without_secrets({name: list(pair) for name, pair in changed.items()})
+        self._append({"step": step, "changed": shown})
+        text = "\n".join(f"{name}: {then} -> {now}" for name, (then, now) in shown.items())
+        self._send(lambda: {"Changed on resume": self.swanlab.Text(text)}, step)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+                file.write(json.dumps(entry) + "\n")
         except OSError as error:  # a full disk ends the checkpoint, not the learning
             self._say_once(f"{self.metrics} is not complete: {error.strerror}")
-        self._send(lambda: {chart_name(k): v for k, v in finite.items() if v is not None}, step)
 
     def log_predictions(self, texts: Sequence[str], step: int) -> None:
         """Show predictions under the name the reference script uses."""
@@ -288,10 +298,16 @@ def chart_name(name: str) -> str:
 
 
 class TrackerCallback(TrainerCallback):
-    """Hands what Trainer logs on rank 0 to the tracker."""
+    """Hands what Trainer logs on rank 0 to the tracker, and before that what is otherwise than at the checkpoint."""
 
-    def __init__(self, tracker: Tracker | None) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker | None, changed: Mapping[str, tuple[Any, Any]] | None = None) -> None:
+        self.tracker, self.changed = tracker, changed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.tracker is not None and self.changed:
+            self.tracker.log_changes(self.changed, state.global_step)
 
     def on_log(
         self,

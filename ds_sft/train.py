@@ -19,7 +19,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_sft.config import OUR_ORDERS, Config, load_config
-from ds_sft.errors import UserError
+from ds_sft.errors import RunError, UserError
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
@@ -27,6 +27,7 @@ from ds_sft.runtime.distributed import (
     exit_after,
     exit_with,
     gather,
+    grow_segments,
     hide_gpus,
     others_wait,
     print_line,
@@ -36,13 +37,14 @@ from ds_sft.runtime.distributed import (
 )
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
-from ds_sft.runtime.results import RESULTS, git_commit, peak_memory, versions, write_json
+from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.micro_batches import Batching
+    from ds_sft.data.serving import Serving
     from ds_sft.plan.steps import Steps
     from ds_sft.runtime.expectation import Expectation
     from ds_sft.tracking import Tracker
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the training that the command line describes; 2 is the exit code of a mistake in it."""
+    """Run the training that the command line describes; 2 is the exit code of a mistake in it, 1 of a failure."""
     launch = Launch(launcher="python")
     stop: StopRequests | None = None
     try:
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             end_group()
     except UserError as error:
         exit_with(str(error), launch, told_to_end=ended_by_launcher(stop))
+    except RunError as error:
+        exit_with(str(error), launch, told_to_end=ended_by_launcher(stop), code=1)
     except Exception as error:
         exit_after(error, launch, told_to_end=ended_by_launcher(stop))
     return 0
@@ -83,14 +87,18 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     elif not launch.distributed:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
+    grow_segments(os.environ)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.data.dataset import load_data, print_report
+    from ds_sft.data.serving import serving
     from ds_sft.runtime.expectation import expect_memory
+    from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
+    from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead, uses_padding
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
@@ -101,9 +109,13 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     with stop.until_ranks_meet():
         tokenizer = load_tokenizer(config, launch)
         read_ahead(config, launch)
+        served = serving(config, tokenizer)
+        served.say(launch)
         data = load_data(config, tokenizer, launch)
         print_report(data.report, launch)
+        check_limits(config, tokenizer, data, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
+    avoid_plans()
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
     stop.check()
@@ -114,11 +126,11 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
     rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch, padded=padded)
-    batching = batching_of(args, config, rows_in_batches, padded=padded)
-    steps = plan_steps(args, batching, data, engine, launch)
+    batching = batching_of(args, config, rows_in_batches, padded=padded, seam=start.seam)
+    steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
-    model = load_model_to_train(config, args, launch, padded=padded)
+    model = load_model_to_train(config, args, tokenizer, launch, padded=padded)
     size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
@@ -130,21 +142,24 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
             data_collator=collate,
             processing_class=tokenizer,
             batching=batching,
-            callbacks=[TrackerCallback(tracker), *profiling(config, launch)],
+            on_nonfinite=config.on_nonfinite,
+            where=partial(data.where, "train"),
+            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
             run=Continuity(
                 stop=stop,
                 site=site,
                 resumed=start.checkpoint,
+                changed=start.changed,
                 on_save_error=config.on_save_error,
                 size=size,
                 identity=this_run,
             ),
         )
-        del model  # the trainer's alone, so that `free` can give it back
+        del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
-        finish(trainer, tracker, data, config, launch, stop, expected=expected, started=started)
+        finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch) -> dict[str, Any]:
@@ -156,18 +171,28 @@ def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: 
 
 
 def plan_steps(
-    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, launch: Launch
+    args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, start: Start, launch: Launch
 ) -> Steps:
     """How rows become steps, checked and said."""
     from ds_sft.runtime.zero import stage
     from ds_sft.training.arguments import run_steps
 
     steps = run_steps(args, batching)
-    batching.check(steps.num_epochs, partial(data.where, "train"))
+    batching.check(batching.position(steps.steps - 1)[0] + 1, partial(data.where, "train"))
+    require_steps_left(start, steps.steps)
     launch.say(steps.describe())
     if args.train_sampling_strategy in OUR_ORDERS:
         launch.say(batching.describe(each_micro_batch=(stage(engine) or 0) >= 2))
     return steps
+
+
+def require_steps_left(start: Start, steps: int) -> None:
+    """See that the checkpoint is not beyond the end of the run, which may have been asked to end earlier."""
+    if start.checkpoint is not None and steps < start.checkpoint.step:
+        raise UserError(
+            f"{start.checkpoint.path} is after step {start.checkpoint.step:,}, this run ends after {steps:,} "
+            "(max_steps, num_train_epochs): write more, or --resume PATH of an earlier checkpoint"
+        )
 
 
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
@@ -184,16 +209,22 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
     continue_from(args, start.accumulation, universal=start.universal)
 
 
-def load_model_to_train(config: Config, args: TrainingArguments, launch: Launch, *, padded: bool) -> PreTrainedModel:
-    """The model with our attention, where rows are not padded, and our loss."""
+def load_model_to_train(
+    config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
+) -> PreTrainedModel:
+    """The model with a row for each token, our attention, where rows are not padded, fused kernels, and our loss."""
     from ds_sft.training.attention import keep_rows_apart
+    from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import load_model
+    from ds_sft.training.model import computing_dtype, load_model, make_room
 
+    on_gpu = args.device.type == "cuda"
+    require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
+    make_room(model, tokenizer, config)
     if not padded:
-        flash = args.device.type == "cuda" and (args.bf16 or args.fp16)  # where it has kernels
-        keep_rows_apart(model, config.attn_implementation, launch, flash=flash)
+        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
+    fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
     supervise(model, launch, fp16=args.fp16)
     return model
 
@@ -215,6 +246,7 @@ def finish(
     trainer: SFTTrainer,
     tracker: Tracker | None,
     data: Data,
+    served: Serving,
     config: Config,
     launch: Launch,
     stop: StopRequests,
@@ -223,9 +255,9 @@ def finish(
     started: float,
 ) -> None:
     """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
-    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
     from ds_sft.runtime.expectation import compare_with_plan
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
+    from ds_sft.runtime.release import release
     from ds_sft.runtime.verify import require_verified
 
     planned = compare_with_plan(expected, launch)
@@ -233,22 +265,44 @@ def finish(
         launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
     rows = (data.eval or data.train).take(VERIFIED_ROWS)
     trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-    export_model(trainer, trainer.processing_class, config, launch)
+    tokenizer, run_identity = trainer.processing_class, trainer.run.identity
+    export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
     results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
-    free(trainer)
+    release(trainer)  # of no use from here on
     with others_wait(), stop.until_ranks_meet():
         if tracker is not None:  # rank 0
-            results["export"] = check_export(trainer, rows, trained_loss, config)
+            results["export"] = check_export(rows, trained_loss, config)
             write_json(config.output_dir / RESULTS, results)
             require_verified(results["export"], config.output_dir)
-            predictions = predict(config, data.samples, trainer.processing_class)
-            write_predictions(predictions, config.output_dir / "predictions.jsonl")
-            print_predictions(predictions)
-            tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+            let_it_answer(config, data, tokenizer, tracker, results)
     stop.check()
     if tracker is not None:
-        write_json(config.output_dir / RESULTS, results | {"identity": trainer.run.identity})
+        write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
         print_line(summary(results))
+
+
+def let_it_answer(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+) -> None:
+    """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
+    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.runtime.placement import is_out_of_memory
+
+    file = config.output_dir / "predictions.jsonl"
+    file.unlink(missing_ok=True)  # an earlier run's
+    if (results["export"] or {}).get("out_of_memory"):
+        print_line("No predictions: they would need the same memory.")
+        return
+    try:
+        predictions = predict(config, data.samples, tokenizer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print_line(f"No predictions: no memory for them ({' '.join(str(error).split())[:150]}).")
+        return
+    write_predictions(predictions, file)
+    print_predictions(predictions)
+    tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
@@ -266,7 +320,7 @@ def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> No
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:
     """Leave what the run was asked to do and what it found in the output folder, before it starts."""
     if launch.is_main:
-        for old in (PREEMPTED, RESULTS):
+        for old in (PREEMPTED, RESULTS, KEPT):
             (config.output_dir / old).unlink(missing_ok=True)
         config.save(config.output_dir / "config.yaml")
         write_json(config.output_dir / "data_report.json", report)
@@ -290,6 +344,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "device": str(trainer.args.device),
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
         "epochs": trainer.state.epoch,
         "eval_loss_first": eval_losses[0] if eval_losses else None,
         "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,
@@ -308,21 +363,6 @@ def best_checkpoint(trainer: Trainer) -> str | None:
     """The checkpoint that `load_best_model_at_end` went back to."""
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return Path(best).name if best else None
-
-
-def free(trainer: Trainer) -> None:
-    """Give the engine's memory back, on every rank, for the predictions."""
-    import gc
-
-    import torch
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # else from_pretrained would still partition, and wait for the other ranks
-    trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def summary(results: dict[str, Any]) -> str:

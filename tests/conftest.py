@@ -61,6 +61,7 @@ def nothing_stays() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     torch = sys.modules.get("torch")
     threads, dtype = (torch.get_num_threads(), torch.get_default_dtype()) if torch else (None, None)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled() if torch else True
     yield
     left = {number: signal.getsignal(number) for number in handlers}
     for number, handler in handlers.items():
@@ -72,6 +73,7 @@ def nothing_stays() -> Iterator[None]:
     if torch:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
     if "transformers.integrations.deepspeed" in sys.modules:  # a global of TrainingArguments: the next model would be
         sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()  # partitioned while loading
     assert left == handlers, "signal handlers are left behind"

@@ -8,20 +8,23 @@ ends the run with the input that caused it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config import REFERENCE_PROMPT, Config
+from ds_sft.data.content import REASONING
 from ds_sft.data.encode import IGNORE_INDEX, Encoded, Encoder
 from ds_sft.data.files import BadRow, DataFile
 from ds_sft.data.records import Dialogue, Reading, parse_row, read_dialogues
-from ds_sft.data.shapes import Message
-from ds_sft.data.templates import Reference, full_content, with_thinking
+from ds_sft.data.shapes import ROLES, Message
+from ds_sft.data.templates import THINKING, Reference, full_content, with_thinking
+from ds_sft.data.values import MAX_NAME
 from ds_sft.errors import UserError
 
 READING = Reading("S")
@@ -37,6 +40,18 @@ SEEDS = [
                   {"role": "tool", "content": "1"}, {"role": "assistant", "content": "👋🏽"}],
      "tools": [{"name": "f", "parameters": {}}]},
     {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+    {"question": "Why?", "answer": "So.", "reasoning": "Because.", "id": "r7", "meta": {"by": ["me"]}, "images": []},
+    {"instruction": "q", "output": "a", "thinking": "deep", "weight": 0.5, "source": "web"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "value": "hi "}, {"type": "text", "text": "you"}],
+                   "loss_weight": 0.0, "name": "Ann"},
+                  {"role": "assistant", "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"},
+                   {"type": "tool_call", "value": '{"name": "f", "arguments": {"at": "Paris", "zone": null}}'}],
+                   "loss_weight": 1.0, "note": "n"},
+                  {"role": "tool", "content": "20", "tool_call_id": "c1", "name": "f"},
+                  {"role": "assistant", "content": "b", "reasoning": "s", "date": "May"}],
+     "tools": [{"name": "f", "description": None}], "reasoning": "on"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "thinking": "t"}],
+     "system": "T", "split": "train"},
 ]  # fmt: skip
 
 
@@ -49,7 +64,8 @@ def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes | dict[st
     """Rows of a file through reading and encoding; how many were accepted.
 
     Raises:
-        AssertionError: a message of several lines, or a row of which other tokens are learned than its answers.
+        AssertionError: a message of several lines, a row of which other tokens are learned than its answers, or a text
+            of a row that is in no token of it and that nobody is told of.
     """
     found = [parse_row(line, READING) for line in lines]
     for row in found:
@@ -58,22 +74,127 @@ def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes | dict[st
     encoded = encoder.encode(dialogues)
     assert all(one_line(error) for error in encoded.bad.values())
     assert set(encoded.dialogue.tolist()) | set(encoded.bad) | set(encoded.dropped) == set(range(len(dialogues)))
-    learned: dict[int, list[int]] = {}
+    learned: dict[int, list[list[int]]] = {}
+    whole: dict[int, list[int]] = {}
     cut: set[int] = set(encoded.dropped) | set(encoded.dialogue[encoded.supervised_cut > 0].tolist())
     for index, (ids, labels) in zip(encoded.dialogue.tolist(), encoded.rows(), strict=True):
         assert 0 < len(ids) <= encoder.max_length
         assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
-        learned.setdefault(index, []).extend(label for label in labels if label != IGNORE_INDEX)
+        learned.setdefault(index, []).extend(stretches(labels))
+        whole.setdefault(index, []).extend(ids)
+    raw = [line for line, row in zip(lines, found, strict=True) if isinstance(row, Dialogue)]
     for index in set(learned) - cut:
         dialogue = replace(dialogues[index], messages=tuple(with_thinking(dialogues[index].messages, encoder.thinking)))
         messages = learned_messages(dialogue, encoder.mask)
         if isinstance(encoder.template, Reference):
             check_text(tokenizer, learned[index], messages)
         else:
-            check_turns(tokenizer, learned[index], messages, encoder.template.end)
+            check_turns(tokenizer, learned[index], messages, encoder.template.turns.ends)
+        if max(map(len, whole.values())) < encoder.max_length:
+            line = raw[index]
+            text = tokenizer.backend_tokenizer.decode(whole[index], skip_special_tokens=False)
+            row = json.loads(line) if isinstance(line, bytes) else line
+            check_nothing_is_lost(encoder, row, text, {*dialogue.unread}, encoded.left_out.get(index, set()))
     if not isinstance(encoder.template, Reference) and encoder.overlong != "split":
         check_special(encoder, encoded, dialogues)
     return len(learned)
+
+
+UNSAID = ("role", "from", "type", "id", "tool_call_id")  # of a message, a call or a part: they say what it is
+OUT = {"content": "content", "value": "content", "name": "name", "tool_calls": "tool_calls",
+       "function_call": "tool_calls", **dict.fromkeys(REASONING, "reasoning_content")}  # fmt: skip
+
+
+def check_nothing_is_lost(
+    encoder: Encoder, row: dict[str, Any], rendered: str, unread: set[str], left_out: set[str]
+) -> None:
+    """Every text of a row is in what is rendered of it, but for fields that are named as not read, or left out."""
+    if isinstance(encoder.template, Reference):
+        assert all(name.endswith(" name") for name in left_out), left_out
+    squeezed = _squeezed(rendered)
+    for path, text in texts_of(row, unread, left_out, encoder.thinking):
+        if path == "instruction" and row.get("input") is not None and text in ("S", REFERENCE_PROMPT):
+            continue
+        assert is_rendered(path, text, squeezed, unread), (path, text, rendered, row)
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a name in the report is this place, or one that this place is in."""
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+    return path.startswith(name) and (path[len(name) : len(name) + 1] in ("", ".", "[") or len(name) == MAX_NAME)
+
+
+def texts_of(row: dict[str, Any], unread: set[str], left_out: set[str], thinking: str) -> Iterator[tuple[str, str]]:
+    """Every text of a row that must be rendered, with its place, as messages[].content."""
+    for name, value in row.items():
+        items = packed(value)
+        if name == "tools" or name in unread or (name in REASONING and thinking != "keep"):
+            continue
+        if name in ("messages", "conversations", "prompt", "completion") and is_list_of_objects(items):
+            for message in items:
+                yield from texts_of_message(message, f"{name}[]", left_out, thinking)
+        else:
+            yield from leaves(value, name)
+
+
+def texts_of_message(
+    message: dict[str, Any], path: str, left_out: set[str], thinking: str
+) -> Iterator[tuple[str, str]]:
+    role = ROLES[next(message[key] for key in ("role", "from") if message.get(key) is not None)]
+    for key, said in message.items():
+        if key in UNSAID or f"{role} {OUT.get(key, key)}" in left_out:
+            continue
+        if thinking != "keep" and role == "assistant":
+            if key in REASONING:
+                continue
+            if isinstance(said, str) and THINKING.match(said):
+                said = THINKING.sub("", said, count=1)
+            if is_list_of_objects(said):
+                said = [part for part in said if part.get("type") not in REASONING]
+        yield from leaves(said, f"{path}.{key}")
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in UNSAID:
+                yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item, f"{path}[]")
+
+
+def packed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def is_rendered(path: str, text: str, squeezed: str, unread: set[str]) -> bool:
+    """As it is, as JSON writes it, or, of a text that is JSON, every text in it; or it is said that nobody reads it.
+
+    What is before and after the signs of reasoning may stand apart: in channels, or behind a sign of the template's.
+    """
+    parts = re.split("</?think>", text)
+    if len(parts) > 1:
+        return all(is_rendered(path, part, squeezed, unread) for part in parts)
+    once = json.dumps(text, ensure_ascii=False)[1:-1]
+    forms = (text, once, json.dumps(once, ensure_ascii=False)[1:-1])
+    if any(_squeezed(form) in squeezed for form in forms) or any(is_named(path, name) for name in unread):
+        return True
+    inside = packed(text)
+    return inside is not text and all(is_rendered(*item, squeezed, unread) for item in leaves(inside, path))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def check_special(encoder: Encoder, encoded: Encoded, dialogues: Sequence[Dialogue]) -> None:
@@ -90,7 +211,7 @@ def check_special(encoder: Encoder, encoded: Encoded, dialogues: Sequence[Dialog
 
 def _harmless(value: Any) -> Any:
     if isinstance(value, str):
-        return re.sub(r"[<>|\[\]/]", "-", value)
+        return re.sub(r"(</?think>)|[<>|\[\]/]", lambda match: match[1] or "-", value)  # reasoning has its own place
     if isinstance(value, Dialogue):
         return Dialogue(_harmless(value.messages), _harmless(value.tools))
     if isinstance(value, Message):
@@ -115,26 +236,43 @@ def learned_messages(dialogue: Dialogue, mask: str) -> list[Message]:
     ]
 
 
-def check_text(tokenizer: Any, learned: list[int], messages: Sequence[Message]) -> None:
+def stretches(labels: Sequence[int]) -> list[list[int]]:
+    """What is learned, without a gap in it."""
+    groups = itertools.groupby(labels, key=lambda label: label != IGNORE_INDEX)
+    return [list(stretch) for is_learned, stretch in groups if is_learned]
+
+
+def check_text(tokenizer: Any, learned: Sequence[list[int]], messages: Sequence[Message]) -> None:
     """Exactly the answers, each with its end: special-token text in them is what it is under the reference."""
     expected = "".join(full_content(message) + tokenizer.pad_token for message in messages)
-    assert tokenizer.backend_tokenizer.decode(learned, skip_special_tokens=False) == expected, messages
+    ids = [label for stretch in learned for label in stretch]
+    assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == expected, messages
 
 
-def check_turns(tokenizer: Any, learned: list[int], messages: Sequence[Message], end: str) -> None:
-    """One stretch for each answer, up to and with the one end token in it.
+def check_turns(tokenizer: Any, learned: Sequence[list[int]], messages: Sequence[Message], ends: Sequence[str]) -> None:
+    """One stretch for each answer, up to and with an end of turn, which is the one in it but between channels.
 
     A template may trim an answer, set white space around reasoning, and write a call in its own way.
     """
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    ends = [i + 1 for i, token in enumerate(learned) if token == end_id]
-    assert len(ends) == len(messages), messages
-    assert ends[-1] == len(learned), messages
-    for start, stop, message in zip([0, *ends], ends, messages, strict=False):
-        text = tokenizer.backend_tokenizer.decode(learned[start : stop - 1], skip_special_tokens=False)
+    end_ids = tokenizer.convert_tokens_to_ids(list(ends))
+    assert len(learned) == len(messages), messages
+    for stretch, message in zip(learned, messages, strict=True):
+        text = tokenizer.backend_tokenizer.decode(stretch[:-1], skip_special_tokens=False)
+        assert stretch[-1] in end_ids, messages
+        text, channels = without_channels(text) if "<|return|>" in ends else (text, 1)
+        assert sum(token in end_ids for token in stretch) == channels, messages
         text, want = "".join(text.split()), "".join(full_content(message).split())
-        wanted = {want, want.removeprefix("<think></think>")}  # of earlier turns Qwen leaves an empty block out
+        # Of earlier turns Qwen leaves an empty block out; a prompt may have opened one.
+        wanted = {want, "</think>" + want, *map(want.removeprefix, ("<think></think>", "<think>", "</think>"))}
         assert any(text.startswith(want) if message.tool_calls else text == want for want in wanted), (text, messages)
+
+
+def without_channels(text: str) -> tuple[str, int]:
+    """gpt-oss's channels as Qwen writes reasoning, and how many they are."""
+    if not text.startswith("<|channel|>analysis<|message|>"):
+        return text.removeprefix("<|channel|>final<|message|>"), 1
+    thought, _, rest = text.removeprefix("<|channel|>analysis<|message|>").partition("<|end|><|start|>assistant")
+    return f"<think>{thought}</think>{rest.removeprefix('<|channel|>final<|message|>')}", 2
 
 
 def check_file(path: Path, content: bytes) -> None:

@@ -9,10 +9,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.data.packing import collate_flat
+from ds_sft.data.layout import collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import attention
-from ds_sft.training.attention import NAME, RowLengths, keep_rows_apart, lengths_of_rows, rows_attention
+from ds_sft.training.attention import (
+    NAME,
+    Attention,
+    RowBorders,
+    attention_of,
+    keep_rows_apart,
+    lengths_of_rows,
+    rows_attention,
+)
 from ds_sft.training.loss import supervise
 from tests.test_loss import SMALL, VOCAB, apart
 
@@ -30,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
+ROW_BY_ROW = Attention("row by row", "")
 LENGTHS = [5, 23, 1, 40, 7, 8]
 
 
@@ -48,6 +57,11 @@ def make_rows() -> list[dict[str, list[int]]]:
         ids = torch.randint(1, VOCAB, (length,)).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
     return rows
+
+
+def borders(lengths: list[int], attention: Attention = ROW_BY_ROW) -> RowBorders:
+    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return RowBorders(lengths, starts, attention)
 
 
 def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -116,7 +130,7 @@ def test_a_short_row_is_as_exact_as_the_kernel(length: int) -> None:
         *inputs, gradient = (state.to(dtype).requires_grad_() for state in states)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "SHORT_ROW", short)
-            output, _ = rows_attention(torch.nn.Module(), *inputs, None, row_lengths=RowLengths([length]))
+            output, _ = rows_attention(torch.nn.Module(), *inputs, None, row_borders=borders([length]))
         return [t.float() for t in (output, *torch.autograd.grad(output, inputs, gradient.transpose(1, 2)))]
 
     exact, kernel = run(0, torch.float32), run(0, torch.bfloat16)
@@ -164,30 +178,34 @@ def test_borders_that_get_lost_are_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     keep_rows_apart(model, None, ALONE)
     layer = type(model.model.layers[0])
     forward = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda self, *args, row_lengths=None, **kw: forward(self, *args, **kw))
-    with pytest.raises(RuntimeError, match="LlamaAttention does not pass row_lengths on: rows would see each other"):
+    monkeypatch.setattr(layer, "forward", lambda self, *args, row_borders=None, **kw: forward(self, *args, **kw))
+    with pytest.raises(RuntimeError, match="LlamaAttention does not pass row_borders on: rows would see each other"):
         model(**batch, use_cache=False)
     model.config._attn_implementation_internal = "eager"
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM does not use ds_sft_rows: rows would see each other"):
+    with pytest.raises(RuntimeError, match="LlamaModel does not use ds_sft_rows: rows would see each other"):
         model(**batch, use_cache=False)
     states = torch.zeros(1, 4, 84, 8)
     with pytest.raises(RuntimeError, match="rows of 83 tokens, but queries"):
-        rows_attention(model, states, states, states, None, row_lengths=RowLengths([80, 3]))
+        rows_attention(model, states, states, states, None, row_borders=borders([80, 3]))
     with pytest.raises(RuntimeError, match="Module wants softcap in its attention"):
-        rows_attention(torch.nn.Module(), states, states, states, None, row_lengths=RowLengths([84]), softcap=50.0)
+        rows_attention(torch.nn.Module(), states, states, states, None, row_borders=borders([84]), softcap=50.0)
 
 
-def test_where_another_attention_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    asked, capped = make("llama"), make("gemma2", attn_logit_softcapping=50.0)
-    before = capped.config._attn_implementation
+def test_which_attention_is_used_is_said_and_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    model, asked, capped = make("llama"), make("llama"), make("gemma2", attn_logit_softcapping=50.0)
     asked.set_attn_implementation("eager")
-    keep_rows_apart(asked, "eager", ALONE)
-    assert (asked.config._attn_implementation, capsys.readouterr().out) == ("eager", "")
-    keep_rows_apart(capped, None, ALONE)
-    assert capped.config._attn_implementation == before
-    assert capsys.readouterr().out == (
-        "Attention: Gemma2ForCausalLM (caps its scores) masks all pairs of tokens of a micro batch.\n"
-    )
+    before = capped.config._attn_implementation
+    for each, implementation in ((model, None), (asked, "eager"), (capped, None)):
+        keep_rows_apart(each, implementation, ALONE)
+    used = [each.config._attn_implementation for each in (model, asked, capped)]
+    assert used == [NAME, "eager", before]
+    said = [
+        "Attention: row by row (no kernel takes rows of different lengths on cpu).",
+        "Attention: eager (as attn_implementation says).",
+        f"Attention: {before} (Gemma2ForCausalLM caps its scores; it masks all pairs of tokens of a micro batch).",
+    ]
+    assert capsys.readouterr().out.splitlines() == said
+    assert [found.describe() for each in (model, asked, capped) if (found := attention_of(each))] == said
 
 
 def test_a_window_that_is_in_the_mask_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,24 +216,13 @@ def test_a_window_that_is_in_the_mask_only(capsys: pytest.CaptureFixture[str]) -
     model = make("qwen2_moe", use_sliding_window=True, sliding_window=7, max_window_layers=0, **experts)
     loss, gradient = learn(model, one_by_one(rows))
     keep_rows_apart(model, None, ALONE)
-    assert "(has its sliding window in its mask only)" in capsys.readouterr().out
+    assert "has its sliding window in its mask only" in capsys.readouterr().out
     found, found_gradient = learn(model, [collate_flat(rows)])
     assert found == pytest.approx(loss, rel=1e-6)
     assert apart(found_gradient, gradient) < 2e-6
     without = make("qwen2_moe", use_sliding_window=False, **experts)
     keep_rows_apart(without, None, ALONE)
     assert without.config._attn_implementation == NAME
-
-
-def test_flash_attention_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, in half precision, installed; this says so for the first two."""
-    model = make("llama")
-    chosen: list[str] = []
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(model, "set_attn_implementation", chosen.append)
-    keep_rows_apart(model, None, ALONE)
-    keep_rows_apart(model, None, ALONE, flash=True)
-    assert chosen == [NAME, "flash_attention_2"]
 
 
 def test_lengths() -> None:

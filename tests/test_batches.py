@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, fingerprint
-from ds_sft.data.micro_batches import Batching, lengths_of
+from ds_sft.data.micro_batches import Batching, Seam, lengths_of
 from ds_sft.data.packing import PackedRows, Plan
 from ds_sft.errors import UserError
 from ds_sft.training.trainer import RankRows
@@ -206,6 +206,52 @@ def test_a_number_of_tokens(lengths: list[int], padded: bool, drop_last: bool, o
             if not drop_last:
                 assert learned == list(range(len(lengths)))
                 assert batching.samples(epoch, len(found)) == (epoch + 1) * len(lengths)
+
+
+LAYOUTS = [(1, 1, 1), (1, 4, 1), (2, 1, 2), (1, 3, 2), (3, 1, 1), (2, 2, 4)]  # micro batch, accumulation, ranks
+
+
+@settings(deadline=None, max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(LENGTHS, st.booleans(), st.sampled_from(["random", "sequential"]),
+       st.lists(st.tuples(st.sampled_from(LAYOUTS), st.integers(1, 9)), min_size=1, max_size=5))  # fmt: skip
+def test_each_row_once_an_epoch_whatever_size_steps_have(
+    lengths: list[int], padded: bool, order: str, starts: list[tuple[tuple[int, int, int], int]]
+) -> None:
+    """Each start makes so many steps in its own size, resuming where the one before it stopped."""
+    seam, step = Seam(), 0
+    epochs: dict[int, list[int]] = {}
+    for (micro, accumulation, ranks), number in [*starts, ((1, 1, 1), 3 * len(lengths))]:
+        batching = make(lengths, micro_batch=micro, accumulation=accumulation, ranks=ranks, padded=padded, order=order,
+                        seam=seam)  # fmt: skip
+        for _ in range(number):
+            epoch, done = batching.position(step)
+            found = steps([GlobalBatches(batching, rank) for rank in range(ranks)], accumulation, epoch)
+            assert len(found) == batching.steps_of(epoch)
+            epochs.setdefault(epoch, []).extend(found[done])
+            step += 1
+        seam = batching.here(step)
+        assert seam.samples == sum(len(rows) for rows in epochs.values())
+        assert batching.steps(seam.epoch) <= step < batching.steps(seam.epoch + 1)
+    last = epochs.pop(max(epochs))
+    assert all(sorted(rows) == list(range(len(lengths))) for rows in epochs.values())
+    assert len(last) == len(set(last))
+    assert len(epochs) >= 2
+
+
+@pytest.mark.parametrize(
+    ("epochs", "seam", "expected"),
+    [
+        (2, {}, 8),  # 13 rows, 4 a step
+        (2.5, {}, 10),
+        (2, {"step": 1, "rows": 6}, 1 + 2 + 4),  # one step of six rows, seven rows in steps of four
+        (2.5, {"step": 1, "rows": 6}, 1 + 2 + 4 + 2),
+        (1, {"step": 1, "rows": 6}, 3),
+        (2, {"epoch": 1, "first_step": 3, "step": 3}, 3 + 4),
+        (1, {"epoch": 1, "first_step": 3, "step": 3}, 3),  # nothing is left
+    ],
+)
+def test_steps_of_a_run_with_a_seam(epochs: float, seam: dict[str, int], expected: int) -> None:
+    assert make([5] * 13, micro_batch=1, seam=Seam(**seam)).steps(epochs) == expected
 
 
 def test_lengths() -> None:

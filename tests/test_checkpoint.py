@@ -16,7 +16,6 @@ from ds_sft.runtime import checkpoint
 from ds_sft.runtime.checkpoint import (
     FACTS,
     Broken,
-    Checkpoint,
     Site,
     _fit,
     choose,
@@ -28,15 +27,18 @@ from ds_sft.runtime.checkpoint import (
     where_to_start,
 )
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import differences, identity
+from ds_sft.runtime.identity import changes, identity, in_words
 
 ALONE = Site(Launch(launcher="python"), shared=True)
 RUN = {"config": {"learning_rate": 1e-4}, "data": "abc", "zero_stage": None}
+EPOCH_END = {"epoch": 1, "first_step": 4, "step": 4, "rows": 0, "samples": 13}  # as `micro_batches.Seam` has them
+MID_EPOCH = {"epoch": 0, "first_step": 0, "step": 4, "rows": 16, "samples": 16}
 
 
 def facts(step: int, **changes: Any) -> dict[str, Any]:
     known = dict.fromkeys(FACTS - {"save_id"}, 0) | {"step": step, "world_size": 1, "rows_a_step": 4} | RUN
-    return known | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4} | changes
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    return known | batch | {"micro_batches_a_step": 4, "here": MID_EPOCH} | changes
 
 
 def save(output_dir: Path, step: int, **changes: Any) -> Path:
@@ -171,8 +173,10 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, 4)
     here = config(tmp_path)
     assert where_to_start(here, RUN, ALONE).checkpoint is not None
-    other = {**RUN, "config": {"learning_rate": 1e-5, "seed": 1}}
-    with pytest.raises(UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; seed: None -> 1\. Take another"):
+    other = {**RUN, "config": {"learning_rate": 1e-5, "mask": "last"}}
+    with pytest.raises(
+        UserError, match=r"differs in: learning_rate: 0.0001 -> 1e-05; mask: 'all' -> 'last'\. Take another"
+    ):
         where_to_start(here, other, ALONE)
     assert where_to_start(config(tmp_path, resume_anyway=True), other, ALONE).checkpoint is not None
     with pytest.raises(UserError, match="the rows of train_file, or how they are encoded"):
@@ -202,6 +206,102 @@ def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pyte
         where_to_start(config(tmp_path, training={"per_device_train_batch_size": 3}), RUN, ALONE)
 
 
+def start(output_dir: Path, run: dict[str, Any] = RUN, world_size: int = 1, **changes: Any) -> checkpoint.Start:
+    site = Site(Launch(launcher="python", world_size=world_size), shared=True)
+    return where_to_start(config(output_dir, **changes), run, site)
+
+
+def batch(micro: int, accumulation: int) -> dict[str, Any]:
+    return {"training": {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}}
+
+
+def test_as_many_rows_in_a_step_go_on(tmp_path: Path) -> None:
+    save(tmp_path, 4, seam=EPOCH_END)
+    found = start(tmp_path, **batch(2, 2))
+    assert (found.accumulation, found.seam) == (2, EPOCH_END)
+    assert found.changed == {"per_device_train_batch_size": (1, 2), "gradient_accumulation_steps": (4, 2)}
+    with pytest.raises(UserError, match="per_device_train_batch_size: 1 -> 2\\. Take another"):
+        start(tmp_path, **batch(2, 4))
+
+
+def test_a_run_is_resumed_again_on_the_ranks_that_changed_its_accumulation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun on two ranks with 4, then on four with 2: the command still says 4."""
+    asked = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    save(tmp_path, 4, world_size=4, gradient_accumulation_steps=2, rows_a_step=8, batch=asked)
+    assert start(tmp_path, world_size=4).accumulation == 2
+    assert "gradient_accumulation_steps is set to 2, so that a step keeps its 8 rows." in capsys.readouterr().out
+
+
+def test_other_rows_in_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their order is that of the epoch, whatever the size of a step; another order would begin anew."""
+    save(tmp_path, 4)
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4 -> 6"):
+        start(tmp_path, **batch(1, 6))
+    found = start(tmp_path, resume_anyway=True, **batch(1, 6))
+    assert (found.accumulation, found.seam) == (6, MID_EPOCH)
+    assert found.changed == {"gradient_accumulation_steps": (4, 6), "rows_a_step": (4, 6)}
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "Rows are dealt anew from step 5 on: the 16 that this epoch has learned do not come again in it.",
+        "Going on with what has changed: gradient_accumulation_steps: 4 -> 6; rows_a_step: 4 -> 6.",
+    ]
+    two = start(tmp_path, world_size=2, resume_anyway=True, **batch(1, 4))  # of the ranks alone: a step keeps its rows
+    assert (two.accumulation, two.seam) == (2, {})
+    assert start(tmp_path, world_size=2, resume_anyway=True, **batch(1, 6)).accumulation == 6
+
+
+@pytest.mark.parametrize(
+    ("run", "changes"),
+    [
+        ({**RUN, "data": "xyz"}, {}),
+        ({**RUN, "config": {"learning_rate": 1e-4, "seed": 1}}, {}),
+        (RUN, {"training": {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 6}}),
+        ({**RUN, "config": {"learning_rate": 1e-4, "packing": "concat"}}, {"packing": "concat"}),
+        ({**RUN, "config": {"learning_rate": 1e-4, "max_length": 9}}, {"packing": "concat"}),
+    ],
+    ids=["rows", "seed", "grouped", "packing", "max_length"],
+)
+def test_what_deals_the_rows_changes_where_an_epoch_ends(
+    tmp_path: Path, run: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    save(tmp_path, 4, here=EPOCH_END)
+    assert start(tmp_path, run, resume_anyway=True, **changes).seam == EPOCH_END
+    save(tmp_path, 6, here=MID_EPOCH)
+    said = (
+        r"checkpoint-6: .*: in the middle of an epoch, 16 rows of which are learned, .* \(--resume .*/checkpoint-4\), "
+    )
+    with pytest.raises(UserError, match=said):
+        start(tmp_path, run, resume_anyway=True, **changes)
+    save(tmp_path, 8, here=None)  # of an order that is not ours, or of an older version
+    with pytest.raises(UserError, match=r"checkpoint-8: .*: what deals the rows can only change where the order of"):
+        start(tmp_path, run, resume_anyway=True, **changes)
+
+
+def test_max_length_deals_no_rows_that_are_not_packed(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    changed = {**RUN, "config": {"learning_rate": 1e-4, "max_length": 9}}
+    assert start(tmp_path, changed, resume_anyway=True).seam == {}
+
+
+def test_a_sampler_of_trainers_own_keeps_its_batch(tmp_path: Path) -> None:
+    save(tmp_path, 4, here=EPOCH_END)
+    foreign = {"train_sampling_strategy": "batch_rebalance", "per_device_train_batch_size": 2}
+    with pytest.raises(UserError, match="per_device_train_batch_size: 1 -> 2: the order of rows can only be kept with"):
+        start(tmp_path, resume_anyway=True, training=foreign)
+
+
+def test_what_states_are_made_for_is_refused_whatever_is_written(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    other = {**RUN, "config": {"learning_rate": 1e-5, "optim": "adafactor"}}
+    said = (
+        r"checkpoint-4 cannot go on with optim: None -> 'adafactor': the optimizer's states are of the old one\. Write"
+    )
+    for anyway in (False, True):
+        with pytest.raises(UserError, match=said):
+            start(tmp_path, other, resume_anyway=anyway)
+
+
 def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six a step, of 3 ranks; now one rank has all six, and 4 ranks cannot share them."""
     save(tmp_path, 4, world_size=3, gradient_accumulation_steps=2, rows_a_step=None, micro_batches_a_step=6)
@@ -215,7 +315,7 @@ def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, caps
     with pytest.raises(
         UserError, match=r"6 micro batches a step, which 4 ranks cannot share\. What can: 1, 2, 3, 6 ranks"
     ):
-        _fit(Checkpoint(tmp_path, {"world_size": 3, "micro_batches_a_step": 6}), filled, four)
+        _fit(choose("auto", tmp_path, ALONE), {}, filled, four)
 
 
 def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
@@ -223,14 +323,22 @@ def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
         return identity(config(tmp_path, training={"bf16": True, **training}), None, "abc")
 
     same = {"seed": 42, "weight_decay": 0.0, "logging_steps": 7, "save_steps": 3, "output_dir": "elsewhere"}
-    assert differences(keys(), keys(**same)) == []
-    assert differences(keys(), keys(seed=1, bf16=False)) == ["bf16: True -> False", "seed: None -> 1"]
+    assert changes(keys(), keys(**same)) == {}
+    assert changes(keys(), keys(seed=1, bf16=False)) == {"bf16": (True, False), "seed": (42, 1)}
     engine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "train_batch_size": "auto"}
     other = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 6}, "train_batch_size": 8}
     known = identity(config(tmp_path), engine, "abc")
     assert known["zero_stage"] == 2
-    said = differences(known, identity(config(tmp_path), other, "abc"))
-    assert said == ["deepspeed.zero_optimization.reduce_bucket_size: 5 -> 6"]
+    found = changes(known, identity(config(tmp_path), other, "abc"))
+    assert found == {"deepspeed.zero_optimization.reduce_bucket_size": (5, 6)}
+
+
+def test_a_key_that_the_checkpoint_is_older_than_was_at_its_default(tmp_path: Path) -> None:
+    then = identity(config(tmp_path), None, "abc")
+    then["config"].pop("resize_embeddings", None)
+    assert changes(then, identity(config(tmp_path), None, "abc")) == {}
+    now = identity(config(tmp_path, resize_embeddings=True), None, "abc")
+    assert changes(then, now) == {"resize_embeddings": (False, True)}
 
 
 def test_the_layout_of_the_same_rows_is_not_compared(tmp_path: Path) -> None:
@@ -241,17 +349,18 @@ def test_the_layout_of_the_same_rows_is_not_compared(tmp_path: Path) -> None:
         given = replace(config(tmp_path, max_tokens_per_batch=100, **keys), training={"output_dir": "o"})
         return identity(given, None, "abc")
 
-    assert differences(of(), of(batching="padded", max_tokens_per_batch=512)) == []
-    assert differences(filled(), filled(batching="padded")) == ["batching: 'padding_free' -> 'padded'"]
-    assert "max_tokens_per_batch: None -> 100" in differences(of(), filled())
+    assert changes(of(), of(batching="padded", max_tokens_per_batch=512)) == {}
+    assert changes(filled(), filled(batching="padded")) == {"batching": ("padding_free", "padded")}
+    assert changes(of(), filled())["max_tokens_per_batch"] == (None, 100)
 
 
 def test_other_validation_rows_are_another_run(tmp_path: Path) -> None:
     then = identity(config(tmp_path), None, "abc", "v1")
     now = identity(config(tmp_path), None, "abc", "v2")
-    assert differences(then, now) == ["the validation rows, or how they are encoded"]
+    assert changes(then, now) == {"eval_data": ("v1", "v2")}
+    assert in_words(changes(then, now)) == "the validation rows, or how they are encoded"
     del then["eval_data"]  # of an older version, which did not look
-    assert differences(then, now) == []
+    assert changes(then, now) == {}
 
 
 def step_of(start: checkpoint.Start) -> int | None:

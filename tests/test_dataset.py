@@ -26,6 +26,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import wait_until_gone
+from tests.families import family
 from tests.test_encode import SYSTEM, reference_row
 
 ALONE = Launch(launcher="python")
@@ -76,6 +77,8 @@ def test_rows_and_report(make: Any, tokenizer: Any) -> None:
         "recommended_max_length": -(-lengths[-1] // 64) * 64,
         "longest": data.report["train"]["longest"],
         "dropped_examples": [],
+        "fields_not_read": {},
+        "left_out_by_template": {},
         "files": {},
     }
     file = data.report["train"]["file"]
@@ -100,8 +103,15 @@ def test_cut_and_dropped_rows_are_counted(make: Any, tokenizer: Any) -> None:
     assert report["tokens_cut"] == len(reference_row(tokenizer, "Q", "long " * 50, SYSTEM, 2048)[0]) - limit
 
 
+def test_an_end_that_is_the_next_turns_token_is_said(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "template: it ends an answer with '<|user|>' of the next turn, which is added after a last answer"
+    for name, said in (("glm", 1), ("harmony", 0)):
+        load_data(make(questions_and_answers(3), template="tokenizer"), family(name), ALONE)
+        assert capsys.readouterr().out.splitlines().count(note) == said
+
+
 def test_bad_rows_stop_the_run_or_are_counted(make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [*questions_and_answers(2), "{", {"question": "only"}, *["{"] * 30]
+    rows = [*questions_and_answers(2), '{"question"', {"question": "only"}, *["{"] * 30]
     config = make(rows)
     with pytest.raises(
         UserError, match=r"train\.jsonl:3: not JSON: .*[^t] at column \d+; .*\(on_bad_row: skip leaves such rows out\)$"
@@ -155,12 +165,12 @@ def test_cache_is_keyed_by_content(
     assert encodes(make(rows, system_prompt="Another."))
     assert encodes(make(rows[:3]))
     assert not encodes(make(rows))
-    array = tmp_path / "one.json"  # as lines this is one bad row, as an array one good one
+    array = tmp_path / "one.json"  # as a table this is a line of names, as an array one row
     array.write_text(json.dumps(rows[:1]) + "\n")
     assert encodes(make(rows, train_file=str(array)))
-    array.rename(tmp_path / "one.jsonl")
-    with pytest.raises(UserError, match=r"one\.jsonl:1: found an array"):
-        load_data(make(rows, train_file=str(tmp_path / "one.jsonl")), tokenizer, ALONE)
+    array.rename(tmp_path / "one.csv")
+    with pytest.raises(UserError, match=r"one\.csv: the file has no rows"):
+        load_data(make(rows, train_file=str(tmp_path / "one.csv")), tokenizer, ALONE)
 
 
 def test_a_build_that_was_killed_is_not_taken_for_finished(make: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -483,6 +493,69 @@ def test_a_file_may_have_a_shape_of_its_own(make: Any, tokenizer: Any, tmp_path:
     both = [str(tmp_path / "b.jsonl"), own]  # the same bytes, read in two ways
     first, second = load_data(make([], train_file=both), tokenizer, ALONE).train["input_ids"][:]
     assert (first != second, second) == (True, expected)
+
+
+# ---- What nobody reads
+
+
+def test_fields_that_nobody_reads_are_counted_with_their_first_row(
+    make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name, of rows and of messages, by several processes and from the cache; nothing of rows that are bad."""
+    turns = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a", "date": "May"}]
+    rows: list[Any] = [
+        *questions_and_answers(2100),
+        {"question": "Q", "answer": "A", "id": 0, "images": [], "note": None, "tag": ""},
+        {"messages": turns, "id": "x"},
+        {"question": 1, "answer": "A", "topic": "bad"},
+        *[{"question": f"Q{i}", "answer": "A", "id": i, "weight": 0.5} for i in range(2100)],
+    ]
+    config = make(rows, preprocessing_num_workers=2, on_bad_row="skip")
+    for _ in range(2):
+        data = load_data(config, tokenizer, ALONE)
+        file, report = config.train_file, data.report["train"]
+        assert report["fields_not_read"] == {
+            "id": [2102, f"{file}:2101"],
+            "weight": [2100, f"{file}:2104"],
+            "messages[].date": [1, f"{file}:2102"],
+        }
+        assert report["left_out_by_template"] == {"user name": [1, f"{file}:2102"]}
+        capsys.readouterr()
+        print_report(data.report, ALONE)
+        said = capsys.readouterr().out.splitlines()
+        assert f"train: fields not read: id (2,102 rows, first {file}:2101), weight (2,100 rows, first {file}:2104), " \
+               f"messages[].date (1 rows, first {file}:2102)." in said  # fmt: skip
+        assert f"train: left out or rewritten by the template: user name (1 rows, first {file}:2102)." in said
+
+
+def test_names_without_end_are_counted_together(
+    make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MAX_FIELDS", 7)
+    rows = [{"question": "Q", "answer": "A", f"n{i}": 1} for i in range(20)]
+    data = load_data(make(rows), tokenizer, ALONE)
+    file = data.report["train"]["file"]
+    named = {f"n{i}": [1, f"{file}:{i + 1}"] for i in range(7)}
+    assert data.report["train"]["fields_not_read"] == {"(others)": [13, f"{file}:8"], **named}
+    print_report(data.report, ALONE)
+    assert f"n3 (1 rows, first {file}:4) and 3 more in data_report.json." in capsys.readouterr().out
+
+
+def test_what_a_template_leaves_out_of_turns_that_are_not_learned(make: Any, tmp_path: Path) -> None:
+    """Reasoning of an earlier turn, as Qwen3's leaves it out; of a turn that is learned this is refused."""
+    from tests.families import family
+
+    first = {"role": "assistant", "content": "a", "reasoning": "Because of that."}
+    talk = [{"role": "user", "content": "q"}, first, {"role": "user", "content": "r"},
+            {"role": "assistant", "content": "b"}]  # fmt: skip
+    config = make([{"messages": talk}], template="tokenizer", mask="last")
+    report = load_data(config, family("qwen"), ALONE).report["train"]
+    assert report["left_out_by_template"] == {"assistant reasoning_content": [1, f"{config.train_file}:1"]}
+    with pytest.raises(
+        UserError,
+        match=r"train\.jsonl:1: the template renders the answer '<think>Because of that.</think>a' as 'a'; leave",
+    ):
+        load_data(make([{"messages": talk}], template="tokenizer"), family("qwen"), ALONE)
 
 
 # ---- Long rows

@@ -18,6 +18,7 @@ from ds_sft.runtime.distributed import (
     Launch,
     exit_after,
     exit_with,
+    grow_segments,
     print_line,
     read_launch,
     share_cores,
@@ -114,6 +115,15 @@ def test_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     for ranks, before, after in ((4, {}, "2"), (16, {}, "1"), (4, {"OMP_NUM_THREADS": "3"}, "3"), (1, {}, None)):
         share_cores(Launch(launcher="deepspeed", world_size=ranks, local_world_size=ranks), before)
         assert before.get("OMP_NUM_THREADS") == after
+
+
+def test_segments_grow_unless_the_user_says_how_memory_is_allocated() -> None:
+    empty, old, own = {}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "backend:native"}
+    for env in (empty, old, own):
+        grow_segments(env)
+    assert empty == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert old == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert own == {"PYTORCH_ALLOC_CONF": "backend:native"}
 
 
 def test_rank_0_says_an_error_and_others_only_when_it_did_not(

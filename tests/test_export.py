@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from ds_sft.commands.export import _dtypes
 from ds_sft.commands.export import main as export
 from ds_sft.errors import UserError
 from ds_sft.runtime.consolidate import Weight
+from tests.families import FAMILIES
 
 RANKS = 3
 
@@ -162,6 +164,39 @@ def test_a_tied_head_that_was_saved_twice_is_written_once(sharded: Path, tmp_pat
     torch.save(content | {"param_shapes": None, "module": stage0}, file)
     assert export([str(sharded), str(tmp_path / "again")]) == 0
     assert "lm_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
+
+
+def test_it_ends_and_renders_as_the_run_trained(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the run's config.yaml beside the checkpoint: the same as the run itself exports at its end."""
+    keys = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o", "system_prompt": "Be brief."}
+    record = plain.parent / "config.yaml"
+    record.write_text(json.dumps(keys), encoding="utf-8")
+    assert export([str(plain), str(tmp_path / "reference")]) == 0
+    assert ends(tmp_path / "reference") == ([0, 2], [0, 2])  # the pad token was learned; 2 is the model's own
+    question = [{"role": "user", "content": "q"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reference")
+    assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    )
+    template = tmp_path / "chat.jinja"
+    template.write_text(FAMILIES["marked"][1], encoding="utf-8")
+    record.write_text(json.dumps(keys | {"template": str(template)}), encoding="utf-8")
+    assert export([str(plain), str(tmp_path / "file")]) == 0
+    assert ends(tmp_path / "file") == (2, 2)
+    capsys.readouterr()
+    template.unlink()
+    assert export([str(plain), str(tmp_path / "gone")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"template: {template}: No such file or directory; expected reference, tokenizer, or a Jinja file: the end of "
+        f"an answer and the chat template in {tmp_path / 'gone'} are those of the model before"
+    )
+
+
+def ends(folder: Path) -> tuple[Any, ...]:
+    names = ("generation_config.json", "config.json")
+    return tuple(json.loads((folder / name).read_text(encoding="utf-8"))["eos_token_id"] for name in names)
 
 
 def refused(*argv: str) -> str:

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ds_sft.commands.rows import count_quickly
+from ds_sft.config import Config
 from ds_sft.data import files
 from ds_sft.data.files import BadRow, DataFile, find_files, hub_name
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
@@ -26,13 +28,14 @@ ROWS = [{"question": f"q{i} “é”\nnext, line", "answer": f"a{i}"} for i in r
 TALKS = [talk(row["question"], row["answer"]) for row in ROWS]
 
 
-def csv_of(rows: list[dict[str, str]]) -> bytes:
+def csv_of(rows: list[dict[str, Any]], delimiter: str = ",") -> bytes:
+    """Lists and objects as JSON."""
     import csv
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["question", "answer"])
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
     return text.getvalue().encode()
 
 
@@ -46,9 +49,11 @@ CONTENTS = {
     "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode(),
     "json": json.dumps(ROWS, indent=1).encode(),
     "csv": csv_of(ROWS),
+    "tsv": csv_of(ROWS, "\t"),
     "parquet": parquet_of(ROWS),
 }
-NUMBERS = {"jsonl": [1, 2, 3, 4, 5], "json": [2, 6, 10, 14, 18], "csv": [2, 4, 6, 8, 10], "parquet": [1, 2, 3, 4, 5]}
+NUMBERS = {"jsonl": [1, 2, 3, 4, 5], "json": [2, 6, 10, 14, 18], "csv": [2, 4, 6, 8, 10], "tsv": [2, 4, 6, 8, 10],
+           "parquet": [1, 2, 3, 4, 5]}  # fmt: skip
 
 
 def compress(content: bytes, suffix: str) -> bytes:
@@ -69,6 +74,71 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str, suffix: str) 
     file.write_bytes(compress(CONTENTS[kind], suffix))
     assert read(file) == list(zip(NUMBERS[kind], TALKS, strict=True))
     assert read(DataFile(str(file), limit=2)) == list(zip(NUMBERS[kind][:2], TALKS[:2], strict=True))
+
+
+def called(**arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "20"}, {"role": "assistant", "content": "a", "reasoning": "r"}]  # fmt: skip
+
+
+def tool(**properties: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}]
+
+
+CALLS = [
+    {"messages": called(at="Paris"), "tools": tool(at={"type": "string"})},
+    {"messages": called(zone="CET", places=["a", None]), "tools": tool(zone={"enum": ["CET", None]})},
+    {"messages": called(), "tools": tool(at={"type": "string", "description": "where"})},
+    {"messages": called(at="Rome", zone=None), "tools": tool(at={"type": "string", "description": None})},
+]
+KINDS = {
+    "jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in CALLS),
+    "json": json.dumps(CALLS, indent=1).encode(),
+    "array.jsonl": json.dumps(CALLS).encode(),
+    "held.json": json.dumps({"data": CALLS}).encode(),
+    "held.jsonl": json.dumps({"rows": CALLS}, indent=2).encode(),
+    "csv": csv_of(CALLS),
+    "tsv": csv_of(CALLS, "\t"),
+    "parquet": parquet_of(CALLS),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_rows_give_the_same_tokens_from_every_kind(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Parquet merges the fields of all calls and all schemas; what they have not is null there."""
+    from tests.families import family
+    from tests.fuzzing import encoder_of
+
+    file = tmp_path / f"rows.{kind}{suffix}"
+    file.write_bytes(compress(KINDS[kind], suffix))
+    encoded = encoder_of(family("qwen"), template="tokenizer").encode([row for _, row in read(file)])
+    texts = [family("qwen").decode(ids) for ids, _ in encoded.rows()]
+    assert [text.count("null") for text in texts] == [0, 2, 0, 0]  # items of lists: of the arguments, of the schema
+    expected = [read_arguments(text) for text in texts]
+    assert expected == [{"at": "Paris"}, {"zone": "CET", "places": ["a", None]}, {}, {"at": "Rome"}]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(KINDS["jsonl"])
+    wanted = encoder_of(family("qwen"), template="tokenizer").encode([row for _, row in read(lines)])
+    assert list(encoded.rows()) == list(wanted.rows())
+
+
+def read_arguments(text: str) -> Any:
+    return json.loads(text.partition("<tool_call>")[2].partition("</tool_call>")[0])["arguments"]
+
+
+def test_maps_and_other_types_of_parquet(tmp_path: Path) -> None:
+    """A map is an object, a dictionary its values, a large string a string."""
+    function = pa.struct([("name", pa.large_string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(function))])
+    rows = [[{"role": "user", "content": "q"},
+             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [("at", "Paris")]}]}]]  # fmt: skip
+    table = {"messages": pa.array(rows, pa.list_(message)), "system": pa.array(["S"]).dictionary_encode()}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    ((_, dialogue),) = read(tmp_path / "rows.parquet")
+    assert [message.content for message in dialogue.messages] == ["S", "q", ""]
+    assert dialogue.messages[2].tool_calls[0]["function"] == {"name": "f", "arguments": {"at": "Paris"}}
 
 
 def test_parquet_of_messages(tmp_path: Path) -> None:
@@ -129,9 +199,47 @@ def test_one_huge_record_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (large.reason, str(large)) == ("a row is too large", "a row of more than 1,000 bytes")
 
 
-def test_a_json_file_may_also_hold_lines(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_bytes(CONTENTS["jsonl"])
-    assert [dialogue for _, dialogue in read(tmp_path / "rows.json")] == TALKS
+QA = '{"question": "q", "answer": "a"}'
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (f"{QA}\n{QA}\n", [1, 2]),
+        (QA, [1]),
+        (f"\n [{QA},\n{QA}]\n", [2, 3]),
+        (f"[{QA}]\n\n", [1]),
+        (f'{{"data": [{QA}, {QA}]}}', [1, 1]),
+        (f'\n{{\n "rows": [\n{QA},\n{QA}\n ],\n "note": "", "more": [], "next": null}}\n', [4, 5]),
+        (f'{{"version": "", "examples": [{QA}]}}', [1]),
+        ('{"data": []}', []),
+    ],
+)
+def test_rows_in_json_whatever_the_name_of_the_file(tmp_path: Path, name: str, text: str, lines: list[int]) -> None:
+    (tmp_path / name).write_text(text)
+    assert read(tmp_path / name) == [(line, talk("q", "a")) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # Lines, whatever the first of them looks like.
+        (f"[{QA}]\n{QA}\n", [(1, "found an array; expected one JSON object a line"), (2, None)]),
+        (f'{{"id": 1, "data": [{QA}]}}\n{QA}\n', [(1, "no field 'question' (found: data, id)"), (2, None)]),
+        (f'{{"version": "2", "data": [{QA}],\n"by": {{"x": [1]}}}}', [
+            (1, 'field "version" stands beside the rows, in none of them; remove it, or write it into the rows'),
+            (1, None), (2, 'field "by" stands beside the rows')]),
+        ('{\n "question": "q",\n "answer": "a"\n}', [
+            (1, 'not JSON: it goes over several lines; expected one object a line, or {"data": [...]}'),
+            (2, "not JSON"), (3, "not JSON"), (4, "not JSON")]),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_list_of_rows(tmp_path: Path, text: str, said: list[tuple[int, str | None]]) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    for (number, row), (expected, words) in zip(read(tmp_path / "rows.jsonl"), said, strict=True):
+        assert number == expected
+        assert isinstance(row, Dialogue) if words is None else words in str(row)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +253,12 @@ def test_a_json_file_may_also_hold_lines(tmp_path: Path) -> None:
         ("[" + "9" * 5000 + "]", ":1: not JSON: ValueError in an item"),
         ("[,]", ":1: not JSON: Expecting value"),
         ("[", ":1: not JSON: Expecting value"),
+        (f'{{"data": [{QA}]}} x', ":1: not JSON: expected nothing after the object that holds the rows"),
+        (f'{{"data": [{QA}]\n"x"', ":2: not JSON: expected ,"),
+        (f'{{"data": [{QA}],\nx', ":2: not JSON: Expecting value"),
+        (f'{{"data": [{QA},\n', ":2: not JSON: Expecting value"),
+        (f'{{"data": [{QA}], "rows": [{QA}]}}', ':1: not JSON: "data" and "rows": two lists of rows'),
+        (f'{{"data": [{QA}], "x" 1}}', ":1: not JSON: expected :"),
         ('["\xff"]', ":1: not JSON: not UTF-8: invalid start byte; save the file as UTF-8"),
     ],
 )
@@ -157,17 +271,29 @@ def test_broken_arrays(tmp_path: Path, text: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_only_lines_are_counted_unread(tmp_path: Path) -> None:
+    """For a plan: a list under the name of lines has as many lines as it likes."""
+    counts = []
+    for content in (CONTENTS["jsonl"], CONTENTS["json"], KINDS["held.jsonl"]):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        counts.append(
+            count_quickly(DataFile(str(tmp_path / "rows.jsonl")), Config(model_name_or_path="m", train_file="t"))
+        )
+    assert counts == [5, None, None]
+
+
 def test_arrays_are_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Borders of what is read at a time fall everywhere in the text."""
     rows: list[Any] = [*ROWS, 12, "x", [], {}, None, True, {"question": '[{\\"', "answer": "}]👋"}]
     file = tmp_path / "rows.json"
     for indent in (None, 2):
-        text = json.dumps(rows, ensure_ascii=False, indent=indent)
-        file.write_text(f"{text}\n\n", encoding="utf-8")
-        for chunk in (1, 2, 3, 7, 64):
-            monkeypatch.setattr(files, "CHUNK", chunk)
-            found = [json.loads(item) for _, item in DataFile(str(file)).rows()]
-            assert found == rows
+        for held in (rows, {"data": rows}):
+            text = json.dumps(held, ensure_ascii=False, indent=indent)
+            file.write_text(f"{text}\n\n", encoding="utf-8")
+            for chunk in (1, 2, 3, 7, 64) if held is rows else (24, 25, 64):
+                monkeypatch.setattr(files, "CHUNK", chunk)
+                found = [json.loads(item) for _, item in DataFile(str(file)).rows()]
+                assert found == rows
 
 
 @pytest.mark.parametrize(
@@ -175,6 +301,7 @@ def test_arrays_are_read_item_by_item(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (b"question,answer\nq,a,b\n", [(2, "3 fields; expected 2: question, answer")]),
         (b"question,answer\nq\n\nr,b\n", [(2, "1 fields; expected 2: question, answer"), (4, None)]),
+        (b"question\tanswer\nq\ta\n", [(2, "no field 'question' (found: question\\tanswer)")]),
         (b"question;answer\nq;a\n", [(2, "no field 'question' (found: question;answer)")]),
     ],
 )
@@ -190,6 +317,7 @@ def test_rows_of_a_table_that_do_not_fit(tmp_path: Path, content: bytes, said: l
     [
         ("a.csv", b'question,answer\n"q,a\n', ":2: not CSV: unexpected end of data"),
         ("a.csv", b'question,answer\n"q"x,a\n', ":2: not CSV: ',' expected after '\"'"),
+        ("a.tsv", b'question\tanswer\n"q"x\ta\n', ":2: not CSV: '\t' expected after '\"'"),
         ("a.csv", b"question,question\nq,a\n", ":1: field names 'question, question': expected each once"),
         ("a.csv", b"question,answer\n\xff,a\n", ":2: not UTF-8: byte 0xff at column 1; save the file as UTF-8"),
         ("a.parquet", b"PAR1 this is not", ": cannot be read: Parquet magic bytes not found"),

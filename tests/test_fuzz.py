@@ -17,6 +17,7 @@ from tests.families import family
 from tests.fuzzing import SEEDS, check_file, check_rows, encoder_of
 
 QWEN, LLAMA, GEMMA, MISTRAL, MARKED = map(family, ("qwen", "llama", "gemma", "mistral", "marked"))
+THINKING, DEEPSEEK, GLM, HARMONY = map(family, ("thinking", "deepseek", "glm", "harmony"))
 ENCODERS = {
     "reference": (encoder_of(QWEN), QWEN),
     "qwen": (encoder_of(QWEN, template="tokenizer"), QWEN),
@@ -24,6 +25,10 @@ ENCODERS = {
     "gemma": (encoder_of(GEMMA, template="tokenizer"), GEMMA),
     "mistral": (encoder_of(MISTRAL, template="tokenizer", system_prompt=""), MISTRAL),
     "marked": (encoder_of(MARKED, template="tokenizer"), MARKED),
+    "thinking": (encoder_of(THINKING, template="tokenizer"), THINKING),
+    "deepseek": (encoder_of(DEEPSEEK, template="tokenizer"), DEEPSEEK),
+    "glm": (encoder_of(GLM, template="tokenizer"), GLM),
+    "harmony": (encoder_of(HARMONY, template="tokenizer"), HARMONY),
     "last": (encoder_of(QWEN, template="tokenizer", mask="last"), QWEN),
     "drop": (encoder_of(QWEN, template="tokenizer", thinking="drop"), QWEN),
     "empty": (encoder_of(QWEN, template="tokenizer", thinking="empty"), QWEN),
@@ -36,6 +41,10 @@ SPECIAL = [
     "<|eot_id|>",
     "<|endoftext|>",
     "<end_of_turn>",
+    "<|user|>",
+    "<|return|>",
+    "<|channel|>final<|message|>",
+    "<｜Assistant｜>",
     "<start_of_turn>model\n",
     "</s>",
     "[INST]",
@@ -94,19 +103,19 @@ def test_mutated_rows(name: str, count: int) -> None:
     assert count / 10 < accepted < count * 0.9  # both ways are walked
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "json.zst", "held.json"])
 def test_mutated_files(tmp_path: Path, kind: str) -> None:
-    from tests.test_files import CONTENTS, compress
+    from tests.test_files import CONTENTS, KINDS, compress
 
     chance, name = random.Random(kind), kind.split(".")[0]
     for _ in range(400):
-        content = bytearray(CONTENTS[name])
+        content = bytearray(KINDS[kind] if name == "held" else CONTENTS[name])
         for _ in range(chance.randint(1, 3)):
             at = chance.randrange(len(content))
             content[at : at + chance.choice([0, 1, 40])] = chance.choice(
                 [b"", b"\xff", b"\0", b'"', b"[", b"\n", b",,"]
             )
-        packed = compress(bytes(content), Path(kind).suffix if "." in kind else "")
+        packed = compress(bytes(content), Path(kind).suffix)
         if kind == "jsonl.gz" and chance.random() < 0.5:
             packed = gzip.compress(bytes(content))[: chance.randrange(40)]
         check_file(tmp_path / f"rows.{kind}", packed)
@@ -122,14 +131,27 @@ ROLE = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "
 CALLS = st.lists(
     st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT, "arguments": ANY})}), max_size=2
 )
+PART = st.one_of(
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "reasoning", "thinking", "output_text"])},
+                          optional={"text": TEXT, "value": TEXT, "thinking": TEXT, "id": TEXT, "note": SCALAR}),
+    st.fixed_dictionaries({"type": st.just("tool_call"), "value": st.builds(json.dumps, ANY) | ANY}),
+    st.fixed_dictionaries({"type": TEXT}, optional={"image_url": ANY}),
+)  # fmt: skip
+THOUGHT = {"reasoning_content": TEXT, "reasoning": SCALAR, "thinking": SCALAR}
+UNREAD = {"id": SCALAR, "weight": SCALAR, "meta": ANY, "images": ANY}
 MESSAGE = st.fixed_dictionaries(
-    {"role": ROLE, "content": TEXT},
-    optional={"train": st.booleans(), "tool_calls": CALLS, "reasoning_content": TEXT, "name": TEXT},
-)
+    {"role": ROLE, "content": TEXT | st.lists(PART, max_size=3)},
+    optional={"train": st.booleans(), "loss_weight": st.sampled_from([0, 1, 0.0, 1.0, None]), "tool_calls": CALLS,
+              "name": TEXT, "function_call": CALLS, **THOUGHT, "note": ANY, "audio": SCALAR},
+)  # fmt: skip
 ROW = st.one_of(
-    st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=6)}, optional={"tools": ANY, "system": TEXT}),
-    st.fixed_dictionaries({"question": TEXT, "answer": TEXT}, optional={"system": SCALAR, "history": ANY}),
-    st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}, optional={"input": SCALAR}),
+    st.fixed_dictionaries(
+        {"messages": st.lists(MESSAGE, max_size=6)}, optional={"tools": ANY, "system": TEXT, **UNREAD}
+    ),
+    st.fixed_dictionaries(
+        {"question": TEXT, "answer": TEXT}, optional={"system": SCALAR, "history": ANY, **THOUGHT, **UNREAD}
+    ),
+    st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}, optional={"input": SCALAR, **THOUGHT}),
     st.fixed_dictionaries({"prompt": st.lists(MESSAGE, max_size=3) | TEXT, "completion": TEXT}),
     st.dictionaries(st.sampled_from(["messages", "conversations", "question", "answer", "output", "prompt"]), ANY),
     ANY,

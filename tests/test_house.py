@@ -92,6 +92,17 @@ def test_light_modules_load_neither_torch_nor_transformers(module: str) -> None:
     assert done.stdout == "[]\n"
 
 
+def test_the_cache_is_keyed_by_all_code_that_encodes() -> None:
+    folder, known, seen = ROOT / "ds_sft/data", ["cache"], set[str]()
+    while known:
+        name = known.pop()
+        seen.add(name)
+        modules = {m.split(".")[1] for m in imports_of(folder / f"{name}.py") if m.startswith("data.")}
+        known += modules - seen
+    key = (folder / "cache.py").read_text(encoding="utf-8").partition("def settings_key")[2]
+    assert {name for name in seen if f'"{name}"' not in key} == set()
+
+
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_linters_are_silent(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)

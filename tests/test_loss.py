@@ -30,20 +30,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"final_logit_softcapping": None},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "output_router_logits": True,
-    },
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     "olmo2": {},
     "smollm3": {},
 }
 
 
+# What a forward adds to the cross-entropy, at a coefficient that shows.
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+ADDING: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**BALANCED, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    "mixtral": {**BALANCED, "num_local_experts": 4},
+    "olmoe": {**BALANCED, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**BALANCED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**BALANCED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "jetmoe": {"output_router_logits": True, "aux_loss_coef": 1.0, "kv_channels": 8, "num_local_experts": 4},
+    "bamba": {
+        "z_loss_coefficient": 0.1,
+        "attn_layer_indices": [0, 1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+    },
+}
+
+
 def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]}, bos_token_id=None, eos_token_id=None)
+    own = {**FAMILIES, **ADDING}[family]
+    config = AutoConfig.for_model(family, **{**SMALL, **own}, bos_token_id=None, eos_token_id=None)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -128,6 +144,74 @@ def test_bfloat16(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert found[0] == pytest.approx(own[0], rel=2**-12)
     assert apart(found[1], own[1]) < 1e-2
     assert apart(found[1], exact[1]) < 1.25 * apart(own[1], exact[1])
+
+
+def auxiliary(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of a micro batch, and what the untouched model adds to it."""
+    known: list[torch.Tensor] = []
+    own = model.loss_function
+    model.loss_function = lambda *args, **kwargs: (known.append(own(*args, **kwargs)), known[0].clone())[1]
+    added = model(**batch, use_cache=False).loss - known[0]
+    model.loss_function = own
+    return known[0], added
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_what_a_model_adds_is_a_mean_over_the_micro_batches_of_a_step(family: str) -> None:
+    """Each weighs as many supervised tokens as it has: the sum does not grow with their number."""
+    batch = make_batch()
+    parts = [{name: value[row : row + 1] for name, value in batch.items()} for row in (0, 1)]
+    counts = [(part["labels"][:, 1:] != -100).sum() for part in parts]
+    total = sum(counts)
+    model = make(family)
+    found = [auxiliary(model, part) for part in parts]
+    wanted = sum(count * (entropy + added) for count, (entropy, added) in zip(counts, found, strict=True)) / total
+    wanted.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    assert all(added.item() > 0.05 for _, added in found)
+    supervise(model, ALONE)
+    losses = [model(**part, num_items_in_batch=total, use_cache=False).loss for part in parts]
+    sum(losses).backward()
+    assert sum(losses).item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert apart(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), gradient) < 1e-6
+    assert model(**batch, use_cache=False).loss.item() == pytest.approx(sum(auxiliary_of(family, batch)), rel=1e-6)
+
+
+def auxiliary_of(family: str, batch: dict[str, torch.Tensor]) -> list[float]:
+    return [value.item() for value in auxiliary(make(family), batch)]
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_equal_rows_have_one_loss_however_they_are_split(family: str) -> None:
+    """As one micro batch of four rows, as two of two, as four: routed alike, nothing is left of the split."""
+    row = {name: value[:1] for name, value in make_batch().items()}
+    total = 4 * (row["labels"][:, 1:] != -100).sum()
+    model = make(family)
+    supervise(model, ALONE)
+
+    def step(size: int) -> float:
+        batch = {name: value.repeat(size, 1) for name, value in row.items()}
+        losses = [model(**batch, num_items_in_batch=total, use_cache=False).loss.item() for _ in range(4 // size)]
+        return sum(losses)
+
+    assert step(2) == pytest.approx(step(4), rel=1e-6)
+    assert step(1) == pytest.approx(step(4), rel=1e-6)
+
+
+def test_a_micro_batch_without_a_supervised_token_adds_nothing() -> None:
+    model = make("qwen3_moe")
+    model.config.output_router_logits = True
+    supervise(model, ALONE)
+    loss, gradient = learn(model, labels=torch.full((2, 24), -100), num_items_in_batch=torch.tensor(50))
+    assert (loss, gradient.abs().max().item()) == (0.0, 0.0)
+
+
+def test_a_tuple_has_the_same_loss() -> None:
+    model = make("mixtral")
+    supervise(model, ALONE)
+    named = model(**make_batch(), num_items_in_batch=50).loss
+    assert model(**make_batch(), num_items_in_batch=50, return_dict=False)[0].item() == named.item()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import deepspeed.comm.comm as comm
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -12,7 +14,7 @@ from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.shape import shape_of
 from ds_sft.runtime.peak import device_peak, known_peak
 from ds_sft.training import metrics
-from ds_sft.training.metrics import Clock, Flops, Interval, Meter, count_batch, count_flops
+from ds_sft.training.metrics import WAITS, Clock, Flops, Interval, Meter, count_flops
 from ds_sft.training.progress import describe
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -103,25 +105,156 @@ def test_marks_do_not_pile_up(passing: Time, monkeypatch: pytest.MonkeyPatch) ->
     assert seconds_of(clock) == {"optimizer": 100.0}
 
 
-def test_padded_rows_are_counted() -> None:
-    batch = {
-        "input_ids": torch.zeros(2, 5, dtype=torch.long),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
-        "labels": torch.tensor([[7, -100, 8, 9, -100], [-100, 5, -100, -100, -100]]),
-    }
-    # The first label of a row is predicted by nothing; rows of 5 and 2 tokens see 15 and 3 pairs.
-    assert count_batch(batch).tolist() == [7, 10, 3, 18]
+class Stream:
+    """Of a GPU: what is put into it, one after the other."""
+
+    def __init__(self) -> None:
+        self.now = 0.0  # milliseconds
+
+    def computes(self, seconds: float) -> None:
+        self.now += 1000 * seconds
+
+    def waits_for(self, other: Stream) -> None:
+        self.now = max(self.now, other.now)
 
 
-def test_rows_laid_end_to_end_are_counted() -> None:
-    batch = {
-        "input_ids": torch.zeros(1, 7, dtype=torch.long),
-        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1]]),
-        "labels": torch.tensor([[-100, -100, 8, 9, -100, -100, 5]]),
-    }
-    assert count_batch(batch).tolist() == [7, 7, 3, 18]
-    del batch["position_ids"]
-    assert count_batch(batch).tolist() == [7, 7, 3, 28]
+class Gpu:
+    """Two streams, of which one is the current one, and events."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compute, self.side = Stream(), Stream()
+        self.current, self.waited_for = self.compute, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: Stream | None = None) -> None:
+                self.at = (stream or gpu.current).now
+
+            def synchronize(self) -> None:
+                gpu.waited_for.append(self.at)
+
+            def elapsed_time(self, later: Event) -> float:
+                return later.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+
+
+class Engine:
+    """As DeepSpeed's: it reduces in a stream of its own while it computes, and waits for it at the end."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.optimizer, self.sent = gpu, self, 3.0
+
+    def forward(self) -> str:
+        self.gpu.compute.computes(1)
+        return "logits"
+
+    def backward(self) -> None:
+        gpu = self.gpu
+        gpu.current = gpu.side
+        gpu.side.waits_for(gpu.compute)
+        comm.cdb.all_reduce()
+        gpu.current = gpu.compute
+        gpu.compute.computes(2)
+        self.overlapping_partition_gradients_reduce_epilogue()
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        self.gpu.compute.waits_for(self.gpu.side)
+
+    def step(self) -> None:
+        self.gpu.compute.computes(0.5)
+
+
+def timed_engine(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> tuple[Meter, Engine]:
+    class Backend:
+        def all_reduce(self) -> None:
+            gpu.current.computes(engine.sent)
+
+    monkeypatch.setattr(comm, "cdb", Backend())
+    monkeypatch.setattr(metrics, "COLLECTIVES", ("all_reduce",))
+    meter, engine = make_meter("cuda", world_size=2), Engine(gpu)
+    meter.time_engine(engine)
+    return meter, engine
+
+
+def make_meter(device: str, world_size: int = 1) -> Meter:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return Meter(model, torch.device(device), head_everywhere=False, world_size=world_size)
+
+
+def learn(meter: Meter, engine: Engine) -> dict[str, float]:
+    with meter.clock.part("forward_backward"):
+        assert engine.forward() == "logits"
+        engine.backward()
+        engine.step()
+    return seconds_of(meter.clock)
+
+
+@pytest.mark.parametrize(("sent", "waited"), [(1.5, 0.0), (2.0, 0.0), (5.0, 3.0)])
+def test_what_is_sent_beside_computation_costs_what_it_is_waited_for(
+    sent: float, waited: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds of computation hide as much; parts are never negative, and their sum is what passed."""
+    gpu = Gpu(monkeypatch)
+    meter, engine = timed_engine(gpu, monkeypatch)
+    engine.sent = sent
+    expected = {"forward_backward": 3.0, "communication": waited, "optimizer": 0.5}
+    assert learn(meter, engine) == {part: seconds for part, seconds in expected.items() if seconds}
+    assert gpu.waited_for == [gpu.compute.now]  # the last mark, once
+
+
+def test_what_is_sent_in_the_stream_that_computes_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    meter, engine = timed_engine(gpu, monkeypatch)
+    gpu.side = gpu.compute
+    assert learn(meter, engine) == {"forward_backward": 3.0, "communication": 3.0, "optimizer": 0.5}
+
+
+def test_collectives_are_timed_for_this_engine_only_and_at_the_end_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    meter, engine = timed_engine(gpu, monkeypatch)
+    learn(meter, engine)
+    assert vars(comm.cdb) == {}  # between two calls of the engine
+    comm.cdb.all_reduce()
+    assert set(vars(engine)) >= {"forward", "backward", "step"}
+    meter.stop()
+    assert set(vars(engine)) == {"gpu", "optimizer", "sent"}
+    assert engine.forward() == "logits"
+
+
+def test_an_engine_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    _, engine = timed_engine(gpu, monkeypatch)
+    engine.sent = "many"  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        engine.backward()
+    assert vars(comm.cdb) == {}
+
+
+def test_waits_are_found_where_a_stage_has_them() -> None:
+    """The names that are timed on a GPU are those of the installed DeepSpeed."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    epilogue, average, fetch = WAITS
+    assert hasattr(DeepSpeedZeroOptimizer, epilogue)
+    assert hasattr(DeepSpeedZeroOptimizer, average)
+    assert hasattr(DeepSpeedZeroOptimizer_Stage3, epilogue)
+    assert hasattr(PartitionedParameterCoordinator, fetch.split(".")[-1])
+    assert fetch.startswith("parameter_offload.param_coordinator.")
+
+
+def test_what_was_replaced_before_is_put_back() -> None:
+    owner = SimpleNamespace(own=1)
+    take_off = metrics.replace(owner, {"own": len, "other": len})
+    assert owner.own is owner.other is len
+    take_off()
+    assert vars(owner) == {"own": 1}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -173,7 +306,7 @@ def test_no_peak_no_mfu() -> None:
 
 def test_two_ranks_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 works 3 s and 1 s where rank 0 works 1 s and 1 s: a rank waits 1 s on average, in the first lap."""
-    meter = Meter(LlamaForCausalLM(LlamaConfig(**SIZES)), torch.device("cpu"), head_everywhere=False, world_size=1)
+    meter = make_meter("cpu")
     assert meter.flops is not None
     ranks = [
         [10.0, 12, 4, 40, 1e9, 1.5, 0.5, 1.5, 2.0, 0, 0, 0, 1, 1],

@@ -101,9 +101,10 @@ def test_offloading_moves_states_to_the_host() -> None:
 
 
 def test_logits_are_those_of_a_chunk() -> None:
-    """In float32 and as the product leaves them."""
-    assert chunk_logits(run(2), 256) == 256 * 1000 * (4 + 2)
-    assert chunk_logits(run(2), 10**6) == CHUNK_BYTES // 4000 * 1000 * (4 + 2)
+    """As the product leaves them, and on a CPU in float32 too."""
+    assert chunk_logits(run(2), 256) == 256 * 1000 * 2
+    assert chunk_logits(run(2, lazy=True), 256) == 256 * 1000 * (4 + 2)
+    assert chunk_logits(run(2, lazy=True), 10**6) == CHUNK_BYTES // 4000 * 1000 * (4 + 2)
 
 
 def test_gradients_wait_in_buckets_and_are_reduced_when_one_is_full() -> None:
@@ -324,7 +325,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("config_file")
 def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--gpus-per-node", "4")
-    assert found["model"] == {"parameters": PARAMETERS, "tied": False, "family": "llama"}
+    assert found["model"] == {"parameters": PARAMETERS, "tied": False, "family": "llama", "positions": None}
     assert [o["name"] for o in found["options"]] == ["no DeepSpeed", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload",
                                                      "ZeRO-3 offload"]  # fmt: skip
     assert all(sum(o["gpu"].values()) == o["gpu_total"] for o in found["options"])
@@ -335,6 +336,36 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["schedule"]["steps"] == 14  # 7 an epoch of 100 rows, 16 a step; two epochs
     assert found["schedule"]["tokens"] == 14 * 16 * 128
     assert found["disk"]["total"] == found["disk"]["checkpoint"] + found["disk"]["final_model"]
+
+
+def test_rows_that_resizing_adds_are_planned(
+    config_file: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1,000 rows hold the 400 tokens; 399 do not, and become 448."""
+    tokenizer.save_pretrained("model")
+    assert plan(capsys, "--resize_embeddings", "yes")["model"]["parameters"] == PARAMETERS
+    (config_file.parent / "model" / "config.json").write_text(json.dumps({**TINY, "vocab_size": 399}), encoding="utf-8")
+    assert plan(capsys)["model"]["parameters"] == PARAMETERS - 2 * 64 * 601
+    assert plan(capsys, "--resize_embeddings", "yes")["model"]["parameters"] == PARAMETERS - 2 * 64 * 552
+    for file in Path("model").glob("tokenizer*"):
+        file.unlink()
+    assert main(["plan", "run.yaml", "--resize_embeddings", "yes"]) == 2
+    assert "error: resize_embeddings: model: no tokenizer to count: " in capsys.readouterr().err
+
+
+def test_a_length_beyond_the_positions_of_the_model_is_noted(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file.parent / "model" / "config.json"
+    file.write_text(json.dumps({**TINY, "max_position_embeddings": 128}), encoding="utf-8")
+    main(["plan", "run.yaml"])
+    assert "positions" not in capsys.readouterr().out
+    main(["plan", "run.yaml", "--max_length", "129"])
+    assert (
+        "max_length: 129 is above the 128 positions that the model was made for (max_position_embeddings): a run "
+        "warns if a row is.\n"
+    ) in capsys.readouterr().out
+    assert plan(capsys)["model"]["positions"] == 128
 
 
 @pytest.mark.usefixtures("config_file")
@@ -419,10 +450,10 @@ def test_what_runs_under_autocast_takes_more(capsys: pytest.CaptureFixture[str])
 @pytest.mark.usefixtures("config_file")
 def test_memory_decides_the_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     wide = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "80GB")["recommended"]
-    narrow = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "1.295GB")["recommended"]
+    narrow = plan(capsys, "--per_device_train_batch_size", "8", "--gpu-memory", "1.7245GB")["recommended"]
     assert wide["micro_batch"] == 32
     assert 1 <= narrow["micro_batch"] < 32
-    assert narrow["gpu_total"] <= 1.295e9
+    assert narrow["gpu_total"] <= 1.7245e9
     assert narrow["micro_batch"] * narrow["accumulation"] == 32
 
 
@@ -461,12 +492,12 @@ def test_packed_rows_are_fewer_sequences_without_a_mask(capsys: pytest.CaptureFi
 def test_a_number_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     """Of 4 x 512 tokens a step and GPU: as many at once as fit; 100 rows of 32 tokens fill two of them."""
     words = ("--max_tokens_per_batch", "512", "--gradient_accumulation_steps", "4", "--mean-tokens", "32")
-    wide, narrow = plan(capsys, *words), plan(capsys, *words, "--gpu-memory", "1.295GB")
+    wide, narrow = plan(capsys, *words), plan(capsys, *words, "--gpu-memory", "1.7245GB")
     assert [option["tokens_per_micro_batch"] for option in wide["options"]] == [512] * 6
     assert (wide["recommended"]["tokens_per_micro_batch"], wide["recommended"]["accumulation"]) == (2048, 1)
     small = narrow["recommended"]
     assert 128 <= small["tokens_per_micro_batch"] < 2048
-    assert small["gpu_total"] <= 1.295e9
+    assert small["gpu_total"] <= 1.7245e9
     assert small["tokens_per_micro_batch"] * small["accumulation"] <= 2048
     assert wide["schedule"]["rows"] == 2  # micro batches of 2,048
     assert main(["plan", "run.yaml", *words]) == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.config import Config
 from ds_sft.data.records import Dialogue
@@ -17,7 +18,6 @@ from ds_sft.data.shapes import Message
 from ds_sft.predict import (
     Prediction,
     as_text,
-    end_tokens,
     generation_options,
     predict,
     print_predictions,
@@ -37,7 +37,7 @@ def test_greedy_answers_do_not_depend_on_the_other_rows(model_dir: Path, tokeniz
     """Against a greedy loop written out: one row, no padding, no cache."""
     rows = predict(make(model_dir, predict_max_new_tokens=6), SAMPLES, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
-    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    ends = {2}  # the folder's own, <|im_end|>: nothing is added
     for row, sample in zip(rows, SAMPLES, strict=True):
         assert (row.question, row.reference, row.before) == (sample.question, sample.answer, None)
         prompt = f"<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n{sample.question}<|im_end|>\n"
@@ -77,6 +77,25 @@ def test_before_is_the_model_that_training_started_from(model_dir: Path, tokeniz
     assert row.before == row.prediction  # here both are the same folder
 
 
+def test_the_model_before_training_has_rows_for_its_tokens_too(model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|think|>"]})
+    samples = [Dialogue((Message("user", "<|think|>"), Message("assistant", "x")))]
+    config = make(model_dir, predict_max_new_tokens=3, resize_embeddings=True)
+    (row,) = predict(config, samples, tokenizer)
+    assert row.question == "<|think|>"
+
+
+def test_an_answer_ends_where_the_positions_of_a_table_do(tmp_path: Path, tokenizer: Any) -> None:
+    """Also one to a prompt that is longer than the table, as rows that were cut have."""
+    config = AutoConfig.for_model("gpt2", vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    samples = [Dialogue((Message("user", "x" * size), Message("assistant", "y"))) for size in (5, 200)]
+    rows = predict(make(tmp_path), samples, tokenizer)
+    assert [row.question for row in rows] == ["xxxxx", "x" * 200]
+
+
 def test_a_dialogue_is_continued_where_its_last_answer_stands(model_dir: Path, tokenizer: Any) -> None:
     """The prompt has the earlier turns; what is shown is the last question and the answer in the file."""
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Who?"), ("assistant", "Me."), ("user", "unanswered")]
@@ -89,8 +108,7 @@ def test_a_dialogue_is_continued_where_its_last_answer_stands(model_dir: Path, t
     )
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
-    ends = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-    new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0)[0, ids.shape[1] :]
+    new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)[0, ids.shape[1] :]
     assert row.prediction == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -107,18 +125,40 @@ def test_no_rows_load_no_model(tokenizer: Any) -> None:
     assert predict(make(Path("/nowhere")), [], tokenizer) == []
 
 
-@pytest.mark.parametrize(
-    ("own", "turn_end", "expected"),
-    [
-        (None, "<|endoftext|>", [0, 2]),
-        (1, "<|endoftext|>", [0, 1, 2]),
-        ([1, 5], "<|endoftext|>", [0, 1, 2, 5]),
-        (None, "<|im_start|>", [0, 1, 2]),  # as a template may say
-    ],
-)
-def test_what_ends_an_answer(tokenizer: Any, own: Any, turn_end: str, expected: list[int]) -> None:
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
-    assert end_tokens(model, tokenizer, turn_end) == expected  # 0 pad, 2 <|im_end|>
+@pytest.mark.parametrize("ends", [2, [3, 2]])
+def test_an_answer_ends_where_the_folder_says_and_nowhere_else(
+    model_dir: Path, tokenizer: Any, tmp_path: Path, ends: Any
+) -> None:
+    """As a server does, which knows nothing of the run: with another end the same model talks on."""
+    shown = {}
+    for name, told in (("told", ends), ("not told", 399)):
+        folder = Path(shutil.copytree(model_dir, tmp_path / name))
+        always_says(folder, [30, 0, 31, 2, 32])
+        written = json.dumps({"eos_token_id": told, "pad_token_id": 0})
+        (folder / "generation_config.json").write_text(written, encoding="utf-8")
+        (row,) = predict(make(folder, predict_max_new_tokens=5), SAMPLES[:1], tokenizer)
+        shown[name] = row.prediction
+    assert shown == {"told": tokenizer.decode([30, 31]), "not told": tokenizer.decode([30, 31, 32])}
+
+
+def always_says(folder: Path, tokens: list[int]) -> None:
+    """Change the weights in `folder` so that the model answers everything with these tokens, whatever stands before.
+
+    Every layer adds nothing; the token itself decides the next: the last token of the prompt, then each of `tokens`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt_ends_with = AutoTokenizer.from_pretrained(folder)("assistant\n", add_special_tokens=False).input_ids[-1]
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.model.norm.weight.data.fill_(1)
+    untied = model.get_input_embeddings().weight.data.clone()
+    model.config.tie_word_embeddings = False
+    head = torch.nn.Parameter(torch.zeros_like(untied))
+    for place, (token, following) in enumerate(pairwise([prompt_ends_with, *tokens])):
+        untied[token, place], head.data[following, place] = 1, 1
+    model.get_input_embeddings().weight = torch.nn.Parameter(untied)
+    model.lm_head.weight = head
+    model.save_pretrained(folder)
 
 
 def test_file_table_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

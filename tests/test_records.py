@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def message(role: str, content: str, **fields: Any) -> Message:
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"at": "Paris"}}}
+CALL_IN_TEXT = {"type": "function", "function": {"name": "weather", "arguments": '{"at": "Paris"}'}}
 TOOL = {"type": "function", "function": {"name": "weather"}}
 ASKED = (message("user", "q"), message("assistant", "a"))
 
@@ -175,11 +177,51 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
             {"role": "tool", "content": "20", "tool_call_id": "1", "name": "weather"},
             {"role": "assistant", "content": "a"},
         ], "tools": [TOOL]},
-        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL},)),
+        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL_IN_TEXT},)),
          message("tool", "20", extra={"tool_call_id": "1", "name": "weather"}), ASKED[1]),
     ),
     "messages in a text, as in CSV": (
         {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
+        ASKED,
+    ),
+    "typed parts": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}], "loss_weight": 0.0},
+            {"role": "user", "content": [{"type": "text", "text": {"value": "h", "annotations": []}},
+                                         {"type": "input_text", "text": "i"}], "loss_weight": 0},
+            {"role": "assistant", "content": [
+                {"type": "reasoning", "value": "r"}, {"type": "thinking", "thinking": "s", "text": None},
+                {"type": "text", "value": "b"}, {"type": "text", "text": "c", "value": None},
+            ], "loss_weight": 1.0},
+        ]},
+        (message("user", "q", train=False), message("assistant", "a", train=False), message("user", "hi", train=False),
+         message("assistant", "bc", train=True, extra={"reasoning_content": "rs"})),
+    ),
+    "typed parts with calls": (
+        {"messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": [
+                {"type": "text", "value": ""},
+                {"type": "tool_call", "value": '{"name": "weather", "arguments": {"at": "Paris"}}', "id": "1"},
+                {"type": "function_call", "function_call": CALL["function"]},
+                {"type": "tool_call", "name": "weather", "arguments": {"at": "Paris"}},
+            ]},
+            {"role": "tool", "content": [{"type": "text", "value": "20"}]},
+            {"role": "assistant", "content": "a"},
+        ], "tools": [TOOL]},
+        (ASKED[0], message("assistant", "", tool_calls=({"id": "1", **CALL}, CALL, CALL)),
+         message("tool", "20"), ASKED[1]),
+    ),
+    "a call as OpenAI had it first": (
+        {"messages": [{"role": "user", "content": "q"},
+                      {"role": "assistant", "content": None, "function_call": CALL["function"]}]},
+        (ASKED[0], message("assistant", "", tool_calls=(CALL,))),
+    ),
+    "fields that are null are absent": (
+        {"question": None, "answer": None, "messages": None, "conversations": [
+            {"role": None, "content": None, "from": "human", "value": "q", "tool_calls": None},
+            {"role": "assistant", "content": "a", "from": None, "value": None, "reasoning": None}]},
         ASKED,
     ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, ASKED),
@@ -213,7 +255,68 @@ def test_rows_of_several_turns(name: str) -> None:
         ({"messages": [{"content": "q"}]}, "messages[0].role is null; expected system, user, assistant or tool"),
         ({"messages": [{"role": "king", "content": "q"}]}, 'messages[0].role is a string: "king"; expected system'),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content is a number: 7; expected a string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content is an array: ["),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'messages[0].content[0].type is a string: "image_url"; expected text',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0] has no text; expected text or value",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None, "value": None}]}]}, "has no text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}]},
+            "messages[0].content[0] has text and value; expected text or value",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": {"annotations": []}}]}]},
+            "messages[0].content[0].text is null; expected a string",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content is an array: []; expected a string"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, 'messages[0].content is an array: ["a"]; expected a'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "reasoning", "value": "r"}]}]},
+            'messages[0].content[0].type is a string: "reasoning"; expected text',
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "audio", "audio": "x"}]}]},
+            'messages[0].content[0].type is a string: "audio"; expected text, reasoning or tool_call',
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "text", "value": "a"}, {"type": "reasoning", "value": "r"}],
+                    }
+                ]
+            },
+            "messages[0].content[1] is reasoning; expected reasoning first, then text, then calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "reasoning", "value": "r"}]}]},
+            "messages[0].content is an array",
+        ),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_call", "value": "{}"}]}]}, "is no call"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": [{"type": "tool_call", "value": CALL}], "tool_calls": [CALL]}
+                ]
+            },
+            "messages[0] has calls in two places; expected them in tool_calls alone",
+        ),
+        ({"conversations": [{"from": "function_call", "value": None}]}, "[0].value is null; expected a call"),
+        ({"question": "q", "answer": "a", "reasoning": ["r"]}, 'reasoning is an array: ["r"]; expected a string'),
+        (
+            {"question": "q", "answer": "a", "reasoning": "r", "thinking": "s"},
+            "the row has two that differ; expected one of reasoning_content, reasoning, thinking",
+        ),
+        (
+            {"question": "<image>q", "answer": "a", "images": ["x.png"]},
+            'images is an array: ["x.png"]; only text can be learned from',
+        ),
+        ({"messages": [{"role": "user", "content": "q", "audio": {"id": "x"}}]}, "messages[0].audio is an object"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content is null; expected a string"),
         ({"messages": [{"role": "user", "content": "q", "train": True}]}, "messages[0].train: only assistant messages"),
         (
@@ -240,6 +343,90 @@ def test_what_is_wrong_with_a_message(row: dict[str, Any], said: str) -> None:
         to_dialogue(row, READING)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+REASONED = (message("user", "q"), message("assistant", "a", extra={"reasoning_content": "r"}))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a", "HERE": "r"},
+        {"instruction": "q", "input": "", "output": "a", "HERE": "r"},
+        {"prompt": "q", "completion": "a", "HERE": "r"},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": "a", "HERE": "r"},
+        {"prompt": "q", "completion": "a", "HERE": "r", "reasoning_content": "r"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "HERE": "r"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "HERE": "r"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "HERE": "r"}]},
+    ],
+)
+def test_reasoning_is_read_under_its_three_names(row: dict[str, Any], name: str) -> None:
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        return {name if k == "HERE" else k: named(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    dialogue = to_dialogue(named(row), READING)
+    assert (dialogue.messages, dialogue.unread) == (REASONED, ())
+
+
+def test_reasoning_that_the_answer_says_itself_is_not_said_twice() -> None:
+    row = {"question": "q", "answer": "<think>\nr\n</think>\n\na", "reasoning": "r\n"}
+    assert to_dialogue(row, READING) == talk("q", row["answer"])
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"question": "q", "answer": "a", "id": 7, "tags": [], "meta": {"by": None}, "note": ""}, ["id"]),
+        ({"question": "q", "answer": "a", "weight": 0, "input": "x", "messages": [1]}, ["input", "messages", "weight"]),
+        ({"question": "q", "answer": "a", "reasoning": "off", "thinking": True}, ["reasoning", "thinking"]),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2, "reasoning": "r"},
+         ["reasoning"]),  # of which answer?
+        ({"messages": [{"role": "system", "content": "T"}, {"role": "user", "content": "q"},
+                       {"role": "assistant", "content": "a"}], "system": "S"}, ["system"]),
+        ({"messages": [{"role": "user", "content": "q", "reasoning": "r", "from": "x", "tool_calls": [CALL]},
+                       {"role": "assistant", "content": "a", "weight": 1, "train": True, "name": 7}]},
+         ["messages[].from", "messages[].name", "messages[].reasoning", "messages[].tool_calls", "messages[].weight"]),
+        ({"messages": [{"role": "assistant", "content": [
+            {"type": "text", "text": {"value": "a", "annotations": ["n"]}, "at": 1},
+            {"type": "tool_call", "value": {"name": "f", "parameters": {"x": 1}}}], "index": 0}]},
+         ["messages[].content[].at", "messages[].content[].text.annotations",
+          "messages[].content[].value.parameters", "messages[].index"]),
+        ({"messages": [{"role": "assistant",
+                        "tool_calls": [{**CALL, "index": 0}, {"function": {"name": "f", "x": 1}}]}]},
+         ["messages[].tool_calls[].function.x", "messages[].tool_calls[].index"]),
+        ({"prompt": [{"role": "user", "content": "q"}], "completion": "a", "history": [["h", "i"]]}, ["history"]),
+        ({"question": "q", "answer": "a", "a\nb\x1b" + "c" * 99: 1}, [r"a\nb\x1b" + "c" * 52]),
+    ],
+)  # fmt: skip
+def test_what_nobody_reads_is_named(row: dict[str, Any], unread: list[str]) -> None:
+    assert list(to_dialogue(row, READING).unread) == unread
+
+
+def test_reasoning_may_have_a_name_of_its_own() -> None:
+    row = {"question": "q", "answer": "a", "cot": "r"}
+    dialogue = to_dialogue(row, Reading(SYSTEM, "auto", {"reasoning": "cot"}))
+    assert (dialogue.messages, dialogue.unread) == (REASONED, ())
+
+
+def test_a_field_that_another_one_replaces_is_not_read() -> None:
+    row = {"question": "x", "answer": "a", "prompt": "q", "text": "t"}
+    dialogue = to_dialogue(row, Reading(SYSTEM, "auto", {"question": "prompt", "content": "text"}))
+    assert (dialogue, dialogue.unread) == (talk("q", "a"), ("question", "text"))
+
+
+def test_nulls_of_arguments_and_tools_are_left_out() -> None:
+    """Of objects, whatever the file; items of lists stay, and so do arguments that are a text."""
+    odd = {"at": "Paris", "zone": None, "more": {"x": None, "y": [None, {"z": None}]}}
+    clean = {"at": "Paris", "more": {"y": [None, {}]}}
+    tool = {"name": "f", "strict": None, "parameters": {"default": None, "enum": ["a", None]}}
+    calls = [{"function": {"name": "f", "arguments": arguments}, "id": None} for arguments in (odd, json.dumps(odd))]
+    dialogue = to_dialogue({"messages": [{"role": "assistant", "tool_calls": calls}], "tools": [tool]}, READING)
+    assert [call["function"]["arguments"] for call in dialogue.messages[0].tool_calls] == [clean, json.dumps(odd)]
+    assert dialogue.tools == ({"type": "function", "function": {"name": "f", "parameters": {"enum": ["a", None]}}},)
 
 
 def test_a_shape_and_fields_can_be_named() -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
 from ds_sft.runtime import preempt
-from ds_sft.runtime.checkpoint import FACTS, Site
+from ds_sft.runtime.checkpoint import FACTS, Checkpoint, Site, Start
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.preempt import StopRequests
+from ds_sft.train import require_steps_left
 from ds_sft.training import resumable
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 
@@ -90,18 +91,37 @@ def test_no_write_keeps_a_rank_from_the_engines_barriers() -> None:
 )
 def test_samples_of_a_manifest(step: int, drop_last: bool, samples: int) -> None:
     """13 rows, 4 a step: four steps an epoch, or three whole ones."""
-    boundary = SimpleNamespace(steps_an_epoch=3 if drop_last else 4)
-
-    class Known(ResumableTrainer):
-        step_boundary: Any = boundary
-
-    made: Any = Known.__new__(Known)
+    made = trainer()
     made.__dict__ |= {
+        "args": SimpleNamespace(train_sampling_strategy="random"),
         "state": SimpleNamespace(global_step=step),
         "batching": Batching(lengths=np.full(13, 5), micro_batch=1, accumulation=2, ranks=2, padded=False, seed=0,
                              drop_last=drop_last),
     }  # fmt: skip
     assert made._samples_seen() == samples
+
+
+def test_a_resumed_run_has_the_cadence_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no best model that other validation rows have chosen."""
+
+    def load(self: Any, *args: Any) -> tuple[int, int]:
+        self.state = TrainerState(global_step=5, logging_steps=7, save_steps=7, best_metric=1.0, best_global_step=4)
+        return (9, 9)
+
+    monkeypatch.setattr(Trainer, "_init_training_state", load)
+    args = TrainingArguments(logging_steps=0.25, save_steps=3, gradient_accumulation_steps=2)
+    batching = Batching(lengths=np.full(13, 5), micro_batch=2, accumulation=2, ranks=1, padded=False, seed=0)
+    for changed, best in (({}, 1.0), ({"eval_data": ("a", "b")}, None)):
+        made = trainer(args=args, batching=batching, run=SimpleNamespace(changed=changed))
+        assert made._init_training_state(8, 99, 99, None, None) == (1, 2)  # four steps an epoch, not 99
+        assert (made.state.logging_steps, made.state.save_steps, made.state.best_metric) == (2, 3, best)
+
+
+def test_a_run_that_is_asked_to_end_before_its_checkpoint(tmp_path: Path) -> None:
+    start = Start(Checkpoint(tmp_path / "checkpoint-8", {"step": 8}))
+    require_steps_left(start, 8)
+    with pytest.raises(UserError, match=r"checkpoint-8 is after step 8, this run ends after 4 \(max_steps, num_train"):
+        require_steps_left(start, 4)
 
 
 class Saving(ResumableTrainer):
@@ -111,6 +131,12 @@ class Saving(ResumableTrainer):
 
     def _samples_seen(self) -> int:
         return 0
+
+    def restate_epoch(self) -> None:
+        """No rows are dealt here."""
+
+    def position(self, step: int) -> tuple[int, int]:
+        return divmod(step, 100)
 
     def _facts(self) -> dict[str, Any]:
         return {**dict.fromkeys(FACTS - {"save_id"}, 0), "step": self.state.global_step}
@@ -127,7 +153,7 @@ def saving(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *, stopping: bool 
     site = Site(Launch(launcher="python"), shared=True)
     stop = StopRequests(site.launch)  # without its thread: nobody asks
     made.__dict__ |= {
-        "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True),
+        "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True, train_sampling_strategy="random"),
         "run": SimpleNamespace(site=site, size=0, stop=stop, on_save_error="stop"),
         "state": SimpleNamespace(global_step=4, best_model_checkpoint=None, max_steps=9),
         "control": SimpleNamespace(should_training_stop=stopping),
@@ -153,9 +179,8 @@ def test_a_save_is_complete_at_the_end_of_the_step_in_which_it_is_hashed(
     assert complete_ones(tmp_path) == ["checkpoint-4"]
     assert made.unfinished is not None
     made.unfinished.hashed.result(60)
-    boundary = StepBoundary(made)
-    boundary.steps_an_epoch = 100
-    boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
+    made.batching = Batching(lengths=np.full(100, 5), micro_batch=1, accumulation=1, ranks=1, padded=False, seed=0)
+    StepBoundary(made).on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
     assert complete_ones(tmp_path) == ["checkpoint-5"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 

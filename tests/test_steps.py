@@ -32,7 +32,7 @@ def test_steps(changes: dict[str, Any], per_epoch: int, steps: int) -> None:
 
 def test_steps_of_micro_batches_that_tokens_fill() -> None:
     filled = Steps(**{**BASE, "micro": None, "max_tokens": 4096, "num_bins": 25})
-    assert (filled.rows_per_step, filled.steps_per_epoch, filled.steps, filled.num_epochs) == (None, 4, 8, 2)
+    assert (filled.rows_per_step, filled.steps_per_epoch, filled.steps) == (None, 4, 8)
     assert filled.describe() == (
         "Batch: at most 4,096 tokens x 4 accumulated x 2 ranks = 32,768 tokens a step; 100 rows in 25 micro batches => "
         "4 steps an epoch, 8 steps in all."

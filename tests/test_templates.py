@@ -13,7 +13,7 @@ from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue, Reading, to_dialogue
 from ds_sft.errors import UserError
-from tests.families import FAMILIES, family
+from tests.families import FAMILIES, added_end, family, learned_text
 from tests.test_encode import config, encode
 
 FAMILY = {name: family(name) for name in FAMILIES}
@@ -54,10 +54,9 @@ def run(name: str, talk: Dialogue, **keys: Any) -> tuple[str, list[str]]:
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False))
 
-    end = tokenizer.convert_tokens_to_ids(END[name])
     learned: list[list[int]] = [[]]
     for label in labels:
-        if label == -100 or (learned[-1] and learned[-1][-1] == end):
+        if label == -100:
             learned.append([])
         if label != -100:
             learned[-1].append(label)
@@ -66,7 +65,7 @@ def run(name: str, talk: Dialogue, **keys: Any) -> tuple[str, list[str]]:
 
 def rendered(name: str, talk: dict[str, Any]) -> str:
     text: str = FAMILY[name].apply_chat_template(talk["messages"], tools=talk.get("tools"), tokenize=False)
-    return text
+    return text + (added_end(name) if talk["messages"][-1]["role"] == "assistant" else "")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -74,7 +73,7 @@ def rendered(name: str, talk: dict[str, Any]) -> str:
 def test_every_answer_or_the_last_is_learned_to_its_end(name: str, mask: str) -> None:
     whole, learned = run(name, dialogue(*TURNS), mask=mask)
     assert whole == rendered(name, row(*TURNS))
-    answers = [text + END[name] for role, text in TURNS if role == "assistant"]
+    answers = [learned_text(name, text, last=text == TURNS[-1][1]) for role, text in TURNS if role == "assistant"]
     assert learned == (answers if mask == "all" else answers[-1:])
 
 
@@ -83,8 +82,9 @@ def test_messages_say_themselves_what_is_learned(name: str) -> None:
     turns: list[tuple[str, Any]] = list(TURNS)
     turns[1] = ("assistant", {"content": "Paris.", "train": True})
     turns[5] = ("assistant", {"content": "Хорошо, спасибо!", "weight": 0})
-    assert run(name, dialogue(*turns), mask="all")[1] == [f"Paris.{END[name]}", f"今天天气很好。{END[name]}"]
-    assert run(name, dialogue(*turns), mask="last")[1] == [f"Paris.{END[name]}"]
+    learned = [learned_text(name, text, last=False) for text in ("Paris.", "今天天气很好。")]
+    assert run(name, dialogue(*turns), mask="all")[1] == learned
+    assert run(name, dialogue(*turns), mask="last")[1] == learned[:1]
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama", "gemma", "marked"])
@@ -104,10 +104,8 @@ def test_awkward_answers(name: str, answer: str) -> None:
     talk = row(("user", "q"), ("assistant", answer))
     whole, learned = run(name, dialogue(("user", "q"), ("assistant", answer)))
     assert whole == rendered(name, talk)
-    kept = {"llama": answer.strip(), "gemma": answer.strip(), "qwen": answer.lstrip("\n")}.get(name, answer)
-    if name == "qwen" and answer == "\n\nx":
-        kept = "\n\nx"  # no reasoning in it: as it is
-    assert learned == [kept + END[name]]
+    kept = answer.strip() if name in ("llama", "gemma", "glm") else answer
+    assert learned == [learned_text(name, kept)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -125,7 +123,7 @@ def test_special_text_of_a_row_stays_text(name: str) -> None:
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     whole, learned = run(name, to_dialogue(talk, Reading("")))
     assert whole == rendered(name, talk)
-    assert "".join(learned) == "b" + forged + "c" + END[name]
+    assert "".join(learned) == learned_text(name, "b" + forged + "c")
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama", "gemma"])
@@ -184,6 +182,173 @@ def test_tools() -> None:
     as_object = {**CALL, "tool_calls": [{"function": {"name": "weather", "arguments": {"at": "巴黎"}}}]}
     turns = (turns[0], ("assistant", as_object), *turns[2:])
     assert run("qwen", dialogue(*turns, tools=TOOLS)) == (whole, learned)
+
+
+def decoded_prompt(name: str, talk: Dialogue) -> str:
+    prompt = Encoder(FAMILY[name], config(template="tokenizer", system_prompt="")).prompt(talk)
+    return str(FAMILY[name].backend_tokenizer.decode(prompt, skip_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        ("<think>\nhm\n</think>\n\nParis.", "hm\n</think>\n\nParis."),
+        ({"content": "Paris.", "reasoning_content": "hm"}, "hm\n</think>\n\nParis."),
+        ("hm\n</think>\n\nParis.", "hm\n</think>\n\nParis."),  # as the model writes it after the prompt
+        ("Paris.", "\n</think>\n\nParis."),
+        ("", "\n</think>\n\n"),
+    ],
+)
+def test_what_follows_a_prompt_that_opens_reasoning_is_learned(answer: Any, learned: str) -> None:
+    talk = dialogue(("user", "q"), ("assistant", answer))
+    whole, found = run("thinking", talk)
+    assert found == [learned + "<|im_end|>"]
+    assert whole == rendered("thinking", row(("user", "q"), ("assistant", answer)))
+    assert decoded_prompt("thinking", talk).endswith("<|im_start|>assistant\n<think>\n")
+
+
+@pytest.mark.parametrize(("policy", "learned"), [("drop", "\n</think>\n\nd"), ("empty", "\n</think>\n\nd")])
+def test_earlier_answers_without_the_block_that_the_prompt_opens(policy: str, learned: str) -> None:
+    """The template leaves reasoning out of earlier turns, and the block with it: there the answer alone is learned."""
+    turns = (("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", "c"),
+             ("assistant", "<think>\nho\n</think>\n\nd"))  # fmt: skip
+    said = r"answer '<think>.*hm.*</think>b' as 'b'; leave reasoning out \(thinking: drop\) or .* \(mask: last\)$"
+    with pytest.raises(BadRow, match=said):
+        run("thinking", dialogue(*turns))
+    assert run("thinking", dialogue(*turns), thinking=policy)[1] == ["b<|im_end|>", learned + "<|im_end|>"]
+    assert run("thinking", dialogue(*turns), mask="last")[1] == ["ho\n</think>\n\nd<|im_end|>"]
+
+
+def test_only_what_helps_is_advised(tmp_path: Path) -> None:
+    """DeepSeek's template drops the reasoning of the last answer, too; against other changes nothing helps."""
+    talk = dialogue(("user", "q"), ("assistant", {"content": "Paris.", "reasoning_content": "hm"}))
+    with pytest.raises(BadRow, match=r"answer '<think>hm</think>Paris.' as 'Paris.'; leave .* \(thinking: drop\)$"):
+        run("deepseek", talk)
+    assert run("deepseek", talk, thinking="drop")[1] == ["Paris.<｜end▁of▁sentence｜>"]
+    assert decoded_prompt("deepseek", dialogue(("user", "q"), ("assistant", "a"))).endswith("q<｜Assistant｜>")
+    file = tmp_path / "chat.jinja"
+    file.write_text(FAMILIES["marked"][1].replace("{{ m.content +", "{{ m.content | replace('x', 'y') +"), "utf-8")
+    with pytest.raises(BadRow, match=r"renders the answer 'x' as 'y'; expected another template .*FILE\.jinja\)$"):
+        run("marked", dialogue(("user", "q"), ("assistant", "x")), template=str(file))
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning_content"])
+def test_reasoning_goes_where_the_template_reads_it(field: str) -> None:
+    """A channel of its own, a block before the content, a block in it: for either way in which a row has it."""
+    talks = {"content": "<think>\nhm\n</think>\n\nParis."}, {"content": "Paris.", "reasoning_content": "hm"}
+    talk = dialogue(("user", "q"), ("assistant", talks[field != "content"]))
+    channels = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Paris.<|return|>"
+    assert run("harmony", talk)[1] == [channels]
+    assert run("glm", talk)[1] == ["\n<think>hm</think>\nParis.<|user|>"]
+    assert run("llama", talk)[1] == ["<think>\nhm\n</think>\n\nParis.<|eot_id|>"]
+    assert run("harmony", talk, thinking="drop")[1] == ["<|channel|>final<|message|>Paris.<|return|>"]
+    empty = channels.replace("hm", "")
+    assert run("harmony", talk, thinking="empty")[1] == [empty]
+
+
+def test_the_next_roles_token_is_learned_as_the_end() -> None:
+    """And added after the last answer, where the template writes nothing."""
+    turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."), ("user", "more"))
+    call = "\n<tool_call>weather\n<arg_key>at</arg_key>\n<arg_value>巴黎</arg_value>\n</tool_call><|observation|>"
+    whole, learned = run("glm", dialogue(*turns))
+    assert learned == [call, "\n20 degrees.<|user|>"]
+    assert whole.endswith("\n20 degrees.<|user|>\nmore")
+    whole, learned = run("glm", dialogue(*turns[:4]))
+    assert (learned, whole.endswith("20 degrees.<|user|>")) == ([call, "\n20 degrees.<|user|>"], True)
+    whole, learned = run("glm", dialogue(*turns[:2]))
+    assert (learned, whole.endswith("</tool_call><|observation|>")) == ([call], True)
+
+
+def test_channels_of_calls() -> None:
+    turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."))
+    call = ' to=functions.weather<|channel|>commentary json<|message|>{"at": "巴黎"}<|call|>'
+    answer = learned_text("harmony", "20 degrees.")
+    assert run("harmony", dialogue(*turns, tools=TOOLS))[1] == [call, answer]
+    for said in ({"content": "Let me see."}, {"reasoning_content": "Let me see."}):
+        talk = dialogue(turns[0], ("assistant", {**CALL, **said}), *turns[2:])
+        analysis = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant"
+        assert run("harmony", talk)[1][0] == analysis + call
+    both = dialogue(turns[0], ("assistant", {**CALL, "content": "a", "reasoning_content": "b"}), *turns[2:])
+    with pytest.raises(
+        BadRow, match=r"answer '<think>b</think>a' as .*; leave .* \(thinking: drop\) or .*mask: last\)$"
+    ):
+        run("harmony", both)
+    two = {**CALL, "tool_calls": [*CALL["tool_calls"], {"function": {"name": "clock", "arguments": {}}}]}
+    with pytest.raises(BadRow, match=r"leaves out the call of 'clock' or its arguments; expected .* FILE"):
+        run("harmony", dialogue(turns[0], ("assistant", two)))
+
+
+AT = {"at": "巴黎", "days": 2}
+
+
+def called(arguments: Any, **message: Any) -> Dialogue:
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    return dialogue(("user", "q"), ("assistant", {**message, "tool_calls": [call]}))
+
+
+@pytest.mark.parametrize("arguments", [AT, json.dumps(AT, ensure_ascii=False)], ids=["object", "text"])
+@pytest.mark.parametrize("message", [{"content": ""}, {"content": None}, {}], ids=["empty", "null", "absent"])
+def test_calls_are_given_as_the_template_takes_them(arguments: Any, message: Any) -> None:
+    """As an object or a text, with an empty content or none: whatever the row has."""
+    for name, text in {
+        "qwen": '\n<tool_call>\n{"name": "weather", "arguments": {"at": "巴黎", "days": 2}}\n</tool_call><|im_end|>',
+        "deepseek": '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"at": "巴黎", "days": 2}<｜tool▁call▁end｜>'
+        "<｜end▁of▁sentence｜>",
+        "harmony": ' to=functions.weather<|channel|>commentary json<|message|>{"at": "巴黎", "days": 2}<|call|>',
+    }.items():
+        assert run(name, called(arguments, **message))[1] == [text]
+
+
+def call_template(written: str, condition: str = "true") -> str:
+    """Llama's layout, with calls written like this where the condition holds."""
+    turn = "'<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n'"
+    return (
+        f"{{% for m in messages %}}{{{{ {turn} + (m.content or '') }}}}{{% if {condition} %}}"
+        f"{{% for call in m.tool_calls or [] %}}{{% set f = call.function %}}{{{{ {written} }}}}{{% endfor %}}"
+        f"{{% endif %}}{{{{ '<|eot_id|>' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
+
+
+TEXT = '{"at":"巴黎",  "days":2}'  # with spaces of its own
+
+
+@pytest.mark.parametrize(
+    ("written", "condition", "arguments", "learned"),
+    [
+        ("f.name ~ f.arguments", "true", AT, 'weather{"at": "巴黎", "days": 2}'),  # of an object: Python's own text
+        ("f.name ~ f.arguments", "true", TEXT, "weather" + TEXT),
+        ("f.name ~ (f.arguments | tojson)", "true", TEXT, 'weather{"at": "巴黎", "days": 2}'),  # a text: quoted twice
+        ("f.name ~ (f.arguments if f.arguments is string else f.arguments | tojson)", "true", TEXT, "weather" + TEXT),
+        ("f.name ~ '{' ~ (f.arguments if f.arguments is string else f.arguments | items | map('join', ':') | join) "
+         "~ '}'", "true", TEXT, "weather{at:巴黎days:2}"),  # a text: braced twice
+        ("f.name ~ (f.arguments | tojson)", "m.content is none", AT, 'weather{"at": "巴黎", "days": 2}'),
+        ("f.name ~ (f.arguments | tojson)", "m.content is not defined", AT, 'weather{"at": "巴黎", "days": 2}'),
+    ],
+)  # fmt: skip
+def test_the_form_in_which_a_call_is_whole(
+    tmp_path: Path, written: str, condition: str, arguments: Any, learned: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(call_template(written, condition), encoding="utf-8")
+    assert run("llama", called(arguments, content=""), template=str(file))[1] == [learned + "<|eot_id|>"]
+
+
+def test_a_call_without_its_arguments_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(call_template("f.name"), encoding="utf-8")
+    with pytest.raises(BadRow, match=r"leaves out the call of 'weather' or its arguments; expected .* FILE"):
+        run("llama", called(AT), template=str(file))
+
+
+def test_a_call_that_the_template_does_not_end_is_refused(tmp_path: Path) -> None:
+    """What is learned never runs on into the result: DeepSeek-V3's template ends only a second call."""
+    file, unended = tmp_path / "chat.jinja", " + '<｜tool▁call▁end｜>' }}\n{%- endfor %}"
+    file.write_text(FAMILIES["deepseek"][1].replace(unended + "{{ eos_token }}", " }}{% endfor %}"), encoding="utf-8")
+    turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."))
+    with pytest.raises(BadRow, match=r"does not end this answer with '.*': it cannot be shown .* \(mask: last\)$"):
+        run("deepseek", dialogue(*turns), template=str(file))
+    assert run("deepseek", dialogue(*turns), template=str(file), mask="last")[1] == ["20 degrees.<｜end▁of▁sentence｜>"]
 
 
 @pytest.mark.parametrize(

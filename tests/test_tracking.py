@@ -414,3 +414,16 @@ def test_a_record_that_cannot_be_read_is_a_new_experiment(tmp_path: Path, fake: 
     with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE, 0):
         pass
     assert "id" not in swanlab.calls[0][1]
+
+
+def test_what_changed_on_a_resume_is_shown_before_its_first_step(tmp_path: Path, fake: Any) -> None:
+    changed = {"learning_rate": (1e-4, 5e-5), "weight_decay": (0.0, 0.1)}
+    swanlab = fake()
+    with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE, 0) as tracker:
+        args, state = TrainingArguments(output_dir=str(tmp_path)), TrainerState(global_step=4)
+        for given in ({}, changed):
+            TrackerCallback(tracker, given).on_train_begin(args, state, TrainerControl())
+    assert lines(tmp_path) == [{"step": 4, "changed": {"learning_rate": [1e-4, 5e-5], "weight_decay": [0.0, 0.1]}}]
+    (entry,) = [given for name, given in swanlab.calls if name == "log"]
+    text = "Text(learning_rate: 0.0001 -> 5e-05\nweight_decay: 0.0 -> 0.1)"
+    assert entry == {"values": {"Changed on resume": text}, "step": 4}

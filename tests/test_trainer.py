@@ -1,57 +1,197 @@
-"""What the trainer does in an evaluation, of a model that is not there."""
+"""A step of the Trainer: what the host knows it does not ask the device for."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from ds_sft.runtime import preempt
+from ds_sft.data.batches import Ahead
+from ds_sft.data.layout import LAYOUT, collate_flat, collate_padded
+from ds_sft.data.micro_batches import Batching, lengths_of
+from ds_sft.runtime.checkpoint import Site
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped, StopRequests
+from ds_sft.runtime.preempt import StopRequests
+from ds_sft.training.attention import keep_rows_apart
+from ds_sft.training.loss import supervise, supervised_loss
+from ds_sft.training.resumable import Continuity
 from ds_sft.training.trainer import SFTTrainer
+from tests.dispatch import READS, NoReads, Operations
+
+ALONE = Launch(launcher="python")
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
 
 
-class Evaluating(SFTTrainer):
-    """Two supervised tokens a batch, of loss 3 and 5."""
+def make_trainer(folder: Path, *, padded: bool = False, ours: bool = True, **arguments: Any) -> SFTTrainer:
+    """Of a tiny model and 24 rows of 3 to 14 tokens; `ours`: with our attention and loss."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
+    if ours:
+        keep_rows_apart(model, None, ALONE)
+        supervise(model, ALONE)
+    rows = [{"input_ids": [n + i for i in range(n % 12 + 3)], "labels": [-100, *range(n + 1, n + n % 12 + 3)]}
+            for n in range(24)]  # fmt: skip
+    data = Dataset.from_list(rows)
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 4,
+            "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": True, "learning_rate": 1e-3,
+            "dataloader_pin_memory": False, "logging_nan_inf_filter": False, **arguments}  # fmt: skip
+    args = TrainingArguments(str(folder), **keys)
+    batching = Batching(lengths=lengths_of(data), micro_batch=2, accumulation=2, ranks=1, padded=padded, seed=1)
+    collate = (lambda features: collate_padded(features, pad_token_id=0)) if padded else collate_flat
+    run = Continuity(stop=StopRequests(ALONE), site=Site(ALONE, shared=True), resumed=None)
+    return SFTTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(5)),
+                      data_collator=collate, batching=batching, run=run)  # fmt: skip
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs
 
-    def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
-        return torch.tensor(8.0)
+def batch_of(trainer: SFTTrainer) -> dict[str, Any]:
+    return next(iter(trainer.get_train_dataloader()))
 
 
-@pytest.fixture
-def trainer() -> Any:
-    made: Any = Evaluating.__new__(Evaluating)
-    made.__dict__ |= {
-        "run": SimpleNamespace(stop=StopRequests(Launch(launcher="python"))),
-        "args": SimpleNamespace(device=torch.device("cpu")),
-        "model": torch.nn.Linear(1, 1),
-        "working_copy": None,
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_reads_nothing(checkpointing: bool, tmp_path: Path) -> None:
+    operations = operations_of_a_step(make_trainer(tmp_path), NoReads(), checkpointing=checkpointing)
+    assert operations.counted["aten::mm"] > 10
+
+
+def test_a_padded_step_reads_whether_there_is_padding(tmp_path: Path) -> None:
+    """Transformers does, where it makes its mask, once a micro batch; we know of no way around it."""
+    operations = operations_of_a_step(make_trainer(tmp_path, padded=True), Operations())
+    assert {name: operations.counted[name] for name in READS if operations.counted[name]} == {
+        "aten::_local_scalar_dense": 2
     }
-    return made
 
 
-BATCHES = [{"labels": torch.tensor([[-100, 4, 7]])}] * 1000
+def operations_of_a_step(trainer: SFTTrainer, operations: Operations, *, checkpointing: bool = False) -> Operations:
+    if checkpointing:
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
+    with operations:
+        loss = trainer.training_step(trainer.model, batches[0], count)
+    assert loss.item() > 0
+    return operations
 
 
-def test_an_evaluation_asks_about_stopping_about_once_a_second(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundredth of a second a batch: 1,000 batches, 16 questions; a request in the middle ends it at the next one."""
-    now, asked = [0.0], []
-    monkeypatch.setattr(preempt.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(preempt, "any_rank", lambda *mine: (asked.append(round(now[0] * 100)), list(mine))[1])
+class Between(TrainerCallback):
+    """Refuses reads from the second step's begin to the one before the logging step's end."""
 
-    def batch_is_done() -> None:
-        now[0] += 0.01
-        if now[0] > 16:  # in the middle of the second evaluation
-            trainer.run.stop.reason = "SIGTERM"
+    def __init__(self) -> None:
+        self.refusing = NoReads()
+        self.steps = 0
 
-    assert trainer.token_mean(BATCHES, batch_is_done) == 4.0
-    assert asked == [0, 1, 3, 7, 15, 31, 63, 127, 255, 319, 447, 511, 639, 703, 831, 895]
-    with pytest.raises(Stopped, match="SIGTERM"):
-        trainer.token_mean(BATCHES, batch_is_done)
-    assert asked[-1] == 1639
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.refusing.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if state.global_step == 3:
+            self.refusing.__exit__(None, None, None)
+
+
+def test_nothing_is_read_between_two_logging_steps(tmp_path: Path) -> None:
+    """Trainer's own loop, the optimizer, clipping and the making of batches are part of it."""
+    trainer, between = make_trainer(tmp_path), Between()
+    trainer.add_callback(between)
+    trainer.train()
+    assert between.steps == 4
+    assert between.refusing.counted["aten::_fused_adamw_"] == 4  # two groups, two steps
+    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["supervised_tokens_per_second"] > 0
+
+
+def test_a_read_would_be_seen() -> None:
+    for read in (torch.nonzero, torch.Tensor.item, torch.is_nonzero, lambda t: t.to("meta")):
+        with pytest.raises(AssertionError), NoReads():
+            read(torch.ones(1))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_the_host_counts_is_what_trainer_would(padded: bool, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, padded=padded)
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
+    assert count == sum((batch["labels"][..., 1:] != -100).sum() for batch in batches)
+    assert trainer.get_batch_samples(iter([]), 2, torch.device("cpu")) == ([], None)
+    for batch in batches:
+        trainer.training_step(trainer.model, batch, count)
+    assert trainer.tokens_seen == trainer.meter.counts["tokens"] == sum(batch[LAYOUT].tokens for batch in batches)
+    assert trainer.meter.counts["supervised"] == count
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layout_changes_nothing_but_who_looks(padded: bool, tmp_path: Path) -> None:
+    """Loss and gradients with it, without it, and of a model that keeps its own attention and loss: it gets none."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    for ours, known in ((True, True), (True, False), (False, True)):
+        trainer = make_trainer(tmp_path, padded=padded, ours=ours, bf16=False)
+        batch = batch_of(trainer)
+        seen: list[set[str]] = []
+        trainer.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(set(kwargs)), with_kwargs=True
+        )
+        inputs = {name: value for name, value in batch.items() if known or name != LAYOUT}
+        loss = trainer.model(**inputs, use_cache=False, num_items_in_batch=9).loss
+        loss.backward()
+        assert LAYOUT not in seen[0]
+        found.append((loss, *(p.grad for p in trainer.model.parameters())))
+    for with_layout, without, own in zip(*found, strict=True):
+        assert torch.equal(with_layout, without)
+        torch.testing.assert_close(with_layout, own, rtol=1e-4, atol=1e-6)
+
+
+def test_supervised_positions_come_from_the_layout(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    batch, supervised = batch_of(trainer), supervised_loss(trainer.model)
+    assert supervised is not None
+    batch["labels"] = batch["labels"].to("meta")  # whoever reads them fails
+    with torch.no_grad():
+        trainer.model(**batch, use_cache=False)
+    assert supervised.count == batch[LAYOUT].supervised
+    assert supervised.total is not None
+
+
+def test_batches_read_ahead_teach_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a thread makes them; here it is made to. The order is that of the numbers of rows, whoever reads."""
+    losses = []
+    for ahead in (False, True):
+        trainer = make_trainer(tmp_path, logging_steps=1, max_steps=9)  # over the end of an epoch of 6 steps
+        readers: list[Any] = []
+        if ahead:
+
+            def read(iterator: Any, depth: int, readers: list[Any] = readers) -> Any:
+                if not readers or readers[-1].batches is not iterator:
+                    readers.append(Ahead(iterator, depth))
+                return readers[-1]
+
+            monkeypatch.setattr(trainer, "_read_ahead", read)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert len(readers) == (2 if ahead else 0)
+    assert len(losses[0]) == 9
+    assert losses[0] == losses[1]
+
+
+def test_only_a_gpu_is_read_ahead_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    batches = iter([1])
+    assert trainer._read_ahead(batches, 2) is batches
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda", 0))
+    ahead = trainer._read_ahead(batches, 2)
+    assert trainer._read_ahead(batches, 2) is ahead
+    assert list(ahead) == [1]
+    assert trainer._read_ahead(iter([2]), 2) is not ahead
+
+
+def test_deepspeeds_gradient_norm_is_not_read(tmp_path: Path) -> None:
+    """It stays a tensor until it is logged."""
+    trainer = make_trainer(tmp_path)
+    norm = torch.ones(())
+    trainer.is_deepspeed_enabled = True
+    trainer.model_wrapped = type("Engine", (), {"get_global_grad_norm": lambda self: norm})()
+    assert trainer._clip_grad_norm(trainer.model) is None
+    assert trainer._get_grad_norm(trainer.model) is norm

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_sft.training.working_copy import WorkingCopy
+from ds_sft.training import working_copy
+from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
@@ -28,10 +29,18 @@ def loss(of: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
+@pytest.mark.parametrize("kind", [WorkingCopy, LentCopy])
+@pytest.mark.parametrize("waiting", [0, 10**6])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_a_bfloat16_model_with_gradients_in_float32(tied: bool, reentrant: bool | None) -> None:
-    """Bit for bit, over two micro batches, under autocast as Trainer has it; `reentrant` is a way to recompute."""
+def test_a_bfloat16_model_with_gradients_in_float32(
+    kind: Any, waiting: int, tied: bool, reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, over two micro batches, under autocast as Trainer has it; `reentrant` is a way to recompute.
+
+    `waiting`: gradients are cast as they come, as on a CPU, or together, as on a GPU.
+    """
+    monkeypatch.setattr(working_copy, "_waiting_limit", lambda master: waiting)
     expected: dict[str, torch.Tensor] = {}
     for ids in batches():
         half = model(tied=tied)
@@ -43,7 +52,7 @@ def test_a_bfloat16_model_with_gradients_in_float32(tied: bool, reentrant: bool 
     whole = model(tied=tied)
     if reentrant is not None:
         whole.activation_checkpointing_enable({"use_reentrant": reentrant})
-    copy = WorkingCopy(whole)
+    copy = kind(whole)
     for number, ids in enumerate(batches()):
         with copy.lent(keep=number == 0):
             with torch.autocast("cpu", torch.bfloat16):
@@ -56,10 +65,11 @@ def test_a_bfloat16_model_with_gradients_in_float32(tied: bool, reentrant: bool 
         assert torch.equal(parameter.grad, expected[name]), name
 
 
-def test_evaluation_between_micro_batches_and_frozen_weights() -> None:
+@pytest.mark.parametrize("kind", [WorkingCopy, LentCopy])
+def test_evaluation_between_micro_batches_and_frozen_weights(kind: Any) -> None:
     whole = model(tied=False)
     whole.model.embed_tokens.requires_grad_(False)
-    copy = WorkingCopy(whole)
+    copy = kind(whole)
     expected: dict[str, torch.Tensor] = {}
     for evaluate in (False, True):
         whole.zero_grad()
@@ -75,7 +85,8 @@ def test_evaluation_between_micro_batches_and_frozen_weights() -> None:
         assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
 
 
-def test_made_once_and_given_back() -> None:
+def test_made_once_a_step() -> None:
+    """The copies are the same tensors in every step, with the weights' values of that step."""
     whole = model(tied=True)
     parameters = dict(whole.named_parameters())
     copy = WorkingCopy(whole)
@@ -83,6 +94,26 @@ def test_made_once_and_given_back() -> None:
         loss(whole, batches()[0])
         assert whole.lm_head.weight is whole.model.embed_tokens.weight
         assert whole.lm_head.weight.dtype == torch.bfloat16
+    made = {master: (id(values), values.clone()) for master, values in copy.copies.items()}
+    assert len(made) == len(parameters)
+    for parameter in parameters.values():
+        parameter.data += 1
+    for keep, plus in ((False, 0), (True, 1)):  # not before the next step, then at once
+        with copy.lent(keep=keep):
+            for master, (identity, values) in made.items():
+                assert id(copy.copies[master]) == identity
+                expected = values if not plus else master.detach().bfloat16()
+                assert torch.equal(copy.copies[master], expected)
+    assert dict(whole.named_parameters()) == parameters
+    assert loss(whole, batches()[0]).dtype == torch.float32  # outside nothing is lent
+
+
+def test_loans_are_given_back() -> None:
+    whole = model(tied=True)
+    parameters = dict(whole.named_parameters())
+    copy = LentCopy(whole)
+    with copy.lent(keep=True):
+        loss(whole, batches()[0])
     made = dict(copy.values)
     assert len(made) == len(parameters)
     with copy.lent():
@@ -90,18 +121,41 @@ def test_made_once_and_given_back() -> None:
         assert all(copy.values[master] is values for master, values in made.items())
     assert not copy.values
     assert dict(whole.named_parameters()) == parameters
-    assert loss(whole, batches()[0]).dtype == torch.float32  # outside nothing is lent
 
 
-def test_an_error_leaves_the_weights_in_place() -> None:
+@pytest.mark.parametrize("kind", [WorkingCopy, LentCopy])
+def test_an_error_leaves_the_weights_in_place(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model(tied=False)
     parameters = {name: id(parameter) for name, parameter in whole.named_parameters()}
-    copy = WorkingCopy(whole)
+    copy = kind(whole)
+    monkeypatch.setattr(working_copy, "_waiting_limit", lambda master: 10**6)  # gradients wait when it comes
     with pytest.raises(IndexError), copy.lent():
-        loss(whole, torch.full((1, 4), 1000))
+        loss(whole, batches()[0] + 1000 * (loss(whole, batches()[0]).backward() is None))
     assert {name: id(parameter) for name, parameter in whole.named_parameters()} == parameters
-    assert not copy.values
-    assert not copy.loans
+    if kind is LentCopy:
+        assert not copy.values
+        assert not copy.loans
+    else:
+        assert not copy.fresh
+        assert all(values.grad is None for values in copy.copies.values())
+
+
+def test_gradients_in_16_bits_wait_for_few_others() -> None:
+    """On a GPU until they are worth a call, on a CPU not at all: they would lie twice in memory."""
+    whole = model(tied=False)
+    copy = WorkingCopy(whole)
+    most = 0
+
+    def look(*given: Any) -> None:
+        nonlocal most
+        most = max(most, sum(values.grad is not None for values in copy.copies.values()))
+
+    for parameter in whole.model.layers:
+        parameter.register_full_backward_hook(look)
+    with copy.lent():
+        loss(whole, batches()[0]).backward()
+        assert most == 0
+        assert all(parameter.grad is not None for parameter in copy.copies)
 
 
 def test_gradients_arrive_while_backward_goes_on() -> None:
@@ -112,7 +166,7 @@ def test_gradients_arrive_while_backward_goes_on() -> None:
         parameter.register_hook(lambda _, name=name: order.append(name))
     first = whole.model.layers[0]
     first.register_forward_hook(lambda *given: given[-1].register_hook(lambda _: order.append("first layer")) and None)
-    copy = WorkingCopy(whole)
+    copy = LentCopy(whole)
     for number, ids in enumerate(batches()):
         order.clear()
         with copy.lent(keep=number == 0):

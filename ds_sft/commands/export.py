@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import is_size
+from ds_sft.config import is_size, load_config
 from ds_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -204,6 +204,25 @@ def _write_rest(given: argparse.Namespace, folder: Path, dtype: torch.dtype) -> 
             shutil.copy(file, folder)
     for source in (given.checkpoint, given.checkpoint.resolve().parent):
         if (source / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
+            tokenizer.save_pretrained(folder)
+            _tell_servers(given, tokenizer, folder)
             return
     print(f"{given.checkpoint} has no tokenizer: copy it from the model that training started from.")
+
+
+def _tell_servers(given: argparse.Namespace, tokenizer: Any, folder: Path) -> None:
+    """As the run itself would at its end: where an answer ends, and the chat template; its config.yaml knows both."""
+    from ds_sft.data.serving import serving
+    from ds_sft.runtime.export import end_answers_at, save_tokenizer
+
+    record = given.checkpoint.resolve().parent / "config.yaml"
+    if not record.is_file():
+        return
+    try:
+        served = serving(load_config(["--config", str(record)]), tokenizer)
+    except UserError as error:
+        print(f"{error}: the end of an answer and the chat template in {given.out} are those of the model before")
+        return
+    save_tokenizer(tokenizer, folder, served.chat_template)
+    end_answers_at(served.end_ids, folder)

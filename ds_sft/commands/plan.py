@@ -40,7 +40,7 @@ from ds_sft.plan.layouts import (
 )
 from ds_sft.plan.memory import activations
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
-from ds_sft.plan.shape import Shape, read_shape
+from ds_sft.plan.shape import Shape, shape_of_run
 from ds_sft.runtime.storage import nearest
 from ds_sft.runtime.zero import read_engine
 
@@ -150,7 +150,7 @@ class Plan:
 
     def __init__(self, config: Config, given: argparse.Namespace) -> None:
         self.config, self.given = config, given
-        self.shape = read_shape(config.model_name_or_path)
+        self.shape = shape_of_run(config)
         self.hardware = Hardware(nodes=given.nodes, gpus_per_node=given.gpus_per_node, flops=given.flops,
                                  inside=given.nvlink, between=given.interconnect, host=given.host_link)  # fmt: skip
         self.configured, self.base = layouts(config, self.shape, self.hardware.ranks)
@@ -194,7 +194,13 @@ class Plan:
         """Everything, for --json: bytes, seconds, bytes a second."""
         times = self.schedule()
         return {
-            "model": {"parameters": self.shape.parameters, "tied": self.shape.tied, "family": self.shape.family},
+            "model": {
+                "parameters": self.shape.parameters,
+                "tied": self.shape.tied,
+                "family": self.shape.family,
+                "positions": self.shape.positions,
+            },
+            "max_length": self.config.max_length,
             "ranks": self.hardware.ranks,
             "ring_bandwidth": self.hardware.ring if self.hardware.nodes > 1 else self.hardware.inside,
             "configured": self.configured,

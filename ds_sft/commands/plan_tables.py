@@ -32,6 +32,7 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     console.print(cost_table(plan))
     for line in (
         recommendation(plan, host_checked=given.host_memory is not None),
+        *position_lines(plan),
         *autocast_lines(plan),
         *disk_lines(plan),
         *time_lines(plan, given),
@@ -99,6 +100,14 @@ def recommendation(plan: dict[str, Any], *, host_checked: bool) -> str:
             else ""
         )
     )
+
+
+def position_lines(plan: dict[str, Any]) -> list[str]:
+    positions, longest = plan["model"]["positions"], plan["max_length"]
+    if positions is None or longest <= positions:
+        return []
+    return [f"max_length: {longest:,} is above the {positions:,} positions that the model was made for "
+            "(max_position_embeddings): a run warns if a row is."]  # fmt: skip
 
 
 def autocast_lines(plan: dict[str, Any]) -> list[str]:

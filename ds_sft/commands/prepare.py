@@ -25,10 +25,13 @@ def main(argv: Sequence[str]) -> int:
         raise SystemExit(0)
     config, launch = read_config(argv, "prepare"), Launch(launcher="python")
     from ds_sft.data.dataset import load_data, print_report
+    from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer
 
-    data = load_data(config, load_tokenizer(config, launch), launch)
+    tokenizer = load_tokenizer(config, launch)
+    data = load_data(config, tokenizer, launch)
     print_report(data.report, launch)
+    check_limits(config, tokenizer, data, launch)
     return 0
 
 

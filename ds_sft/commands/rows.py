@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from ds_sft.config import Config
-from ds_sft.data.files import BadRow, DataFile, find_files
+from ds_sft.data.files import BadRow, DataFile, find_files, holds_lines
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.schedule import count_lines
@@ -49,5 +50,6 @@ def count_usable(file: DataFile, config: Config) -> int:
 
 def count_quickly(file: DataFile, config: Config) -> int | None:
     """Lines that are not blank of a JSON Lines file, unread; None for what only reading it would tell."""
-    lines = None if file.kind != "lines None" else count_lines(file.name)
+    counted = file.kind == "lines None" and holds_lines(Path(file.name))
+    lines = count_lines(file.name) if counted else None
     return lines if lines is None or file.limit is None else min(lines, file.limit)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ds_sft.config import Config
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import collate_flat, collate_padded, views_of
 from ds_sft.data.micro_batches import Batching, lengths_of
-from ds_sft.data.packing import PackedRows, collate_flat, plan_packs
+from ds_sft.data.packing import PackedRows, plan_packs
 from ds_sft.runtime.distributed import Launch
 
 NOTHING = -1  # the row of a rank for which the end of an epoch has none left
@@ -35,16 +40,16 @@ class GlobalBatches(Sampler[list[int]]):
             yield epoch.micro_batch(number) or [NOTHING]
 
 
-class Rows(Dataset[dict[str, list[int]]]):
+class Rows(Dataset[dict[str, Any]]):
     """The rows of a data set, and under `NOTHING` one that counts nothing."""
 
     def __init__(self, rows: Any) -> None:
-        self.rows = rows
+        self.rows = views_of(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index != NOTHING:
             return dict(self.rows[index])
         return {"input_ids": [0], "labels": [IGNORE_INDEX]}
@@ -56,25 +61,56 @@ def make_batches(
     """What a batch is made of, rows or packed sequences of them, and what puts it together.
 
     A padded batch is input_ids, labels, attention_mask: [rows, longest]. Otherwise it is input_ids, labels,
-    position_ids, which start at 0 with every row: [1, tokens], of validation rows too.
+    position_ids, which start at 0 with every row: [1, tokens], of validation rows too. Both come with a `Layout`.
     """
-    from transformers import DataCollatorForSeq2Seq
-
     if config.packing == "none":
-        return rows, DataCollatorForSeq2Seq(tokenizer) if padded else collate_flat
+        return rows, partial(collate_padded, pad_token_id=tokenizer.pad_token_id) if padded else collate_flat
     # The plan must not depend on the number of ranks: a checkpoint may be resumed by another.
     plan = plan_packs(lengths_of(rows), config.max_length, seed=int(config.training.get("seed", 42)))
     launch.say(plan.describe(len(rows)))
     return PackedRows(rows, plan), collate_flat
 
 
-class TrainLoader(DataLoader[dict[str, list[int]]]):
+def single_rows(rows: Any, numbers: Sequence[int]) -> list[int]:
+    """Numbers of the rows that the rows or packed sequences with these numbers are made of."""
+    packs = rows.plan.packs if isinstance(rows, PackedRows) else None
+    return [row for number in numbers for row in (packs[number] if packs else [number])]
+
+
+class TrainLoader(DataLoader[dict[str, Any]]):
     """A loader that tells its batches the epoch; Trainer asks for it at the start of each."""
 
     batch_sampler: GlobalBatches
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+class Ahead:
+    """Batches of a loader, made by a thread while those before them are computed.
+
+    What is read ahead of a stop is lost and read again after the resume: rows are found by their numbers alone.
+    """
+
+    def __init__(self, batches: Iterator[Any], depth: int, device: torch.device | None = None) -> None:
+        """`device`: a GPU for which batches are pinned; the thread would open one on the first GPU of the node."""
+        self.batches = batches
+        start = (torch.cuda.set_device, (device,)) if device is not None else (None, ())
+        self._thread = ThreadPoolExecutor(1, "read-ahead", *start)
+        self._coming = deque(self._read() for _ in range(depth))
+
+    def _read(self) -> Future[Any]:
+        return self._thread.submit(next, self.batches, None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = self._coming.popleft().result()
+        self._coming.append(self._read())
+        if batch is None:
+            raise StopIteration
+        return batch
 
 
 def fingerprint(rows: Any) -> str:

@@ -41,6 +41,8 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 
 MAX_BAD_ROWS_SHOWN = 20
+MAX_FIELDS = 100  # names of fields that are counted; rows may bring names without end
+OTHER_FIELDS = "(others)"
 BLOCK_BYTES = 8 * 2**20  # of JSON in a block, about: what a process holds at a time
 FIRST_BLOCKS, FIRST_ROWS, BLOCK_ROWS = 16, 2000, 16_000  # small blocks first, so that small files keep all cores busy
 BATCH_ROWS = 1000  # rows encoded together
@@ -72,6 +74,8 @@ class Counts:
     bad_rows: int = 0  # of those dropped, the ones that were no usable dialogue
     messages: list[str] = field(default_factory=list)  # the first bad rows: "LINE: what is wrong"
     lost: list[str] = field(default_factory=list)  # the first rows left out because of their length, likewise
+    unread: dict[str, list[int]] = field(default_factory=dict)  # field nobody reads -> rows that have it, the first
+    left_out: dict[str, list[int]] = field(default_factory=dict)  # likewise: what the template leaves out
 
     def add(self, other: Counts) -> None:
         self.rows_read += other.rows_read
@@ -82,6 +86,17 @@ class Counts:
         self.bad_rows += other.bad_rows
         self.messages = (self.messages + other.messages)[:MAX_BAD_ROWS_SHOWN]
         self.lost = (self.lost + other.lost)[:MAX_BAD_ROWS_SHOWN]
+        for mine, others in ((self.unread, other.unread), (self.left_out, other.left_out)):
+            for name, (rows, first) in others.items():
+                count_field(mine, name, rows, first)
+
+
+def count_field(counts: dict[str, list[int]], name: str, rows: int, first: int) -> None:
+    """Add to the rows that a field was found in; of too many names the last ones are counted together."""
+    if name not in counts and len(counts) >= MAX_FIELDS:
+        name = OTHER_FIELDS
+    known = counts.setdefault(name, [0, first])
+    known[:] = known[0] + rows, min(known[1], first)
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,18 @@ def settings_key(config: Config, tokenizer: Any) -> str:
         digest.update(Path(config.template).expanduser().read_bytes())
     # The backend's own description holds vocabulary, merges, normaliser and special tokens.
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in ("cache", "encode", "files", "records", "shapes", "templates"):
+    for name in (
+        "cache",
+        "content",
+        "encode",
+        "files",
+        "records",
+        "rendered",
+        "shapes",
+        "templates",
+        "turns",
+        "values",
+    ):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
 
@@ -451,6 +477,7 @@ def _encode_batch(builder: Builder, rows: list[tuple[int, Raw]], counts: Counts)
     encoded = builder.encoder.encode(dialogues)
     bad += [(lines[i], error) for i, error in encoded.bad.items()]
     _count(builder, counts, encoded, lines, sorted(bad, key=lambda item: item[0]))
+    _count_fields(counts, encoded, dialogues, lines)
     counts.rows_read += len(rows)
     return encoded, lines
 
@@ -474,6 +501,17 @@ def _count(builder: Builder, counts: Counts, encoded: Encoded, lines: list[int],
         counts.dropped_tokens += tokens
         counts.dropped_supervised += supervised
     counts.rows_split += encoded.split
+
+
+def _count_fields(counts: Counts, encoded: Encoded, dialogues: list[Dialogue], lines: list[int]) -> None:
+    """Fields that nobody reads, and what the template leaves out, in rows that are not bad."""
+    for i, dialogue in enumerate(dialogues):
+        if dialogue.unread and i not in encoded.bad:
+            for name in dialogue.unread:
+                count_field(counts.unread, name, 1, lines[i])
+    for i, names in encoded.left_out.items():
+        for name in sorted(names) if i not in encoded.bad else ():
+            count_field(counts.left_out, name, 1, lines[i])
 
 
 def _record_batch(encoded: Encoded) -> pa.RecordBatch:

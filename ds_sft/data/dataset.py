@@ -75,6 +75,8 @@ def load_data(config: Config, tokenizer: Any, launch: Launch) -> Data:
         UserError: a file or a row is unusable, or no row is left to train on.
     """
     encoder, settings = Encoder(tokenizer, config), settings_key(config, tokenizer)
+    if encoder.template.note:
+        launch.say(encoder.template.note)
     train = _load(config.train_file, "train_file", config, settings, encoder, launch)
     seed = int(config.training.get("seed", 42))
     if config.eval_file is not None:
@@ -135,6 +137,9 @@ def _report(split: Split, rows: np.ndarray, *, set_aside: bool = False) -> Repor
     """The report on `rows`. What was dropped or split is told of train_file, not again of rows `set_aside` from it."""
     counts = Counts(rows_read=len(rows)) if set_aside else split.counts
     report = describe(split.title, counts, split.rows[rows], split.names, None if set_aside else split.lost)
+    if not set_aside:
+        report.fields_not_read = _fields([(e.file.name, e.counts.unread) for e in split.files])
+        report.left_out_by_template = _fields([(e.file.name, e.counts.left_out) for e in split.files])
     if len(split.files) > 1:
         kept = np.bincount(split.rows["file"][rows], minlength=len(split.files))
         report.files = {
@@ -148,6 +153,16 @@ def _report(split: Split, rows: np.ndarray, *, set_aside: bool = False) -> Repor
             for i, encoded in enumerate(split.files)
         }
     return report
+
+
+def _fields(found: Sequence[tuple[str, dict[str, list[int]]]]) -> dict[str, list[Any]]:
+    """Counts of fields in each file -> name: [rows, FILE:LINE of the first], the most frequent first."""
+    total: dict[str, list[Any]] = {}
+    for file, counts in found:
+        for name, (rows, first) in counts.items():
+            known = total.setdefault(name, [0, f"{file}:{first}"])
+            known[0] += rows
+    return dict(sorted(total.items(), key=lambda item: -item[1][0]))
 
 
 def _shuffled(hashes: np.ndarray, seed: int) -> np.ndarray:

@@ -21,8 +21,9 @@ import numpy as np
 from ds_sft.config import Config
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
+from ds_sft.data.rendered import left_out
 from ds_sft.data.shapes import Message
-from ds_sft.data.templates import Piece, learned_messages, open_template
+from ds_sft.data.templates import Piece, learned_messages, open_template, with_thinking
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss's default `ignore_index`
 TOO_LONG = "the prompt alone fills max_length"
@@ -50,6 +51,7 @@ class Encoded:
     split: int = 0  # dialogues that became several rows
     forged_dialogues: frozenset[int] = frozenset()  # those of which text became special tokens
     textless_dialogues: frozenset[int] = frozenset()  # those with an answer to learn that has no text, and no call
+    left_out: dict[int, set[str]] = field(default_factory=dict)  # dialogue -> what of it the template leaves out
 
     @property
     def forged(self) -> int:
@@ -96,7 +98,8 @@ class Encoder:
     def encode(self, dialogues: Sequence[Dialogue]) -> Encoded:
         """Encode dialogues, in order."""
         bad: dict[int, BadRow] = {}
-        pieces = [self._pieces(dialogue, bad, i) for i, dialogue in enumerate(dialogues)]
+        missing: dict[int, set[str]] = {}
+        pieces = [self._pieces(dialogue, bad, missing, i) for i, dialogue in enumerate(dialogues)]
         rows = self._join(pieces, np.arange(len(pieces)))
         forged = {i for i, dialogue in enumerate(dialogues) if self.template.forged(dialogue)}
         hidden = self._hidden_special_tokens(rows, pieces)
@@ -109,7 +112,9 @@ class Encoder:
             rows = self._split_long(dialogues, pieces, rows)
         textless = frozenset(i for i, dialogue in enumerate(dialogues) if has_textless_answer(dialogue, self.mask))
         forged_dialogues = frozenset((forged | hidden) - set(bad))
-        return replace(self._fit(rows), forged_dialogues=forged_dialogues, textless_dialogues=textless)
+        return replace(
+            self._fit(rows), forged_dialogues=forged_dialogues, textless_dialogues=textless, left_out=missing
+        )
 
     def _hidden_special_tokens(self, rows: Encoded, pieces: Sequence[Sequence[Piece]]) -> set[int]:
         """Dialogues with more special tokens among their ids than their text shows: a normaliser made them."""
@@ -140,16 +145,22 @@ class Encoder:
             before.append(piece)
         return [int(i) for ids in self._ids(before) for i in ids]
 
-    def _pieces(self, dialogue: Dialogue, bad: dict[int, BadRow], index: int) -> list[Piece]:
-        """No pieces for a dialogue that is bad."""
+    def _pieces(
+        self, dialogue: Dialogue, bad: dict[int, BadRow], missing: dict[int, set[str]], index: int
+    ) -> list[Piece]:
+        """No pieces for a dialogue that is bad; what the template leaves out of others goes to `missing`."""
         learned = learned_messages(dialogue, self.mask)
         try:
             if not any(learned):
                 raise BadRow("no answer to learn", "mask: last, and the last answer says train: false")
-            return self._rendered(dialogue, learned)
+            pieces = self._rendered(dialogue, learned)
         except BadRow as error:
             bad[index] = error
             return []
+        text = "".join([piece.text for piece in pieces if isinstance(piece.text, str)])
+        if names := left_out(with_thinking(dialogue.messages, self.thinking), learned, text):
+            missing[index] = names
+        return pieces
 
     def _rendered(self, dialogue: Dialogue, learned: Sequence[bool]) -> list[Piece]:
         """Raises BadRow: the template cannot render the dialogue."""

@@ -1,7 +1,8 @@
 """Files, folders, globs and hub data sets -> rows as they stand in them, one at a time, in bounded memory.
 
-JSON Lines, a JSON array, CSV and Parquet, each also compressed (.gz, .zst), and data sets of the Hugging Face hub. No
-row decides what is opened: only what the keys `train_file` and `eval_file` name is read.
+JSON Lines, a JSON array (alone or as {"data": [...]}), CSV, TSV and Parquet, each also compressed (.gz, .zst), and data
+sets of the Hugging Face hub. No row decides what is opened: only what the keys `train_file` and `eval_file` name is
+read.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ from ds_sft.errors import UserError
 MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory
 CHUNK = 1 << 20  # bytes read at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
+         ".parquet": "parquet"}  # fmt: skip
+ROWS_UNDER = ("data", "rows", "examples", "instances", "records", "items", "samples", "train")  # {"data": [...]}
 HUB = re.compile(r"hub:(?P<name>.+)|(?P<bare>[A-Za-z0-9][\w.-]*/[\w.-]+)")
 TOO_LARGE = "a row is too large"
 BLANK = re.compile(r"[ \t\r\n]*")
+# The beginning of an object that holds the rows in a list, maybe after a few fields of plain values.
+HOLDER = re.compile(
+    rb'\{\s*("[^"\\]*"\s*:\s*("[^"\\]*"|[\w.+-]+)\s*,\s*)*"(' + "|".join(ROWS_UNDER).encode() + rb')"\s*:\s*\[\s*[{\]]'
+)
 
 
 class BadRow(ValueError):
@@ -204,7 +211,7 @@ def _inside(folder: Path, key: str) -> list[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    """lines, json, csv or parquet by a file's name; None where it does not tell."""
+    """lines, json, csv, tsv or parquet by a file's name; None where it does not tell."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return KINDS.get(name.suffix.lower())
 
@@ -245,14 +252,39 @@ def _file_rows(path: Path, progress: Progress) -> Iterator[tuple[int, Raw]]:
 def _text_rows(path: Path, kind: str, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
     if stream.peek(3)[:3] == codecs.BOM_UTF8:
         stream.read(3)
-    if kind == "csv":
-        yield from _csv_rows(path, stream)
-    elif kind == "json" and stream.peek(CHUNK).lstrip()[:1] == b"[":
-        yield from _array_rows(path, stream)
+    head = stream.peek(CHUNK).lstrip()
+    if kind in ("csv", "tsv"):
+        yield from _csv_rows(path, stream, "," if kind == "csv" else "\t")
+    elif head[:1] == b"[" and not _begins_with_a_row(head):
+        yield from _array_rows(_Text(path, stream))
+    elif HOLDER.match(head) and not _begins_with_a_row(head):
+        yield from _held_rows(_Text(path, stream))
     else:
         for number, line in _lines(stream):
             if isinstance(line, BadRow) or line.strip():
                 yield number, line
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether a file is JSON Lines, uncompressed, whatever its name says; one that cannot be read is not."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    except OSError:
+        return False
+    return _begins_with_a_row(head) or not (head[:1] == b"[" or HOLDER.match(head))
+
+
+def _begins_with_a_row(head: bytes) -> bool:
+    """Whether the first line is JSON in itself and others follow: JSON Lines, though they begin like a list."""
+    line, _, rest = head.partition(b"\n")
+    if not rest.strip():
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Counted(io.RawIOBase):
@@ -289,23 +321,33 @@ def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
         yield number, BadRow(TOO_LARGE, f"a line of more than {MAX_ROW_BYTES:,} bytes; expected one row a line")
 
 
-def _array_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+def _array_rows(text: _Text) -> Iterator[tuple[int, bytes]]:
     """The items of one JSON array, as JSON, with the number of the line on which each begins."""
-    text = _Text(path, stream)
-    text.peek()
-    text.advance(1)  # the bracket
-    closed = text.peek() == "]"
-    while not closed:
-        text.peek()
-        number, item = text.line, text.item()
-        yield number, item.encode("utf-8", "surrogatepass")
-        closed = text.peek() == "]"
-        if not closed and text.peek() != ",":
-            text.fail("expected a comma or ] after an item")
-        text.advance(0 if closed else 1)
-    text.advance(1)
+    yield from text.items()
     if text.peek():
         text.fail("expected nothing after the array")
+
+
+def _held_rows(text: _Text) -> Iterator[tuple[int, Raw]]:
+    """The rows that an object holds in a list; other fields of it, which belong to no row, are bad rows."""
+    rows_under = ""
+    text.take("{")
+    while text.peek() != "}":
+        line, name = text.line, text.item()
+        text.take(":")
+        if text.peek() == "[" and json.loads(name) in ROWS_UNDER:
+            if rows_under:
+                text.fail(f"{rows_under} and {name}: two lists of rows")
+            rows_under = name
+            yield from text.items()
+        elif json.loads(text.item()) not in (None, "", [], {}):
+            yield line, BadRow("a field beside the rows", f"field {name[:40]} stands beside the rows, in none of them; "
+                               "remove it, or write it into the rows")  # fmt: skip
+        if text.peek() != "}":
+            text.take(",")
+    text.take("}")
+    if text.peek():
+        text.fail("expected nothing after the object that holds the rows")
 
 
 class _Text:
@@ -344,6 +386,30 @@ class _Text:
         self.line += self.window.count("\n", self.at, self.at + count)
         self.at += count
 
+    def take(self, character: str) -> None:
+        """Pass over white space and this character.
+
+        Raises:
+            UserError: another one is here.
+        """
+        if self.peek() != character:
+            self.fail(f"expected {character}")
+        self.advance(1)
+
+    def items(self) -> Iterator[tuple[int, bytes]]:
+        """The values of the array that begins here, each with the number of its line."""
+        self.take("[")
+        closed = self.peek() == "]"
+        while not closed:
+            self.peek()
+            number, item = self.line, self.item()
+            yield number, item.encode("utf-8", "surrogatepass")
+            closed = self.peek() == "]"
+            if not closed and self.peek() != ",":
+                self.fail("expected a comma or ] after an item")
+            self.advance(0 if closed else 1)
+        self.advance(1)
+
     def item(self) -> str:
         """The JSON value that begins here."""
         while True:
@@ -351,7 +417,7 @@ class _Text:
                 _, end = self.parse(self.window, self.at)
                 if end < len(self.window) or self.whole:
                     break
-                problem = "the array is not closed"
+                problem = "the list is not closed"
             except json.JSONDecodeError as error:
                 problem = error.msg
                 end = len(self.window)
@@ -369,11 +435,11 @@ class _Text:
         raise UserError(f"{self.path}:{self.line}: not JSON: {problem}; expected an array of objects")
 
 
-def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
-    """Rows of a CSV file whose first line names the fields."""
+def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Raw]]:
+    """Rows of a CSV or TSV file whose first line names the fields."""
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _CsvLines(path, stream)
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     number = 1
     try:
         header = next(reader, [])
@@ -438,7 +504,7 @@ def _parquet_batch(batch: pa.RecordBatch) -> Iterator[Raw]:
     """The rows of a batch; those too large, or with values that Python has no form for, are bad."""
     if batch.nbytes <= MAX_ROW_BYTES:
         try:
-            yield from batch.to_pylist()
+            yield from batch.to_pylist(maps_as_pydicts="strict")
             return
         except (ValueError, OverflowError, LookupError):  # a date in the year 300,000; bytes that are no text
             pass
@@ -448,7 +514,7 @@ def _parquet_batch(batch: pa.RecordBatch) -> Iterator[Raw]:
             yield BadRow(TOO_LARGE, f"a row of more than {MAX_ROW_BYTES:,} bytes")
             continue
         try:
-            yield row.to_pylist()[0]
+            yield row.to_pylist(maps_as_pydicts="strict")[0]
         except (ValueError, OverflowError, LookupError) as error:
             yield BadRow("not readable", f"a value that cannot be read: {str(error)[:150] or type(error).__name__}")
 

@@ -64,6 +64,17 @@ class Epoch:
         return apart, 1 - float(at_once.sum()) / max(1, int(longest.sum()) * self.ranks)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """Where a run went on with other rows in a step: the steps before it are done, whatever rows they had."""
+
+    epoch: int = 0  # the one under way, or about to begin
+    first_step: int = 0  # steps of the run before that epoch
+    step: int = 0  # steps of the run that are done
+    rows: int = 0  # of that epoch's order, that they have learned
+    samples: int = 0  # rows learned since the run began
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batching:
     """What decides the micro batches of a run.
@@ -73,6 +84,9 @@ class Batching:
     accumulation x ranks. Without a `micro_batch` the rows are put into bins of at most `max_tokens`, anew in every
     epoch; a micro batch is a bin, and step s has the bins [s x K, (s + 1) x K), K = accumulation x ranks. At the end of
     an epoch no row comes twice: some micro batches then have none, because all ranks must run as many.
+
+    A run that goes on with another R deals the rows after its `seam` anew. The steps before it count as steps of that
+    epoch, with micro batches that have no rows here and are never asked for.
     """
 
     lengths: Ints  # [rows] tokens of each
@@ -85,6 +99,7 @@ class Batching:
     max_tokens: int | None = None  # of a micro batch, padding included
     drop_last: bool = False
     attention: float = 0.0  # what a pair of tokens costs in attention, beside all else that a token costs
+    seam: Seam = Seam()
     _last: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -115,21 +130,62 @@ class Batching:
             self._last[number] = plan
         return self._last[number]
 
+    @property
+    def a_step(self) -> int:
+        """Rows of a step, or the micro batches that tokens fill."""
+        return (self.micro_batch or 1) * self.slots
+
+    def _past(self, epoch: int) -> tuple[int, int]:
+        """Rows and steps of an epoch that lie before the seam."""
+        seam = self.seam
+        return (seam.rows, seam.step - seam.first_step) if epoch == seam.epoch else (0, 0)
+
+    def steps_of(self, epoch: int) -> int:
+        """Steps of an epoch; those of the one with the seam are of both sizes."""
+        rows, steps = self._past(epoch)
+        units = (self.num_bins or len(self.lengths)) - rows
+        return steps + math.ceil(used(units, self.a_step, drop_last=self.drop_last) / self.a_step)
+
+    def steps(self, epochs: float) -> int:
+        """Steps of a run of so many epochs."""
+        whole, first = self.seam.epoch + 1, self.steps_of(self.seam.epoch)
+        if epochs <= whole:
+            return self.seam.first_step + math.ceil(max(0.0, epochs - self.seam.epoch) * first)
+        anywhere = self.steps_of(whole)
+        return math.ceil(epochs * anywhere) + self.seam.first_step + first - whole * anywhere
+
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch under way after a step of the run, and the steps of it that are done."""
+        into = step - self.seam.first_step
+        if into < self.steps_of(self.seam.epoch):
+            return self.seam.epoch, into
+        later, into = divmod(into - self.steps_of(self.seam.epoch), self.steps_of(self.seam.epoch + 1))
+        return self.seam.epoch + 1 + later, into
+
     def samples(self, epochs: int, steps: int) -> int:
         """Rows learned from in so many whole epochs and steps."""
+        whole = sum(self._rows_used(number) for number in range(self.seam.epoch, epochs))
+        return self.seam.samples + whole + (self.epoch(epochs).samples(steps) if steps else 0)
+
+    def _rows_used(self, number: int) -> int:
         if self.drop_last and not self.micro_batch:  # how many rows are in the whole steps differs
-            whole = sum(len(self.epoch(number).rows) for number in range(epochs))
-        else:
-            a_step = (self.micro_batch or 1) * self.slots
-            whole = epochs * used(len(self.lengths), a_step, drop_last=self.drop_last)
-        return whole + (self.epoch(epochs).samples(steps) if steps else 0)
+            return len(self.epoch(number).rows)
+        a_step = self.a_step if self.micro_batch else 1
+        return used(len(self.lengths) - self._past(number)[0], a_step, drop_last=self.drop_last)
+
+    def here(self, step: int) -> Seam:
+        """Where another size of a step could go on after this one."""
+        epoch, steps = self.position(step)
+        learned = self._past(epoch)[0] + (self.epoch(epoch).samples(steps) if steps else 0)
+        return Seam(epoch=epoch, first_step=step - steps, step=step, rows=learned, samples=self.samples(epoch, steps))
 
     # ---- A number of rows
 
     def _by_rows(self, number: int) -> Epoch:
         assert self.micro_batch is not None
-        a_step = self.micro_batch * self.slots
-        order = self._order(number)
+        a_step, (learned, steps) = self.a_step, self._past(number)
+        done = steps * self.slots
+        order = self._order(number)[learned:]
         order = order[: used(len(order), a_step, drop_last=self.drop_last)]
         whole = len(order) // a_step
         rest = order[whole * a_step :]
@@ -138,7 +194,7 @@ class Batching:
         last = self._deal(self.lengths[rest[None]], rest_slots)
         of_step = np.arange(whole)[:, None] * self.slots
         owner = np.concatenate([(full + of_step).ravel(), last.ravel() + whole * self.slots])
-        return self._arrange(order, owner, whole * self.slots + rest_slots)
+        return self._arrange(order, owner + done, done + whole * self.slots + rest_slots)
 
     def _deal(self, lengths: Ints, slots: int) -> Ints:
         """[steps, rows] -> the micro batch of each, below `slots`."""
@@ -159,8 +215,7 @@ class Batching:
         generator = torch.Generator().manual_seed(self.seed + number)
         if self.order == "random":
             return torch.randperm(len(self.lengths), generator=generator).numpy()
-        a_step = (self.micro_batch or 1) * self.slots
-        return np.array(get_length_grouped_indices(self.lengths.tolist(), a_step, generator=generator), np.int64)
+        return np.array(get_length_grouped_indices(self.lengths.tolist(), self.a_step, generator=generator), np.int64)
 
     # ---- A number of tokens
 
@@ -252,11 +307,12 @@ class Batching:
         )
 
     def _largest_of(self, epochs: int) -> int:
-        return max(int(self.epoch(number).computed.max()) for number in range(epochs))
+        left = range(self.seam.epoch, epochs)
+        return max((int(self.epoch(number).computed.max()) for number in left), default=0)
 
     def describe(self, *, each_micro_batch: bool) -> str:
         """How much of the first epoch is padding and waiting, in one line."""
-        first = self.epoch(0)
+        first = self.epoch(self.seam.epoch + 1 if self.seam.rows else 0)  # a whole one
         line = f"Padding is {first.padding:.1%} of the tokens computed." if self.padded else "No padding."
         if self.ranks == 1:
             return line

@@ -1,4 +1,4 @@
-"""Which rows share a sequence (`packing: concat`), and the batches in which they do.
+"""Which rows share a sequence (`packing: concat`).
 
 Whole rows only. Position ids start at 0 with every row, and there is no attention mask: from that
 training/attention.py, or transformers' mask (masking_utils.py), keeps the rows of a sequence apart, so a packed row is
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import Ids, concatenate, views_of
 
 
 @dataclass(frozen=True)
@@ -74,33 +73,14 @@ def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: in
     return Plan([packs[i] for i in shuffle.permutation(len(packs)).tolist()], int(lengths.sum()), max_length)
 
 
-class PackedRows(Dataset[dict[str, list[int]]]):
+class PackedRows(Dataset[dict[str, Ids]]):
     """The sequences of a plan: input_ids, labels and position_ids, which start at 0 with every row: [tokens] each."""
 
     def __init__(self, rows: Any, plan: Plan) -> None:
-        self.rows, self.plan = rows, plan
+        self.rows, self.plan, self._views = rows, plan, views_of(rows)
 
     def __len__(self) -> int:
         return len(self.plan.packs)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return concatenate([self.rows[row] for row in self.plan.packs[index]])
-
-
-def concatenate(rows: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
-    """Rows or sequences end to end. The first token of a row is no target: what stands before it is another row."""
-    joined: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for row in rows:
-        positions = row.get("position_ids") or list(range(len(row["input_ids"])))
-        labels = [
-            IGNORE_INDEX if position == 0 else label for position, label in zip(positions, row["labels"], strict=True)
-        ]
-        joined["input_ids"] += row["input_ids"]
-        joined["labels"] += labels
-        joined["position_ids"] += positions
-    return joined
-
-
-def collate_flat(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """A batch without padding: all its rows in one sequence, [1, tokens] each."""
-    return {name: torch.tensor([ids]) for name, ids in concatenate(features).items()}
+    def __getitem__(self, index: int) -> dict[str, Ids]:
+        return concatenate([self._views[row] for row in self.plan.packs[index]])

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_sft.config import Config
-from ds_sft.data.files import BadRow, DataFile, Raw
+from ds_sft.data.content import as_object
+from ds_sft.data.files import ROWS_UNDER, BadRow, DataFile, Raw
 from ds_sft.data.shapes import Message, Shape, to_messages
 
 
@@ -18,6 +19,7 @@ class Dialogue:
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)  # fields of the row that hold something nobody reads
 
     @property
     def last_answer(self) -> int:
@@ -33,7 +35,8 @@ class Dialogue:
     def answer(self) -> str:
         """The last answer, with the calls it makes in JSON."""
         message = self.messages[self.last_answer]
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+        functions = [call["function"] for call in message.tool_calls]
+        calls = [json.dumps({**f, "arguments": as_object(f["arguments"])}, ensure_ascii=False) for f in functions]
         return "\n".join([message.content, *calls] if message.content else calls)
 
 
@@ -82,6 +85,9 @@ def parse_json(line: bytes) -> Any:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise BadRow("not UTF-8", f"not UTF-8: {found}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
+        if line.strip() in (b"{", b"["):
+            text = f'not JSON: it goes over several lines; expected one object a line, or {{"{ROWS_UNDER[0]}": [...]}}'
+            raise BadRow("not JSON", text) from None
         what = error.msg.removesuffix(" at")
         text = f"not JSON: {what} at column {error.colno}; expected one JSON object a line"
         raise BadRow("not JSON", text) from None
@@ -95,5 +101,5 @@ def to_dialogue(row: Any, reading: Reading) -> Dialogue:
     Raises:
         BadRow: not an object, a field missing or of another type, or nothing to learn in it.
     """
-    messages, tools = to_messages(row, reading.shape, reading.fields, reading.system_prompt)
-    return Dialogue(tuple(messages), tuple(tools))
+    messages, tools, unread = to_messages(row, reading.shape, reading.fields, reading.system_prompt)
+    return Dialogue(tuple(messages), tuple(tools), unread)

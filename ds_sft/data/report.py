@@ -14,6 +14,7 @@ from ds_sft.runtime.distributed import Launch
 
 LONGEST = 10  # rows named with their lengths
 ROUND = 64  # tokens: recommended lengths are multiples, as GPUs like them
+FIELDS_SHOWN = 5  # names of fields in a line
 PERCENTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 
 
@@ -45,6 +46,8 @@ class Report:
     recommended_max_length: int = 0  # holds 99 % of the rows whole
     longest: list[list[Any]] = field(default_factory=list)  # [FILE:LINE, tokens]
     dropped_examples: list[str] = field(default_factory=list)  # "FILE:LINE: why", the first of them
+    fields_not_read: dict[str, list[Any]] = field(default_factory=dict)  # name -> [rows that hold some, FILE:LINE]
+    left_out_by_template: dict[str, list[Any]] = field(default_factory=dict)  # likewise: "user name", as an example
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # where there are several
 
 
@@ -163,7 +166,17 @@ def advice(split: str, counts: dict[str, Any]) -> list[str]:
             f"{split}: rows with an answer without text: {counts['rows_with_empty_answers']:,}, the first in "
             f"{counts['first_empty_answer']}: a model learns from them to end its turn at once."
         )
+    if counts["fields_not_read"]:
+        lines.append(f"{split}: fields not read: {_fields(counts['fields_not_read'])}.")
+    if counts["left_out_by_template"]:
+        lines.append(f"{split}: left out or rewritten by the template: {_fields(counts['left_out_by_template'])}.")
     if counts["duplicates"]:
         lines.append(f"{split}: {counts['duplicates']:,} rows are also in train, token for token: the loss on them "
                      "says nothing about new dialogues.")  # fmt: skip
     return lines
+
+
+def _fields(found: dict[str, list[Any]]) -> str:
+    shown = [f"{name} ({rows:,} rows, first {where})" for name, (rows, where) in list(found.items())[:FIELDS_SHOWN]]
+    more = f" and {len(found) - FIELDS_SHOWN:,} more in data_report.json" if len(found) > FIELDS_SHOWN else ""
+    return ", ".join(shown) + more

@@ -7,9 +7,10 @@ apart, so that no token spans the border where generation starts; joined, their 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +18,17 @@ from ds_sft.config import Config
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
+from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
 from ds_sft.errors import UserError
 
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
-EMPTY_AGAIN = re.compile(r"<think>\s*</think>\n{0,2}")
 # Around special-token text of a row while it is rendered. Unicode reserves these two for a program's own use.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 MARKED = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
-SENTINEL = "ds_sft-7f3a"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOT_SEEN = "it cannot be shown which text is learned"
+REMEDIED = ("the template rewrites an answer", "the template rewrites earlier turns", "no end of turn")
 
 
 class Piece(NamedTuple):
@@ -94,14 +96,14 @@ def with_thinking(messages: Sequence[Message], policy: str) -> list[Message]:
 def _rethink(message: Message, policy: str) -> Message:
     if message.role != "assistant":
         return message
-    extra = {name: text for name, text in message.extra.items() if name != "reasoning_content"}
+    extra = {name: text for name, text in message.extra.items() if name != FIELD}
     content = THINKING.sub("", message.content, count=1) if THINKING.match(message.content) else message.content
     return replace(message, content=EMPTY_THINKING + content if policy == "empty" else content, extra=extra)
 
 
 def full_content(message: Message) -> str:
     """A message with the reasoning that stands in a field of its own before it, as Qwen3 and DeepSeek write it."""
-    reasoning = message.extra.get("reasoning_content", "")
+    reasoning = message.extra.get(FIELD, "")
     return f"<think>\n{reasoning}\n</think>\n\n{message.content}" if reasoning else message.content
 
 
@@ -127,6 +129,10 @@ class Reference:
     def allow_special_tokens(self) -> bool:
         return True  # as in the reference; `forged` counts them
 
+    @property
+    def note(self) -> str:
+        return ""
+
     @cached_property
     def special(self) -> re.Pattern[str]:
         """Matches text that becomes special tokens."""
@@ -134,7 +140,7 @@ class Reference:
 
     def forged(self, dialogue: Dialogue) -> bool:
         """Whether text of the row becomes special tokens, as in the reference."""
-        return any(self.special.search(message.content) for message in dialogue.messages)
+        return any(self.special.search(full_content(message)) for message in dialogue.messages)
 
     @cached_property
     def _remedy(self) -> str:
@@ -163,9 +169,10 @@ class Reference:
 class ChatTemplate:
     """A Jinja chat template, as `apply_chat_template` renders it.
 
-    What is learned of a turn: from where generation would start up to and with the end-of-turn token. The template's
-    {% generation %} marks say so where it has them; else it is found from what the template writes before an answer,
-    and the text found must be the answer: a turn that the template rewrites is refused.
+    What is learned of a turn: from where generation would start up to and with the token that ends it, also where that
+    is the first of the next turn (GLM's; after the last answer it is added). The template's {% generation %} marks say
+    so where it has them; else it is found from what the template writes before an answer (`turns.py`), and the text
+    found must be the answer: a turn that the template rewrites is refused.
     """
 
     def __init__(
@@ -173,41 +180,137 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer, self.source, self.thinking = tokenizer, source, thinking
         self.system_prompt, self.allow_special_tokens = system_prompt, allow_special_tokens
-        self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-        whole, before, prompt = self._probe()
+        self.renderer, self.marks = Renderer(tokenizer, source), GENERATION.search(source) is not None
+        self.turns = find_turns(self.renderer)
+        system = self.renderer.attempt({"role": "system", "content": "x"}, {"role": "user", "content": "x"})
         # Of a thinking block the tokens are not structure: answers write it themselves.
-        self.special = special_tokens(tokenizer, THINKING.sub("", self._probe_system() + prompt + whole))
-        self.end, self.header = self._end_and_header(whole, before, prompt)
+        self.special = special_tokens(tokenizer, THINK_TAG.sub("", system + self.turns.written))
+        self.plain, self.thought = self.turns.plain, self.turns.thought
+        if self.marks:  # which begin where a template's author put them
+            self.plain, self.thought = self._from_any_start()
+        within = any(self.turns.header in text for pair in self.turns.thought for text in pair)  # between channels
+        headers = (self.turns.tool_header, "" if self.marks or within else self.turns.header)
+        self.borders = [header for header in headers if header]  # where another turn begins
+        self.ends = re.compile(f"(?<!{OPEN})(?:{'|'.join(map(re.escape, self.turns.ends))})")
+        # Ends that the template writes within an answer: gpt-oss's <|end|> between reasoning and content.
+        self.inner_ends = max((len(self.ends.findall(between)) for _, between in self.turns.thought), default=0)
+
+    @property
+    def end(self) -> str:
+        """What ends the last answer."""
+        return self.turns.end
+
+    @property
+    def note(self) -> str:
+        """What a user would not expect of this template; none as a rule."""
+        if not self.turns.closes:
+            return ""
+        return f"template: it ends an answer with {self.end!r} of the next turn, which is added after a last answer"
 
     def forged(self, dialogue: Dialogue) -> bool:
         return False
 
     def pieces(self, dialogue: Dialogue, learned: Sequence[bool]) -> list[Piece]:
         """Raises BadRow: the template refuses the dialogue, or rewrites what is to be learned."""
-        messages, learned = self._complete(dialogue, learned)
-        rows, tools = [_openai(message) for message in messages], list(dialogue.tools)
-        marked = rows if self.allow_special_tokens else self._mark(rows)
-        marked_tools = tools if self.allow_special_tokens else self._mark(tools)
         try:
-            whole, marks = self._render(marked, marked_tools, marks=self.marks)
+            return self._in_some_form(dialogue, learned, self.thinking)
         except BadRow as error:
-            if messages[0].role == "system" and dialogue.messages[0].role != "system":
-                text = 'the system turn is the key system_prompt: write system_prompt: "" to have none'
-                raise BadRow(error.reason, f"{error}; {text}") from None
-            raise
-        if OPEN in whole and _unmarked(whole) != self._render(rows, tools)[0]:
-            raise BadRow("special-token text", "the template renders special-token text of this row differently from "
-                         "other text; remove it, or write allow_special_tokens: true")  # fmt: skip
-        _check_tools(whole, marked_tools)
-        find = self._marked_spans if self.marks else self._found_spans
-        spans = find(whole, marks, marked, marked_tools, messages, learned)
-        return _cut(whole, spans)
+            raise self._with_remedy(error, dialogue, learned) if error.reason in REMEDIED else error from None
 
-    def _complete(self, dialogue: Dialogue, learned: Sequence[bool]) -> tuple[list[Message], list[bool]]:
-        messages, learned = with_thinking(dialogue.messages, self.thinking), list(learned)
+    def _with_remedy(self, error: BadRow, dialogue: Dialogue, learned: Sequence[bool]) -> BadRow:
+        """The error with what helps against it, which has been tried."""
+        last, helps = learned_messages(dialogue, "last"), []
+        if self._accepts(dialogue, learned, "drop"):
+            helps.append("leave reasoning out (thinking: drop)")
+        if any(last) and self._accepts(dialogue, last, self.thinking):
+            helps.append("learn the last answer only (mask: last)")
+        remedy = " or ".join(helps) or "expected another template (template: FILE.jinja)"
+        return BadRow(error.reason, f"{error}; {remedy}")
+
+    def _accepts(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> bool:
+        try:
+            self._in_some_form(dialogue, learned, thinking)
+        except BadRow:
+            return False
+        return True
+
+    def _in_some_form(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> list[Piece]:
+        """Pieces of the dialogue, its calls in the first form that the template renders them in.
+
+        Raises:
+            BadRow: in none.
+        """
+        messages, learned = self._complete(dialogue, learned, thinking)
+        rows, first = [self._row(message) for message in messages], None
+        for form in self._call_forms(messages):
+            try:
+                formed = [form.applied(row) if "tool_calls" in row else row for row in rows] if form else rows
+                return self._formed(formed, list(dialogue.tools), messages, learned)
+            except BadRow as error:
+                first = first or error
+        assert first
+        if messages[0].role == "system" and dialogue.messages[0].role != "system" and first.reason == REFUSED:
+            text = 'the system turn is the key system_prompt: write system_prompt: "" to have none'
+            raise BadRow(first.reason, f"{first}; {text}")
+        raise first
+
+    def _call_forms(self, messages: Sequence[Message]) -> list[CallForm | None]:
+        """The forms to try: as the row has its arguments, then the other, but those first that work for a call."""
+        calls = [call for message in messages for call in message.tool_calls]
+        if not calls:
+            return [None]
+        as_text = any(isinstance(call["function"]["arguments"], str) for call in calls)
+        own_first = sorted(CALL_FORMS, key=lambda form: form.as_text != as_text)
+        working: list[CallForm | None] = [form for form in own_first if form in self.turns.call_forms]
+        return working or [own_first[0]]
+
+    def _from_any_start(self) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
+        """What may stand before a content or reasoning after a mark: all the template writes, or a part of it."""
+        plain = {start for text, part in self.turns.plain for start in (*self._starts(text), text[part:])}
+        thought = {(start, between) for text, between in self.turns.thought for start in self._starts(text)}
+        return tuple((text, 0) for text in sorted(plain, key=len, reverse=True)), tuple(thought)
+
+    def _starts(self, text: str) -> list[str]:
+        """A text with the header, without it, and from each tag of a thinking block on."""
+        whole = self.turns.header + text
+        return [whole, text, *(whole[tag.start() :] for tag in THINK_TAG.finditer(whole))]
+
+    def _complete(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> tuple[list[Message], list[bool]]:
+        messages, learned = with_thinking(dialogue.messages, thinking), list(learned)
         if self.system_prompt and messages[0].role != "system":
             return [Message("system", self.system_prompt), *messages], [False, *learned]
         return messages, learned
+
+    def _row(self, message: Message) -> dict[str, Any]:
+        """A message as the template wants it: reasoning in the field that it reads, or in the content."""
+        extra, content = dict(message.extra), message.content
+        reasoning = extra.pop(FIELD, "")
+        if not reasoning and self.turns.splits and message.role == "assistant" and (own := THINKING.match(content)):
+            extra[FIELD], content = own[1].strip("\n"), content[own.end() :]
+        elif reasoning and self.turns.reasoning == "content":
+            content = full_content(message)
+        elif reasoning:
+            extra[FIELD] = reasoning
+        row: dict[str, Any] = {"role": message.role, "content": content, **extra}
+        return {**row, "tool_calls": list(message.tool_calls)} if message.tool_calls else row
+
+    def _formed(
+        self, rows: list[Any], tools: list[Any], messages: Sequence[Message], learned: Sequence[bool]
+    ) -> list[Piece]:
+        """Pieces of a dialogue in the form in which it is handed to the template."""
+        marked = rows if self.allow_special_tokens else self._mark(rows)
+        marked_tools = tools if self.allow_special_tokens else self._mark(tools)
+        whole, marks = self.renderer.render(marked, marked_tools, marks=self.marks)
+        if OPEN in whole and _unmarked(whole) != self.renderer.render(rows, tools)[0]:
+            raise BadRow("special-token text", "the template renders special-token text of this row differently from "
+                         "other text; remove it, or write allow_special_tokens: true")  # fmt: skip
+        _check_tools(whole, marked_tools)
+        if self.turns.closes and messages[-1].role == "assistant":
+            whole += self.turns.call_end if messages[-1].tool_calls else self.turns.end
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if self.marks:
+            return _cut(whole, self._marked_spans(whole, marks, marked, answers, learned))
+        return _cut(whole, self._found_spans(whole, marked, marked_tools, answers, learned))
 
     def _mark(self, value: Any) -> Any:
         """Wrap special-token text in whatever a row says, so that it can be told from the template's own."""
@@ -219,156 +322,122 @@ class ChatTemplate:
             return {self._mark(key): self._mark(item) for key, item in value.items()}
         return [self._mark(item) for item in value] if isinstance(value, list) else value
 
-    def _render(
-        self, rows: list[Any], tools: list[Any], *, generation: bool = False, marks: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the spans of {% generation %} where `marks` asks for them."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                [rows],
-                tools=tools or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=generation,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:150] or type(error).__name__
-            raise BadRow("the template refuses it", f"the template refuses this dialogue: {reason}") from None
-        return texts[0], spans[0] if marks else []
-
-    def _probe(self) -> tuple[str, str, str]:
-        """What the template makes of a question and an answer, of the question, and of that as a prompt.
-
-        Raises:
-            UserError: it cannot be used.
-        """
-        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}
-        try:
-            whole, _ = self._render([question, answer], [])
-            before, prompt = self._render([question], [])[0], self._render([question], [], generation=True)[0]
-        except BadRow as error:
-            raise UserError(f"template: {error}, one question and one answer") from None
-        return whole, before, prompt
-
-    def _probe_system(self) -> str:
-        """A system turn; nothing where the template has no form for it."""
-        try:
-            return self._render([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], [])[0]
-        except BadRow:
-            return ""
-
-    def _end_and_header(self, whole: str, before: str, prompt: str) -> tuple[str, str]:
-        """What the template writes after an answer to end the turn, and before one, where that can be told.
-
-        Raises:
-            UserError: nothing that could be learned.
-        """
-        tail = whole.partition(SENTINEL)[2]
-        added = sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        match = re.search("|".join(map(re.escape, added)) or "(?!)", tail)
-        end = match[0] if match else tail.strip()
-        if SENTINEL not in whole:
-            raise UserError("template: it does not render an answer as it is")
-        if not end:
-            raise UserError("template: it writes nothing after an answer, so no end of turn could be learned; "
-                            "expected a template that ends an answer with a token such as <|im_end|>")  # fmt: skip
-        header = prompt.removeprefix(before) if prompt.startswith(before) else ""
-        return end, header if self.special.search(header) and whole.startswith(before + header) else ""
-
     def _marked_spans(
-        self,
-        whole: str,
-        marks: list[tuple[int, int]],
-        rows: list[Any],
-        tools: list[Any],
-        messages: Sequence[Message],
-        learned: Sequence[bool],
+        self, whole: str, marks: list[tuple[int, int]], rows: list[Any], answers: list[int], learned: Sequence[bool]
     ) -> list[tuple[int, int]]:
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if len(marks) != len(answers):
             raise BadRow("generation marks", f"the template marks {len(marks)} generated parts where the dialogue has "
                          f"{len(answers)} answers: {NOT_SEEN}")  # fmt: skip
         spans = []
-        for i, (start, end) in zip(answers, marks, strict=True):
+        for i, (start, stop) in zip(answers, marks, strict=True):
             if learned[i]:
-                content = rows[i]["content"]
-                own_end = self._end_after(whole, start + len(content) * whole.startswith(content, start))
-                end = own_end if 0 <= own_end < end else end  # a line end after it may be marked, too
-                if not whole.startswith(self.end, end):
+                ends = [end for end in self.ends.finditer(whole, start) if end.start() <= stop]
+                if not ends:
                     raise BadRow("no end of turn", f"the template's marks do not end with {self.end!r}")
-                self._check(whole[start:end], rows[i], messages[i])
-                spans.append((start, end + len(self.end)))
+                spans.append(self._span(whole, start, ends, rows[i]))
         return spans
 
     def _found_spans(
-        self,
-        whole: str,
-        marks: list[tuple[int, int]],
-        rows: list[Any],
-        tools: list[Any],
-        messages: Sequence[Message],
-        learned: Sequence[bool],
+        self, whole: str, rows: list[Any], tools: list[Any], answers: list[int], learned: Sequence[bool]
     ) -> list[tuple[int, int]]:
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        starts = self._header_ends(whole, len(answers))
-        spans = []
+        starts, spans = self._header_ends(whole, len(answers)), []
         for count, i in enumerate(answers):
             if learned[i]:
                 start = starts[count] if starts else self._prompt_end(whole, rows[:i], tools)
-                spans.append(self._span(whole, start, rows[i], messages[i]))
+                spans.append(self._span(whole, start, self.ends.finditer(whole, start), rows[i]))
         return spans
 
     def _header_ends(self, whole: str, count: int) -> list[int]:
         """Where the answers start, if the special tokens before one occur just as often as there are answers."""
-        if not self.header or self.allow_special_tokens or whole.count(self.header) != count:
+        header = self.turns.header
+        if self.allow_special_tokens or not self.special.search(header) or whole.count(header) != count:
             return []
-        return [match.end() for match in re.finditer(re.escape(self.header), whole)]
+        return [match.end() for match in re.finditer(re.escape(header), whole)]
 
     def _prompt_end(self, whole: str, before: list[Any], tools: list[Any]) -> int:
-        prompt, _ = self._render(before, tools, generation=True)
+        """Where an answer starts, without what the prompt opens: of earlier answers most templates leave that out."""
+        prompt = self.renderer.render(before, tools, generation=True)[0].removesuffix(self.turns.opened)
         if not whole.startswith(prompt):
             raise BadRow("the template rewrites earlier turns", f"message {len(before)}: the template renders what is "
                          f"before this answer differently once it is there: {NOT_SEEN}")  # fmt: skip
         return len(prompt)
 
-    def _span(self, whole: str, start: int, row: dict[str, Any], message: Message) -> tuple[int, int]:
-        """From where generation starts to the end of the turn, with the end-of-turn token."""
-        content = row["content"]
-        empty = EMPTY_AGAIN.match(whole, start)
-        own = THINKING.match(content) or message.extra.get("reasoning_content")
-        if empty and not own:
-            start = empty.end()  # written by the template, so it belongs to the prompt
-        end = self._end_after(whole, start + len(content) * whole.startswith(content, start))
-        body = whole[start:end]
-        if end < 0 or (self.header and self.header in body):
-            raise BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
-        self._check(body, row, message)
-        return start, end + len(self.end)
+    def _span(self, whole: str, start: int, ends: Iterable[re.Match[str]], row: dict[str, Any]) -> tuple[int, int]:
+        """From where generation starts up to and with the token that ends the turn, of `ends` the first that can be."""
+        texts: list[str] = []
+        said = f"{row.get(FIELD, '')} {row.get('content') or ''}"
+        for end in islice(ends, 1 + self.inner_ends + len(self.ends.findall(said))):
+            texts.append(whole[start : end.start()])
+            if (prompt_part := self._prompt_part(texts[-1], row)) is not None:
+                return start + prompt_part, end.end()
+        raise self._refusal(texts, row)
 
-    def _end_after(self, whole: str, start: int) -> int:
-        """Where the template ends a turn next; special-token text of the row does not count."""
-        match = re.compile(f"(?<!{OPEN})" + re.escape(self.end)).search(whole, start)
-        return match.start() if match else -1
+    def _prompt_part(self, text: str, row: dict[str, Any]) -> int | None:
+        """How much of what stands between header and end is prompt; None where that is not the answer of `row`."""
+        calls = row.get("tool_calls", ())
+        if calls and (self._runs_on(text) or self._missing_call(text, row) is not None):
+            return None
+        reasoning, content = self._said(row)
+        if reasoning is not None and self._is_thought(text, reasoning, content, bool(calls)):
+            return 0 if self.marks else self.turns.prompt_part(text)
+        if reasoning and not reasoning.isspace():
+            if FIELD in row:
+                return None
+            content = row["content"]  # which the template may leave as it is
+        content = content.strip()
+        for prefix, prompt_part in self.plain:
+            if text.startswith(prefix) or (not content and text == prefix.rstrip()):
+                rest = text[len(prefix) :].strip()
+                if rest == content or (calls and rest.startswith(content)):
+                    return min(prompt_part, len(text))
+        return None
 
-    def _check(self, body: str, row: dict[str, Any], message: Message) -> None:
-        """The text between header and end of turn must be the answer."""
-        content = full_content(replace(message, content=row["content"], extra={k: row[k] for k in message.extra}))
-        thought = THINKING.match(content)
-        if self.thinking == "empty" and thought and not EMPTY_AGAIN.match(body):
-            content = content[thought.end() :]  # an earlier turn: Qwen3 leaves its reasoning out, empty or not
-        body, content = (_squeezed(text) if thought else text.strip() for text in (body, content))
-        if not (body.startswith(content) if message.tool_calls else body == content):
-            raise BadRow("the template rewrites an answer", f"the template renders the answer {message.content[:40]!r} "
-                         f"as {body[:40]!r}; leave reasoning out (thinking: drop) or learn the last answer only "
-                         "(mask: last)")  # fmt: skip
-        for call in row.get("tool_calls", ()):
-            if call["function"]["name"] not in body:
-                raise BadRow("the template has no tool calls", "the template leaves out the call of "
-                             f"{message.tool_calls[0]['function']['name']!r}; expected one with tools")  # fmt: skip
+    def _said(self, row: dict[str, Any]) -> tuple[str | None, str]:
+        """Reasoning and content of a message."""
+        content = row.get("content") or ""
+        if FIELD in row:
+            return row[FIELD], content
+        if "</think>" not in content:
+            return None, content
+        if own := THINKING.match(content):
+            return own[1], content[own.end() :]
+        reasoning, _, rest = content.partition("</think>")
+        half = "<think>" in self.turns.opened and "<think>" not in reasoning  # as a model writes that is so prompted
+        return (reasoning, rest) if half else (None, content)
+
+    def _is_thought(self, text: str, reasoning: str, content: str, calls: bool) -> bool:
+        """Whether a text is reasoning and content as the template writes them; before calls only its beginning."""
+        text, content = _squeezed(text), _squeezed(content)
+        for before, between in self.thought:
+            opening = _squeezed(before + reasoning)
+            if text == opening + _squeezed(between) + content:
+                return True
+            if calls and text.startswith(opening) and content in text[len(opening) :]:
+                return True
+        return False
+
+    def _runs_on(self, text: str) -> bool:
+        """Whether a text goes on into another turn."""
+        return any(border in text for border in self.borders)
+
+    def _missing_call(self, text: str, row: dict[str, Any]) -> str | None:
+        """The name of a call that a text leaves out, or whose arguments."""
+        calls, can = row.get("tool_calls", ()), self.turns.call_forms
+        names = [call["function"]["name"] for call in calls if not can or not shows_call(text, call)]
+        return _unmarked(names[0])[:40] if names else None
+
+    def _refusal(self, texts: Sequence[str], row: dict[str, Any]) -> BadRow:
+        """Why none of the texts up to an end is the answer."""
+        text = next((text for text in texts if self._missing_call(text, row) is None), texts[0] if texts else None)
+        if text is None or self._runs_on(text):
+            return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
+        if (name := self._missing_call(text, row)) is not None:
+            return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
+                          f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
+        reasoning, content = self._said(row)
+        said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
+        return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
+                      f"{_unmarked(text)[:40]!r}")  # fmt: skip
 
 
 def _check_tools(whole: str, tools: list[Any]) -> None:
@@ -377,11 +446,6 @@ def _check_tools(whole: str, tools: list[Any]) -> None:
         if not isinstance(name, str) or name not in whole:
             raise BadRow("the template has no tools", f"the template leaves out the tool {str(name)[:40]!r}; expected "
                          f"rows without, or {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
-
-
-def _openai(message: Message) -> dict[str, Any]:
-    row: dict[str, Any] = {"role": message.role, "content": message.content, **message.extra}
-    return {**row, "tool_calls": list(message.tool_calls)} if message.tool_calls else row
 
 
 def _unmarked(text: str) -> str:

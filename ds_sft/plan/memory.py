@@ -61,6 +61,7 @@ class Run:
     eval_batch: int = 0  # rows of a validation batch; 0: no validation
     learned: float = 1.0  # share of the tokens that are supervised, at most
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
+    fused: bool = False  # norms, rotations and gates by Liger (`training/fused.py`)
 
     @property
     def weight(self) -> int:
@@ -199,13 +200,15 @@ def layer_activations(run: Run) -> int:
     grouped queries, a gated MLP, attention that keeps no scores.
     """
     s, w = run.shape, run.width
-    per_token = _norms(run) + _attention(run) + 2 * s.intermediate * w + 2 * s.intermediate * w
-    return run.tokens * per_token + _scores(run)
+    gates = (3 if run.fused else 4) * s.intermediate * w  # both projections and their product; eager the activation too
+    return run.tokens * (_norms(run) + _attention(run) + gates) + _scores(run)
 
 
 def _norms(run: Run) -> int:
     """Both norms of a layer and the input of the matrices behind them, a token."""
     h = run.shape.hidden
+    if run.fused:  # the residual, output, a factor
+        return 2 * (2 * h * run.width + FP32)
     # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
     return 2 * (h * (FP32 + 2 * run.width) + FP32)
 
@@ -217,7 +220,9 @@ def _attention(run: Run) -> int:
     log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
     outputs = s.q_size * (2 if run.row_by_row else 1)  # of each row, and all rows' in one
     kept = (s.q_size + keys_values + outputs) * w + log_sums
-    if s.head_norms:
+    if s.head_norms and run.fused:  # their inputs; what they write is rotated where it lies
+        kept += (s.q_size + s.kv_size) * w + (s.heads + s.kv_heads) * FP32
+    elif s.head_norms:
         kept += (s.q_size + s.kv_size) * (4 + w) + (s.heads + s.kv_heads) * FP32
     return kept
 
@@ -265,9 +270,9 @@ def supervised(run: Run) -> int:
 
 
 def chunk_logits(run: Run, tokens: int) -> int:
-    """Logits of a chunk (`training/loss.py`), as the product leaves them and in float32."""
+    """Logits of a chunk (`training/loss.py`), as the product leaves them, and on a CPU in float32 too."""
     chunk = min(tokens, max(1, CHUNK_BYTES // (FP32 * run.shape.vocab)))
-    return chunk * run.shape.vocab * (FP32 + (2 if run.half else 0))
+    return chunk * run.shape.vocab * (run.width + (FP32 if run.half and run.lazy else 0))
 
 
 def loss_inputs(run: Run) -> int:
@@ -276,11 +281,16 @@ def loss_inputs(run: Run) -> int:
 
 
 def working_copy(run: Run) -> int:
-    """Without DeepSpeed bfloat16 weights are made for a step (`training/working_copy.py`).
+    """Without DeepSpeed bfloat16 weights are made once a step and stay (`training/working_copy.py`).
 
     float16 and `torch_compile` stay under autocast, which takes 5 to 14 % more in all, and is not followed here.
     """
     return run.shape.parameters * run.width if run.width != run.weight else 0
+
+
+def copy_that_stays(run: Run) -> int:
+    """What is left of the copy between two micro batches: under DistributedDataParallel it is made anew for each."""
+    return working_copy(run) if run.ranks == 1 else 0
 
 
 # ---- One step, moment by moment
@@ -332,7 +342,7 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"backward of layer {i}", parts
     embedding, last = reached[-2:]
     yield "embedding", moment(0, replace(embedding, passing=max(waiting + head, embedding.passing)))
-    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets}
+    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
     yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
 
 
@@ -576,7 +586,7 @@ def step(run: Run, rank: int) -> dict[str, int]:
     engine, share = run.engine, owned(run)
     held = step_gradients(run, rank)
     if engine.stage is None or engine.offload_optimizer:
-        return {"gradients": held, "buckets": _buckets(run)}
+        return {"gradients": held, "buckets": _buckets(run), "working copy": copy_that_stays(run)}
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != FP32 else FP32)
     if engine.stage == 3:

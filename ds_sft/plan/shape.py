@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from ds_sft.config import Config
 from ds_sft.errors import UserError
 
 # Decoders whose layer is [norm, attention, norm, gated MLP], and what their configuration does not say of biases:
@@ -20,6 +22,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 BIASED_QKV = ("qwen2",)  # on q, k and v, never on the output projection
 HEAD_NORMS = ("qwen3",)  # q and k are normalised a head at a time
 TIED_BY_DEFAULT = ("smollm3",)
+SCALED_BY_FACTOR = ("linear", "dynamic", "yarn")  # rotary positions
+VOCAB_MULTIPLE = 64  # rows that `resize_embeddings` fills up to: matrix products are fast in multiples of it
 NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -40,6 +44,7 @@ class Shape:
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    positions: int | None = None  # that the model was made for; None where its configuration does not say
 
     @property
     def q_size(self) -> int:
@@ -81,6 +86,56 @@ class Shape:
         """Parameters that every token is multiplied with: the matrices of the layers and the output projection."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
         return self.layers * (2 * h * q + 2 * h * kv + 3 * h * i) + self.embedding
+
+
+def shape_of_run(config: Config) -> Shape:
+    """The shape of the model that a run trains: with the rows that `resize_embeddings` adds.
+
+    Raises:
+        UserError: as `read_shape`, or no tokenizer to count the tokens of.
+    """
+    shape = read_shape(config.model_name_or_path)
+    if not config.resize_embeddings:
+        return shape
+    from transformers import AutoTokenizer  # seconds, for this key only: it alone knows which tokens files add up to
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"resize_embeddings: {config.model_name_or_path}: no tokenizer to count: {reason}") from None
+    return replace(shape, vocab=resized_vocab(shape.vocab, tokenizer))
+
+
+def resized_vocab(vocab: int, tokenizer: Any) -> int:
+    """Embedding rows under `resize_embeddings`: enough for the tokenizer's largest id, never fewer than there are."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    return vocab if needed <= vocab else math.ceil(needed / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def positions_of(found: Mapping[str, Any]) -> int | None:
+    """Positions that a model was made for, scaled rotary ones as scaled; None where its configuration does not say.
+
+    As vLLM derives it: a factor counts from the length of pre-training, which is `max_position_embeddings` where no
+    other is stated; types that come without one (llama3, longrope) state the scaled length there.
+    """
+    limit = found.get("max_position_embeddings")
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    rope = rope_of(found)
+    if rope.get("rope_type") not in SCALED_BY_FACTOR:
+        return limit
+    return max(limit, int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or limit)))
+
+
+def rope_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` as transformers 5 spells them, also of a `config.json` that has `rope_scaling`."""
+    rope = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    if "rope_theta" in found:
+        rope.setdefault("rope_theta", found["rope_theta"])
+    return rope
 
 
 def read_shape(model_name_or_path: str) -> Shape:
@@ -161,4 +216,5 @@ def shape_of(found: Mapping[str, Any], where: str = "config.json") -> Shape:
         qkv_bias=family in BIASED_QKV or (bias and family != "mistral"),
         output_bias=bias and family not in (*BIASED_QKV, "mistral"),
         mlp_bias=bool(found.get("mlp_bias", False)) and family in ("llama", "smollm3"),
+        positions=positions_of(found),
     )

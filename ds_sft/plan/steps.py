@@ -43,11 +43,6 @@ class Steps:
     def steps(self) -> int:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
 
-    @property
-    def num_epochs(self) -> int:
-        """Epochs that the run begins."""
-        return math.ceil(self.steps / self.steps_per_epoch)
-
     def describe(self) -> str:
         """The arithmetic in one line."""
         times = f"{self.accumulation} accumulated x {self.ranks} rank{'s' if self.ranks > 1 else ''}"

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import xxhash
 from ds_sft.config import OUR_ORDERS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
-from ds_sft.runtime.identity import differences
+from ds_sft.runtime.identity import DATA, DEALING, Changes, changes, in_words, unchangeable
 from ds_sft.runtime.results import RESULTS
 
 MANIFEST = "manifest.json"
@@ -38,6 +38,7 @@ FACTS = {  # what a manifest says beside its files
     "tokens", "metrics_bytes", "save_id",
 }  # fmt: skip
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+SIZE = {"rows_a_step", "dataloader_drop_last"}  # how many rows of an epoch's order a step takes, not their order
 SET_OUT = ".set-out"  # the Slurm job that started anew in an output folder, or from a checkpoint that was named
 NAME = re.compile(r"checkpoint-(\d+)")
 OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
@@ -241,6 +242,8 @@ class Start:
     checkpoint: Checkpoint | None = None
     finished: bool = False
     accumulation: int = 0  # micro batches a step, where the checkpoint decides it
+    seam: Mapping[str, int] = field(default_factory=dict)  # `micro_batches.Seam`, where rows were dealt in another way
+    changed: Changes = field(default_factory=dict)  # what it goes on with that was otherwise at the checkpoint
     universal: bool = False  # the checkpoint is of another number of ranks and has to be converted
 
     @property
@@ -268,16 +271,17 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
     found = choose(resume, config.output_dir, site)
     if found is None and resume != config.resume:  # requeued before the first save
         found = choose(config.resume, config.output_dir, site)
+    changed: Changes = {}
     if found is not None:
         _refuse_another_stage(found, gather(this_run["zero_stage"])[0])
-        if not config.resume_anyway:
-            _refuse_another_run(found.path, gather(differences(found.manifest, this_run))[0])
+        changed = gather(changes(found.manifest, this_run))[0]
+        _refuse_another_run(found.path, changed, this_run, config)
     if site.leader and resume != "auto":
         here = found is not None and found.path.resolve().parent == config.output_dir.resolve()
         set_aside(config.output_dir, found.step if here and found else 0, site.launch)
         _set_out(config)
     gather(None)  # nobody writes into the folder before that
-    return Start() if found is None else _fit(found, config, site)
+    return Start() if found is None else _fit(found, changed, config, site)
 
 
 def _set_out(config: Config) -> None:
@@ -296,42 +300,125 @@ def _was_requeued(config: Config) -> bool:
     return False
 
 
-def _fit(found: Checkpoint, config: Config, site: Site) -> Start:
-    """Keep the rows of a step, on however many ranks.
+def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Start:
+    """Keep the rows of a step, on however many ranks, unless others were asked for.
 
     Raises:
-        UserError: this number of ranks cannot have as many; says which can.
+        UserError: this number of ranks cannot have as many (says which can); rows would come twice or never.
     """
     then, launch = found.manifest, site.launch
-    micro, accumulation = config.micro_batch, int(config.training["gradient_accumulation_steps"])
-    if then["world_size"] == launch.world_size:
-        if not config.resume_anyway:
-            now = dict(zip(BATCH_KEYS, (micro, accumulation), strict=True))
-            changed = [f"{key}: {then[key]} -> {now[key]}" for key in BATCH_KEYS if then[key] != now[key]]
-            _refuse_another_run(found.path, changed)
-        return Start(found, accumulation=accumulation)
-    if config.training.get("train_sampling_strategy", "random") not in OUR_ORDERS:
+    other_ranks = then["world_size"] != launch.world_size
+    accumulation = _accumulation(found, config, site)
+    micro_batches = accumulation * launch.world_size
+    a_step = {"rows_a_step": config.micro_batch * micro_batches, "micro_batches_a_step": micro_batches}
+    kind = _kind(config)
+    size = {kind: (then.get(kind), a_step[kind])} if then.get(kind) != a_step[kind] else {}
+    dealing = DEALING if config.packing != "none" else DEALING - {"max_length"}
+    dealt_anew = size | {name: pair for name, pair in changed.items() if name in dealing or name == DATA}
+    if dealt_anew:
+        _refuse_rows_twice_or_never(found, dealt_anew, config, site)
+    now = dict(zip(BATCH_KEYS, (config.micro_batch, accumulation), strict=True)) | {"world_size": launch.world_size}
+    batch = {name: (then[name], value) for name, value in now.items() if then[name] != value}
+    if changed or size:
+        launch.say(f"Going on with what has changed: {in_words(changed | batch | size)}.")
+    return Start(
+        found,
+        accumulation=accumulation,
+        seam=then.get("here") or {} if dealt_anew else then.get("seam") or {},
+        changed=changed | batch | size,
+        universal=other_ranks and then["zero_stage"] is not None,
+    )
+
+
+def _kind(config: Config) -> str:
+    """What a step has a number of, as the manifest calls it."""
+    return "micro_batches_a_step" if config.fills_batches else "rows_a_step"
+
+
+def _accumulation(found: Checkpoint, config: Config, site: Site) -> int:
+    """The one asked for where it keeps the rows of a step, or was changed on purpose; else the one that keeps them."""
+    then, launch = found.manifest, site.launch
+    micro, asked = config.micro_batch, int(config.training["gradient_accumulation_steps"])
+    other_ranks = then["world_size"] != launch.world_size
+    before = then.get("batch") or {key: then[key] for key in BATCH_KEYS}  # as asked for; ranks may have changed it
+    now = dict(zip(BATCH_KEYS, (micro, asked), strict=True))
+    changed = {key: (before[key], now[key]) for key in BATCH_KEYS if before[key] != now[key]}
+    if config.training.get("train_sampling_strategy", "random") not in OUR_ORDERS and (changed or other_ranks):
+        what = f"{then['world_size']} ranks saved it, this run has {launch.world_size}" if other_ranks else ""
         raise UserError(
-            f"{found.path}: {then['world_size']} ranks saved it, this run has {launch.world_size}: the order of rows "
+            f"{found.path}: {what or in_words(changed)}: the order of rows "
             f"can only be kept with train_sampling_strategy {' or '.join(OUR_ORDERS)}"
         )
+    if other_ranks:
+        _require_one_folder(found, site)
+    a_step = then.get(_kind(config))
+    if a_step is None or (changed and config.resume_anyway):
+        return asked
+    if changed and not other_ranks and a_step != micro * asked * launch.world_size:
+        raise UserError(_another_run(found.path, changed))
+    return _keep_a_step(found, a_step, config, launch)
+
+
+def _keep_a_step(found: Checkpoint, a_step: int, config: Config, launch: Launch) -> int:
+    """The accumulation with which a step stays as large on this number of ranks; says it where it decides it."""
+    then, micro = found.manifest, config.micro_batch
     what = "micro batches" if config.fills_batches else "rows"
-    a_step = then.get("micro_batches_a_step" if config.fills_batches else "rows_a_step")
-    if a_step is None:  # it was the other: only with `resume_anyway`, and a step changes in any case
-        a_step = micro * accumulation * launch.world_size
     if a_step % (micro * launch.world_size):
         raise UserError(_numbers_that_work(found, a_step, micro, launch.world_size, what))
-    accumulation = a_step // (micro * launch.world_size)
+    accumulation = int(a_step // (micro * launch.world_size))
+    kept = f"gradient_accumulation_steps is set to {accumulation}, so that a step keeps its {a_step} {what}."
+    if then["world_size"] != launch.world_size:
+        launch.say(f"The checkpoint is of {then['world_size']} ranks, this run has {launch.world_size}: {kept}")
+    elif accumulation != config.training["gradient_accumulation_steps"]:  # ranks were others when the run began
+        launch.say(f"The checkpoint has another number of ranks than its run began with: {kept}")
+    return accumulation
+
+
+def _require_one_folder(found: Checkpoint, site: Site) -> None:
+    then, ranks = found.manifest, site.launch.world_size
     if then["zero_stage"] is not None and not site.shared:
         raise UserError(
             f"{found.path}: {then['world_size']} ranks saved it, each node its own part; to resume on "
-            f"{launch.world_size} copy the parts into one folder that all nodes share"
+            f"{ranks} copy the parts into one folder that all nodes share"
         )
-    launch.say(
-        f"The checkpoint is of {then['world_size']} ranks, this run has {launch.world_size}: "
-        f"gradient_accumulation_steps is set to {accumulation}, so that a step keeps its {a_step} {what}."
+
+
+def _refuse_rows_twice_or_never(found: Checkpoint, dealt_anew: Changes, config: Config, site: Site) -> None:
+    """Rows that are dealt in another way go on where an epoch ends; other sizes of a step also in the middle of one.
+
+    Raises:
+        UserError: some rows would come twice in the epoch under way, or never.
+    """
+    here, order = found.manifest.get("here"), config.training.get("train_sampling_strategy", "random")
+    where = f"{found.path}: {in_words(dealt_anew)}"
+    if here is None or order not in OUR_ORDERS:
+        raise UserError(
+            f"{where}: what deals the rows can only change where the order of rows is ours (train_sampling_strategy "
+            f"{' or '.join(OUR_ORDERS)}) and the checkpoint says which rows it has learned. Write it as before, or "
+            "--resume never to start anew"
+        )
+    # In these orders the first rows of an epoch are learned, however large its steps were.
+    if here["rows"] and not (order in ("random", "sequential") and dealt_anew.keys() <= SIZE):
+        end = gather(_end_of_an_epoch(found))[0]
+        raise UserError(
+            f"{where}: in the middle of an epoch, {here['rows']:,} rows of which are learned, some would come twice "
+            f"and others never. Write it as before, or resume where an epoch ends ({end}), or --resume never to start "
+            "anew"
+        )
+    past = (
+        f"the {here['rows']:,} that this epoch has learned do not come again in it" if here["rows"] else "a new epoch"
     )
-    return Start(found, accumulation=accumulation, universal=then["zero_stage"] is not None)
+    site.launch.say(f"Rows are dealt anew from step {found.step + 1:,} on: {past}.")
+
+
+def _end_of_an_epoch(found: Checkpoint) -> str:
+    """What to write to go on from the last checkpoint before it at which an epoch ends."""
+    for step in steps_in(found.path.parent):
+        with contextlib.suppress(Broken):
+            other = found.path.with_name(f"checkpoint-{step}")
+            if step < found.step and (read_manifest(other).get("here") or {}).get("rows") == 0:
+                return f"--resume {other}"
+    return "save_strategy: epoch saves there"
 
 
 def _numbers_that_work(found: Checkpoint, a_step: int, micro: int, world_size: int, what: str) -> str:
@@ -359,26 +446,38 @@ def _refuse_another_stage(found: Checkpoint, stage: int | None) -> None:
 
 def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
     """Whether the output folder holds this run, done, with its weights; says so."""
-    other, done = None, False
+    other: Changes = {}
+    done = False
     if launch.is_main:
         with contextlib.suppress(OSError, ValueError, KeyError):
             then = json.loads((config.output_dir / RESULTS).read_text(encoding="utf-8"))["identity"]
-            other = differences(then, this_run)
+            other = changes(then, this_run)
             done = not other and any(config.output_dir.glob("model*.safetensors"))
     other, done = gather((other, done))[0]
     if done:
         launch.say(f"This run is finished: {config.output_dir} holds its model. (--resume never trains it anew.)")
-    elif other and not config.resume_anyway:
-        _refuse_another_run(config.output_dir, other)
+    else:
+        _refuse_another_run(config.output_dir, other, this_run, config)
     return done
 
 
-def _refuse_another_run(where: Path, differing: list[str]) -> None:
-    if differing:
+def _refuse_another_run(where: Path, changed: Changes, this_run: Mapping[str, Any], config: Config) -> None:
+    never = unchangeable(changed, this_run)
+    if never:
         raise UserError(
-            f"{where} is of another run, which differs in: {'; '.join(differing)}. Take another output_dir, "
-            "or --resume never to start anew, or --resume_anyway to go on with the changes"
+            f"{where} cannot go on with {in_words({name: changed[name] for name in never})}: "
+            f"{'; '.join(dict.fromkeys(never.values()))}. Write it as before, or take another output_dir, or --resume "
+            "never to start anew"
         )
+    if changed and not config.resume_anyway:
+        raise UserError(_another_run(where, changed))
+
+
+def _another_run(where: Path, changed: Changes) -> str:
+    return (
+        f"{where} is of another run, which differs in: {in_words(changed)}. Take another output_dir, "
+        "or --resume never to start anew, or --resume_anyway to go on with the changes"
+    )
 
 
 # ---- Writing

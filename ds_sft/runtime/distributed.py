@@ -138,6 +138,14 @@ def share_cores(launch: Launch, env: dict[str, str] | os._Environ[str]) -> None:
         env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
 
 
+def grow_segments(env: dict[str, str] | os._Environ[str]) -> None:
+    """Let PyTorch's allocator of GPU memory grow its segments: micro batches differ in size, and blocks of many sizes
+    would leave gaps between them. Must run before torch is imported; what a user has set stays.
+    """
+    if not env.get("PYTORCH_CUDA_ALLOC_CONF"):  # the name of older versions
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def start_gloo(timeout_seconds: int, *, with_deepspeed: bool) -> None:
     """Start the process group for ranks without a GPU; Trainer's own start would forget the time limit.
 
@@ -226,20 +234,20 @@ def sum_over_ranks(*values: float, device: Any) -> list[float]:
     return result
 
 
-def exit_with(message: str, launch: Launch, *, told_to_end: bool = False) -> NoReturn:
-    """End this rank with exit code 2 after `message` was said once for the whole run.
+def exit_with(message: str, launch: Launch, *, told_to_end: bool = False, code: int = 2) -> NoReturn:
+    """End this rank with an exit code, 2 for a mistake of the user's, after `message` was said once for the whole run.
 
-    All ranks usually meet the same mistake; rank 0 says it and exits, and the launcher ends the others. A rank that is
+    All ranks usually meet the same trouble; rank 0 says it and exits, and the launcher ends the others. A rank that is
     still there after `ERROR_GRACE` met something of its own (a file missing on its node) and says so itself. One that
     was `told_to_end` before it came here need not wait for it.
     """
     if not launch.is_main:
         if told_to_end:
-            sys.exit(2)
+            sys.exit(code)
         time.sleep(ERROR_GRACE)
         message = f"[rank {launch.rank} on {socket.gethostname()}] {message}"
     print_line(f"ds_sft: error: {message}", sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def exit_after(error: Exception, launch: Launch, *, told_to_end: bool = False) -> NoReturn:

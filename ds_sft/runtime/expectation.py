@@ -14,7 +14,7 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.layouts import engine_of, name_of, run_of
 from ds_sft.plan.memory import Engine, Memory, peak
-from ds_sft.plan.shape import read_shape
+from ds_sft.plan.shape import shape_of_run
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.results import peak_memory
 
@@ -57,7 +57,7 @@ def expect_memory(
         padded: whether rows are.
     """
     try:
-        shape = read_shape(config.model_name_or_path)
+        shape = shape_of_run(config)
         states = Engine(stage=None) if engine is None else engine_of(engine.get("zero_optimization", {}), shape)
     except UserError as error:
         launch.say(f"No memory plan: {error}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.runtime.distributed import Launch, barrier
-from ds_sft.runtime.verify import verify
+from ds_sft.runtime.results import write_json
+from ds_sft.runtime.verify import Question, verify_or_keep
 
 if TYPE_CHECKING:
     import torch
@@ -35,38 +38,52 @@ def export_dtype(config: Config) -> torch.dtype:
     return torch.float16 if config.training.get("fp16") else torch.float32
 
 
-def export_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: Config, launch: Launch) -> None:
-    """Write model and tokenizer into the output folder; all ranks must call it."""
+def export_model(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    launch: Launch,
+    *,
+    end_ids: Sequence[int],
+    chat_template: str,
+) -> None:
+    """Write model and tokenizer into the output folder; all ranks must call it.
+
+    Args:
+        end_ids: tokens that training taught to end an answer with.
+        chat_template: the Jinja template that was trained with.
+    """
     weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
     if launch.is_main:
         folder = config.output_dir / PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
         _save(trainer.model, weights, config, folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, chat_template)
+        end_answers_at(end_ids, folder)
         move_into(config.output_dir, folder)
         launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
     barrier()
 
 
-def check_export(trainer: Trainer, rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
+def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
     """Compare the exported model's loss on `rows` with the trained engine's; what `run.json` says about it.
 
-    None where the engine was not asked (`verify_export: no`).
+    None where the engine was not asked (`verify_export: no`). What could not be asked for want of memory is left in
+    the folder for `ds-sft verify`.
     """
     if trained_loss is None:
         return None
     dtypes = [
         str(export_dtype(replace(config, export_dtype=name))).split(".")[1] for name in ("auto", config.export_dtype)
     ]
-    columns = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
-    return verify(
-        config.output_dir,
-        columns,
-        trained_loss,
-        dtypes,
-        use_cpu=trainer.args.use_cpu,
+    question = Question(
+        rows=[{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows],
+        trained_loss=trained_loss,
+        dtypes=dtypes,
+        use_cpu=bool(config.training.get("use_cpu")),
         trust_remote_code=config.trust_remote_code,
     )
+    return verify_or_keep(config.output_dir, question)
 
 
 def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
@@ -107,6 +124,32 @@ def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: 
     exported.use_cache = getattr(original, "use_cache", True)
     exported.dtype = export_dtype(config)  # save_pretrained wrote the dtype of training
     exported.save_pretrained(folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str) -> None:
+    """Save it with this chat template alone: of several, others would be taken for tools."""
+    exported = copy.copy(tokenizer)
+    exported.chat_template = chat_template
+    exported.save_pretrained(folder)
+
+
+def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:
+    """Let the model in `folder` stop at these tokens, before its own, wherever a server looks for them.
+
+    vLLM and `generate` read generation_config.json first; config.json is read where that is missing.
+    """
+    file = folder / "generation_config.json"
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    parts = [part for part in (model, model.get("text_config")) if part and part.get("eos_token_id") is not None]
+    own: Any = next((part["eos_token_id"] for part in (generation, *parts) if part.get("eos_token_id") is not None), [])
+    ends = list(dict.fromkeys([*end_ids, *(own if isinstance(own, list) else [own])]))
+    if not ends:
+        return
+    for part in (generation, *parts):
+        part["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    write_json(file, generation)
+    write_json(folder / "config.json", model)
 
 
 def move_into(output_dir: Path, folder: Path) -> None:

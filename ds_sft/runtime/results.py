@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -13,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = "run.json"  # written last: a run that has it is finished
+KEPT = "verify.json"  # what a model on disk was to be asked, and there was no memory: for `ds-sft verify`
 PACKAGES = ("ds_sft", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "swanlab")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename, so that the file is never half there."""
+    """Write beside and rename, so that the file is never half there; JSON has no NaN, which becomes null."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(_finite(value), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

@@ -3,21 +3,25 @@
     python -m ds_sft.runtime.verify < question.json    # the arguments of `loss_on_disk`
 
 prints the mean cross-entropy over the supervised tokens and their number as JSON. Nothing of the run's process reaches
-it: no engine, no launcher's variables, no weights in memory.
+it: no engine, no launcher's variables, no weights in memory. Where there is no memory for it, the question is kept:
+`ds-sft verify OUTPUT_DIR` asks it again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_sft.runtime.distributed import print_line
+from ds_sft.runtime.placement import is_out_of_memory, logits_size, place
+from ds_sft.runtime.results import KEPT, write_json
 
 # How far apart the two losses may be, relative to the larger of the loss and 1 (log-probabilities carry the error of
 # logits, whose size does not shrink with the loss). float32: other batches, other order of summing; 1e-7 is usual.
@@ -39,29 +43,35 @@ class Interrupted(Exception):
     """The fresh process was told to stop, as the run was: it says nothing about the weights."""
 
 
-def verify(
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    trained_loss: float,
-    dtypes: Sequence[str],
-    *,
-    use_cpu: bool,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Compare the loss of the model in `folder` on `rows` with `trained_loss`; what `run.json` says about it.
+class OutOfMemory(Exception):
+    """The fresh process had no memory to load the model or to ask it: it says nothing about the weights."""
 
-    `dtypes` are those of training and of the export: the coarser one sets the bound.
-    """
-    question = {"folder": str(folder), "rows": rows, "use_cpu": use_cpu, "trust_remote_code": trust_remote_code}
+
+@dataclass(frozen=True)
+class Question:
+    """What the model on disk is asked. `dtypes` are those of training and of the export: the coarser sets the bound."""
+
+    rows: list[dict[str, Any]]  # input_ids, labels: [tokens] each
+    trained_loss: float
+    dtypes: list[str]
+    use_cpu: bool
+    trust_remote_code: bool = False
+
+
+def verify(folder: Path, question: Question) -> dict[str, Any]:
+    """Compare the loss of the model in `folder` with the trained one; what `run.json` says about it."""
+    rows, trained_loss = question.rows, question.trained_loss
     try:
-        found = _ask_fresh_process(question)
+        found = _ask_fresh_process(folder, question)
     except ExportError as error:
         return {"verified": False, "error": str(error)}
     except Interrupted:
         return {"verified": None, "reason": "the fresh process was stopped by a signal"}
+    except OutOfMemory as error:
+        return {"verified": None, "reason": f"no memory for it in a fresh process ({error})", "out_of_memory": True}
     if not found["tokens"]:
         return {"verified": None, "reason": f"none of the {len(rows)} rows asked has a supervised token"}
-    bound = max(BOUNDS[dtype] for dtype in dtypes) * max(1.0, trained_loss)
+    bound = max(BOUNDS[dtype] for dtype in question.dtypes) * max(1.0, trained_loss)
     difference = abs(found["loss"] - trained_loss)
     return {
         "verified": difference <= bound,  # false for NaN, too
@@ -74,6 +84,16 @@ def verify(
     }
 
 
+def verify_or_keep(folder: Path, question: Question) -> dict[str, Any]:
+    """`verify`; where there was no memory for it, the question stays in the folder, else none does."""
+    result = verify(folder, question)
+    if result.get("out_of_memory"):
+        write_json(folder / KEPT, asdict(question))
+    else:
+        (folder / KEPT).unlink(missing_ok=True)
+    return result
+
+
 def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     """Say what `verify` found; None: it was not asked.
 
@@ -83,7 +103,8 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     if result is None:
         return
     if result["verified"] is None:
-        print_line(f"Export not verified: {result['reason']}.")
+        later = f" Verify it later: ds-sft verify {shlex.quote(str(folder))}" if result.get("out_of_memory") else ""
+        print_line(f"Export not verified: {result['reason']}.{later}")
         return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
@@ -99,31 +120,42 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
     print_line(f"Export verified: {line}")
 
 
-def _ask_fresh_process(question: dict[str, Any]) -> dict[str, Any]:
+def _ask_fresh_process(folder: Path, question: Question) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "ds_sft.runtime.verify"]
-    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False, env=env)
+    asked = {"folder": str(folder), "rows": question.rows, "use_cpu": question.use_cpu,
+             "trust_remote_code": question.trust_remote_code}  # fmt: skip
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=env)
     if -done.returncode in STOPS:
         raise Interrupted
+    if done.returncode == -signal.SIGKILL:  # what the kernel does to a process, or a cgroup, that takes too much
+        raise OutOfMemory("killed by SIGKILL")
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ExportError(f"{question['folder']} cannot be loaded in a fresh process: {said[-1]}")
+        raise ExportError(f"{folder} cannot be loaded in a fresh process: {said[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "out_of_memory" in found:
+        raise OutOfMemory(found["out_of_memory"])
+    if found["remark"]:
+        print_line(f"Verifying: {found['remark']}")
     return found
 
 
-def loss_on_disk(folder: str, rows: Sequence[dict[str, Any]], use_cpu: bool, trust_remote_code: bool) -> dict[str, Any]:
+def loss_on_disk(folder: str, rows: list[dict[str, Any]], use_cpu: bool, trust_remote_code: bool) -> dict[str, Any]:
     """Mean cross-entropy over supervised tokens, one row at a time, and their number; by plain transformers."""
     import torch
     import torch.nn.functional as F
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    placement = place(folder, working=logits_size(config, longest), use_cpu=use_cpu)
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        device_map="auto" if torch.cuda.is_available() and not use_cpu else None,
-        trust_remote_code=trust_remote_code,
+        folder, dtype="auto", trust_remote_code=trust_remote_code, **placement.options
     ).eval()
     total, count = 0.0, 0
     with torch.inference_mode():
@@ -131,10 +163,20 @@ def loss_on_disk(folder: str, rows: Sequence[dict[str, Any]], use_cpu: bool, tru
             ids = torch.tensor([row["input_ids"]], device=model.device)
             labels = torch.tensor(row["labels"][1:], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            total += F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            total += F.cross_entropy(logits, labels.to(logits.device), ignore_index=-100, reduction="sum").item()
             count += int((labels != -100).sum())
-    return {"loss": total / max(count, 1), "tokens": count}
+    return {"loss": total / max(count, 1), "tokens": count, "remark": placement.remark}
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """`loss_on_disk`, or that there was no memory for it, which another exit code could not be told from a failure."""
+    try:
+        return loss_on_disk(**asked)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"out_of_memory": " ".join(str(error).split())[:150] or type(error).__name__}
 
 
 if __name__ == "__main__":
-    print(json.dumps(loss_on_disk(**json.load(sys.stdin))))
+    print(json.dumps(answer(json.load(sys.stdin))))

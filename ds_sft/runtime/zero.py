@@ -129,6 +129,7 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     training = {**config.training, "per_device_train_batch_size": config.micro_batch}
     yield from _unknown_keys(engine)
     yield from _zero_block(engine, training)
+    yield from _unsound_steps(engine, training, config.on_nonfinite)
     yield from _contradictions(engine, training)
     if not config.trackers:
         yield from _monitors(engine)
@@ -190,6 +191,19 @@ def _zero_block(engine: Mapping[str, Any], training: Mapping[str, Any]) -> Itera
             yield f"zero_optimization.{name}.device: {_show(device)}: expected none, cpu or nvme"
         if device == "nvme" and not zero[name].get("nvme_path"):
             yield f"zero_optimization.{name}.nvme_path: not given: device nvme needs the path of a folder on that disk"
+
+
+def _unsound_steps(engine: Mapping[str, Any], training: Mapping[str, Any], on_nonfinite: str) -> Iterator[str]:
+    """What keeps DeepSpeed from leaving out a step whose gradients are not finite."""
+    number = engine.get("zero_optimization", {}).get("stage", 0)
+    for name in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if number in (1, 2) and _get(engine, name) is False:
+            yield f"{name}: false: gradients that are not finite would be applied; delete it"
+    if number == 0 and on_nonfinite == "skip" and not training.get("fp16"):
+        yield (
+            "zero_optimization.stage: 0: it cannot leave out a step (on_nonfinite: skip); write 1, or delete the "
+            "deepspeed key: DDP needs the same memory"
+        )
 
 
 def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:

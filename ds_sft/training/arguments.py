@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import OUR_ORDERS, Config
-from ds_sft.data.micro_batches import Batching, lengths_of
+from ds_sft.data.micro_batches import Batching, Seam, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
@@ -32,6 +33,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
         import_muon(engine)
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["deepspeed"] = engine
+    keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
     keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
@@ -81,7 +83,9 @@ def other_trackers(names: list[str]) -> list[str]:
     return sorted((installed if "all" in names else set(names)) - {"swanlab"})
 
 
-def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: bool) -> Batching:
+def batching_of(
+    args: TrainingArguments, config: Config, rows: Any, *, padded: bool, seam: Mapping[str, int] | None = None
+) -> Batching:
     """What decides the micro batches of this run, made of these rows or packed sequences; all ranks must call it."""
     return Batching(
         lengths=lengths_of(rows),
@@ -94,6 +98,7 @@ def batching_of(args: TrainingArguments, config: Config, rows: Any, *, padded: b
         max_tokens=config.max_tokens_per_batch,
         drop_last=args.dataloader_drop_last,
         attention=gather(attention_cost(config))[0],  # ranks that disagreed would deal a row twice
+        seam=Seam(**(seam or {})),
     )
 
 
@@ -120,7 +125,7 @@ def run_steps(args: TrainingArguments, batching: Batching) -> Steps:
         num_bins=batching.num_bins,
         max_tokens=batching.max_tokens,
         epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
+        max_steps=args.max_steps if args.max_steps > 0 else batching.steps(args.num_train_epochs),
         drop_last=batching.drop_last,
     )
 

@@ -1,10 +1,13 @@
-"""Attention that keeps rows laid end to end apart, row by row: no mask over the whole sequence, no work between rows.
+"""Attention that keeps rows laid end to end apart: no mask over the whole sequence, no work between rows.
 
 A batch without padding is one sequence, [1, tokens], whose position ids start at 0 with every row. From position ids
-alone transformers' `sdpa` builds a mask of tokens x tokens and computes all of it. `keep_rows_apart(model)` reads the
-borders once a batch and hands them to every layer as `row_lengths`, which transformers passes on to the attention
-function (through gradient checkpointing as well, for they are an argument). Nothing leaks silently: a layer that gets
-such a batch without its borders, or a model that never asks this function, is an error.
+alone transformers' `sdpa` builds a mask of tokens x tokens and computes all of it. `keep_rows_apart(model)` hands the
+borders of the rows to every layer as `row_borders`, which transformers passes on to the attention function (through
+gradient checkpointing as well, for they are an argument). Nothing leaks silently: a layer that gets such a batch
+without its borders, or a model that never asks this function, is an error.
+
+On a GPU in 16 bits all rows go through one kernel a layer, torch's `varlen_attn`; elsewhere, and where that kernel
+cannot do what a model wants, each row goes by itself. `attention_of(model)` says which, and why.
 """
 
 from __future__ import annotations
@@ -12,41 +15,78 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training.precision import HALF, autocast_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHORT_ROW = 1024  # tokens: 4 MiB of scores a head, for a moment
+# Tokens from which on a row that is alone in its sequence goes through cuDNN: 16,384 took it 7.2 ms and varlen_attn
+# 12.7, forward and backward of a layer with 16 heads; 8 rows of 2,048 took it 3.1 ms one by one and varlen_attn 2.3
+# (an H200, torch 2.11). Between the two nothing was measured.
+LONE_ROW = 8192
+# cuDNN builds a plan for each length it meets, about 0.1 s of the host: few lengths, few plans.
+PLANNED_LENGTHS = 1024  # multiples of it
+NO_KERNEL = "no kernel takes rows of different lengths"
+MAX_HEAD_DIM = 256  # of varlen_attn's kernels, which also want multiples of 8
+BLOCK = 128  # tokens: kernels cover the longest row by blocks, so nothing is lost by rounding up to whole ones
+# Newer versions of torch want to be told of grouped heads, older ones do not know the word.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 # A model whose layers tell the attention function of their window; others have it in the mask.
 PASSES_WINDOW = re.compile(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=")
 NAME = "ds_sft_rows"  # as attn_implementation; transformers does not write it into a saved config
 
 
-class RowLengths:
-    """Tokens of each row of a sequence; no tuple, for `torch.compile` compiles anew for each new length of one."""
+@dataclass(frozen=True)
+class Attention:
+    """Which attention a model uses for rows laid end to end, and why."""
 
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
+    name: str
+    why: str
+    in_one_kernel: bool = False  # all rows at once
+    lone_rows_by_cudnn: bool = False
+
+    def describe(self) -> str:
+        return f"Attention: {self.name} ({self.why})."
+
+
+class RowBorders:
+    """Rows of the sequence under way, as every layer gets them.
+
+    No tuple, for `torch.compile` compiles anew for each new length of one. What it reads here are `starts`, `longest`
+    and the flags: of any number of rows and tokens it makes two graphs.
+    """
+
+    def __init__(self, lengths: Sequence[int], starts: torch.Tensor, attention: Attention) -> None:
+        """`lengths`: tokens of each row; `starts`: [rows + 1] int32, where each begins, and where the last ends."""
+        self.lengths, self.starts = list(lengths), starts
+        self.longest = -(-max(self.lengths) // BLOCK) * BLOCK  # an upper bound is what kernels need
+        self.in_one_kernel = attention.in_one_kernel
+        self.by_cudnn = attention.lone_rows_by_cudnn and len(self.lengths) == 1 and self.lengths[0] >= LONE_ROW
+        self.attended = False  # by a layer
 
 
 class _Batch:
     """The batch that is in a model's forward at the moment."""
 
-    row_lengths: RowLengths | None = None  # None: padded, attention gets a mask
-    layers = 0  # that attended to it
+    row_borders: RowBorders | None = None  # None: padded, attention gets a mask
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled for each set of lengths
 def rows_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -56,7 +96,7 @@ def rows_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    row_lengths: RowLengths | None = None,
+    row_borders: RowBorders | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row; a padded batch goes to transformers' `sdpa`.
@@ -65,30 +105,90 @@ def rows_attention(
         query: [1, heads, tokens, head_dim].
         key: [1, kv_heads, tokens, head_dim]; groups of query heads share one.
         value: as `key`.
+        attention_mask: for a padded batch.
         sliding_window: a token sees so many tokens, itself included.
-        row_lengths: tokens of each row of the sequence.
+        row_borders: where the rows of the sequence are.
 
     Returns:
         [1, tokens, heads, head_dim], and no weights.
     """
-    if row_lengths is None:
-        if _Batch.row_lengths is not None:
-            raise RuntimeError(f"{type(module).__name__} does not pass row_lengths on: rows would see each other")
-        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+    if row_borders is None:
+        attended: tuple[torch.Tensor, None] = _masked(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return attended
-    lengths = row_lengths.tokens
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown or (attention_mask is not None and attention_mask.numel()):
+        raise RuntimeError(f"{type(module).__name__} wants {', '.join(unknown) or 'a mask'} in its attention")
+    row_borders.attended = True
+    if row_borders.in_one_kernel:
+        dtype = autocast_dtype(query.device) or value.dtype  # autocast knows `sdpa`, and not these kernels
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if _has_kernel(query, value, dropout):
+            if row_borders.by_cudnn and sliding_window is None:
+                return _lone_row(query, key, value, scaling), None
+            return _all_rows(query, key, value, row_borders, sliding_window, scaling), None
+    return _row_by_row(query, key, value, row_borders, sliding_window, dropout, scaling), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _masked(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    if _Batch.row_borders is not None:
+        raise RuntimeError(f"{type(module).__name__} does not pass row_borders on: rows would see each other")
+    attended: tuple[torch.Tensor, None] = sdpa_attention_forward(module, *args, **kwargs)
+    return attended
+
+
+def _has_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    size = query.shape[-1]
+    return query.dtype in HALF and not dropout and size == value.shape[-1] <= MAX_HEAD_DIM and size % 8 == 0
+
+
+def _all_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowBorders,
+    window: int | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """All rows in one kernel; it counts a window without the token itself, and takes (-1, 0) for the whole past."""
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, head_dim]
+    seen = (-1 if window is None else window - 1, 0)
+    borders = (rows.starts, rows.starts, rows.longest, rows.longest)
+    attended: Any = varlen_attn(q, k, v, *borders, scale=scaling, window_size=seen, **GROUPED)
+    return attended[None]  # type: ignore[no-any-return]
+
+
+def _lone_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """One long row by cuDNN, at a length for which it has a plan: no token sees those that are put behind the row."""
+    length = query.shape[2]
+    if behind := -length % PLANNED_LENGTHS:
+        query, key, value = (F.pad(states, (0, 0, 0, behind)) for states in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return attended[:, :, :length].transpose(1, 2)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled for each set of lengths
+def _row_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowBorders,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    lengths = rows.lengths
     if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2] or len(query) != 1:
         raise RuntimeError(f"rows of {sum(lengths)} tokens, but queries {query.shape} and keys {key.shape}")
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown or attention_mask is not None:
-        raise RuntimeError(f"{type(module).__name__} wants {', '.join(unknown) or 'a mask'} in its attention")
-    _Batch.layers += 1
+    if query.device.type != "cpu" and query.dtype == torch.float32:  # its one fused kernel there knows no groups
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)  # type: ignore[no-untyped-call]
-    outputs = [_attend(q, k, v, sliding_window, options).transpose(1, 2) for q, k, v in rows]
-    return torch.cat(outputs, dim=1), None
+    states = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([_attend(q, k, v, window, options).transpose(1, 2) for q, k, v in states], dim=1)
 
 
 def _attend(
@@ -155,43 +255,79 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, scale: float) -> torc
     return torch.softmax(scores, -1, out=scores).to(key.dtype)
 
 
-def _rows_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return None if _Batch.row_lengths is not None else sdpa_mask(*args, **kwargs)
-
-
 AttentionInterface.register(NAME, rows_attention)
-AttentionMaskInterface.register(NAME, _rows_mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def keep_rows_apart(model: PreTrainedModel, asked: str | None, launch: Launch, *, flash: bool = False) -> None:
-    """Let a model that is given rows end to end attend to each by itself.
+def keep_rows_apart(
+    model: PreTrainedModel,
+    asked: str | None,
+    launch: Launch,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Let a model that is given rows end to end attend to each by itself, and say how.
 
     Args:
         model: one that `why_rows_mix` has nothing against: with transformers' own attention it is exact, and slow.
         asked: `attn_implementation` of the run, which is respected.
-        launch: says where another attention stays.
-        flash: flash-attention may be used, which takes rows of different lengths in one call.
+        launch: says which attention is used, and why.
+        device: on which the model is trained.
+        dtype: in which it computes.
     """
-    if asked is None:
-        reason = None if flash and _use_flash(model) else _use_rows_attention(model)
-        if reason:
-            launch.say(f"Attention: {type(model).__name__} ({reason}) masks all pairs of tokens of a micro batch.")
+    found = _choose(model, asked, torch.device(device), dtype)
+    model.row_attention = found
+    launch.say(found.describe())
     used = model.config._attn_implementation or ""
     if used == NAME:
-        model.register_forward_pre_hook(_pass_row_lengths, with_kwargs=True)
+        model.register_forward_pre_hook(_pass_row_borders, with_kwargs=True)
+        model.base_model.register_forward_pre_hook(_mask_nothing, with_kwargs=True)
         model.register_forward_hook(_check_borders_were_used, always_call=True)
     elif "flash" in used:
         model.register_forward_pre_hook(_pass_flash_borders, with_kwargs=True)
 
 
-def _use_flash(model: PreTrainedModel) -> bool:
-    """Whether the model now uses flash-attention."""
-    from transformers.utils import is_flash_attn_2_available
+def attention_of(model: Any) -> Attention | None:
+    """How a model attends to rows laid end to end; None where it is not given any."""
+    return getattr(model, "row_attention", None)
 
-    if not model._supports_flash_attn or not is_flash_attn_2_available():
-        return False
-    model.set_attn_implementation("flash_attention_2")
-    return True
+
+def _choose(model: PreTrainedModel, asked: str | None, device: torch.device, dtype: torch.dtype) -> Attention:
+    if asked is not None:
+        return Attention(asked, "as attn_implementation says")
+    if reason := _use_rows_attention(model):
+        why = f"{type(model).__name__} {reason}; it masks all pairs of tokens of a micro batch"
+        return Attention(str(model.config._attn_implementation), why)
+    if reason := _why_row_by_row(model.config.get_text_config(), device, dtype):
+        return Attention("row by row", reason)
+    by_cudnn = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)  # where it was measured
+    long = f"a lone row of {LONE_ROW:,} tokens and more by cuDNN, " if by_cudnn else ""
+    return Attention("varlen_attn", f"{long}all rows in one kernel a layer", True, by_cudnn)
+
+
+def _why_row_by_row(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `varlen_attn` cannot take all rows at once; None: it can."""
+    if device.type not in ("cuda", "meta"):
+        return f"{NO_KERNEL} on {device.type}"
+    if dtype not in HALF:
+        return f"{NO_KERNEL} in {str(dtype).removeprefix('torch.')}; with bf16: yes one does"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{NO_KERNEL} on a {torch.cuda.get_device_name(device)}"
+    if getattr(config, "attention_dropout", 0):
+        return f"{NO_KERNEL} with attention_dropout"
+    sizes = _head_dims(config)
+    if len(set(sizes)) > 1 or max(sizes) > MAX_HEAD_DIM or max(sizes) % 8:
+        return f"{NO_KERNEL} with heads of {' and '.join(map(str, sizes))}"
+    return None
+
+
+def _head_dims(config: Any) -> list[int]:
+    """Sizes of heads, each once: of queries and keys, of values, of the layers that see everything."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_keys = getattr(config, "qk_head_dim", None) or size
+    others = (getattr(config, name, None) or of_keys for name in ("v_head_dim", "global_head_dim"))
+    return sorted({of_keys, *others})
 
 
 def _use_rows_attention(model: PreTrainedModel) -> str | None:
@@ -199,7 +335,7 @@ def _use_rows_attention(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
-        return ", ".join(sorted(kinds))
+        return f"has layers of {', '.join(sorted(kinds))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "caps its scores"
     if not model._supports_sdpa or not model._can_set_attn_implementation():
@@ -231,12 +367,23 @@ def lengths_of_rows(position_ids: torch.Tensor) -> list[int]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _pass_row_lengths(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    _Batch.row_lengths, _Batch.layers = None, 0
+def _pass_row_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    _Batch.row_borders = None
     if not _without_padding(kwargs):
         return args, kwargs
-    _Batch.row_lengths = RowLengths(lengths_of_rows(kwargs["position_ids"]))
-    return args, {**kwargs, "row_lengths": _Batch.row_lengths}
+    _Batch.row_borders = RowBorders(*_borders(kwargs), attention_of(model) or Attention("row by row", ""))
+    return args, {**kwargs, "row_borders": _Batch.row_borders}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _mask_nothing(base: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A mask with nothing in it is a mask that transformers does not make: it would read the position ids."""
+    rows: RowBorders | None = kwargs.get("row_borders")
+    if rows is None:
+        return args, kwargs
+    if base.config._attn_implementation != NAME:
+        raise RuntimeError(f"{type(base).__name__} does not use {NAME}: rows would see each other")
+    return args, {**kwargs, "attention_mask": rows.starts.new_empty((1, 1, 0, 0), dtype=torch.bool)}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -244,11 +391,20 @@ def _pass_flash_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> 
     """What transformers' flash-attention takes; without it every layer would look for the borders on its own."""
     if not _without_padding(kwargs):
         return args, kwargs
-    lengths = lengths_of_rows(kwargs["position_ids"])
-    borders = F.pad(torch.tensor(lengths, device=kwargs["position_ids"].device).cumsum(0, dtype=torch.int32), (1, 0))
+    lengths, starts = _borders(kwargs)
     longest = max(lengths)
-    return args, {**kwargs, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
+    return args, {**kwargs, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts,
                   "max_length_q": longest, "max_length_k": longest}  # fmt: skip
+
+
+def _borders(kwargs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
+    """Lengths of the rows, and where they begin, [rows + 1] int32: as the batch says, or by reading its positions."""
+    layout: Layout | None = kwargs.get(LAYOUT)
+    if layout is not None and layout.starts is not None:
+        return layout.lengths, layout.starts
+    lengths = lengths_of_rows(kwargs["position_ids"])
+    starts = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
+    return lengths, starts.to(kwargs["position_ids"].device)
 
 
 def _without_padding(kwargs: dict[str, Any]) -> bool:
@@ -261,6 +417,6 @@ def _without_padding(kwargs: dict[str, Any]) -> bool:
 
 
 def _check_borders_were_used(model: nn.Module, args: Any, output: Any) -> None:
-    expected, _Batch.row_lengths = _Batch.row_lengths, None
-    if expected is not None and output is not None and not _Batch.layers:
+    expected, _Batch.row_borders = _Batch.row_borders, None
+    if expected is not None and output is not None and not expected.attended:
         raise RuntimeError(f"{type(model).__name__} does not use {NAME}: rows would see each other")

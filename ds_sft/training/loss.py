@@ -12,7 +12,9 @@ have fewer). The idea of forming gradients in forward is Liger Kernel's (arXiv 2
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.plan.memory import CHUNK_BYTES
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training.precision import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -60,6 +64,7 @@ class SupervisedLoss:
         self.head: Any = model.get_output_embeddings()
         self.terms = terms
         self.labels: torch.Tensor | None = None  # of the batch under way, [batch, seq]
+        self.layout: Layout | None = None  # of the same, where it came with one
         self.total: torch.Tensor | None = None  # of the last batch: sum of the cross-entropy, float32
         self.count: torch.Tensor | None = None  # supervised tokens in it
         self._project = self.head.forward
@@ -69,7 +74,7 @@ class SupervisedLoss:
         model.register_forward_pre_hook(self._take_labels, with_kwargs=True)
 
     def _take_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.labels, self.total = kwargs.get("labels"), None
+        self.labels, self.layout, self.total = kwargs.get("labels"), kwargs.get(LAYOUT), None
         if self._hook is not None:  # of a forward that failed
             self._hook.remove()
             self._hook = None
@@ -83,15 +88,18 @@ class SupervisedLoss:
         if self.labels is None:
             logits: torch.Tensor = self._project(hidden)
             return logits
-        positions, targets = supervised_positions(self.labels.to(hidden.device))
-        self.count = torch.tensor(len(targets), device=hidden.device)
+        if self.layout is not None:
+            positions, targets = self.layout.positions, self.layout.targets
+        else:
+            positions, targets = supervised_positions(self.labels.to(hidden.device))
+        self.count = torch.full((), len(targets), device=hidden.device)
         return cross_entropy_sum(
             hidden.flatten(0, -2).index_select(0, positions), self.head.weight, self.head.bias, targets, self.terms
         )
 
     def _keep_total(self, head: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """The model goes on with logits of no token: what it does to them has been done."""
-        self.total, self.labels = output, None
+        self.total, self.labels, self.layout = output, None, None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -113,6 +121,8 @@ def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False) -> 
     reason = _take_over(model, fp16=fp16)
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
+    if _adds_to_loss(type(model)):
+        SharedAuxiliary(model)
 
 
 def supervised_loss(model: Any) -> SupervisedLoss | None:
@@ -162,6 +172,53 @@ def _between_logits_and_loss(model_class: type) -> str:
     return "\n".join(text for text in texts[calls[0] + 1 : losses[0]] if text != "loss = None")
 
 
+def _adds_to_loss(model_class: type) -> bool:
+    """Whether a model's `forward` adds something of its own to the cross-entropy."""
+    try:
+        source = inspect.getsource(inspect.unwrap(model_class.forward))  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return False
+    return re.search(r"\bloss (\+= |= loss \+ )", source) is not None
+
+
+class SharedAuxiliary:
+    """Weighs what a model adds to its cross-entropy by the micro batch's share of the step's supervised tokens.
+
+    A mixture of experts adds its load balancing loss, Bamba a z-loss: each a mean over one micro batch, added whole,
+    while the cross-entropy is divided by the tokens of the step. The sum of a step then grew with its micro batches and
+    ranks. The shares of a step are 1 in all, so its auxiliary loss is a mean, weighted like the cross-entropy.
+
+    What remains of the split: balancing is N x sum over experts of f_e x P_e, the share of a micro batch's tokens that
+    goes to e times e's mean probability. The mean of such products over micro batches differs from the product over
+    all tokens by the covariance of f_e and P_e between micro batches: by nothing where they route alike, and by less
+    the more tokens each has. The product over a step would take a pass before the one that learns.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.cross_entropy: torch.Tensor | None = None  # of the batch under way
+        self._loss_function = model.loss_function
+        model.loss_function = self._keep
+        model.register_forward_hook(self._weigh, with_kwargs=True)
+
+    def _keep(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.cross_entropy = self._loss_function(*args, **kwargs)
+        return self.cross_entropy.clone()  # models add in place
+
+    def _weigh(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The model's output, whose loss comes first."""
+        known, self.cross_entropy = self.cross_entropy, None
+        count = kwargs.get("num_items_in_batch")
+        if known is None or count is None:
+            return output
+        supervised = (kwargs["labels"][..., 1:] != IGNORE_INDEX).sum().to(known.device)
+        share = supervised / torch.as_tensor(count, device=known.device).clamp(min=1)
+        loss = known + share * (output[0] - known)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
+
+
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a hidden state predicts a supervised token, and that token.
 
@@ -195,9 +252,8 @@ def cross_entropy_sum(
         targets: [supervised].
         terms: what the model does to its logits.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(hidden.device) or weight.dtype
+    with without_autocast(hidden.device):
         total: torch.Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
             hidden, weight, bias, targets, terms, dtype, torch.is_grad_enabled()
         )
@@ -230,7 +286,7 @@ class _CrossEntropySum(torch.autograd.Function):
             rows = slice(start, start + size)
             of_hidden, *others = gradients
             parts = (of_hidden[rows] if of_hidden is not None else None, *others)
-            total += _learn_chunk(x[rows], w, b, targets[rows, None], terms, parts)
+            total += _learn_chunk(x[rows], w, b, targets[rows], terms, parts)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
         return total
@@ -255,22 +311,31 @@ def _learn_chunk(
     """Sum of the cross-entropy of a chunk; adds to `gradients` of its hidden states x [n, hidden], weight and bias."""
     of_hidden, of_weight, of_bias = gradients
     logits = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-    loss, slopes = _loss_and_slopes(logits, targets, terms, learn=any(g is not None for g in gradients))
-    if slopes is not None:
-        slopes = logits.copy_(slopes)  # in the dtype of training
-        if of_hidden is not None:
-            torch.mm(slopes, weight, out=of_hidden)
-        if of_weight is not None:
-            of_weight.addmm_(slopes.T, x)
-        if of_bias is not None:
-            of_bias += slopes.sum(0)
+    learn = any(g is not None for g in gradients)
+    loss = (_by_kernel if uses_kernel(logits) else _by_torch)(logits, targets, terms, learn=learn)
+    slopes = logits  # they took its place
+    if of_hidden is not None:
+        torch.mm(slopes, weight, out=of_hidden)
+    if of_weight is not None:
+        of_weight.addmm_(slopes.T, x)
+    if of_bias is not None:
+        of_bias += slopes.sum(0)
     return loss
 
 
-def _loss_and_slopes(
-    logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the cross-entropy of a chunk, and its gradient in the logits, float32; `logits` [n, vocab] is used up."""
+def uses_kernel(logits: torch.Tensor) -> bool:
+    """Whether one Triton kernel computes loss and gradient of logits: on GPUs, where Triton comes with PyTorch."""
+    return logits.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def _by_kernel(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool) -> torch.Tensor:
+    from ds_sft.training.loss_kernel import loss_and_slopes  # needs Triton
+
+    return loss_and_slopes(logits, targets, terms.scale, terms.cap, learn=learn)
+
+
+def _by_torch(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *, learn: bool) -> torch.Tensor:
+    """Sum of the cross-entropy of a chunk; to learn, its gradient takes the place of `logits` [n, vocab]."""
     x = logits.float()
     if terms.scale != 1:
         x = x.mul_(terms.scale)
@@ -280,14 +345,15 @@ def _loss_and_slopes(
         curve = bent.square().neg_().add_(1) if learn else None
         x = bent.mul_(terms.cap)
     top = x.amax(-1, keepdim=True)
-    of_target = x.gather(1, targets) - top
+    of_target = x.gather(1, targets[:, None]) - top
     x = x.sub_(top).exp_()
     whole = x.sum(-1, keepdim=True)
     loss = (whole.log() - of_target).sum()
     if not learn:
-        return loss, None
+        return loss
     x = x.div_(whole)
-    x.scatter_add_(1, targets, torch.full_like(of_target, -1))
+    x.scatter_add_(1, targets[:, None], torch.full_like(of_target, -1))
     if curve is not None:
         x = x.mul_(curve)
-    return loss, x.mul_(terms.scale) if terms.scale != 1 else x
+    logits.copy_(x.mul_(terms.scale) if terms.scale != 1 else x)  # in the dtype of training
+    return loss

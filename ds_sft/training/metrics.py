@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import Layout
 from ds_sft.runtime.distributed import gather_numbers
 from ds_sft.runtime.peak import Peak
 from ds_sft.runtime.results import peak_memory
@@ -28,9 +28,15 @@ PARTS = ("data_wait", "forward_backward", "communication", "optimizer", "save", 
 WORK = ("data_wait", "forward_backward", "optimizer", "other")  # what a rank does while others may wait for it
 EVALUATION = "evaluation"  # no part of training: left out of every figure
 WHOLE = ("save", EVALUATION)  # what happens inside them counts as them
-COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as `count_batch` has them
+COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as its `Layout` has them
 SENT = (*COUNTS, "peak_flops", "memory_gib", *PARTS)  # what a rank tells the others, before its laps
 MARKS_KEPT = 10_000
+# Where the compute stream waits for what DeepSpeed does in streams of its own: methods of the engine's optimizer.
+WAITS = (
+    "overlapping_partition_gradients_reduce_epilogue",
+    "average_tensor",
+    "parameter_offload.param_coordinator.fetch_sub_module",
+)
 # Collectives of DeepSpeed's backend (deepspeed/comm/torch.py) that training uses.
 COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
@@ -41,12 +47,14 @@ COLLECTIVES = (
 class Clock:
     """Seconds of each part, every moment in one: a part that begins inside another one interrupts it.
 
-    A mark is a reading of the host's clock or, on a GPU, an event in the current stream: parts are then what passed on
-    the device, and reading them waits for nothing until `settle`.
+    A mark is a reading of the host's clock or, on a GPU, an event in the stream that computes: parts are then what
+    passed in it, each after the other, and reading them waits for nothing until `settle`. What is sent in another
+    stream beside the computation takes no time here, but for what the computation waits for it.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
         self.on_gpu = device_type == "cuda"
+        self.stream = torch.cuda.current_stream() if self.on_gpu else None  # DeepSpeed switches the current one
         self.open = ["other"]  # parts begun and not ended
         self.restart()
 
@@ -62,7 +70,7 @@ class Clock:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(self.stream)
         return event
 
     def begin(self, part: str) -> None:
@@ -91,9 +99,9 @@ class Clock:
         self.marks.append((self._now(), self.open[-1], lap))
 
     def settle(self) -> None:
-        """Turn marks into seconds; on a GPU this waits for all its streams, for marks are in several of them."""
+        """Turn marks into seconds; on a GPU this waits for the last of them."""
         if self.on_gpu and self.marks:
-            torch.cuda.synchronize()
+            self.marks[-1][0].synchronize()
         for when, part, lap in self.marks:
             passed = self.last.elapsed_time(when) / 1000 if self.on_gpu else when - self.last
             self.last = when
@@ -153,26 +161,6 @@ def _numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # under ZeRO-3 of the whole, wherever it is
 
 
-def count_batch(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`COUNTS` of a micro batch, on its device; pairs are those of a token and one that it sees.
-
-    Padding makes the difference between tokens and places. Rows laid end to end have no mask; their `position_ids`
-    restart with every row.
-    """
-    ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
-    places = torch.tensor(ids.numel(), device=ids.device)
-    positions = inputs.get("position_ids")
-    if mask is None:
-        tokens = places
-        seen = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
-        pairs = (seen + 1).sum()
-    else:
-        lengths = mask.sum(-1)
-        tokens, pairs = lengths.sum(), (lengths * (lengths + 1)).sum() // 2
-    targets = inputs["shift_labels"] if "shift_labels" in inputs else labels[..., 1:]
-    return torch.stack([tokens, places, (targets != IGNORE_INDEX).sum(), pairs])
-
-
 @dataclass(frozen=True)
 class Interval:
     """What all ranks did between two logging steps; `+` joins two that follow each other."""
@@ -222,20 +210,24 @@ class Meter:
         self.talking = "communication" if world_size > 1 else "other"  # what ranks do together is nothing for one
         self.flops = count_flops(model)
         self.peak = Peak(0.0, "unknown")
-        self.counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.total = Interval()
         self.memory_gib = 0.0  # the fullest rank's peak
+        self.replaced = ExitStack()  # functions of others, that were timed
 
     def start(self, peak: Peak) -> None:
         """Training begins now."""
         self.peak = peak
         self.clock.restart()
 
-    def count(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Count a micro batch; its tokens without padding, a scalar on the device."""
-        counted = count_batch(inputs).to(self.device)
-        self.counts += counted
-        return counted[0]
+    def stop(self) -> None:
+        """Training is over: what was timed is as it was."""
+        self.replaced.close()
+
+    def count(self, layout: Layout) -> None:
+        """Count a micro batch."""
+        for name in COUNTS:
+            self.counts[name] += getattr(layout, name)
 
     def interval(self) -> Interval:
         """All ranks' numbers since the last call; all must call it, after equally many laps."""
@@ -243,9 +235,9 @@ class Meter:
         self.clock.settle()
         seconds, laps = self.clock.take()
         peaks = peak_memory()
-        mine = {**dict(zip(COUNTS, self.counts.tolist(), strict=True)), **seconds, "peak_flops": self.peak.flops,
+        mine = {**self.counts, **seconds, "peak_flops": self.peak.flops,
                 "memory_gib": peaks.get("gpu_gib", peaks["host_gib"])}  # fmt: skip
-        self.counts.zero_()
+        self.counts = dict.fromkeys(COUNTS, 0)
         ranks = gather_numbers([*(mine[name] for name in SENT), *laps], device=self.device)
         told = [dict(zip(SENT, rank, strict=False)) for rank in ranks]
         self.memory_gib = max(rank["memory_gib"] for rank in told)
@@ -286,16 +278,30 @@ class Meter:
     # ---- Where communication happens
 
     def time_engine(self, engine: Any) -> None:
-        """Time the collectives and the optimizer step of a DeepSpeed engine.
+        """Time the collectives and the optimizer step of a DeepSpeed engine, until `stop`.
 
-        A collective that DeepSpeed starts and goes on beside is timed when it is started and when it is waited for. On
-        a GPU DeepSpeed waits in streams of its own; what these hold up appears as forward and backward.
+        Collectives are functions of a backend that a process has once. They are timed while this engine computes, and
+        nobody else's. One that DeepSpeed goes on beside is timed when it is started and when it is waited for.
         """
         import deepspeed.comm.comm as comm
 
-        for name in COLLECTIVES if self.talking == "communication" else ():
-            setattr(comm.cdb, name, self._timed_collective(getattr(comm.cdb, name)))
-        engine.step = self._timed(engine.step, "optimizer")
+        if self.talking == "communication":
+            timed = {name: self._timed_collective(getattr(comm.cdb, name)) for name in COLLECTIVES}
+            for name in ("forward", "backward", "step"):
+                self._replace(engine, name, _while_replaced(getattr(engine, name), comm.cdb, timed))
+            for path in WAITS if self.clock.on_gpu else ():
+                self._time_wait(engine.optimizer, path)
+        self._replace(engine, "step", self._timed(engine.step, "optimizer"))
+
+    def _time_wait(self, optimizer: Any, path: str) -> None:
+        """Time a method where an optimizer has it; what is on its path differs between stages."""
+        *owners, name = path.split(".")
+        owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, optimizer)
+        if hasattr(owner, name):
+            self._replace(owner, name, self._timed(getattr(owner, name), "communication"))
+
+    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self.replaced.callback(replace(owner, {name: function}))
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -317,11 +323,11 @@ class Meter:
     def time_reduction(self, model: Any, accelerator: Any) -> None:
         """Time what a model under DistributedDataParallel waits for: before forward, and after the last gradient.
 
-        It reduces from C++ while gradients are still computed. Autograd calls what was queued for the end of backward
-        in the order in which it came: `begin` before DDP's own, which waits.
+        Until `stop`. It reduces from C++ while gradients are still computed. Autograd calls what was queued for the end
+        of backward in the order in which it came: `begin` before DDP's own, which waits.
         """
         backward = accelerator.backward
-        model._pre_forward = self._timed(model._pre_forward, "communication")
+        self._replace(model, "_pre_forward", self._timed(model._pre_forward, "communication"))
 
         def begin() -> None:
             self.clock.begin("communication")
@@ -334,7 +340,34 @@ class Meter:
             if len(self.clock.open) > depth:
                 self.clock.end()
 
-        accelerator.backward = timed
+        self._replace(accelerator, "backward", timed)
+
+
+def replace(owner: Any, functions: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+    """Let an object have these functions of its own; what is returned takes them off again."""
+    own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
+    vars(owner).update(functions)
+
+    def take_off() -> None:
+        for name in functions:
+            vars(owner).pop(name, None)
+        vars(owner).update(own)
+
+    return take_off
+
+
+def _while_replaced(
+    function: Callable[..., Any], owner: Any, functions: dict[str, Callable[..., Any]]
+) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        take_off = replace(owner, functions)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            take_off()
+
+    return wrapped
 
 
 class TimedWork:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.shape import resized_vocab
 from ds_sft.runtime.distributed import Launch
 
 if TYPE_CHECKING:
@@ -98,8 +99,13 @@ def training_dtype(args: TrainingArguments) -> torch.dtype:
     """
     import torch
 
-    if args.deepspeed is None:
-        return torch.float32
+    return torch.float32 if args.deepspeed is None else computing_dtype(args)
+
+
+def computing_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of forward and backward."""
+    import torch
+
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
@@ -116,6 +122,8 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": training_dtype(args), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if args.device.type == "cuda" and not is_deepspeed_zero3_enabled():
+        options["device_map"] = {"": args.device}  # else every rank of a node has the whole model in host memory first
     try:
         with freed_memory_returned() if is_deepspeed_zero3_enabled() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
@@ -123,6 +131,46 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
     _mend_generation_config(model)
     return model
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Under `resize_embeddings` let a model have a row for every token."""
+    if config.resize_embeddings:
+        resize_embeddings(model, resized_vocab(model.config.get_text_config().vocab_size, tokenizer))
+
+
+def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give input and output embeddings so many rows, if they have fewer; new ones are the mean of the others.
+
+    As transformers, which draws them from a narrow normal distribution around that mean; here every engine and rank
+    starts from the same, so the mean is summed in float64 and rounded to bfloat16, what weights are published in.
+    Under ZeRO-3 the new tensors are whole on every rank until the engine is made, which partitions them.
+
+    Raises:
+        UserError: a model whose embeddings transformers cannot resize.
+    """
+    import torch
+
+    before = model.get_input_embeddings().num_embeddings  # ZeRO-3 leaves the weight itself no shape
+    if rows <= before:
+        return
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    except (NotImplementedError, TypeError) as error:
+        raise UserError(f"resize_embeddings: {type(model).__name__}: {_first_line(error)}") from error
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for values in (getattr(module, "weight", None), getattr(module, "bias", None)):
+                if values is not None:
+                    values[before:] = _mean(values[:before])
+
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """Over the first dimension, without a copy of all rows in float64."""
+    import torch
+
+    parts = [rows[start : start + 8192].sum(0, dtype=torch.float64) for start in range(0, len(rows), 8192)]
+    return (torch.stack(parts).sum(0) / len(rows)).to(torch.bfloat16)
 
 
 def why_rows_mix(model_class: type, config: Any) -> str | None:

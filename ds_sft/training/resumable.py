@@ -6,11 +6,13 @@ from a checkpoint of the last step, and deletes old checkpoints before the new o
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, set_seed
 
+from ds_sft.config import OUR_ORDERS
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import (
@@ -34,7 +37,9 @@ from ds_sft.runtime.checkpoint import (
 )
 from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
+from ds_sft.runtime.identity import EVAL_DATA, Changes
 from ds_sft.runtime.preempt import Stopped, StopRequests
+from ds_sft.training.hyperparameters import Asked
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
@@ -47,6 +52,7 @@ class Continuity:
     stop: StopRequests
     site: Site
     resumed: Checkpoint | None  # where this start continues
+    changed: Changes = field(default_factory=dict)  # what was otherwise there
     on_save_error: str = "stop"
     size: int = 0  # bytes of a checkpoint, as predicted
     identity: dict[str, Any] = field(default_factory=dict)  # what was trained on what; goes into the manifest
@@ -61,6 +67,18 @@ class Unfinished:
     hashed: Future[dict[str, tuple[int, str]]]
 
 
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Let a library's logger keep its warnings to itself."""
+    theirs = logging.getLogger(logger)
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)
+
+
 class ResumableTrainer(Trainer):
     """See the module; `StepBoundary` must be its last callback."""
 
@@ -69,13 +87,15 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, run: Continuity, batching: Batching, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run, self.batching = run, batching
-        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # this rank's, without padding
+        self.tokens_seen = 0  # this rank's, without padding
         # Rotation is ours: Trainer's looks at names only, and with a limit of 1 deletes the newest for the best.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
         self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
         self.num_parameters = 0  # without embeddings, once counted
+        self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
+        self.skipped_unlogged = 0  # of them since the last log entry
         if run.resumed is not None:
             self.evaluation_due = self.args.eval_on_start = bool(run.resumed.manifest["evaluation_due"])
 
@@ -97,35 +117,38 @@ class ResumableTrainer(Trainer):
         self._tr_loss.fill_(pending[self.args.process_index] if same else sum(pending) / len(pending))
         self._globalstep_last_logged = known["last_logged_step"]
         self._total_loss_scalar = known["loss_total"]
-        self.tokens_seen.fill_(known["tokens"] if self.args.process_index == 0 else 0)
+        self.skipped_steps, self.skipped_unlogged = known.get("skipped_steps", (0, 0))
+        self.tokens_seen = known["tokens"] if self.args.process_index == 0 else 0
 
     @property
     def other_world_size(self) -> bool:
         """Whether the checkpoint to continue from is of another number of ranks."""
         return self.run.resumed is not None and self.run.resumed.manifest["world_size"] != self.args.world_size
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        optimizer = super().create_optimizer(model)
-        self.weight_decays = [group["weight_decay"] for group in getattr(optimizer, "param_groups", [])]
-        return optimizer
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        # For a DeepSpeed file's own optimizer a copy of this trainer is asked first, with that as an argument.
+        if not (args[1:] or kwargs.get("optimizer")):
+            self.asked = Asked.of(self.optimizer, scheduler)  # the optimizer is complete, and nothing is loaded yet
+        return scheduler
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # DeepSpeed has loaded its part by now
+        if checkpoint is None:
+            return
         if self.other_world_size and self.is_deepspeed_enabled:
             self._mend_universal_load(self.model_wrapped.optimizer.optimizer)
-        return prepared
+        self.asked.apply(self.optimizer, self.lr_scheduler)
 
     def _mend_universal_load(self, optimizer: torch.optim.Optimizer) -> None:
-        """Undo two errors of DeepSpeed 0.19.8 in loading a universal checkpoint under ZeRO-3.
+        """Undo an error of DeepSpeed 0.19.8 in loading a universal checkpoint under ZeRO-3.
 
-        All parameter groups got one and the same `step` tensor, which Adam then advances once for every group, and the
-        weight decay of the first group, biases and norms included.
+        All parameter groups got one and the same `step` tensor, which Adam then advances once for every group. (They
+        also got the options of the first group, biases and norms its weight decay: `Asked.apply` sets them.)
         """
         for state in optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
-        for group, weight_decay in zip(optimizer.param_groups, self.weight_decays, strict=False):
-            group["weight_decay"] = weight_decay
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if not self.other_world_size:
@@ -133,11 +156,48 @@ class ResumableTrainer(Trainer):
         else:  # another number of ranks: the saved states are of others
             set_seed(self.args.seed + self.state.global_step)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    @property
+    def deals_rows(self) -> bool:
+        """Whether `batching` says which rows make which step, and not a sampler of Trainer's own."""
+        return self.args.train_sampling_strategy in OUR_ORDERS
+
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch under way after a step of the run, and the steps of it that are done."""
+        return self.batching.position(step) if self.deals_rows else divmod(step, self.step_boundary.steps_an_epoch)
+
+    def restate_epoch(self) -> None:
+        """Trainer's share of an epoch is one of its steps; where these are of two sizes, rows tell it."""
+        epoch, steps = self.position(self.state.global_step)
+        if self.deals_rows and steps and self.batching.seam.rows and epoch == self.batching.seam.epoch:
+            self.state.epoch = epoch + self.batching.here(self.state.global_step).rows / len(self.batching.lengths)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
+        """As Trainer's, but epochs need not have equally many steps."""
+        epochs, *between, steps = super().set_initial_training_values(args, dataloader)
+        if self.deals_rows:
+            steps = args.max_steps if args.max_steps > 0 else self.batching.steps(args.num_train_epochs)
+            epochs = self.batching.position(steps - 1)[0] + 1
+        return epochs, *between, steps
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        with quiet("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
+            begin: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        if EVAL_DATA in self.run.changed:  # other rows measured the best until now
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        if self.deals_rows:
+            epoch, steps = self.position(self.state.global_step)
+            return epoch, steps * self.args.gradient_accumulation_steps
+        return begin
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would take one more
             self.control.should_training_stop = True
             return
-        super()._run_epoch(**kwargs)
+        if self.deals_rows:
+            kwargs["num_update_steps_per_epoch"] = self.batching.steps_of(epoch)
+            kwargs["steps_in_epoch"] = len(self.batching.epoch(epoch).computed) // self.args.world_size
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
@@ -158,7 +218,7 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # of the run, not of this start
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.skipped_steps, 1)
         super().log(logs, start_time)
 
     # ---- Stopping
@@ -299,7 +359,7 @@ class ResumableTrainer(Trainer):
         args, state = self.args, self.state
         a_step = self.batching.slots  # micro batches
         metrics = Path(args.output_dir) / "metrics.jsonl"
-        (tokens,) = sum_over_ranks(self.tokens_seen.item(), device=args.device)
+        (tokens,) = sum_over_ranks(self.tokens_seen, device=args.device)
         return {
             "step": state.global_step,
             "epoch": state.epoch,
@@ -314,7 +374,11 @@ class ResumableTrainer(Trainer):
             "loss_pending": gather(self._tr_loss.item()),
             "last_logged_step": self._globalstep_last_logged,
             "loss_total": self._total_loss_scalar,
+            "skipped_steps": [self.skipped_steps, self.skipped_unlogged],
             "tokens": int(tokens),
+            # Where rows were dealt anew, and where they could be now; see `micro_batches.Seam`.
+            "seam": asdict(self.batching.seam),
+            "here": asdict(self.batching.here(state.global_step)) if self.deals_rows else None,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.run.identity,
@@ -322,7 +386,7 @@ class ResumableTrainer(Trainer):
 
     def _samples_seen(self) -> int:
         """Rows learned from so far; the last step of an epoch has what is left."""
-        return self.batching.samples(*divmod(self.state.global_step, self.step_boundary.steps_an_epoch))
+        return self.batching.samples(*self.position(self.state.global_step))
 
     def _give_up(self, folder: Path, trouble: str) -> None:
         """End the run or go on without this checkpoint, as `on_save_error` says; on all ranks."""
@@ -354,6 +418,7 @@ class StepBoundary(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
+        self.trainer.restate_epoch()
         stopping, hashed = self.trainer.meet()
         if hashed:
             self.trainer.finish_save()
@@ -381,7 +446,7 @@ class StepBoundary(TrainerCallback):
             self.save_due, control.should_save = True, False
 
     def _ends_epoch(self, state: TrainerState) -> bool:
-        return bool(state.global_step >= state.max_steps or state.global_step % self.steps_an_epoch == 0)
+        return bool(state.global_step >= state.max_steps or self.trainer.position(state.global_step)[1] == 0)
 
     def _postpone_evaluation(self, control: TrainerControl) -> None:
         self.trainer.evaluation_due |= control.should_evaluate

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -22,20 +23,24 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ds_sft.config import OUR_ORDERS
-from ds_sft.data.batches import GlobalBatches, Rows, TrainLoader
+from ds_sft.data.batches import Ahead, GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import LAYOUT, views_of
 from ds_sft.data.micro_batches import lengths_of
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
 from ds_sft.runtime.zero import stage
+from ds_sft.training.fused import compiles_layers
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
+from ds_sft.training.model import computing_dtype
+from ds_sft.training.nonfinite import FiniteTrainer
 from ds_sft.training.progress import ProgressLine
-from ds_sft.training.resumable import ResumableTrainer, StepBoundary
-from ds_sft.training.working_copy import WorkingCopy
+from ds_sft.training.resumable import StepBoundary
+from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 
-class RankRows(Dataset[dict[str, list[int]]]):
+class RankRows(Dataset[dict[str, Any]]):
     """Every `world_size`-th row from `rank` on, longest first. Ranks without a last row get one that counts nothing.
 
     All ranks so run the same number of forward passes, which ZeRO-3 needs, of about as many tokens each, and no row is
@@ -43,18 +48,23 @@ class RankRows(Dataset[dict[str, list[int]]]):
     """
 
     def __init__(self, rows: Any, rank: int, world_size: int) -> None:
-        self.rows, self.rank, self.world_size = rows, rank, world_size
+        self.rows, self.rank, self.world_size = views_of(rows), rank, world_size
         self.order = np.argsort(-lengths_of(rows), kind="stable")
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.world_size)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         position = index * self.world_size + self.rank
         if position < len(self.rows):
             return dict(self.rows[int(self.order[position])])
         shortest = self.rows[int(self.order[-1])]
         return {**shortest, "labels": [IGNORE_INDEX] * len(shortest["labels"])}
+
+
+def _without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A batch's layout is for hooks: no model knows it."""
+    return args, {name: value for name, value in kwargs.items() if name != LAYOUT}
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -73,7 +83,7 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).sum()
 
 
-class SFTTrainer(ResumableTrainer):
+class SFTTrainer(FiniteTrainer):
     """Trainer whose `eval_loss` is the mean over all supervised tokens of the validation set, whatever the world size.
 
     Trainer's own is a mean of batch means, and wrong when ranks x batch does not divide the set (transformers#39241).
@@ -87,9 +97,14 @@ class SFTTrainer(ResumableTrainer):
             head_everywhere=supervised_loss(self.model) is None,
             world_size=self.args.world_size,
         )
+        self.model.register_forward_pre_hook(_without_layout, with_kwargs=True)  # after those that want it
+        self.ahead: Ahead | None = None
         # What is compiled would be compiled again for other weights: autocast casts them there.
-        own = self.args.bf16 and not self.is_deepspeed_enabled and not self.args.torch_compile
-        self.working_copy = WorkingCopy(self.model) if own else None
+        alone = self.args.world_size == 1
+        compiled = self.args.torch_compile or (compiles_layers(self.model) and not alone)
+        own = self.args.bf16 and not self.is_deepspeed_enabled and not compiled
+        kind = WorkingCopy if alone else LentCopy
+        self.working_copy = kind(self.model) if own else None
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
@@ -105,17 +120,35 @@ class SFTTrainer(ResumableTrainer):
             self.meter.time_reduction(self.model_wrapped, self.accelerator)
         return prepared
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         with self.meter.clock.part("data_wait"):
-            return super().get_batch_samples(*args, **kwargs)
+            return super().get_batch_samples(self._read_ahead(epoch_iterator, num_batches), num_batches, device)
 
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def _read_ahead(self, epoch_iterator: Iterator[Any], num_batches: int) -> Iterator[Any]:
+        """The micro batches of the next step are made beside this one, where a GPU computes it."""
+        if self.args.device.type != "cuda":
+            return epoch_iterator
+        if self.ahead is None or self.ahead.batches is not epoch_iterator:
+            self.ahead = Ahead(epoch_iterator, num_batches, self.args.device)
+        return self.ahead
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Supervised tokens of a step, over all ranks: the host counts them, and waits for no device."""
+        if not (batch_samples and self.model_accepts_loss_kwargs):
+            return None
         with self.meter.clock.part(self.meter.talking):
-            return super()._get_num_items_in_batch(*args, **kwargs)
+            count = torch.full((), sum(batch[LAYOUT].supervised for batch in batch_samples), device=device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                dist.all_reduce(count)
+            return count
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.meter.clock.part("forward_backward"), self._in_16_bits(keep=not self.accelerator.sync_gradients):
-            self.tokens_seen += self.meter.count(inputs)
+            self.meter.count(inputs[LAYOUT])
+            self.tokens_seen += inputs[LAYOUT].tokens
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
 
@@ -124,7 +157,7 @@ class SFTTrainer(ResumableTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         with self.meter.clock.part("optimizer"):
-            return super()._clip_grad_norm(model)
+            return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)  # DeepSpeed has clipped
 
     def meet(self) -> tuple[str | None, bool]:
         with self.meter.clock.part(self.meter.talking):
@@ -151,10 +184,10 @@ class SFTTrainer(ResumableTrainer):
 
     # ---- Batches
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, list[int]]]:
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         args = self.args
         if args.train_sampling_strategy not in OUR_ORDERS:
-            loader: DataLoader[dict[str, list[int]]] = super().get_train_dataloader()
+            loader: DataLoader[dict[str, Any]] = super().get_train_dataloader()
             return loader
         return TrainLoader(
             Rows(self.train_dataset),
@@ -164,7 +197,7 @@ class SFTTrainer(ResumableTrainer):
             **_loader_options(args),
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, list[int]]]:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Any]]:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return DataLoader(
             RankRows(rows, self.args.process_index, self.args.world_size),
@@ -182,7 +215,7 @@ class SFTTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Token mean of the cross-entropy, with Trainer's progress bar."""
+        """Token mean of the cross-entropy alone, without what a model adds to it; with Trainer's progress bar."""
         self.callback_handler.eval_dataloader = dataloader
         metrics = {f"{metric_key_prefix}_loss": self.token_mean(dataloader, self._show_progress)}
         num_rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
@@ -196,16 +229,16 @@ class SFTTrainer(ResumableTrainer):
         """Mean cross-entropy over all ranks' supervised tokens; keeps no logits beyond a batch. All ranks call it."""
         self.model.eval()  # also switches gradient checkpointing off
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        count = 0
         stop = self.run.stop.paced()
         with self._in_16_bits():
             for batch in dataloader:
                 stop.check()
                 inputs = self._prepare_inputs(batch)
                 total += self._loss_sum(inputs)
-                count += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+                count += inputs[LAYOUT].supervised
                 after_batch()
-        loss, tokens = sum_over_ranks(total.item(), count.item(), device=self.args.device)
+        loss, tokens = sum_over_ranks(total.item(), count, device=self.args.device)
         return loss / max(tokens, 1)
 
     def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -243,9 +276,8 @@ class Measuring(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         barrier()
-        peak = device_peak(args.device, dtype)
+        peak = device_peak(args.device, computing_dtype(args))
         self.trainer.run.site.launch.say(f"Peak for MFU: {peak.flops / 1e12:,.3g} TFLOP/s a rank ({peak.source}).")
         self.meter.start(peak)
 
@@ -267,6 +299,11 @@ class Measuring(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.meter.clock.lap()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.stop()
 
 
 class EvaluateAtEnd(TrainerCallback):

@@ -2,8 +2,13 @@
 
 DeepSpeed's engine keeps such a copy; this is the same for training without it. Autocast alone casts every matrix in
 each micro batch, again where activations are recomputed, and leaves norms and the residual in float32. It stays on
-around the copy: it casts weights that a module reads of another one without calling it (Mamba), and rounds what a model
-multiplies in float32, such as a router. As in DeepSpeed's engine all float32 parameters have a copy, and buffers none.
+around the copy, and rounds what a model multiplies in float32, such as a router. As in DeepSpeed's engine all float32
+parameters have a copy, and buffers none.
+
+One process computes with copies that are leaves of autograd and stay the same tensors for the whole run
+(`WorkingCopy`): a step costs one call that casts them all, and their gradients reach the float32 weights some dozens at
+a time. DistributedDataParallel hears of a gradient only where autograd brings it to the parameter itself, so under it
+each weight is lent as part of the graph (`LentCopy`). Both give the same gradients, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,11 +20,103 @@ from typing import Any
 import torch
 from torch import nn
 
+# Bytes of 16-bit gradients that wait to be cast together on a GPU, where a call costs more than casting a weight; on a
+# CPU each is cast as it comes.
+WAITING_BYTES = 64 * 2**20
+
 
 class WorkingCopy:
-    """Lends a model's modules 16-bit weights while it computes; gradients arrive at the float32 ones, in float32.
+    """16-bit weights that a model's modules have while it computes; gradients are summed in float32 at its own.
 
-    The model's parameters, and so its optimizer, checkpoints and DistributedDataParallel, are the float32 weights.
+    The model's parameters, and so its optimizer and checkpoints, are the float32 weights.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
+        self.places: list[tuple[dict[str, Any], str, nn.Parameter]] = [  # where modules look for the float32 weights
+            (module._parameters, name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and _is_master(parameter)
+        ]
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}  # float32 weight -> its copy; made at the first use
+        self.fresh = False  # whether they are what the weights are now
+        self.waiting: list[nn.Parameter] = []  # weights whose gradient lies at the copy
+        self.waiting_bytes = 0
+
+    @contextmanager
+    def lent(self, *, keep: bool = False) -> Iterator[None]:
+        """Compute with 16-bit weights here, forward and backward of one micro batch.
+
+        Args:
+            keep: the values serve again, for the weights do not change before.
+        """
+        self._refresh()
+        for table, name, master in self.places:
+            table[name] = self.copies[master]
+        try:
+            yield
+            self._bring_gradients()
+        finally:
+            for table, name, master in self.places:
+                table[name] = master
+            self._forget_gradients()
+            self.fresh = keep
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if not self.copies:
+            self.copies = {master: self._make(master) for _, _, master in self.places}
+        if not self.fresh:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+            self.fresh = True
+
+    def _make(self, master: nn.Parameter) -> nn.Parameter:
+        copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype), requires_grad=master.requires_grad)
+        if master.requires_grad:
+            limit = _waiting_limit(master)
+
+            def arrived(leaf: torch.Tensor) -> None:
+                self.waiting.append(master)
+                self.waiting_bytes += leaf.numel() * leaf.element_size()
+                if self.waiting_bytes > limit:
+                    self._bring_gradients()
+
+            copy.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        return copy
+
+    @torch.no_grad()
+    def _bring_gradients(self) -> None:
+        """Add what waits to the gradients of the float32 weights."""
+        first = [master for master in self.waiting if master.grad is None]
+        sums = [master.grad for master in self.waiting if master.grad is not None]
+        later = [self._gradient(master) for master in self.waiting if master.grad is not None]
+        if first:
+            made = [torch.empty_like(master) for master in first]
+            torch._foreach_copy_(made, [self._gradient(master) for master in first])
+            for master, gradient in zip(first, made, strict=True):
+                master.grad = gradient
+        if sums:
+            torch._foreach_add_(sums, later)
+        self._forget_gradients()
+
+    def _gradient(self, master: nn.Parameter) -> torch.Tensor:
+        gradient = self.copies[master].grad
+        assert gradient is not None
+        return gradient
+
+    def _forget_gradients(self) -> None:
+        for master in self.waiting:
+            self.copies[master].grad = None
+        self.waiting.clear()
+        self.waiting_bytes = 0
+
+
+class LentCopy:
+    """The same for DistributedDataParallel, whose hooks are at the float32 weights: gradients reach them by autograd.
+
+    A loan made at a weight's first use has its turn in backward as soon as its gradient is there; those made before
+    the whole forward would have theirs after the whole backward.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -34,11 +131,7 @@ class WorkingCopy:
 
     @contextmanager
     def lent(self, *, keep: bool = False) -> Iterator[None]:
-        """Compute with 16-bit weights here, forward and backward of one micro batch.
-
-        Args:
-            keep: the values serve again, for the weights do not change before; else their memory is given back.
-        """
+        """As `WorkingCopy.lent`; without `keep` the memory of the values is given back."""
         self.lending = True
         try:
             yield
@@ -52,11 +145,7 @@ class WorkingCopy:
                 self.values.clear()
 
     def _lend(self, module: nn.Module, args: Any) -> None:
-        """Called before a module's forward.
-
-        A loan made at a weight's first use has its turn in backward as soon as its gradient is there; those made before
-        the whole forward would have theirs after the whole backward.
-        """
+        """Called before a module's forward."""
         if not self.lending:
             return
         table: dict[str, Any] = module._parameters
@@ -73,6 +162,10 @@ class WorkingCopy:
             with torch.enable_grad():  # reentrant checkpointing's forward is without: the weight would be cut off
                 self.loans[master] = _Loan.apply(master, self.values[master])  # type: ignore[no-untyped-call]
         return self.loans[master]
+
+
+def _waiting_limit(master: torch.Tensor) -> int:
+    return WAITING_BYTES if master.is_cuda else 0
 
 
 def _is_master(parameter: Any) -> bool:

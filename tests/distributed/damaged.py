@@ -18,8 +18,8 @@ from ds_sft.train import main
 export_model = ds_sft.runtime.export.export_model
 
 
-def export_damaged(trainer: Any, tokenizer: Any, config: Any, launch: Any) -> None:
-    export_model(trainer, tokenizer, config, launch)
+def export_damaged(trainer: Any, tokenizer: Any, config: Any, launch: Any, **told: Any) -> None:
+    export_model(trainer, tokenizer, config, launch, **told)
     if launch.is_main:
         damage(config.output_dir / "model.safetensors")
 

@@ -1,9 +1,10 @@
-"""Many short runs of train.py without paying for the imports each time; started by test_resume.py.
+"""Many short runs of train.py without paying for the imports each time; test_resume.py, test_nonfinite.py start it.
 
-python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at", "file_limit"}, run one after the other. The process
-imports everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP SIGNAL RANK":
-PLACE is step, eval, save, start, encode or predict. "file_limit" is how many bytes a file may have: the disk is full
-beyond it. Writes the exit codes of the ranks of every job as JSON into JOBS.json.done.
+python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at", "file_limit", "poison"}, run one after the other.
+The process imports everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP
+SIGNAL RANK": PLACE is step, eval, save, start, encode or predict. "file_limit" is how many bytes a file may have: the
+disk is full beyond it. "poison" makes losses no numbers: see poisoned.py. Writes the exit codes of the ranks of every
+job as JSON into JOBS.json.done.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ds_sft.runtime import preempt
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.trainer import SFTTrainer
 from tests.distributed.harness import free_port
+from tests.distributed.poisoned import poison
 
 LIMIT = 500  # seconds of one job; a machine with other work takes ten times as long
 
@@ -82,6 +84,7 @@ def child(job: dict[str, Any], rank: int, port: int) -> None:
         install(job["at"])
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    poison(job.get("poison", {}))
     code = 1
     try:
         code = train.main(job["argv"])
@@ -106,13 +109,19 @@ def run(job: dict[str, Any]) -> list[int]:
 
 
 def wait(pids: list[int]) -> list[int]:
+    """The exit codes; as a launcher does, end the others when one has failed: that one's code is then the job's."""
     codes: dict[int, int] = {}
+    failed = 0
     deadline = time.monotonic() + LIMIT
     while len(codes) < len(pids):
         for pid in set(pids) - codes.keys():
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
+                codes[pid] = failed or os.waitstatus_to_exitcode(status)
+                if codes[pid] and not failed:
+                    failed = codes[pid]
+                    for other in set(pids) - codes.keys():
+                        os.kill(other, signal.SIGTERM)
         time.sleep(0.02)
         if time.monotonic() > deadline:
             for pid in set(pids) - codes.keys():

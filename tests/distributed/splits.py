@@ -7,6 +7,7 @@ not to a run is put back: accelerate's state. The process group ends with the la
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -25,14 +26,19 @@ def start_once(*args: int, **kwargs: bool) -> None:
         start_gloo(*args, **kwargs)
 
 
-if __name__ == "__main__":
+def main(files: Sequence[str], before_each: Callable[[str], None] = lambda file: None) -> None:
     ds_sft.training.arguments.start_gloo = start_once
     launch = read_launch()
-    for file in sys.argv[1:]:
+    for file in files:
         print(f"---- {file}", flush=True)
+        before_each(file)
         with watch_for_stop(launch) as stop:
             run(load_config(["--config", file]), launch, stop)
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._reset_state()
     end_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.commands.export import main as export
 from tests.conftest import write_rows
@@ -67,19 +67,21 @@ def reference(model_dir: Path) -> Reference:
     return bare_pytorch(model_dir)
 
 
-def bare_pytorch(model_dir: Path, muted: frozenset[int] = frozenset()) -> Reference:
-    """Train on ROWS; those in `muted` teach nothing."""
+def bare_pytorch(model_dir: Path, muted: frozenset[int] = frozenset(), left_out: int | None = None) -> Reference:
+    """Train on ROWS; those in `muted` teach nothing. One step may be left out: the schedule does not count it."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    losses = []
+    losses: list[float] = []
     for step in range(STEPS):
+        if step == left_out:
+            continue
         numbers = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
         total, count = loss_and_count(model, tokenizer, [ROWS[i] for i in numbers if i not in muted])
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (STEPS - step) / STEPS
+            group["lr"] = LEARNING_RATE * (STEPS - len(losses)) / STEPS
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total.item() / count)
@@ -237,6 +239,36 @@ def test_micro_batches_that_tokens_fill(model_dir: Path, tmp_path: Path, name: s
         weights = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{number}", dtype=torch.float32).state_dict()
         for key, value in wanted.items():
             torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=LEARNING_RATE * 2e-2, msg=key)
+
+
+MIXTURE = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4,
+           "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 1.0}  # fmt: skip
+
+
+def test_a_mixture_of_experts_has_one_loss_however_it_is_started(model_dir: Path, tmp_path: Path) -> None:
+    """Its load balancing loss counts once a step, for any number of micro batches and ranks, under any engine."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=400, **MIXTURE)).train()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.save_pretrained(tmp_path / "model")
+    ids, labels = reference_row(tokenizer, ROWS[3]["question"], ROWS[3]["answer"], SYSTEM, 512)
+    whole = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
+    assert whole.aux_loss.item() > 2
+    splits = [("none", 4, 1), ("none", 1, 4), ("zero2", 2, 2), ("zero3", 1, 4)]
+    files = []
+    for number, (name, micro, accumulation) in enumerate(splits):
+        keys = settings(tmp_path / "model", tmp_path, "none", micro, accumulation, output_dir=f"out{number}",
+                        learning_rate=0, eval_strategy="no", export_dtype="float32")  # fmt: skip
+        keys |= {"deepspeed": str(ROOT / "ds_configs" / f"{name}.json")} if name != "none" else {}
+        files.append(str(write_yaml(tmp_path / f"{number}.yaml", keys)))
+    write_rows(tmp_path / "train.jsonl", [ROWS[3]] * 16)
+    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("splits.py")), *files]
+    done = run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.code == 0, done.output[-6000:]
+    for number in range(len(splits)):
+        assert step_losses(tmp_path / f"out{number}") == pytest.approx([whole.loss.item()] * 2, rel=1e-5)
 
 
 def leave_a_lock(folder: Path) -> Path:

@@ -1,0 +1,144 @@
+"""Batches of rows, with what the host knows of them: so nothing has to read the device while it computes.
+
+Rows come as views of Arrow's buffers (`ArrowRows`) and go into a batch by numpy; no token becomes a Python number.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ds_sft.data.encode import IGNORE_INDEX
+
+Ids = npt.NDArray[np.int64]
+LAYOUT = "layout"  # the key of a batch under which its layout goes along
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows and supervised tokens are in a batch, and how many; it moves as a tensor does."""
+
+    lengths: list[int]  # tokens of each row
+    places: int  # of the batch, padding included
+    starts: torch.Tensor | None  # [rows + 1] int32: where each row begins, and the last ends; None: padded
+    positions: torch.Tensor  # [supervised] int64, in [batch x seq]: what predicts a supervised token
+    targets: torch.Tensor  # [supervised] int64: that token
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(self.lengths)
+
+    @property
+    def supervised(self) -> int:
+        return len(self.targets)
+
+    @property
+    def pairs(self) -> int:
+        """Of a token and one that it sees."""
+        return sum(length * (length + 1) for length in self.lengths) // 2
+
+    def pin_memory(self) -> Layout:
+        return self._each(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _each(self, move: Any) -> Layout:
+        starts = None if self.starts is None else move(self.starts)
+        return replace(self, starts=starts, positions=move(self.positions), targets=move(self.targets))
+
+
+def collate_flat(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch without padding: input_ids, labels and position_ids of all its rows, [1, tokens] each, and `Layout`."""
+    joined = concatenate(features)
+    starts = np.append(np.flatnonzero(joined["position_ids"] == 0), len(joined["input_ids"]))
+    batch: dict[str, Any] = {name: torch.from_numpy(ids)[None] for name, ids in joined.items()}
+    borders = torch.from_numpy(starts.astype(np.int32))
+    return batch | {LAYOUT: _layout(joined["labels"][None], np.diff(starts).tolist(), borders)}
+
+
+def collate_padded(features: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Any]:
+    """A padded batch: input_ids, labels and attention_mask, [rows, longest] each, and `Layout`; rows stand left."""
+    lengths = [len(row["input_ids"]) for row in features]
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    ids, labels = np.full(mask.shape, pad_token_id), np.full(mask.shape, IGNORE_INDEX)
+    ids[mask], labels[mask] = (_joined(features, name) for name in ("input_ids", "labels"))
+    found = {"input_ids": ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
+    batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in found.items()}
+    return batch | {LAYOUT: _layout(labels, lengths, None)}
+
+
+def concatenate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Ids]:
+    """Rows or sequences end to end. The first token of a row is no target: what stands before it is another row."""
+    counted = [row["position_ids"] if "position_ids" in row else np.arange(len(row["labels"])) for row in rows]
+    joined = {"input_ids": _joined(rows, "input_ids"), "labels": _joined(rows, "labels"),
+              "position_ids": np.concatenate(counted, dtype=np.int64)}  # fmt: skip
+    joined["labels"][joined["position_ids"] == 0] = IGNORE_INDEX
+    return joined
+
+
+def _joined(rows: Sequence[Mapping[str, Any]], name: str) -> Ids:
+    return np.concatenate([row[name] for row in rows], dtype=np.int64)
+
+
+def _layout(labels: Ids, lengths: list[int], starts: torch.Tensor | None) -> Layout:
+    """labels: [batch, seq]; position t predicts the label of t + 1."""
+    following = np.full_like(labels, IGNORE_INDEX)
+    following[:, :-1] = labels[:, 1:]
+    following = following.ravel()
+    positions = np.flatnonzero(following != IGNORE_INDEX)
+    return Layout(lengths, labels.size, starts, torch.from_numpy(positions), torch.from_numpy(following[positions]))
+
+
+class ArrowRows:
+    """The rows of a `datasets.Dataset` of lists of numbers, as views of its buffers."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, npt.NDArray[Any]]:
+        row = index if self._order is None else int(self._order[index])
+        chunk = bisect_right(self._first, row) - 1
+        row -= self._first[chunk]
+        return {name: values[offsets[row] : offsets[row + 1]] for name, offsets, values in self._chunks[chunk]}
+
+    @cached_property
+    def _order(self) -> npt.NDArray[Any] | None:
+        return None if self.rows._indices is None else self.rows._indices.column(0).to_numpy()
+
+    @cached_property
+    def _chunks(self) -> list[list[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]]:
+        """Of each chunk its columns: name, where rows begin in the values, values."""
+        names = [name for name in ("input_ids", "labels", "position_ids") if name in self.rows.column_names]
+        columns = [self.rows.data.column(name).chunks for name in names]
+        assert len({tuple(map(len, chunks)) for chunks in columns}) == 1, "columns are cut at different rows"
+        return [
+            [(name, part.offsets.to_numpy(), part.values.to_numpy()) for name, part in zip(names, parts, strict=True)]
+            for parts in zip(*columns, strict=True)
+        ]
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """The number of the first row of each chunk."""
+        return list(accumulate((len(offsets) - 1 for ((_, offsets, _), *_) in self._chunks[:-1]), initial=0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A loader's worker opens the files itself: views would travel as copies."""
+        return {"rows": self.rows}
+
+
+def views_of(rows: Any) -> Any:
+    """Rows that are read by their number: a data set's without copies, others as they are."""
+    return ArrowRows(rows) if hasattr(rows, "data") else rows

@@ -1,0 +1,283 @@
+"""All rows in one kernel a layer: which one is asked, with what, and what it has to compute, held without a GPU.
+
+The meta device runs the genuine operator for shapes, forward and backward. What it is told (borders, window, scale,
+grouped heads) is held by a reference written from its documentation in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ds_sft.data.layout import collate_flat
+from ds_sft.training import attention, precision
+from ds_sft.training.attention import NAME, Attention, RowBorders, attention_of, keep_rows_apart, rows_attention
+from ds_sft.training.loss import supervise
+from tests.dispatch import NoReads, Operations
+from tests.test_attention import ALONE, borders, learn, make, make_rows, one_by_one
+from tests.test_loss import apart
+
+META, BFLOAT16 = torch.device("meta"), torch.bfloat16
+FORWARD, BACKWARD = "torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"
+IN_ONE = Attention("varlen_attn", "", in_one_kernel=True)
+WINDOWS = {"qwen3": -1, "llama": -1, "mistral": 6}  # of the kernel: the token itself does not count
+
+
+def reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, of_keys: torch.Tensor,
+    longest: int, longest_key: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """`varlen_attn` as documented: [tokens, heads, head_dim], (left, right) tokens seen beside the own one, -1: all."""
+    assert starts.dtype == of_keys.dtype == torch.int32
+    assert starts[-1] == len(query)
+    assert max(starts.diff()) <= longest == longest_key
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    position = torch.arange(len(query))
+    row = torch.bucketize(position, starts[1:], right=True)
+    behind = position[:, None] - position
+    seen = (row[:, None] == row) & (behind >= -window_size[1])
+    if window_size[0] >= 0:
+        seen &= behind <= window_size[0]
+    q, k, v = (states.transpose(0, 1) for states in (query, key, value))
+    k, v = (states.repeat_interleave(len(q) // len(states), 0) for states in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
+
+
+def meta_batch(lengths: list[int]) -> dict[str, Any]:
+    tokens = sum(lengths)
+    return {"input_ids": torch.zeros(1, tokens, dtype=torch.long, device=META),
+            "position_ids": torch.zeros(1, tokens, dtype=torch.long, device=META)}  # fmt: skip
+
+
+def on_meta(family: str, *, checkpointing: bool = False) -> Any:
+    model = make(family, BFLOAT16, head_dim=8).to(META)
+    keep_rows_apart(model, None, ALONE, device=META, dtype=BFLOAT16)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def operations_of(model: Any, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> Operations:
+    """Of forward and backward, nothing of which may read the device."""
+    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(META)
+    monkeypatch.setattr(attention, "_borders", lambda kwargs: (lengths, starts))
+    model.zero_grad()
+    with NoReads() as operations:
+        logits = model(**meta_batch(lengths), use_cache=False).logits
+        logits.backward(torch.empty_like(logits))
+    return operations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_one_kernel_a_layer_whatever_the_rows(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same operations for 1 row and for 40, their gradients too; nothing on the way reads the device."""
+    model = on_meta(family, checkpointing=checkpointing)
+    few, many = (operations_of(model, lengths, monkeypatch) for lengths in ([300], [5, 23, 1, 40, 7] * 8))
+    assert few.counted == many.counted
+    layers = model.config.num_hidden_layers
+    assert (many.counted[FORWARD], many.counted[BACKWARD]) == (layers * (2 if checkpointing else 1), layers)
+    query, key, value, starts, _, longest, _, _, scale, window, grouped, *_ = many.arguments[FORWARD]
+    assert (query.shape, key.shape, value.shape) == ((608, 4, 8), (608, 2, 8), (608, 2, 8))
+    assert (starts.shape, longest, scale, grouped) == ((41,), 128, 8**-0.5, True)
+    assert window == [WINDOWS[family], 0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "granite", "qwen3_moe"])
+def test_rows_in_one_kernel_are_learned_as_if_alone(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a reference in the kernel's place, that takes float32 on a CPU."""
+    rows, model = make_rows(), make(family, head_dim=8)
+    loss, gradient = learn(model, one_by_one(rows))
+    monkeypatch.setattr(attention, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "varlen_attn", reference)
+    keep_rows_apart(model, None, ALONE, device=META, dtype=torch.float32)
+    assert attention_of(model) == Attention("varlen_attn", "all rows in one kernel a layer", in_one_kernel=True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layout in ([collate_flat(rows)], [collate_flat(rows[:2]), collate_flat(rows[2:])], one_by_one(rows)):
+        found, found_gradient = learn(model, layout)
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert apart(found_gradient, gradient) < 2e-6
+
+
+@pytest.mark.parametrize("length", [32, 33, 47])
+def test_a_lone_long_row_is_rounded_up_to_a_planned_length(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output and gradients are those of the row alone; the kernel meets multiples of 16 only."""
+    monkeypatch.setattr(attention, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "LONE_ROW", 32)
+    monkeypatch.setattr(attention, "PLANNED_LENGTHS", 16)
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+    gradient = torch.randn(1, length, 4, 8)
+    expected = F.scaled_dot_product_attention(*states, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    known = torch.autograd.grad(expected, states, gradient)
+    met: list[int] = []
+    attend = F.scaled_dot_product_attention
+
+    def watch(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        met.append(query.shape[2])
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    rows = borders([length], Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True))
+    found, _ = rows_attention(torch.nn.Module(), *states, None, scaling=0.3, row_borders=rows)
+    assert met == [32 if length == 32 else 48]
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found, states, gradient), known, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_which_rows_cudnn_gets() -> None:
+    """One that is alone and long; two, or a shorter one, go where all others go, and so does a window."""
+    cudnn = Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True)
+    assert [borders(lengths, cudnn).by_cudnn for lengths in ([8192], [8191], [8192, 8192], [65_000])] == [
+        True, False, False, True,
+    ]  # fmt: skip
+    assert not borders([8192], IN_ONE).by_cudnn
+    states = [torch.empty(1, heads, 8200, 8, dtype=BFLOAT16, device=META) for heads in (4, 2, 2)]
+    with Operations() as operations:
+        rows_attention(torch.nn.Module(), *states, None, sliding_window=7, row_borders=borders([8200], cudnn))
+    assert operations.counted[FORWARD] == 1
+
+
+def test_under_autocast_the_kernel_gets_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of queries and keys whose weights are float32 give float32; autocast casts for `sdpa` alone."""
+    query, key, value = (torch.empty(1, heads, 9, 8, device=META) for heads in (4, 2, 2))
+    monkeypatch.setattr(attention, "autocast_dtype", lambda device: torch.bfloat16)
+    with Operations() as operations:
+        found, _ = rows_attention(torch.nn.Module(), query, key, value, None, row_borders=borders([4, 5], IN_ONE))
+    assert found.dtype == torch.bfloat16
+    assert [states.dtype for states in operations.arguments[FORWARD][:3]] == [torch.bfloat16] * 3
+    assert precision.autocast_dtype(META) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precision.autocast_dtype(torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "changes", "reason"),
+    [
+        ("cpu", BFLOAT16, {}, "no kernel takes rows of different lengths on cpu"),
+        ("meta", torch.float32, {}, "no kernel takes rows of different lengths in float32; with bf16: yes one does"),
+        (
+            "meta",
+            BFLOAT16,
+            {"attention_dropout": 0.1},
+            "no kernel takes rows of different lengths with attention_dropout",
+        ),
+        ("meta", BFLOAT16, {"head_dim": 264}, "no kernel takes rows of different lengths with heads of 264"),
+        ("meta", BFLOAT16, {"head_dim": 12}, "no kernel takes rows of different lengths with heads of 12"),
+    ],
+)
+def test_where_rows_go_one_by_one(device: str, dtype: torch.dtype, changes: dict[str, Any], reason: str) -> None:
+    model = make("llama", **changes)
+    keep_rows_apart(model, None, ALONE, device=device, dtype=dtype)
+    assert attention_of(model) == Attention("row by row", reason)
+    assert model.config._attn_implementation == NAME
+
+
+def test_what_the_kernel_cannot_take_goes_row_by_row_all_the_same() -> None:
+    """Whatever was foretold: float32 states here, heads of two sizes there."""
+    for dtype, of_values in ((torch.float32, 8), (BFLOAT16, 16)):
+        query, key, value = (
+            torch.empty(1, h, 9, d, dtype=dtype, device=META) for h, d in ((4, 8), (4, 8), (4, of_values))
+        )
+        with Operations() as operations:
+            found, _ = rows_attention(torch.nn.Module(), query, key, value, None, row_borders=borders([4, 5], IN_ONE))
+        assert found.shape == (1, 9, 4, of_values)
+        assert not operations.counted[FORWARD]
+
+
+def test_float32_rows_have_no_groups_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[tuple[int, int, bool]] = []
+    attend = F.scaled_dot_product_attention
+
+    def watch(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
+        heads.append((query.shape[1], key.shape[1], kwargs["enable_gqa"]))
+        return attend(query, key, value, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    for device in ("meta", "cpu"):
+        states = [torch.zeros(1, count, 9, 8, device=device) for count in (4, 2, 2)]
+        rows_attention(torch.nn.Module(), *states, None, row_borders=borders([4, 5]))
+    assert heads == [(4, 4, False)] * 2 + [(4, 2, True)] * 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_two_graphs_for_rows_of_any_number_and_length(backend: str) -> None:
+    """The first, and one that knows that sizes differ; attention is part of them."""
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(rows_attention, backend=backend, fullgraph=True)
+    for lengths in ([100], [5, 300], [200, 40, 7], [1] * 50, [4000]):
+        shapes = [(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
+        states = [torch.empty(shape, dtype=BFLOAT16, device=META, requires_grad=True) for shape in shapes]
+        rows = RowBorders(lengths, borders(lengths).starts.to(META), IN_ONE)
+        found, _ = compiled(torch.nn.Module(), *states, None, scaling=0.3, row_borders=rows)
+        found.backward(torch.empty_like(found))
+        assert rows.attended
+        assert found.shape == (1, sum(lengths), 4, 8)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert graphs == 2
+
+
+def test_a_model_on_the_meta_device_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With our loss: forward and backward of all of it, up to the positions of supervised tokens."""
+    model = on_meta("qwen3")
+    supervise(model, ALONE)
+    monkeypatch.setattr(
+        "ds_sft.training.loss.supervised_positions",
+        lambda labels: (torch.zeros(9, dtype=torch.long, device=META), torch.zeros(9, dtype=torch.long, device=META)),
+    )
+    monkeypatch.setattr(
+        attention, "_borders", lambda kwargs: ([20, 20], torch.zeros(3, dtype=torch.int32, device=META))
+    )
+    batch = meta_batch([20, 20])
+    model(**batch, labels=batch["input_ids"], use_cache=False, num_items_in_batch=9).loss.backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_an_installed_flash_attention_that_was_asked_for_gets_the_borders() -> None:
+    """By transformers' names, as the batch has them; the longest is a number of the host's."""
+    model = make("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    keep_rows_apart(model, "flash_attention_2", ALONE)
+    given: dict[str, Any] = {}
+
+    class Asked(Exception):
+        pass
+
+    def forward(**kwargs: Any) -> None:
+        given.update(kwargs)
+        raise Asked
+
+    model.model.forward = forward
+    batch = collate_flat(make_rows())
+    with pytest.raises(Asked):
+        model(**batch, use_cache=False)
+    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["layout"].starts
+    assert (given["max_length_q"], given["max_length_k"]) == (40, 40)
+
+
+def test_a_lone_long_row_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cuDNN switched on for it alone, in the graph as outside of it."""
+    monkeypatch.setattr(attention, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "LONE_ROW", 32)
+    monkeypatch.setattr(attention, "PLANNED_LENGTHS", 16)
+    rows = borders([40], Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True))
+    states = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    compiled = torch.compile(rows_attention, backend="eager")
+    found, _ = compiled(torch.nn.Module(), *states, None, row_borders=rows)
+    torch.testing.assert_close(found, rows_attention(torch.nn.Module(), *states, None, row_borders=rows)[0])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch._dynamo.reset()

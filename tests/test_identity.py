@@ -1,0 +1,60 @@
+"""Which changes a checkpoint can go on with: the table of docs/resume.md, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_sft.config import all_keys
+from ds_sft.runtime.identity import CLASSES, unchangeable
+
+TABLE = (Path(__file__).resolve().parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_table_is_the_codes() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.splitlines() if line.startswith("| ")]
+    classes = {row[0]: set(re.findall("`([^`]+)`", row[1])) for row in rows[1 : 1 + len(CLASSES)]}
+    assert rows[0] == ["class", "keys", "what happens"]
+    assert classes == CLASSES
+
+
+def test_a_key_is_in_one_class() -> None:
+    names = [name for keys in CLASSES.values() for name in keys]
+    assert len(names) == len(set(names))
+    assert {name for name in names if not name.startswith("deepspeed.")} <= all_keys().keys()
+
+
+def now(stage: int | None = None, **config: Any) -> dict[str, Any]:
+    return {"config": config, "zero_stage": stage}
+
+
+@pytest.mark.parametrize(
+    ("changed", "run", "refused"),
+    [
+        (["learning_rate", "weight_decay", "max_steps", "template", "data"], now(), []),
+        (["optim", "learning_rate"], now(), ["optim"]),
+        (["bf16"], now(), []),
+        (["bf16"], now(2), ["bf16"]),
+        (["fp16"], now(), ["fp16"]),
+        (["learning_rate"], now(lr_scheduler_type="reduce_lr_on_plateau"), ["learning_rate"]),
+        (["deepspeed.optimizer.params.lr", "deepspeed.scheduler.params.total_num_steps"], now(2), []),
+        (["deepspeed.optimizer.params.torch_adam"], now(2), ["deepspeed.optimizer.params.torch_adam"]),
+        (["deepspeed.scheduler.type", "deepspeed.gradient_clipping"], now(2), ["deepspeed.scheduler.type"]),
+        (["deepspeed.zero_optimization.reduce_bucket_size"], now(3), []),
+        (["deepspeed.zero_optimization.sub_group_size"], now(3), ["deepspeed.zero_optimization.sub_group_size"]),
+        (["deepspeed.zero_optimization.offload_optimizer.device"], now(3),
+         ["deepspeed.zero_optimization.offload_optimizer.device"]),
+    ],
+)  # fmt: skip
+def test_what_no_checkpoint_goes_on_with(changed: list[str], run: dict[str, Any], refused: list[str]) -> None:
+    assert list(unchangeable(dict.fromkeys(changed, (1, 2)), run)) == refused
+
+
+def test_a_schedule_with_a_rate_of_its_own_is_neither_left_nor_entered() -> None:
+    changed: dict[str, tuple[Any, Any]] = {"lr_scheduler_type": ("greedy", "linear"), "warmup_steps": (0, 2)}
+    assert unchangeable(changed, now(lr_scheduler_type="linear")) == {
+        "lr_scheduler_type": "the rate of reduce_lr_on_plateau and greedy is what the run came to"
+    }

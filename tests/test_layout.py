@@ -1,0 +1,173 @@
+"""A batch, and what it says of itself: as read from it afterwards, by a reference that reads."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq
+
+from ds_sft.data.batches import NOTHING, Ahead, Rows
+from ds_sft.data.layout import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded
+from ds_sft.data.packing import PackedRows, Plan
+from ds_sft.training.attention import lengths_of_rows
+from ds_sft.training.loss import supervised_positions
+
+ROWS = [
+    {"input_ids": [1, 2, 3, 4, 5], "labels": [7, -100, 8, 9, -100]},
+    {"input_ids": [6, 7], "labels": [-100, 5]},
+]
+
+
+def facts(layout: Layout) -> dict[str, Any]:
+    starts = None if layout.starts is None else layout.starts.tolist()
+    return {"lengths": layout.lengths, "starts": starts, "positions": layout.positions.tolist(),
+            "targets": layout.targets.tolist(), "tokens": layout.tokens, "places": layout.places,
+            "supervised": layout.supervised, "pairs": layout.pairs}  # fmt: skip
+
+
+def read(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The same, read from the batch."""
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    positions, targets = supervised_positions(labels)
+    lengths = lengths_of_rows(batch["position_ids"]) if mask is None else mask.sum(-1).tolist()
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist() if mask is None else None
+    return {"lengths": lengths, "starts": starts, "positions": positions.tolist(), "targets": targets.tolist(),
+            "tokens": sum(lengths), "places": labels.numel(), "supervised": int((labels[:, 1:] != -100).sum()),
+            "pairs": sum(n * (n + 1) // 2 for n in lengths)}  # fmt: skip
+
+
+def dataset(rows: list[dict[str, list[int]]]) -> Dataset:
+    return Dataset.from_list(rows)
+
+
+def test_rows_end_to_end() -> None:
+    """The first label of a row is predicted by nothing; rows of 5 and 2 tokens see 15 and 3 pairs."""
+    batch = collate_flat(ROWS)
+    assert {name: batch[name].tolist() for name in ("input_ids", "labels", "position_ids")} == {
+        "input_ids": [[1, 2, 3, 4, 5, 6, 7]],
+        "labels": [[-100, -100, 8, 9, -100, -100, 5]],
+        "position_ids": [[0, 1, 2, 3, 4, 0, 1]],
+    }
+    assert facts(batch[LAYOUT]) == {
+        "lengths": [5, 2], "starts": [0, 5, 7], "positions": [1, 2, 5], "targets": [8, 9, 5],
+        "tokens": 7, "places": 7, "supervised": 3, "pairs": 18,
+    }  # fmt: skip
+    assert batch[LAYOUT].starts.dtype == torch.int32
+
+
+def test_padded_rows(tokenizer: Any) -> None:
+    """As transformers' collator has them."""
+    batch = collate_padded(ROWS, pad_token_id=tokenizer.pad_token_id)
+    assert facts(batch.pop(LAYOUT)) == {
+        "lengths": [5, 2], "starts": None, "positions": [1, 2, 5], "targets": [8, 9, 5],
+        "tokens": 7, "places": 10, "supervised": 3, "pairs": 18,
+    }  # fmt: skip
+    known = DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in ROWS])
+    assert known.keys() == batch.keys()
+    for name, expected in known.items():
+        assert torch.equal(batch[name], expected)
+        assert batch[name].dtype == expected.dtype
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=9))
+def test_what_a_batch_says_is_what_is_in_it(rows: list[list[tuple[int, bool]]]) -> None:
+    """Of lists, of views of Arrow's buffers, and of packed sequences of them."""
+    lists = [{"input_ids": [i for i, _ in row], "labels": [i if learn else -100 for i, learn in row]} for row in rows]
+    views = ArrowRows(dataset(lists))
+    packed = PackedRows(views.rows, Plan([list(range(len(rows)))], 0, 0))
+    flat = [collate_flat(features) for features in (lists, [views[i] for i in range(len(rows))], [packed[0]])]
+    for batch in (*flat, collate_padded(lists, pad_token_id=0)):
+        assert facts(batch[LAYOUT]) == read(batch)
+    for batch in flat[1:]:
+        assert all(torch.equal(batch[name], flat[0][name]) for name in ("input_ids", "labels", "position_ids"))
+
+
+def test_views_of_rows_however_they_are_stored() -> None:
+    """In one part or three, chosen by numbers, cut out, or for a loader's worker; nothing is copied."""
+    rows = [{"input_ids": list(range(n + 1)), "labels": [-100, *range(n)]} for n in range(12)]
+    joined = concatenate_datasets([dataset(rows[:3]), dataset(rows[3:4]), dataset(rows[4:])])
+    numbers = [11, 0, 3, 3, 7]
+    chosen = [rows[n] for n in numbers]
+    stored = [(dataset(rows), rows), (joined, rows), (joined.select(numbers), chosen)]
+    for data, expected in [*stored, (joined.select(range(2, 9)), rows[2:9])]:
+        views = pickle.loads(pickle.dumps(ArrowRows(data)))
+        assert len(views) == len(expected)
+        found = [{name: ids.tolist() for name, ids in views[n].items()} for n in range(len(views))]
+        assert found == expected
+    views = ArrowRows(joined)
+    assert np.shares_memory(views[11]["input_ids"], views._chunks[2][0][2])
+
+
+def test_a_layout_goes_through_a_loader_and_moves_as_a_tensor_does() -> None:
+    rows = Rows(dataset(ROWS))
+    loader = DataLoader(rows, batch_sampler=[[0, 1], [NOTHING]], collate_fn=collate_flat, num_workers=1)
+    first, last = (batch[LAYOUT] for batch in loader)
+    assert facts(first) == facts(collate_flat(ROWS)[LAYOUT])
+    assert (last.tokens, last.supervised) == (1, 0)
+    moved = first.to("meta", non_blocking=True)
+    assert {moved.starts.device.type, moved.positions.device.type, moved.targets.device.type} == {"meta"}
+    assert (moved.lengths, moved.supervised) == (first.lengths, 3)
+    assert collate_padded(ROWS, pad_token_id=0)[LAYOUT].to("meta").starts is None
+
+
+def test_a_layout_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever pins the batch that it is in: its three tensors."""
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    found = pin_memory({LAYOUT: collate_flat(ROWS)[LAYOUT]})
+    assert (pinned, facts(found[LAYOUT])) == ([3, 3, 3], facts(collate_flat(ROWS)[LAYOUT]))
+
+
+def test_batches_are_read_ahead_in_order() -> None:
+    """As many as asked while the first is computed, by one thread, to the end and no further."""
+    read_by: list[tuple[int, int]] = []
+    third = threading.Event()
+
+    def batches() -> Iterator[int]:
+        for number in range(1, 6):
+            read_by.append((number, threading.get_ident()))
+            if number == 3:
+                third.set()
+            yield number
+
+    ahead = Ahead(batches(), depth=2)
+    assert next(ahead) == 1
+    assert third.wait(60)  # read, though only the first was asked for
+    assert list(ahead) == [2, 3, 4, 5]
+    assert list(ahead) == []
+    assert [number for number, _ in read_by] == [1, 2, 3, 4, 5]
+    assert len({thread for _, thread in read_by} - {threading.get_ident()}) == 1
+
+
+def test_an_error_in_reading_ahead_comes_where_its_batch_would() -> None:
+    def batches() -> Iterator[int]:
+        yield 1
+        raise OSError("the disk is gone")
+
+    ahead = Ahead(batches(), depth=2)
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+
+
+def test_the_thread_reads_for_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning opens the thread's device: by itself every rank of a node would open the first one."""
+    devices: list[tuple[Any, int]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident())))
+    gpu = torch.device("cuda", 3)
+    assert list(Ahead(iter([1]), 1, gpu)) == [1]
+    assert [device for device, _ in devices] == [gpu]
+    assert devices[0][1] != threading.get_ident()
