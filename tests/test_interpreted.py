@@ -20,7 +20,9 @@ def found() -> Any:
     if not (KERNELS / "triton").is_dir():
         pytest.skip(f"needs Triton and Liger: pip install --no-deps --target {KERNELS} triton liger-kernel")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(KERNELS)])}
-    done = subprocess.run([sys.executable, "-m", "tests.interpreted"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -48,8 +48,12 @@ def run_all(folder: Path, runs: Mapping[str, Mapping[str, Any]], *, ranks: int =
     launch = [BIN / "python"]
     if ranks:
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                   "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "SWANLAB_MODE": "disabled",
+        "DS_SFT_CACHE": str(folder / "cache"),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for deterministic algorithms; read when CUDA starts
+    }
     done = run([*map(str, launch), RUNS, *files], cwd=folder, env=environment, timeout=timeout)
     parts = done.output.split("---- run ")
     assert len(parts) > 1, done.output[-6000:]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ds_sft.config import Config
 from ds_sft.predict import generate
@@ -44,18 +44,25 @@ def test_the_loss_kernel(rows: int, vocab: int, dtype: torch.dtype, terms: Logit
     torch.testing.assert_close(found_slopes.float(), slopes.float(), rtol=0, atol=bound)
 
 
-def learn(model: Any, lengths: tuple[int, ...] = (90, 300)) -> tuple[float, torch.Tensor]:
-    """Loss of padded rows, and all gradients in one."""
+def forward_backward(model: Any, lengths: tuple[int, ...] = (90, 300)) -> float:
+    """Loss of padded rows, whose gradients are added to the model's."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 400, (len(lengths), max(lengths)), generator=generator)
     labels, mask = ids.clone(), torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         labels[row, length:], mask[row, :length] = -100, 1
     labels[:, :20] = -100
-    model.zero_grad()
-    loss = model(input_ids=ids.to(DEVICE), labels=labels.to(DEVICE), attention_mask=mask.to(DEVICE), use_cache=False).loss
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    loss = model(**{name: value.to(DEVICE) for name, value in batch.items()}, use_cache=False).loss
     loss.backward()
-    return loss.item(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    return float(loss.item())
+
+
+def gradient_of(model: Any) -> torch.Tensor:
+    """All gradients in one, which the model then has no more."""
+    found = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    model.zero_grad()
+    return found
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -78,9 +85,9 @@ def test_a_model_learns_the_same_with_and_without_the_kernel(
     model = loaded(model_dir, dtype)
     supervise(model, ALONE)
     assert loss_module.uses_kernel(torch.zeros(1, device=DEVICE)) == ON_GPU
-    loss, gradient = learn(model)
+    loss, gradient = forward_backward(model), gradient_of(model)
     monkeypatch.setattr(loss_module, "uses_kernel", lambda logits: False)
-    expected, known = learn(model)
+    expected, known = forward_backward(model), gradient_of(model)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert apart(gradient, known) < (1e-4 if dtype == torch.float32 else 2e-2)
 
@@ -91,20 +98,19 @@ def test_the_working_copy(model_dir: Path) -> None:
     for kind in (WorkingCopy, LentCopy):
         model = loaded(model_dir, torch.float32, attn_implementation="eager")
         with kind(model).lent(), torch.autocast(DEVICE, torch.bfloat16):
-            gradients.append(learn(model)[1])
+            forward_backward(model)
         assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    half = learn(loaded(model_dir, torch.bfloat16, attn_implementation="eager"))[1]
+        gradients.append(gradient_of(model))
+    half = loaded(model_dir, torch.bfloat16, attn_implementation="eager")
+    forward_backward(half)
     assert torch.equal(gradients[0], gradients[1])
-    assert apart(gradients[0], half) < 2e-2
+    assert apart(gradients[0], gradient_of(half)) < 2e-2
 
 
 def test_a_prediction_costs_what_its_tokens_cost(tokenizer_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Lengths that were not met before cost no plan each: they take what they take again; and twice as many tokens
     twice the time. Ratios of one process, after a warm-up."""
     folder = make(tmp_path / "model", tokenizer_dir)
-    config = AutoModelForCausalLM.from_pretrained(folder).generation_config
-    config.min_new_tokens = 256  # no end of turn before
-    config.save_pretrained(folder)
     ask = asking(folder, tokenizer)
     ask(16)
     fresh, again, half = ask(256), ask(256), ask(128)
@@ -120,6 +126,7 @@ def asking(folder: Path, tokenizer: Any) -> Callable[[int], float]:
         """Seconds that answers of so many tokens take."""
         config = Config(model_name_or_path=str(folder), train_file="rows.jsonl", training={"use_cpu": not ON_GPU},
                         predict_max_new_tokens=tokens)  # fmt: skip
+        GenerationConfig(min_new_tokens=tokens).save_pretrained(folder)  # no end of turn before
         started = time.perf_counter()
         answers = generate(str(folder), prompts, "<|im_end|>", tokenizer, config)
         assert all(answers)

@@ -103,7 +103,9 @@ def measured(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     rows = write_rows(folder / "rows.jsonl", [{"question": f"{i}?", "answer": f"{i} " * 120} for i in range(200)])
     keys = settings(model, rows, max_steps=3, gradient_accumulation_steps=1, max_tokens_per_batch=TOKENS)
     del keys["per_device_train_batch_size"]
-    return run_all(folder, {name: keys | changes for name, changes in PLANNED.items() if runs(changes["fused_kernels"])})
+    return run_all(
+        folder, {name: keys | changes for name, changes in PLANNED.items() if runs(changes["fused_kernels"])}
+    )
 
 
 @pytest.mark.parametrize("name", PLANNED)
