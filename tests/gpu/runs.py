@@ -1,9 +1,9 @@
 """Started by the tests of this folder: several runs of train.py, one after the other in one process.
 
-Arguments: the YAML file of each run; what it says comes after a line "---- run NAME". Loading libraries and starting CUDA
-take longer than a run. Between two of them goes back what belongs to a process and not to a run: accelerate's state, what
-was compiled, the peak of memory. With STRICT_STEPS="4 7" in the environment nothing may wait for the device from the
-beginning of the step after the fourth to the end of the seventh.
+Arguments: the YAML file of each run; what it says comes after a line "---- run NAME". Loading libraries and starting
+CUDA take longer than a run. Between two of them is put back what belongs to a process and not to a run: accelerate's
+state, what was compiled, the peak of memory. With STRICT_STEPS="4 7" in the environment nothing may wait for the device
+from the beginning of the fifth step to the end of the seventh.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ds_sft.runtime.distributed import grow_segments, read_launch
 
 grow_segments(os.environ)  # as train.py does before torch is there
 
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import TrainerCallback
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
-import ds_sft.training.profile
-from ds_sft.config import load_config
-from ds_sft.runtime.distributed import end_group
-from ds_sft.runtime.preempt import watch_for_stop
-from ds_sft.train import run
+import ds_sft.training.profile  # noqa: E402
+from ds_sft.config import load_config  # noqa: E402
+from ds_sft.runtime.distributed import end_group  # noqa: E402
+from ds_sft.runtime.preempt import watch_for_stop  # noqa: E402
+from ds_sft.train import run  # noqa: E402
 
 
 class Strict(TrainerCallback):
