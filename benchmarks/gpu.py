@@ -13,9 +13,9 @@ order.
 
 tokens/s, MFU and waiting for data are of the last of three logging intervals, without padding; ours counts them itself
 (`metrics.jsonl`), peers by a probe (`peers/probe`). MFU: useful FLOP, of the maker's figure for dense bfloat16. "Of a
-product": FLOP with what checkpointing recomputes (a third more), of a bfloat16 product of 8192 rows and columns that is
-measured here. Memory is what torch allocated at most (on a CPU: resident), and what `ds-sft plan` foretold. After training: from
-the last step to the end of the process: export, verification, three answers of 256 tokens.
+product": FLOP with what checkpointing recomputes (a third more), of a bfloat16 matrix product measured here. Memory is
+what torch allocated at most (on a CPU: resident), and what the run's plan foretold. "After training" is from the last
+step to the end of the process: export, verification, three answers of 256 tokens.
 """
 
 from __future__ import annotations

@@ -50,7 +50,6 @@ def run_all(folder: Path, runs: Mapping[str, Mapping[str, Any]], *, ranks: int =
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "SWANLAB_MODE": "disabled",
         "DS_SFT_CACHE": str(folder / "cache"),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for deterministic algorithms; read when CUDA starts
     }
@@ -93,6 +92,7 @@ def settings(model: Path, rows: Path, **changes: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "num_predictions": 0,
         "verify_export": False,
+        "swanlab_mode": "disabled",
         "use_cpu": not ON_GPU,
         **changes,
     }

@@ -16,7 +16,8 @@ from tests.gpu.lane import GPU, LONG, ON_GPU, Ran, make, run_all, settings
 
 pytestmark = GPU
 
-ONE_KERNEL, NORMS = "Attention: varlen_attn", 0.05
+ONE_KERNEL = "Attention: varlen_attn"
+NORMS = 0.03  # of a gradient's length; ways to compute on one CPU differ by a thousandth, in losses, too
 # Name -> whose losses on a CPU it must have, keys, and what it says of itself on a GPU.
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "end_to_end": ("end_to_end", {}, ONE_KERNEL),
@@ -68,7 +69,7 @@ def runs(name: str) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_those_of_a_cpu(name: str, on_cpu: Ran, on_gpu: Ran) -> None:
-    """Within bfloat16's bound, at each of four steps; lengths of gradients within twenty-fifths of it."""
+    """Within bfloat16's bound, at each of four steps; and so are lengths of gradients."""
     if not runs(name):
         pytest.skip("Liger is not installed")
     reference, _, said = CASES[name]
