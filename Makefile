@@ -1,4 +1,5 @@
-# make demo: fine-tune a small real model on two CPU ranks.   make test: every test.   make lint: ruff and mypy.
+# make demo: fine-tune a small real model on two CPU ranks.   make test: every test.
+# make test-gpu: what needs a CUDA device, and is skipped without one.   make lint: ruff and mypy.
 # All of it lives in this folder: environment in .venv, caches in .cache, the demo in demo.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ export SWANLAB_SAVE_DIR := $(CACHE)/swanlab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-gpu lint format clean
 
 demo: .venv/.done
 	ds-sft demo
@@ -29,6 +30,10 @@ demo: .venv/.done
 
 test: .venv/.done
 	python -m pytest $(LANES) $(PYTEST_ARGS)
+
+# One after the other: there may be one device.
+test-gpu: .venv/.done
+	python -m pytest tests/gpu -rs $(PYTEST_ARGS)
 
 lint: .venv/.done
 	ruff check .

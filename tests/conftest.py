@@ -45,12 +45,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Under CI=true a skipped test has failed: what it needs must be installed there."""
+    """Under CI=true a skipped test has failed: what it needs must be installed there; but a GPU cannot be."""
     report: Any = yield
-    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and os.environ.get("CI") == "true" and not lacks_gpu(item):
         report.outcome = "failed"
         report.longrepr = f"skipped under CI=true: {report.longrepr[2]}"
     return report
+
+
+def lacks_gpu(item: pytest.Item) -> bool:
+    """Whether a test wants a CUDA device, and there is none."""
+    import torch
+
+    return item.get_closest_marker("gpu") is not None and not torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)

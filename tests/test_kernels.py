@@ -42,7 +42,7 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def predicting(model_dir: Path, tokenizer: Any) -> None:
     config = Config(model_name_or_path=str(model_dir), train_file="t", training={"use_cpu": True},
                     predict_max_new_tokens=3)  # fmt: skip
-    generate(str(model_dir), [[5, 6, 7]], "<|im_end|>", tokenizer, config)
+    generate(str(model_dir), [[5, 6, 7]], tokenizer, config)
 
 
 def verifying(model_dir: Path, tokenizer: Any) -> None:

@@ -271,15 +271,15 @@ def test_the_probe_measures_any_trainer(tmp_path: Path) -> None:
         "    def get_batch_samples(self, iterator, number): return [next(iterator) for _ in range(number)], None\n"
     )
     script = (
-        "import inspect, torch\nfrom transformers.trainer import Trainer\n"
+        "import inspect, torch, types\nfrom transformers.trainer import Trainer\n"
         "class Mine(Trainer): pass\n"
         "assert 'processing_class' in inspect.signature(Trainer.__init__).parameters\n"
         "t = Mine(torch.nn.Linear(1, 1))\n(c,) = t.callbacks\n"
         "batches = iter([{'input_ids': torch.zeros(1, n), 'labels': torch.ones(1, n)} for n in (3, 4, 5, 6)])\n"
-        "c.on_train_begin(0, 0, 0, model=t.model)\n"
+        "c.on_train_begin(0, 0, 0, model=t.model)\nstate = types.SimpleNamespace(global_step=7)\n"
         "for _ in range(2):\n"
         "    t.get_batch_samples(batches, 2); c.on_pre_optimizer_step(); c.on_optimizer_step(); c.on_step_end()\n"
-        "    c.on_log(0, 0, 0, logs={'loss': 2}); c.on_log(0, 0, 0, logs={'eval_loss': 3})\n"
+        "    c.on_log(0, state, 0, logs={'loss': 2}); c.on_log(0, state, 0, logs={'eval_loss': 3})\n"
         "c.on_train_end()\n"
     )
     env = {
@@ -295,6 +295,8 @@ def test_the_probe_measures_any_trainer(tmp_path: Path) -> None:
     assert (len(found["marks"]), len(found["optimizer"]), found["weights"]) == (3, 2, "float32")
     assert found["marks"][0][0] < found["marks"][1][0] < found["marks"][2][0]
     assert found["memory"] > 0
+    assert [step for step, _ in found["logged"]] == [7, 7]
+    assert found["marks"][0][0] < found["logged"][0][1] < found["logged"][1][1]
 
 
 def test_a_run_is_ended_with_what_it_started(tmp_path: Path) -> None:

@@ -82,22 +82,32 @@ class Between(TrainerCallback):
     def __init__(self) -> None:
         self.refusing = NoReads()
         self.steps = 0
+        self.on = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             self.refusing.__enter__()
+            self.on = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
         if state.global_step == 3:
+            self.end()
+
+    def end(self) -> None:
+        if self.on:
             self.refusing.__exit__(None, None, None)
+        self.on = False
 
 
 def test_nothing_is_read_between_two_logging_steps(tmp_path: Path) -> None:
     """Trainer's own loop, the optimizer, clipping and the making of batches are part of it."""
     trainer, between = make_trainer(tmp_path), Between()
     trainer.add_callback(between)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        between.end()
     assert between.steps == 4
     assert between.refusing.counted["aten::_fused_adamw_"] == 4  # two groups, two steps
     (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
@@ -193,5 +203,6 @@ def test_deepspeeds_gradient_norm_is_not_read(tmp_path: Path) -> None:
     norm = torch.ones(())
     trainer.is_deepspeed_enabled = True
     trainer.model_wrapped = type("Engine", (), {"get_global_grad_norm": lambda self: norm})()
+    trainer.micro_losses = [torch.ones(())]
     assert trainer._clip_grad_norm(trainer.model) is None
     assert trainer._get_grad_norm(trainer.model) is norm

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Job:
     stage: int = 0  # DeepSpeed's; 0: no DeepSpeed
     threads: int = 1  # of each rank
     most: int | None = None  # rows of a micro batch, at most
+    device: str = "cpu"
+    logging: int = 1  # steps between two losses
+    more: dict[str, Any] = field(default_factory=dict)  # keys of this run, over all others; ours: None leaves one out
 
     def micro(self, candidate: Candidate) -> int:
         return 1 if candidate.layout == "single" else min(self.batch // self.ranks, self.most or self.batch)
@@ -82,13 +85,12 @@ class Job:
             "adam_beta2": 0.999,
             "max_grad_norm": 1.0,
             "bf16": True,
-            "use_cpu": True,
-            "logging_steps": 1,
+            "logging_steps": self.logging,
             "save_strategy": "no",
             "report_to": "none",
-            "dataloader_num_workers": 0,
-            "dataloader_pin_memory": False,
         }
+        if self.device == "cpu":
+            keys |= {"use_cpu": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False}
         if self.stage:
             keys["deepspeed"] = str(ROOT / "ds_configs" / f"zero{self.stage}.json")
         return keys
@@ -106,12 +108,13 @@ def command_for(candidate: Candidate, job: Job, out: Path, home: Path | None) ->
 
 def environment(candidate: Candidate, job: Job, probe: Path, home: Path | None) -> dict[str, str]:
     """The same for all: threads, no network, the probe; caches and compiled ops beside the peer."""
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    own, found = dict(os.environ), os.environ.get("PYTHONPATH", "").split(os.pathsep)
     own |= {
         "OMP_NUM_THREADS": str(job.threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits for another does not count as work
         "DS_SFT_PROBE": str(probe),
-        "PYTHONPATH": str(HERE / "probe"),
+        # What this Python finds, its own programs find, too.
+        "PYTHONPATH": os.pathsep.join([str(HERE / "probe"), *(found if home is None else [])]),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(job.folder / "huggingface"),
         "MODELSCOPE_CACHE": str(job.folder / "modelscope"),
@@ -119,7 +122,7 @@ def environment(candidate: Candidate, job: Job, probe: Path, home: Path | None) 
     }
     if home is not None:
         own["PATH"] = f"{home / 'bin'}{os.pathsep}{own.get('PATH', '')}"
-    if job.stage and candidate.program != "ours":  # ours does it by itself
+    if job.stage and candidate.program != "ours" and job.device == "cpu":  # ours does it by itself
         own["DS_SFT_PROBE_GLOO"] = "yes"
     own["TORCH_EXTENSIONS_DIR"] = str((home or ROOT / ".cache") / "torch_extensions")
     return own
@@ -127,9 +130,11 @@ def environment(candidate: Candidate, job: Job, probe: Path, home: Path | None) 
 
 def python(job: Job, home: Path) -> list[str]:
     """Python, or torchrun where there are ranks or an engine."""
+    own = home == Path(sys.executable).parents[1]  # which may have another name
     if job.ranks == 1 and not job.stage:
-        return [str(home / "bin" / "python")]
-    return [str(home / "bin" / "torchrun"), f"--nproc_per_node={job.ranks}", f"--master_port={free_port()}"]
+        return [sys.executable if own else str(home / "bin" / "python")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"] if own else [str(home / "bin" / "torchrun")]
+    return [*torchrun, f"--nproc_per_node={job.ranks}", f"--master_port={free_port()}"]
 
 
 def free_port() -> str:
@@ -152,7 +157,8 @@ def ours(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[list[st
     }
     if candidate.layout == "flat":
         keys["batching"] = "padding_free"
-    flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
+    keys |= job.more
+    flags = [str(word) for key, value in keys.items() if value is not None for word in (f"--{key}", value)]
     return [*python(job, home), str(ROOT / "ds_sft" / "train.py"), *flags], {}
 
 
@@ -163,6 +169,7 @@ def reference(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[li
         "bf16": bool(job.stage),  # as written it has no autocast: the weights themselves are bfloat16
         "gradient_checkpointing": True,
         "train_sampling_strategy": "sequential",
+        **job.more,
     }
     return [*python(job, home), str(HERE / "reference.py"), written(keys, out)], {}
 
@@ -175,6 +182,7 @@ def trl(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[list[str
         "padding_free": candidate.layout == "flat",
         "max_length": None if candidate.layout == "flat" else 2048,
         "train_sampling_strategy": "sequential",
+        **job.more,
     }
     return [*python(job, home), str(HERE / "trl_sft.py"), written(keys, out)], {}
 

@@ -365,12 +365,17 @@ class ChatTemplate:
     def _span(self, whole: str, start: int, ends: Iterable[re.Match[str]], row: dict[str, Any]) -> tuple[int, int]:
         """From where generation starts up to and with the token that ends the turn, of `ends` the first that can be."""
         texts: list[str] = []
-        said = f"{row.get(FIELD, '')} {row.get('content') or ''}"
-        for end in islice(ends, 1 + self.inner_ends + len(self.ends.findall(said))):
+        for end in islice(ends, 1 + self.inner_ends + self._own_ends(row)):
             texts.append(whole[start : end.start()])
             if (prompt_part := self._prompt_part(texts[-1], row)) is not None:
                 return start + prompt_part, end.end()
         raise self._refusal(texts, row)
+
+    def _own_ends(self, row: dict[str, Any]) -> int:
+        """How many ends of turn a message says itself, which count where they are not marked as its text."""
+        said = row.get("content") or ""
+        said = f"{row[FIELD]} {said}" if FIELD in row else said
+        return len(self.ends.findall(said)) if any(end in said for end in self.turns.ends) else 0
 
     def _prompt_part(self, text: str, row: dict[str, Any]) -> int | None:
         """How much of what stands between header and end is prompt; None where that is not the answer of `row`."""

@@ -290,8 +290,9 @@ def shows_call(text: str, call: Mapping[str, Any]) -> bool:
         return arguments in text and json.dumps(arguments, ensure_ascii=False) not in text
     if arguments and str(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
         return False
-    flat = _letters(text)
-    return all(any(_letters(form) in flat for form in forms) for forms in _leaves(arguments))
+    missing = [forms for forms in _leaves(arguments) if not any(form in text for form in forms)]
+    flat = _letters(text) if missing else ""
+    return all(any(_letters(form) in flat for form in forms) for forms in missing)
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, ...]]:

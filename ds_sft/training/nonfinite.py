@@ -66,7 +66,8 @@ class Reading:
         """Whether the norm is finite; waits until it is here."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return math.isfinite(float(self.norm))
+        norm = self.norm.numpy() if isinstance(self.norm, torch.Tensor) else self.norm  # on the host by now
+        return math.isfinite(float(norm))
 
     def bad_losses(self) -> list[tuple[int, float]]:
         """Number, from 0, and loss of the micro batches of this rank whose loss is not finite."""

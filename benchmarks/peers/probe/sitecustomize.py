@@ -4,8 +4,9 @@
 DS_SFT_PROBE. All of them train with a subclass of transformers' Trainer; what is wrapped here is that class, when its
 module is imported. Each rank leaves `rank-N.json` there: the clock (seconds) and the CPU time of the process (seconds,
 all threads) when training begins and after every step, CPU seconds inside the optimizer, tokens, supervised tokens and
-positions computed in each step, the logged losses, and the peak resident memory at the last step (VmHWM, GiB;
-ru_maxrss would be inherited from whatever called exec).
+positions computed in each step, the logged losses with their step and clock, and the peak at the last step of what
+torch allocated on a GPU, without one of resident memory (GiB; VmHWM, for ru_maxrss would be inherited from whatever
+called exec). Nothing here waits for a GPU: what is counted there is read at the end.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def make_probe(module: Any) -> Any:
             self.supervised: list[int] = []
             self.computed: list[int] = []
             self.losses: list[float] = []
+            self.logged: list[tuple[int, float]] = []  # whose loss has been read, so the GPU has done the step
             self.updating, self.memory, self.weights = 0.0, 0.0, ""
 
         def count(self, batches: Any) -> None:
@@ -113,10 +115,12 @@ def make_probe(module: Any) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in (logs or {}):
                 self.losses.append(float(logs["loss"]))
+                self.logged.append((state.global_step, time.perf_counter()))
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             rank = os.environ.get("RANK", "0")
             found = {key: value for key, value in vars(self).items() if key != "updating"}
+            found |= {key: [int(count) for count in found[key]] for key in ("tokens", "supervised", "computed")}
             (Path(os.environ["DS_SFT_PROBE"]) / f"rank-{rank}.json").write_text(json.dumps(found))
 
     return Probe()
@@ -127,22 +131,25 @@ def positions(batch: Any) -> int:
     return int(batch["input_ids"].numel())
 
 
-def real(batch: Any) -> int:
-    """Those of them that are not padding."""
+def real(batch: Any) -> Any:
+    """Those of them that are not padding; where the batch is."""
     mask = batch.get("attention_mask")
     if mask is None or not hasattr(mask, "dim"):
         return positions(batch)
     if mask.dim() == 4:  # [batch, 1, seq, seq], additive: a real token sees itself
         mask = mask.diagonal(dim1=-2, dim2=-1) == 0
-    return int((mask != 0).sum())
+    return (mask != 0).sum()
 
 
-def learned(batch: Any) -> int:
-    return int((batch["labels"][..., 1:] != -100).sum())
+def learned(batch: Any) -> Any:
+    return (batch["labels"][..., 1:] != -100).sum()
 
 
 def peak() -> float:
-    """Peak resident memory of this process so far, in GiB."""
+    """Peak memory of this process so far, in GiB."""
+    cuda = sys.modules["torch"].cuda
+    if cuda.is_initialized():
+        return float(cuda.max_memory_allocated()) / 2**30
     status = Path("/proc/self/status").read_text(encoding="ascii")
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(found[1]) / 2**20 if found else 0.0
