@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.errors import UserError
@@ -171,7 +175,13 @@ def test_what_cannot_be(
         require_kernels(wanted, on_gpu=on_gpu, compiled=compiled)
 
 
-def test_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_compiled_once() -> None:
+    """In a process of its own: what Dynamo leaves in an interpreter is not for other tests."""
+    done = subprocess.run([sys.executable, "-m", "tests.test_fused"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def check_compiled_layers() -> None:
     """However many there are, whatever the number of tokens, with weights lent for each step; the same loss."""
     graphs = 0
 
@@ -180,12 +190,13 @@ def test_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs += 1
         return graph.forward
 
+    def compile_it(layer: Any, **given: Any) -> None:
+        nn.Module.compile(layer, backend=backend, **given)
+
     model = make(layers=6)
     loss, gradient = learn(model)
     for layer in model.model.layers:
-        monkeypatch.setattr(
-            layer, "compile", lambda layer=layer, **given: type(layer).compile(layer, backend=backend, **given)
-        )
+        layer.compile = partial(compile_it, layer)
     assert compile_layers(model).layers == 6
     found, found_gradient = learn(model)
     assert found == pytest.approx(loss, rel=1e-6)
@@ -202,7 +213,7 @@ def test_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (37, 52):
         with copy.lent():
             forward_backward(model, tokens)
-    assert graphs == with_copies
+    assert graphs == with_copies > 0
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, *, installed: bool) -> None:
@@ -210,3 +221,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, *, installed: bool) -> None:
     monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: SimpleNamespace() if installed else None)
     monkeypatch.setattr(fused.importlib.metadata, "version", lambda name: "1.2.3")
     monkeypatch.setattr(fused, "liger", lambda: IN_TORCH)
+
+
+if __name__ == "__main__":
+    check_compiled_layers()
