@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_sft.config import REFERENCE_PROMPT, Config
 from ds_sft.data.content import REASONING
 from ds_sft.data.encode import IGNORE_INDEX, Encoded, Encoder
@@ -77,6 +79,7 @@ def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes | dict[st
     learned: dict[int, list[list[int]]] = {}
     whole: dict[int, list[int]] = {}
     cut: set[int] = set(encoded.dropped) | set(encoded.dialogue[encoded.supervised_cut > 0].tolist())
+    shortened = set(encoded.dialogue[encoded.length > np.diff(encoded.starts)].tolist())
     for index, (ids, labels) in zip(encoded.dialogue.tolist(), encoded.rows(), strict=True):
         assert 0 < len(ids) <= encoder.max_length
         assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
@@ -90,7 +93,7 @@ def check_rows(encoder: Encoder, tokenizer: Any, lines: Sequence[bytes | dict[st
             check_text(tokenizer, learned[index], messages)
         else:
             check_turns(tokenizer, learned[index], messages, encoder.template.turns.ends)
-        if max(map(len, whole.values())) < encoder.max_length:
+        if index not in shortened:
             line = raw[index]
             text = tokenizer.backend_tokenizer.decode(whole[index], skip_special_tokens=False)
             row = json.loads(line) if isinstance(line, bytes) else line
