@@ -199,7 +199,8 @@ def test_the_final_model_is_whole(results: dict[str, Path], model_dir: Path) -> 
         assert {value.dtype for value in found.values()} == {torch.float32}
         exported = json.loads((folder / "config.json").read_text())
         differing = {key for key in original.keys() | exported.keys() if original.get(key) != exported.get(key)}
-        assert differing <= {"dtype", "transformers_version"}
+        assert differing <= {"dtype", "transformers_version", "eos_token_id"}
+        assert exported["eos_token_id"] == [0, 2]  # the pad token, which ends what was learned, then the model's own
         assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
