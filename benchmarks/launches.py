@@ -5,7 +5,7 @@
 
 Shapes alone are computed, so it needs no GPU and no weights. An operation that neither looks at its operands in another
 way nor only allocates launches at least one kernel: that is the second number. Rows one by one are counted as on a GPU,
-where each is one fused operation, forward and backward.
+where each is one fused operation, forward and backward; so are Liger's norms, rotations and gates (`fused_kernels`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ds_sft.data.layout import LAYOUT, collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.attention import keep_rows_apart
+from ds_sft.training.fused import Kernels, use_kernels
 from ds_sft.training.loss import supervise
 from ds_sft.training.working_copy import WorkingCopy
 
@@ -58,13 +59,35 @@ def main() -> None:
     parser.add_argument("--masters", action="store_true", help="float32 weights, lent in bfloat16")
     given = parser.parse_args()
     F.scaled_dot_product_attention = fused  # type: ignore[assignment]
-    for name, device in (("row by row", "cpu"), ("all rows at once", "meta")):
-        counted = count(given, device)
+    variants = (("row by row", "cpu", False), ("all rows at once", "meta", False), ("and fused kernels", "meta", True))
+    for name, device, with_kernels in variants:
+        counted = count(given, device, with_kernels)
         print(f"{name}: {counted.all.total():,} operations, {counted.launching.total():,} of them launch kernels")
     print("The last's:", ", ".join(f"{n:,} {op.split('::')[1]}" for op, n in counted.launching.most_common(12)))
 
 
-def count(given: argparse.Namespace, attention: str) -> Counted:
+class OneKernel(torch.autograd.Function):
+    """In place of one of Liger's: an operation forward, and one backward that makes all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*others)
+        return first.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (gradient.clone(), *map(torch.empty_like, ctx.saved_tensors))
+
+
+KERNELS = Kernels(
+    norm=lambda x, weight, *options: OneKernel.apply(x, weight),
+    silu_mul=OneKernel.apply,
+    gelu_mul=OneKernel.apply,
+    rotate=lambda q, k, *options: (OneKernel.apply(q), k),
+)
+
+
+def count(given: argparse.Namespace, attention: str, with_kernels: bool) -> Counted:
     """`attention`: the device for whose attention the model is prepared; it computes on meta in any case."""
     config = AutoConfig.from_pretrained(given.model) if given.model else AutoConfig.for_model("qwen3", **QWEN3)
     with torch.device("meta"):
@@ -72,6 +95,8 @@ def count(given: argparse.Namespace, attention: str) -> Counted:
     model.train()
     launch = Launch(launcher="python")
     keep_rows_apart(model, None, launch, device=attention, dtype=torch.bfloat16)
+    if with_kernels:
+        use_kernels(model, KERNELS, "one operation each")
     supervise(model, launch)
     if given.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -63,11 +63,13 @@ def git_commit() -> str | None:
 
 
 def peak_memory() -> dict[str, float]:
-    """This process's peaks so far in GiB: resident memory and, where a GPU was used, what torch allocated on it."""
+    """This process's peaks so far in GiB: resident memory and, where a GPU was used, what torch allocated on it, and
+    reserved."""
     peaks = {"host_gib": round(peak_resident_kib() / 2**20, 3)}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peaks["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        peaks["gpu_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)  # with gaps between blocks
     return peaks
 
 

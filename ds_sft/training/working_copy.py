@@ -67,7 +67,7 @@ class WorkingCopy:
     def _refresh(self) -> None:
         if not self.copies:
             self.copies = {master: self._make(master) for _, _, master in self.places}
-        if not self.fresh:
+        if self.copies and not self.fresh:
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
             self.fresh = True
 
@@ -165,7 +165,7 @@ class LentCopy:
 
 
 def _waiting_limit(master: torch.Tensor) -> int:
-    return WAITING_BYTES if master.is_cuda else 0
+    return 0 if master.device.type == "cpu" else WAITING_BYTES
 
 
 def _is_master(parameter: Any) -> bool:
