@@ -82,6 +82,8 @@ def test_our_python_keeps_its_path(folder: Path, monkeypatch: pytest.MonkeyPatch
     job = gpu.job_of(named("trl"), GIVEN, folder, "cuda")
     paths = [environment(named("trl").candidate, job, folder, home)["PYTHONPATH"] for home in (None, folder)]
     assert paths[0] == f"{paths[1]}:/a:/b"
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment(named("trl").candidate, job, folder, None)["PYTHONPATH"] == paths[1]
 
 
 def test_the_last_interval_is_read(folder: Path) -> None:

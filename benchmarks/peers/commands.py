@@ -108,13 +108,13 @@ def command_for(candidate: Candidate, job: Job, out: Path, home: Path | None) ->
 
 def environment(candidate: Candidate, job: Job, probe: Path, home: Path | None) -> dict[str, str]:
     """The same for all: threads, no network, the probe; caches and compiled ops beside the peer."""
-    own, found = dict(os.environ), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    own, found = dict(os.environ), os.environ.get("PYTHONPATH")
     own |= {
         "OMP_NUM_THREADS": str(job.threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits for another does not count as work
         "DS_SFT_PROBE": str(probe),
         # What this Python finds, its own programs find, too.
-        "PYTHONPATH": os.pathsep.join([str(HERE / "probe"), *(found if home is None else [])]),
+        "PYTHONPATH": os.pathsep.join([str(HERE / "probe"), *([found] if found and home is None else [])]),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(job.folder / "huggingface"),
         "MODELSCOPE_CACHE": str(job.folder / "modelscope"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.harness import BIN, ROOT, free_port, run, write_yaml
+from tests.distributed.harness import ROOT, free_port, run, write_yaml
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -45,7 +46,7 @@ def run_all(folder: Path, runs: Mapping[str, Mapping[str, Any]], *, ranks: int =
         timeout: seconds for all.
     """
     files = [str(write_yaml(folder / f"{name}.yaml", keys | {"output_dir": name})) for name, keys in runs.items()]
-    launch = [BIN / "python"]
+    launch = [sys.executable]
     if ranks:
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     environment = {
@@ -53,7 +54,7 @@ def run_all(folder: Path, runs: Mapping[str, Mapping[str, Any]], *, ranks: int =
         "DS_SFT_CACHE": str(folder / "cache"),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for deterministic algorithms; read when CUDA starts
     }
-    done = run([*map(str, launch), RUNS, *files], cwd=folder, env=environment, timeout=timeout)
+    done = run([*launch, RUNS, *files], cwd=folder, env=environment, timeout=timeout)
     parts = done.output.split("---- run ")
     assert len(parts) > 1, done.output[-6000:]
     return Ran(folder, {part.partition("\n")[0]: part.partition("\n")[2] for part in parts[1:]})

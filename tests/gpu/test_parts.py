@@ -128,7 +128,7 @@ def asking(folder: Path, tokenizer: Any) -> Callable[[int], float]:
                         predict_max_new_tokens=tokens)  # fmt: skip
         GenerationConfig(min_new_tokens=tokens).save_pretrained(folder)  # no end of turn before
         started = time.perf_counter()
-        answers = generate(str(folder), prompts, "<|im_end|>", tokenizer, config)
+        answers = generate(str(folder), prompts, tokenizer, config)
         assert all(answers)
         return time.perf_counter() - started
 
