@@ -82,24 +82,16 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
-    if config.training.get("use_cpu"):
-        hide_gpus(os.environ)
-    elif not launch.distributed:
-        use_one_device(os.environ)
-    share_cores(launch, os.environ)
-    grow_segments(os.environ)
+    settle_devices(config, launch)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
-    from ds_sft.data.dataset import load_data, print_report
-    from ds_sft.data.serving import serving
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
-    from ds_sft.training.limits import check_limits
-    from ds_sft.training.model import load_tokenizer, read_ahead, uses_padding
+    from ds_sft.training.model import uses_padding
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -107,13 +99,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     engine = engine_config(config, launch)
     require_writable(config.output_dir)
     with stop.until_ranks_meet():
-        tokenizer = load_tokenizer(config, launch)
-        read_ahead(config, launch)
-        served = serving(config, tokenizer)
-        served.say(launch)
-        data = load_data(config, tokenizer, launch)
-        print_report(data.report, launch)
-        check_limits(config, tokenizer, data, launch)
+        tokenizer, served, data = prepare_data(config, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
     avoid_plans()
     site = Site(launch, shared=settle_storage(args, launch))
@@ -160,6 +146,33 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
         finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
+
+
+def settle_devices(config: Config, launch: Launch) -> None:
+    """Which devices and cores this process sees, before torch is imported and looks."""
+    if config.training.get("use_cpu"):
+        hide_gpus(os.environ)
+    elif not launch.distributed:
+        use_one_device(os.environ)
+    share_cores(launch, os.environ)
+    grow_segments(os.environ)
+
+
+def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data]:
+    """The tokenizer, what a server will be told, and the encoded rows, which the model has room for."""
+    from ds_sft.data.dataset import load_data, print_report
+    from ds_sft.data.serving import serving
+    from ds_sft.training.limits import check_limits
+    from ds_sft.training.model import load_tokenizer, read_ahead
+
+    tokenizer = load_tokenizer(config, launch)
+    read_ahead(config, launch)
+    served = serving(config, tokenizer)
+    served.say(launch)
+    data = load_data(config, tokenizer, launch)
+    print_report(data.report, launch)
+    check_limits(config, tokenizer, data, launch)
+    return tokenizer, served, data
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch) -> dict[str, Any]:
@@ -225,7 +238,7 @@ def load_model_to_train(
     if not padded:
         keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
-    supervise(model, launch, fp16=args.fp16)
+    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
     return model
 
 

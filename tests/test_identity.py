@@ -36,6 +36,7 @@ def now(stage: int | None = None, **config: Any) -> dict[str, Any]:
     [
         (["learning_rate", "weight_decay", "max_steps", "template", "data"], now(), []),
         (["optim", "learning_rate"], now(), ["optim"]),
+        (["resize_embeddings"], now(), ["resize_embeddings"]),
         (["bf16"], now(), []),
         (["bf16"], now(2), ["bf16"]),
         (["fp16"], now(), ["fp16"]),

@@ -305,3 +305,15 @@ def test_memory_stays_below_the_logits_alone() -> None:
     """4,096 supervised tokens, a vocabulary of 150,000: their bfloat16 logits alone would take 1,200,000 KiB."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=500)
     assert int(done.stdout) < 600_000
+
+
+def test_without_the_kernel_a_gpu_computes_as_a_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fused_kernels: none`."""
+    asked: list[bool] = []
+    monkeypatch.setattr(chunked, "uses_kernel", lambda logits: asked.append(True) or False)
+    for kernel in (True, False):
+        model = make("llama")
+        supervise(model, ALONE, kernel=kernel)
+        learn(model)
+        assert bool(asked) == kernel
+        asked.clear()

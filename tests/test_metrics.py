@@ -358,3 +358,14 @@ def test_a_log_entry_in_one_line() -> None:
     assert describe(logs) == "loss 1.2346, 12,346 tokens/s, waiting 3%, padding 0%"
     assert describe({"eval_loss": 2.0, "eval_runtime": 3.0}) == "validation loss 2.0000"
     assert describe({"train_runtime": 3.0}) == ""
+
+
+def test_deepspeed_has_what_is_timed_on_a_gpu() -> None:
+    """A renamed method would be passed over, and its waiting would count as computing."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    owners = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, PartitionedParameterCoordinator)
+    for path in metrics.WAITS:
+        assert any(hasattr(owner, path.rpartition(".")[2]) for owner in owners), path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,17 @@ def test_use_cpu_is_obeyed(tmp_path: Path, gpus: Any) -> None:
     assert (found.options, found.remark, looked) == ({"device_map": None}, None, [])
 
 
-def test_sizes(model_dir: Path) -> None:
+def test_sizes(model_dir: Path, tmp_path: Path) -> None:
     """2 layers, 2 key heads of 16, 400 tokens; 99,712 parameters in bfloat16."""
     config = AutoConfig.from_pretrained(model_dir)
     assert cache_size(config, tokens=10) == 10 * 2 * 2 * (2 * 16) * 2
     assert logits_size(config, tokens=10) == 10 * 400 * (2 + 4 + 4)
     assert 2 * 99_712 < weights_size(str(model_dir)) < 2 * 99_712 + 10_000
     assert weights_size("nobody/nothing") == 0
+    alone = weights_size(str(model_dir))
+    both = Path(shutil.copytree(model_dir, tmp_path / "both"))
+    shutil.copy(both / "model.safetensors", both / "consolidated.safetensors")  # the same weights for another program
+    assert weights_size(str(both)) == alone
 
 
 def test_one_device_is_what_transformers_understands(model_dir: Path) -> None:

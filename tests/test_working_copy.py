@@ -85,6 +85,29 @@ def test_evaluation_between_micro_batches_and_frozen_weights(kind: Any) -> None:
         assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
 
 
+def test_a_layer_that_two_recomputed_parts_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reentrant checkpointing brings its gradient twice before others were worth a call: it counts once for each."""
+    from torch.utils.checkpoint import checkpoint
+
+    found: list[torch.Tensor] = []
+    for waiting in (0, 10**6):
+        monkeypatch.setattr(working_copy, "_waiting_limit", lambda master, waiting=waiting: waiting)
+        torch.manual_seed(0)
+        shared = torch.nn.Linear(8, 8)
+        copy = WorkingCopy(shared)
+        for number in (1, 2):
+            x = torch.ones(2, 8, dtype=torch.bfloat16, requires_grad=True)
+            with copy.lent(keep=True):
+                for _ in range(2):
+                    x = checkpoint(shared, x, use_reentrant=True)
+                x.sum().backward()
+            if number == 1:
+                once = shared.weight.grad.clone()
+        torch.testing.assert_close(shared.weight.grad, 2 * once)
+        found.append(shared.weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=0.0)
+
+
 def test_made_once_a_step() -> None:
     """The copies are the same tensors in every step, with the weights' values of that step."""
     whole = model(tied=True)

@@ -50,6 +50,7 @@ DEALING = {
 # What the states in a checkpoint are made for -> those states.
 REFUSED = {
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "the optimizer's states are of the old one"),
+    "resize_embeddings": "weights and states have the old number of rows",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "the states are cut up by the old one"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from ds_sft.runtime.size import model_folder
 
 GIB = 2**30
 RESERVE = GIB  # bytes of a GPU for CUDA's libraries, activations, and what the allocator loses between blocks
@@ -71,14 +73,15 @@ def place(name: str, *, working: int = 0, use_cpu: bool) -> Placement:
 
 def weights_size(name: str) -> int:
     """Bytes of a model's files of weights, in a folder or in the hub's cache; 0 where they are not to be found."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(name, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    return sum(file.stat().st_size for file in files)
+    folder = model_folder(name)
+    if folder is None:
+        return 0
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():  # others may lie beside them, as Mistral's consolidated.safetensors
+        files = {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    else:
+        files = {*folder.glob("model.safetensors")} or {*folder.glob("*.safetensors")} or {*folder.glob("*.bin")}
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def cache_size(config: Any, tokens: int) -> int:

@@ -17,7 +17,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,7 @@ class LogitTerms:
 
     scale: float = 1.0
     cap: float | None = None
+    kernel: bool = True  # on a GPU the loss is one Triton kernel's
 
 
 class SupervisedLoss:
@@ -116,9 +117,12 @@ class SupervisedLoss:
         return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
-def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False) -> None:
-    """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own, and say so."""
-    reason = _take_over(model, fp16=fp16)
+def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False, kernel: bool = True) -> None:
+    """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own, and say so.
+
+    `kernel`: on a GPU one Triton kernel computes it and its gradient.
+    """
+    reason = _take_over(model, fp16=fp16, kernel=kernel)
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
     if _adds_to_loss(type(model)):
@@ -130,7 +134,7 @@ def supervised_loss(model: Any) -> SupervisedLoss | None:
     return getattr(model, "supervised_loss", None)
 
 
-def _take_over(model: PreTrainedModel, *, fp16: bool) -> str | None:
+def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> str | None:
     """Why a model's own loss is left to it; None if it is not."""
     try:
         terms = LogitTerms(*LOGIT_STATEMENTS[_between_logits_and_loss(type(model))](model))
@@ -145,7 +149,7 @@ def _take_over(model: PreTrainedModel, *, fp16: bool) -> str | None:
         return "its loss is another"
     if fp16 or model.lm_head.weight.dtype == torch.float16:
         return "float16 has no room for gradients of unscaled sums"
-    model.supervised_loss = SupervisedLoss(model, terms)
+    model.supervised_loss = SupervisedLoss(model, replace(terms, kernel=kernel))
     return None
 
 
@@ -312,7 +316,7 @@ def _learn_chunk(
     of_hidden, of_weight, of_bias = gradients
     logits = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
     learn = any(g is not None for g in gradients)
-    loss = (_by_kernel if uses_kernel(logits) else _by_torch)(logits, targets, terms, learn=learn)
+    loss = (_by_kernel if terms.kernel and uses_kernel(logits) else _by_torch)(logits, targets, terms, learn=learn)
     slopes = logits  # they took its place
     if of_hidden is not None:
         torch.mm(slopes, weight, out=of_hidden)

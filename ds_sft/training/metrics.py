@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -60,7 +61,7 @@ class Clock:
 
     def restart(self) -> None:
         """Forget what was measured."""
-        self.marks: list[tuple[Any, str, bool]] = []  # when, the part that was going on until then, end of a lap?
+        self.marks: deque[tuple[Any, str, bool]] = deque()  # when, the part that was going on until then, end of a lap?
         self.last = self._now()
         self.seconds = dict.fromkeys((*PARTS, EVALUATION), 0.0)
         self.laps: list[float] = []  # seconds of work in each
@@ -93,16 +94,17 @@ class Clock:
         """Ranks meet here: the work of each since the last meeting can be compared."""
         self._mark(lap=True)
         if len(self.marks) >= MARKS_KEPT:
-            self.settle()
+            self.settle(wait=False)
 
     def _mark(self, *, lap: bool = False) -> None:
         self.marks.append((self._now(), self.open[-1], lap))
 
-    def settle(self) -> None:
-        """Turn marks into seconds; on a GPU this waits for the last of them."""
-        if self.on_gpu and self.marks:
+    def settle(self, *, wait: bool = True) -> None:
+        """Turn marks into seconds; on a GPU this waits for the last of them, or takes those alone that have come."""
+        if self.on_gpu and self.marks and wait:
             self.marks[-1][0].synchronize()
-        for when, part, lap in self.marks:
+        while self.marks and (wait or not self.on_gpu or self.marks[0][0].query()):
+            when, part, lap = self.marks.popleft()
             passed = self.last.elapsed_time(when) / 1000 if self.on_gpu else when - self.last
             self.last = when
             self.seconds[part] += passed
@@ -110,7 +112,6 @@ class Clock:
             if lap:
                 self.laps.append(self.work)
                 self.work = 0.0
-        self.marks.clear()
 
     def take(self) -> tuple[dict[str, float], list[float]]:
         """Seconds by part, and of work in each lap, since the last call."""

@@ -3,7 +3,8 @@
 A loss that is not finite makes every gradient of its backward NaN (`spread`), so the norm of the reduced gradients,
 which all ranks have, says of each step whether it was sound, and no rank has to ask another. When the host reads it:
 
-- Under DeepSpeed at once: ZeRO reads it in every step anyway, and leaves out an update whose norm is not finite.
+- ZeRO-1, 2 and 3 read it in every step by themselves, and leave out an update whose norm is not finite. ZeRO-0 does
+  not: there it is as without DeepSpeed.
 - Without, `on_nonfinite: stop` waits for nothing: the norm is copied to the host beside the next step and read when
   that one's is due, or before anything is logged, measured, saved or exported, whichever comes first. Until then a bad
   step has changed weights in memory that end with the process.

@@ -41,7 +41,7 @@ class WorkingCopy:
         ]
         self.copies: dict[nn.Parameter, nn.Parameter] = {}  # float32 weight -> its copy; made at the first use
         self.fresh = False  # whether they are what the weights are now
-        self.waiting: list[nn.Parameter] = []  # weights whose gradient lies at the copy
+        self.waiting: dict[nn.Parameter, None] = {}  # weights whose gradient lies at the copy, in their order
         self.waiting_bytes = 0
 
     @contextmanager
@@ -77,8 +77,9 @@ class WorkingCopy:
             limit = _waiting_limit(master)
 
             def arrived(leaf: torch.Tensor) -> None:
-                self.waiting.append(master)
-                self.waiting_bytes += leaf.numel() * leaf.element_size()
+                if master not in self.waiting:  # one that several recomputed parts use comes more than once
+                    self.waiting[master] = None
+                    self.waiting_bytes += leaf.numel() * leaf.element_size()
                 if self.waiting_bytes > limit:
                     self._bring_gradients()
 
@@ -96,8 +97,10 @@ class WorkingCopy:
             torch._foreach_copy_(made, [self._gradient(master) for master in first])
             for master, gradient in zip(first, made, strict=True):
                 master.grad = gradient
-        if sums:
-            torch._foreach_add_(sums, later)
+        if sums:  # in float32 first: of two dtypes CUDA would add each weight by itself
+            wide = [torch.empty_like(gradient) for gradient in sums]
+            torch._foreach_copy_(wide, later)
+            torch._foreach_add_(sums, wide)
         self._forget_gradients()
 
     def _gradient(self, master: nn.Parameter) -> torch.Tensor:
