@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet torch==2.13.0
 "$work/venv/bin/pip" install --quiet deepspeed==0.19.8
-export HOME="$work" CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+export HOME="$work" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 cd "$work"
 venv/bin/python -I - <<'EOF'
 import logging
