@@ -181,13 +181,13 @@ def persistent(run: Run) -> int:
 
 
 def model_states(run: Run) -> int:
-    """Parameters, gradients, masters and optimizer states of the fullest rank when the optimizer is about to step.
+    """Parameters, their copy in 16 bits, gradients, masters and states when the optimizer is about to step; fullest rank.
 
     Wherever they are, and with the buffers that DeepSpeed never frees; without DDP's, which Python cannot see.
     """
     held = max(step_gradients(run, rank) for rank in _ranks(run))
     buckets = 0 if run.engine.stage is None else _buckets(replace(run, lazy=False))
-    return sum(states(run).values()) + sum(host(run).values()) + held + buckets
+    return sum(states(run).values()) + sum(host(run).values()) + held + buckets + copy_that_stays(run)
 
 
 # ---- Activations

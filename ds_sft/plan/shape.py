@@ -129,8 +129,9 @@ def positions_of(found: Mapping[str, Any]) -> int | None:
 
 
 def rope_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` as transformers 5 spells them, also of a `config.json` that has `rope_scaling`."""
-    rope = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
+    """`rope_parameters` as transformers 5 spells them; where both are given the older `rope_scaling` replaces them all
+    (findings/rope_scaling_wins.sh)."""
+    rope = dict(found.get("rope_scaling") or found.get("rope_parameters") or {})
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     if "rope_theta" in found:

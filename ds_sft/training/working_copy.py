@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -74,17 +75,21 @@ class WorkingCopy:
     def _make(self, master: nn.Parameter) -> nn.Parameter:
         copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype), requires_grad=master.requires_grad)
         if master.requires_grad:
-            limit = _waiting_limit(master)
+            owner = ref(self)  # what a hook refers to is out of the collector's sight: copies would never be freed
 
             def arrived(leaf: torch.Tensor) -> None:
-                if master not in self.waiting:  # one that several recomputed parts use comes more than once
-                    self.waiting[master] = None
-                    self.waiting_bytes += leaf.numel() * leaf.element_size()
-                if self.waiting_bytes > limit:
-                    self._bring_gradients()
+                if (lender := owner()) is not None:
+                    lender._arrived(master, leaf)
 
             copy.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         return copy
+
+    def _arrived(self, master: nn.Parameter, leaf: torch.Tensor) -> None:
+        if master not in self.waiting:  # one that several recomputed parts use comes more than once
+            self.waiting[master] = None
+            self.waiting_bytes += leaf.numel() * leaf.element_size()
+        if self.waiting_bytes > _waiting_limit(master):
+            self._bring_gradients()
 
     @torch.no_grad()
     def _bring_gradients(self) -> None:
