@@ -429,6 +429,14 @@ def test_nulls_of_arguments_and_tools_are_left_out() -> None:
     assert dialogue.tools == ({"type": "function", "function": {"name": "f", "parameters": {"enum": ["a", None]}}},)
 
 
+@pytest.mark.parametrize("arguments", [None, "", " \n", {}])
+def test_a_call_without_arguments(arguments: Any) -> None:
+    """As servers of many models write it: an empty text."""
+    calls = [{"function": {"name": "now", "arguments": arguments}}]
+    dialogue = to_dialogue({"messages": [{"role": "assistant", "tool_calls": calls}]}, READING)
+    assert dialogue.messages[0].tool_calls == ({"type": "function", "function": {"name": "now", "arguments": {}}},)
+
+
 def test_a_shape_and_fields_can_be_named() -> None:
     row = {"question": "Q", "answer": "A", "prompt": "q", "response": "a"}
     reading = Reading(SYSTEM, "prompt_completion", {"completion": "response"})

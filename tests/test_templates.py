@@ -299,6 +299,19 @@ def test_calls_are_given_as_the_template_takes_them(arguments: Any, message: Any
         assert run(name, called(arguments, **message))[1] == [text]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [("", "{}"), ("not json", '"not json"'), ("null", '"null"'), ("5", '"5"'), ('say "x"', '"say \\"x\\""')],
+)
+def test_arguments_that_are_no_object(arguments: str, written: str) -> None:
+    """None at all where the text is empty; another text stays what it is: no template leaves it out."""
+    call = f'{{"name": "weather", "arguments": {written}}}\n</tool_call><|im_end|>'
+    assert run("qwen", called(arguments))[1] == [f"\n<tool_call>\n{call}"]
+    assert run("thinking", called(arguments))[1] == [f"\n</think>\n\n\n<tool_call>\n{call}"]
+    channel = " to=functions.weather<|channel|>commentary json<|message|>"
+    assert run("harmony", called(arguments))[1] == [f"{channel}{written}<|call|>"]
+
+
 def call_template(written: str, condition: str = "true") -> str:
     """Llama's layout, with calls written like this where the condition holds."""
     turn = "'<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n'"

@@ -78,6 +78,7 @@ def test_what_a_family_writes(name: str) -> None:
         ("g x y a", {"a": "x y"}, False),
         ('f {"a":1}', '{"a":1}', True),
         ('f "{\\"a\\":1}"', '{"a":1}', False),  # a text that was quoted as one
+        ('f "not \\"json\\""', 'not "json"', True),  # which is a text in JSON
         ("f", {}, True),
     ],
 )

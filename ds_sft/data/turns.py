@@ -287,7 +287,10 @@ def shows_call(text: str, call: Mapping[str, Any]) -> bool:
     if function["name"] not in text:
         return False
     if isinstance(arguments, str):
-        return arguments in text and json.dumps(arguments, ensure_ascii=False) not in text
+        quoted = json.dumps(arguments, ensure_ascii=False)
+        if as_object(arguments) is arguments:  # no object, which JSON has no other form for
+            return arguments in text or quoted in text
+        return arguments in text and quoted not in text
     if arguments and str(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
         return False
     missing = [forms for forms in _leaves(arguments) if not any(form in text for form in forms)]
