@@ -246,6 +246,21 @@ def test_reasoning_goes_where_the_template_reads_it(field: str) -> None:
     assert run("harmony", talk, thinking="empty")[1] == [empty]
 
 
+def test_an_answer_without_a_text_is_learned_to_its_end() -> None:
+    """Not as far as the end of a channel that is a content only where calls follow."""
+    between = "<|end|><|start|>assistant<|channel|>final<|message|><|return|>"
+    for policy, answer, thought in (
+        ("empty", "", ""),
+        ("empty", "<think>\nhm\n</think>\n\n", ""),
+        ("keep", "<think></think>", ""),
+        ("keep", "<think>\nhm\n</think>\n\n", "hm"),
+        ("keep", {"content": "", "reasoning": "hm"}, "hm"),
+    ):
+        talk = dialogue(("user", "q"), ("assistant", answer))
+        learned = f"<|channel|>analysis<|message|>{thought}{between}"
+        assert run("harmony", talk, thinking=policy)[1] == [learned]
+
+
 def test_the_next_roles_token_is_learned_as_the_end() -> None:
     """And added after the last answer, where the template writes nothing."""
     turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."), ("user", "more"))

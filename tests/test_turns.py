@@ -48,7 +48,8 @@ FOUND: dict[str, dict[str, Any]] = {
     "harmony": {
         "header": "<|start|>assistant",
         "opened": "",
-        "plain": (("<|channel|>analysis<|message|>", 0), ("<|channel|>final<|message|>", 0), ("", 0)),
+        "plain": (("<|channel|>final<|message|>", 0), ("", 0)),
+        "beside": (("<|channel|>analysis<|message|>", 0), ("<|channel|>final<|message|>", 0), ("", 0)),
         "thought": (("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),),
         "end": "<|return|>",
         "call_end": "<|call|>",

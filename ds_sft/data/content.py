@@ -142,7 +142,7 @@ def _call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
 
 
 def _arguments(value: Any, where: str) -> Any:
-    """Arguments in a text say what they say, null fields as well: no kind of file changes a text. A blank one is none."""
+    """Arguments in a text say what they say, null fields as well: no kind of file changes them. Blank is none."""
     if not isinstance(value, str):
         return check_json(value, where)
     if not value.strip():

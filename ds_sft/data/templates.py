@@ -185,9 +185,10 @@ class ChatTemplate:
         system = self.renderer.attempt({"role": "system", "content": "x"}, {"role": "user", "content": "x"})
         # Of a thinking block the tokens are not structure: answers write it themselves.
         self.special = special_tokens(tokenizer, THINK_TAG.sub("", system + self.turns.written))
-        self.plain, self.thought = self.turns.plain, self.turns.thought
+        self.plain, self.beside, self.thought = self.turns.plain, self.turns.beside, self.turns.thought
         if self.marks:  # which begin where a template's author put them
-            self.plain, self.thought = self._from_any_start()
+            self.plain, self.beside = map(self._from_any_start, (self.plain, self.beside))
+            self.thought = tuple({(start, after) for text, after in self.thought for start in self._starts(text)})
         within = any(self.turns.header in text for pair in self.turns.thought for text in pair)  # between channels
         headers = (self.turns.tool_header, "" if self.marks or within else self.turns.header)
         self.borders = [header for header in headers if header]  # where another turn begins
@@ -264,11 +265,10 @@ class ChatTemplate:
         working: list[CallForm | None] = [form for form in own_first if form in self.turns.call_forms]
         return working or [own_first[0]]
 
-    def _from_any_start(self) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
-        """What may stand before a content or reasoning after a mark: all the template writes, or a part of it."""
-        plain = {start for text, part in self.turns.plain for start in (*self._starts(text), text[part:])}
-        thought = {(start, between) for text, between in self.turns.thought for start in self._starts(text)}
-        return tuple((text, 0) for text in sorted(plain, key=len, reverse=True)), tuple(thought)
+    def _from_any_start(self, prefixes: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+        """What may stand before a content after a mark: all the template writes, or a part of it."""
+        starts = {start for text, part in prefixes for start in (*self._starts(text), text[part:])}
+        return tuple((text, 0) for text in sorted(starts, key=len, reverse=True))
 
     def _starts(self, text: str) -> list[str]:
         """A text with the header, without it, and from each tag of a thinking block on."""
@@ -390,7 +390,7 @@ class ChatTemplate:
                 return None
             content = row["content"]  # which the template may leave as it is
         content = content.strip()
-        for prefix, prompt_part in self.plain:
+        for prefix, prompt_part in self.beside if calls else self.plain:
             if text.startswith(prefix) or (not content and text == prefix.rstrip()):
                 rest = text[len(prefix) :].strip()
                 if rest == content or (calls and rest.startswith(content)):

@@ -127,6 +127,7 @@ class Turns:
     header: str  # before an answer
     opened: str  # after the header in the generation prompt alone, as <think>\n
     plain: tuple[tuple[str, int], ...]  # between header and content, and how much of it belongs to the prompt
+    beside: tuple[tuple[str, int], ...]  # likewise where calls follow: gpt-oss's channel of reasoning, too
     thought: tuple[tuple[str, str], ...]  # between header and reasoning, and between reasoning and content
     end: str  # ends the last answer
     call_end: str  # ends one with calls
@@ -166,12 +167,12 @@ def find_turns(renderer: Renderer) -> Turns:
     call_end = _call_end(renderer, called, tool_header, end, closes=closes)
     at = start + header
     block = renderer.attempt(USER, generation=True, thinking=False).rpartition(header or prompt)[2]
-    prefixes = {text[len(at) : text.find(ANSWER)] for text in (last, earlier, *beside) if _begins(text, at, ANSWER)}
-    plain = sorted({"", opened, *prefixes}, key=len, reverse=True)
+    plain = {"", opened, *_before_answer((last, earlier), at)}
     return Turns(
         header=header,
         opened=opened,
-        plain=tuple((text, _prompt_part(text, opened, block)) for text in plain),
+        plain=_with_prompt_parts(plain, opened, block),
+        beside=_with_prompt_parts(plain | _before_answer(beside, at), opened, block),
         thought=tuple(dict.fromkeys(pair for text in thoughtful for pair in _around_thought(text, at))),
         end=end,
         call_end=call_end,
@@ -183,6 +184,15 @@ def find_turns(renderer: Renderer) -> Turns:
         tool_header=tool_header,
         written=before + prompt + last + end,
     )
+
+
+def _before_answer(texts: Sequence[str], at: str) -> set[str]:
+    return {text[len(at) : text.find(ANSWER)] for text in texts if _begins(text, at, ANSWER)}
+
+
+def _with_prompt_parts(prefixes: set[str], opened: str, block: str) -> tuple[tuple[str, int], ...]:
+    """The longest first."""
+    return tuple((text, _prompt_part(text, opened, block)) for text in sorted(prefixes, key=len, reverse=True))
 
 
 def _begins(text: str, at: str, *held: str) -> bool:
