@@ -293,6 +293,35 @@ def test_channels_of_calls() -> None:
         run("harmony", dialogue(turns[0], ("assistant", two)))
 
 
+def tool(name: str, parameter: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {parameter: {"type": "integer"}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("reasoning", [{}, {"reasoning": "I will."}])
+def test_a_call_that_is_left_out_is_told_where_nothing_is_learned_of_it(reasoning: dict[str, str]) -> None:
+    """Its name and keys stand in the tools, its value maybe elsewhere: the message itself must have them."""
+    calls = [{"function": {"name": "heat", "arguments": {"level": 1}}},
+             {"function": {"name": "light", "arguments": '{"lux": 77777, "on": true}'}}]  # fmt: skip
+    tools = [tool("heat", "level"), tool("light", "lux")]
+
+    def told(name: str, calls: list[Any], question: str = "Set both.") -> dict[int, set[str]]:
+        turns = [("user", question), ("assistant", {"content": "", **reasoning, "tool_calls": calls}), ("tool", "ok"),
+                 ("assistant", "Done.")]  # fmt: skip
+        keys = {"template": "tokenizer", "system_prompt": "", "mask": "last", "thinking": "drop"}
+        found = encode(FAMILY[name], [dialogue(*turns, tools=tools if name == "harmony" else [])], **keys)
+        assert not found.bad
+        return found.left_out
+
+    lost = {0: {"assistant tool_calls"}}
+    assert told("harmony", calls) == lost  # it renders the first call alone
+    assert told("harmony", calls, "light, lux 77777, on true") == lost
+    assert told("harmony", calls[:1]) == told("harmony", calls[1:]) == {}
+    assert told("glm", [calls[0]]) == told("qwen", calls) == told("deepseek", calls) == {}
+    assert told("marked", calls)[0] >= lost[0]
+    assert told("marked", calls, "heat level 1, light lux 77777, on true")[0] >= lost[0]
+
+
 AT = {"at": "巴黎", "days": 2}
 
 

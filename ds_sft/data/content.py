@@ -18,7 +18,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 CALL_PARTS = ("tool_call", "tool_calls", "function_call")
 # Not reasoning but a word for how much of it: as in NVIDIA's Nemotron sets (on, off) and for gpt-oss (low to high).
 EFFORT = frozenset(["on", "off", "true", "false", "none", "low", "medium", "high"])
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # at the start of a content
 
 
 class Said(NamedTuple):
@@ -108,7 +108,7 @@ def read_reasoning(holder: Mapping[str, Any], where: str, unread: set[str], *, t
         raise BadRow(
             "two reasonings", f"{where or 'the row '}has two that differ; expected one of {', '.join(REASONING)}"
         )
-    thought = THOUGHT.match(text) if texts else None
+    thought = THINKING.match(text) if texts else None
     return "" if not texts or (thought and thought[1].strip() == texts[0].strip()) else texts[0]
 
 

@@ -158,7 +158,8 @@ class Encoder:
             bad[index] = error
             return []
         text = "".join([piece.text for piece in pieces if isinstance(piece.text, str)])
-        if names := left_out(with_thinking(dialogue.messages, self.thinking), learned, text):
+        lost_calls = self.template.lost_calls(dialogue, learned)
+        if names := left_out(with_thinking(dialogue.messages, self.thinking), learned, text, lost_calls):
             missing[index] = names
         return pieces
 

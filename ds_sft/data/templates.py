@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_sft.config import Config
+from ds_sft.data.content import THINKING
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
 from ds_sft.errors import UserError
 
-THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 # Around special-token text of a row while it is rendered. Unicode reserves these two for a program's own use.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 MARKED = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NO_CALLS = "the template has no tool calls"
 NOT_SEEN = "it cannot be shown which text is learned"
 REMEDIED = ("the template rewrites an answer", "the template rewrites earlier turns", "no end of turn")
 
@@ -165,6 +166,10 @@ class Reference:
             text = "\n"
         return [*pieces, Piece(text, False)] if text != "\n" else pieces
 
+    def lost_calls(self, dialogue: Dialogue, learned: Sequence[bool]) -> set[int]:
+        """None: rows with calls are refused."""
+        return set()
+
 
 class ChatTemplate:
     """A Jinja chat template, as `apply_chat_template` renders it.
@@ -221,19 +226,33 @@ class ChatTemplate:
     def _with_remedy(self, error: BadRow, dialogue: Dialogue, learned: Sequence[bool]) -> BadRow:
         """The error with what helps against it, which has been tried."""
         last, helps = learned_messages(dialogue, "last"), []
-        if self._accepts(dialogue, learned, "drop"):
+        if self._refused(dialogue, learned, "drop") is None:
             helps.append("leave reasoning out (thinking: drop)")
-        if any(last) and self._accepts(dialogue, last, self.thinking):
+        if any(last) and self._refused(dialogue, last, self.thinking) is None:
             helps.append("learn the last answer only (mask: last)")
         remedy = " or ".join(helps) or "expected another template (template: FILE.jinja)"
         return BadRow(error.reason, f"{error}; {remedy}")
 
-    def _accepts(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> bool:
+    def lost_calls(self, dialogue: Dialogue, learned: Sequence[bool]) -> set[int]:
+        """The messages that are not learned and whose calls, or some of them, the template leaves out.
+
+        It is asked of each what would be learned of it: elsewhere the same names and values may stand, as in tools.
+        """
+        calling = [
+            bool(message.tool_calls) and not known for message, known in zip(dialogue.messages, learned, strict=True)
+        ]
+        if not any(calling) or self._refused(dialogue, calling, self.thinking) is None:
+            return set()
+        each = {i: [i == j for j in range(len(calling))] for i, is_calling in enumerate(calling) if is_calling}
+        return {i for i, alone in each.items() if self._refused(dialogue, alone, self.thinking) == NO_CALLS}
+
+    def _refused(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> str | None:
+        """The reason for which the dialogue would be refused, if it would."""
         try:
             self._in_some_form(dialogue, learned, thinking)
-        except BadRow:
-            return False
-        return True
+        except BadRow as error:
+            return error.reason
+        return None
 
     def _in_some_form(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> list[Piece]:
         """Pieces of the dialogue, its calls in the first form that the template renders them in.
@@ -437,7 +456,7 @@ class ChatTemplate:
         if text is None or self._runs_on(text):
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
         if (name := self._missing_call(text, row)) is not None:
-            return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
+            return BadRow(NO_CALLS, f"the template leaves out the call of {name!r} or its "
                           f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
         reasoning, content = self._said(row)
         said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
