@@ -204,19 +204,20 @@ def _header(before: str, prompt: str, answered: Sequence[str]) -> tuple[str, str
 
     That is an opened block of reasoning, as of Qwen3-Thinking.
     """
-    start = _common_start([before, prompt, answered[0]])
+    start = common_start([before, prompt, answered[0]])
     if QUESTION not in start:  # a template that renders the question otherwise once there is an answer
         return "", "", ""
     whole = prompt[len(start) :]
     written = [re.split(f"{THOUGHT}|{ANSWER}", text[len(start) :])[0] for text in answered if text.startswith(start)]
-    header = _common_start([whole, *written])
+    header = common_start([whole, *written])
     tag = THINK_TAG.search(whole)
     if tag and header != whole:  # no border inside <think></think>
         header = header[: tag.start()]
     return start, header, whole[len(header) :]
 
 
-def _common_start(texts: Sequence[str]) -> str:
+def common_start(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
     differ = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
     return texts[0][: next(differ, min(map(len, texts)))]
 
