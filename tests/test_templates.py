@@ -232,6 +232,13 @@ def test_only_what_helps_is_advised(tmp_path: Path) -> None:
         run("marked", dialogue(("user", "q"), ("assistant", "x")), template=str(file))
 
 
+def test_no_empty_block_where_the_template_writes_none() -> None:
+    """Of the block's text the line ends would be left before every answer."""
+    said = r"^thinking: empty: this template writes no reasoning, so no empty block can be learned; expected drop, or "
+    with pytest.raises(UserError, match=said):
+        run("deepseek", dialogue(("user", "q"), ("assistant", "a")), thinking="empty")
+
+
 @pytest.mark.parametrize("field", ["content", "reasoning_content"])
 def test_reasoning_goes_where_the_template_reads_it(field: str) -> None:
     """A channel of its own, a block before the content, a block in it: for either way in which a row has it."""

@@ -187,6 +187,9 @@ class ChatTemplate:
         self.system_prompt, self.allow_special_tokens = system_prompt, allow_special_tokens
         self.renderer, self.marks = Renderer(tokenizer, source), GENERATION.search(source) is not None
         self.turns = find_turns(self.renderer)
+        if thinking == "empty" and self.turns.reasoning == "nowhere":
+            raise UserError("thinking: empty: this template writes no reasoning, so no empty block can be learned; "
+                            "expected drop, or another template (template: FILE.jinja)")  # fmt: skip
         system = self.renderer.attempt({"role": "system", "content": "x"}, {"role": "user", "content": "x"})
         # Of a thinking block the tokens are not structure: answers write it themselves.
         self.special = special_tokens(tokenizer, THINK_TAG.sub("", system + self.turns.written))
