@@ -21,6 +21,7 @@ from ds_sft.config import Config
 from ds_sft.data import files
 from ds_sft.data.files import BadRow, DataFile, find_files, hub_name
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
+from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
 from tests.test_records import talk
 
@@ -102,6 +103,21 @@ KINDS = {
     "tsv": csv_of(CALLS, "\t"),
     "parquet": parquet_of(CALLS),
 }
+
+
+def test_an_empty_cell_of_an_optional_field_is_no_field(tmp_path: Path) -> None:
+    """It takes no system prompt away, and makes no instruction a system prompt; an empty answer stays one."""
+    for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        qa, alpaca = tmp_path / f"qa.{kind}", tmp_path / f"alpaca.{kind}"
+        qa.write_bytes(csv_of([{"question": "q", "answer": "a", "system": "", "reasoning": "", "history": ""},
+                               {"question": "q", "answer": "", "system": "S", "reasoning": "", "history": ""}],
+                              delimiter))  # fmt: skip
+        system = Message("system", "S")
+        assert read(qa) == [(2, talk("q", "a")), (3, Dialogue((system, *talk("q", "").messages)))]
+        alpaca.write_bytes(csv_of([{"instruction": "S", "input": "", "output": "a"},
+                                   {"instruction": "S", "input": "q", "output": "a"}], delimiter))  # fmt: skip
+        rows = read_dialogues(DataFile(str(alpaca)), Reading("S"))
+        assert list(rows) == [(2, talk("S", "a")), (3, talk("q", "a"))]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])

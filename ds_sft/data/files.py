@@ -35,6 +35,8 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", 
 ROWS_UNDER = ("data", "rows", "examples", "instances", "records", "items", "samples", "train")  # {"data": [...]}
 HUB = re.compile(r"hub:(?P<name>.+)|(?P<bare>[A-Za-z0-9][\w.-]*/[\w.-]+)")
 TOO_LARGE = "a row is too large"
+# Fields that need not be there: what a CSV file says of them with an empty cell.
+OPTIONAL = frozenset(["system", "input", "history", "tools", "reasoning_content", "reasoning", "thinking"])
 BLANK = re.compile(r"[ \t\r\n]*")
 # The beginning of an object that holds the rows in a list, maybe after a few fields of plain values.
 HOLDER = re.compile(
@@ -436,7 +438,7 @@ class _Text:
 
 
 def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Raw]]:
-    """Rows of a CSV or TSV file whose first line names the fields."""
+    """Rows of a CSV or TSV file whose first line names the fields. An optional one that is empty is absent."""
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _CsvLines(path, stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -453,7 +455,8 @@ def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator
                 text = f"{len(row)} fields; expected {len(header)}: {', '.join(header)[:80]}"
                 yield number, BadRow("another number of fields", text)
             elif row:
-                yield number, dict(zip(header, row, strict=True))
+                cells = zip(header, row, strict=True)
+                yield number, {name: cell for name, cell in cells if cell or name not in OPTIONAL}
             number = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{number}: not CSV: {error}") from None
