@@ -230,6 +230,7 @@ QA = '{"question": "q", "answer": "a"}'
         (f'\n{{\n "rows": [\n{QA},\n{QA}\n ],\n "note": "", "more": [], "next": null}}\n', [4, 5]),
         (f'{{"version": "", "examples": [{QA}]}}', [1]),
         ('{"data": []}', []),
+        (f'{{"info": null, "tags": [],\n"meta": {{}}, "data": [\n{QA}\n]}}', [3]),
     ],
 )
 def test_rows_in_json_whatever_the_name_of_the_file(tmp_path: Path, name: str, text: str, lines: list[int]) -> None:
@@ -246,6 +247,13 @@ def test_rows_in_json_whatever_the_name_of_the_file(tmp_path: Path, name: str, t
         (f'{{"version": "2", "data": [{QA}],\n"by": {{"x": [1]}}}}', [
             (1, 'field "version" stands beside the rows, in none of them; remove it, or write it into the rows'),
             (1, None), (2, 'field "by" stands beside the rows')]),
+        (f'{{\n"info": {{"x": ["{{"]}},\n"data": [{QA}]\n}}', [(2, 'field "info" stands beside the rows'), (3, None)]),
+        (f'{{"description": "a \\"b\\" \\\\", "data": [{QA}]}}', [
+            (1, 'field "description" stands beside the rows'), (1, None)]),
+        # Rows that have such a list besides.
+        (f'{{"items": [{{"x": 1}}], {QA[1:]}', [(1, None)]),
+        ('{"data": [], "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', [
+            (1, None)]),
         ('{\n "question": "q",\n "answer": "a"\n}', [
             (1, 'not JSON: it goes over several lines; expected one object a line, or {"data": [...]}'),
             (2, "not JSON"), (3, "not JSON"), (4, "not JSON")]),
