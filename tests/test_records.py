@@ -295,8 +295,9 @@ def test_rows_of_several_turns(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "reasoning", "value": "r"}]}]},
-            "messages[0].content is an array",
+            'messages[0].content has no text beside the reasoning; expected the answer, or "" for none',
         ),
+        ({"messages": [{"role": "assistant", "content": None, "thinking": "r"}]}, "has no text beside the reasoning"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_call", "value": "{}"}]}]}, "is no call"),
         (
             {
@@ -325,7 +326,7 @@ def test_rows_of_several_turns(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
-            "weight is a number: 0.5; expected true",
+            "weight is a number: 0.5; expected 0 or 1",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}, "is no call; expected name and arguments"),
         ({"conversations": {"a": 1}}, "field 'conversations' is an object"),

@@ -281,6 +281,14 @@ def test_the_next_roles_token_is_learned_as_the_end() -> None:
     assert (learned, whole.endswith("</tool_call><|observation|>")) == ([call], True)
 
 
+def test_a_turn_that_ends_no_answer_follows_it() -> None:
+    turns = (("user", "q"), ("assistant", "a"), ("system", "S"), ("user", "r"), ("assistant", "b"))
+    said = r"^'<\|system\|>' of the next turn follows this answer, which the template ends with '<\|user\|>' or .*: last\)$"
+    with pytest.raises(BadRow, match=said):
+        run("glm", dialogue(*turns))
+    assert run("glm", dialogue(*turns), mask="last")[1] == ["\nb<|user|>"]
+
+
 def test_channels_of_calls() -> None:
     turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."))
     call = ' to=functions.weather<|channel|>commentary json<|message|>{"at": "巴黎"}<|call|>'
@@ -296,7 +304,8 @@ def test_channels_of_calls() -> None:
     ):
         run("harmony", both)
     two = {**CALL, "tool_calls": [*CALL["tool_calls"], {"function": {"name": "clock", "arguments": {}}}]}
-    with pytest.raises(BadRow, match=r"leaves out the call of 'clock' or its arguments; expected .* FILE"):
+    said = r"renders one call of a message and leaves out that of 'clock'; expected messages with one call each, or"
+    with pytest.raises(BadRow, match=said):
         run("harmony", dialogue(turns[0], ("assistant", two)))
 
 

@@ -453,15 +453,26 @@ class ChatTemplate:
         names = [call["function"]["name"] for call in calls if not can or not shows_call(text, call)]
         return _unmarked(names[0])[:40] if names else None
 
+    def _shows_first_call(self, text: str, row: dict[str, Any]) -> bool:
+        return self._missing_call(text, {"tool_calls": row["tool_calls"][:1]}) is None
+
     def _refusal(self, texts: Sequence[str], row: dict[str, Any]) -> BadRow:
         """Why none of the texts up to an end is the answer."""
         text = next((text for text in texts if self._missing_call(text, row) is None), texts[0] if texts else None)
         if text is None or self._runs_on(text):
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
-        if (name := self._missing_call(text, row)) is not None:
+        if (name := self._missing_call(text, row)) is not None and self._shows_first_call(text, row):
+            return BadRow(NO_CALLS, f"the template renders one call of a message and leaves out that of {name!r}; "
+                          f"expected messages with one call each, or {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
+        if name is not None:
             return BadRow(NO_CALLS, f"the template leaves out the call of {name!r} or its "
                           f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
         reasoning, content = self._said(row)
+        after = text.partition(content.strip())[2] if content.strip() else ""
+        if self.turns.closes and (token := self.special.search(MARKED.sub("", after))):
+            ends = " or ".join(map(repr, self.turns.ends))
+            return BadRow("no end of turn", f"{token[0]!r} of the next turn follows this answer, which the template ends "
+                          f"with {ends}: {NOT_SEEN}")  # fmt: skip
         said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
         return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
                       f"{_unmarked(text)[:40]!r}")  # fmt: skip
