@@ -314,6 +314,14 @@ def test_rows_of_several_turns(name: str) -> None:
             "the row has two that differ; expected one of reasoning_content, reasoning, thinking",
         ),
         (
+            {"question": "q", "answer": "<think>\ns\n</think>\n\na", "reasoning": "r"},
+            "the row has one in its text and another beside it; expected one",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": " <think></think>a", "reasoning_content": "r"}]},
+            "messages[0] has one in its text and another beside it",
+        ),
+        (
             {"question": "<image>q", "answer": "a", "images": ["x.png"]},
             'images is an array: ["x.png"]; only text can be learned from',
         ),

@@ -104,12 +104,13 @@ def read_reasoning(holder: Mapping[str, Any], where: str, unread: set[str], *, t
             texts.append(check_text(value, f"{where}{name}"))
         else:
             note_unread({name: value}, (), where, unread)
+    place = where.removesuffix(".") or "the row"
     if len(set(texts)) > 1:
-        raise BadRow(
-            "two reasonings", f"{where or 'the row '}has two that differ; expected one of {', '.join(REASONING)}"
-        )
+        raise BadRow("two reasonings", f"{place} has two that differ; expected one of {', '.join(REASONING)}")
     thought = THINKING.match(text) if texts else None
-    return "" if not texts or (thought and thought[1].strip() == texts[0].strip()) else texts[0]
+    if thought and thought[1].strip() != texts[0].strip():
+        raise BadRow("two reasonings", f"{place} has one in its text and another beside it; expected one")
+    return texts[0] if texts and not thought else ""
 
 
 def read_calls(value: Any, where: str, unread: set[str]) -> tuple[dict[str, Any], ...]:
