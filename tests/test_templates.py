@@ -283,7 +283,7 @@ def test_the_next_roles_token_is_learned_as_the_end() -> None:
 
 def test_a_turn_that_ends_no_answer_follows_it() -> None:
     turns = (("user", "q"), ("assistant", "a"), ("system", "S"), ("user", "r"), ("assistant", "b"))
-    said = r"^'<\|system\|>' of the next turn follows this answer, which the template ends with '<\|user\|>' or .*: last\)$"
+    said = r"^'<\|system\|>' of the next turn follows this answer, which the template ends with '<\|user\|>' or"
     with pytest.raises(BadRow, match=said):
         run("glm", dialogue(*turns))
     assert run("glm", dialogue(*turns), mask="last")[1] == ["\nb<|user|>"]

@@ -301,7 +301,7 @@ class Encoder:
 
 
 def has_textless_answer(dialogue: Dialogue, mask: str, thinking: str) -> bool:
-    """Whether an answer that is learned has no text, reasoning or call: only its end, or an empty block, too, is learned."""
+    """Whether an answer that is learned has no text, reasoning or call: all that is learned is its end."""
     messages = zip(with_thinking(dialogue.messages, thinking), learned_messages(dialogue, mask), strict=True)
     return any(
         learned and not message.tool_calls and not THINK_TAG.sub("", full_content(message)).strip()

@@ -471,8 +471,8 @@ class ChatTemplate:
         after = text.partition(content.strip())[2] if content.strip() else ""
         if self.turns.closes and (token := self.special.search(MARKED.sub("", after))):
             ends = " or ".join(map(repr, self.turns.ends))
-            return BadRow("no end of turn", f"{token[0]!r} of the next turn follows this answer, which the template ends "
-                          f"with {ends}: {NOT_SEEN}")  # fmt: skip
+            return BadRow("no end of turn", f"{token[0]!r} of the next turn follows this answer, which the template "
+                          f"ends with {ends}: {NOT_SEEN}")  # fmt: skip
         said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
         return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
                       f"{_unmarked(text)[:40]!r}")  # fmt: skip
