@@ -54,6 +54,13 @@ SEEDS = [
      "tools": [{"name": "f", "description": None}], "reasoning": "on"},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "thinking": "t"}],
      "system": "T", "split": "train"},
+    # Typed parts without calls, which the reference takes, too, in words that are nowhere else in the row.
+    {"messages": [{"role": "user", "content": [{"type": "text", "value": "Which harbour lies north? "},
+                                               {"type": "input_text", "text": "Answer briefly."}]},
+                  {"role": "assistant", "content": [{"type": "thinking", "thinking": "Islands first."},
+                                                    {"type": "reasoning", "value": " Then coasts."},
+                                                    {"type": "text", "value": "Tromsø does, "},
+                                                    {"type": "output_text", "text": "beyond the circle."}]}]},
 ]  # fmt: skip
 
 
