@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from ds_sft.config import REFERENCE_PROMPT, Config
-from ds_sft.data.content import REASONING
+from ds_sft.data.content import REASONING, THINKING
 from ds_sft.data.encode import IGNORE_INDEX, Encoded, Encoder
 from ds_sft.data.files import BadRow, DataFile
 from ds_sft.data.records import Dialogue, Reading, parse_row, read_dialogues
 from ds_sft.data.shapes import ROLES, Message
-from ds_sft.data.templates import THINKING, Reference, full_content, with_thinking
+from ds_sft.data.templates import Reference, full_content, with_thinking
 from ds_sft.data.values import MAX_NAME
 from ds_sft.errors import UserError
 
@@ -54,6 +54,13 @@ SEEDS = [
      "tools": [{"name": "f", "description": None}], "reasoning": "on"},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "thinking": "t"}],
      "system": "T", "split": "train"},
+    # Typed parts without calls, which the reference takes, too, in words that are nowhere else in the row.
+    {"messages": [{"role": "user", "content": [{"type": "text", "value": "Which harbour lies north? "},
+                                               {"type": "input_text", "text": "Answer briefly."}]},
+                  {"role": "assistant", "content": [{"type": "thinking", "thinking": "Islands first."},
+                                                    {"type": "reasoning", "value": " Then coasts."},
+                                                    {"type": "text", "value": "Tromsø does, "},
+                                                    {"type": "output_text", "text": "beyond the circle."}]}]},
 ]  # fmt: skip
 
 

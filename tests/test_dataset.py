@@ -628,7 +628,24 @@ def test_answers_without_text_are_kept_and_counted(
     said = capsys.readouterr().out.replace("\n", " ")
     assert f"train: rows with an answer without text: 2, the first in {report['first_empty_answer']}: a" in said
     calls = to_dialogue({"messages": [{"role": "user", "content": "Q"}, call]}, Reading(""))
-    assert not has_textless_answer(calls, "all")
+    assert not has_textless_answer(calls, "all", "keep")
+
+
+@pytest.mark.parametrize(
+    ("answer", "textless"),
+    [
+        ({"content": "", "reasoning": "hm"}, ["drop", "empty"]),
+        ({"content": "<think>\nhm\n</think>\n\n"}, ["drop", "empty"]),
+        ({"content": "<think>\n\n</think>\n"}, ["keep", "drop", "empty"]),
+        ({"content": "<think>\nhm\n</think>\n\na"}, []),
+    ],
+)
+def test_an_answer_of_reasoning_alone_has_a_text_where_that_is_kept(
+    answer: dict[str, str], textless: list[str]
+) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", **answer}]
+    dialogue = to_dialogue({"messages": messages}, Reading(""))
+    assert [p for p in ("keep", "drop", "empty") if has_textless_answer(dialogue, "all", p)] == textless
 
 
 def test_rows_that_forge_a_turn_under_the_reference_are_counted(

@@ -21,6 +21,7 @@ from ds_sft.config import Config
 from ds_sft.data import files
 from ds_sft.data.files import BadRow, DataFile, find_files, hub_name
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
+from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
 from tests.test_records import talk
 
@@ -102,6 +103,21 @@ KINDS = {
     "tsv": csv_of(CALLS, "\t"),
     "parquet": parquet_of(CALLS),
 }
+
+
+def test_an_empty_cell_of_an_optional_field_is_no_field(tmp_path: Path) -> None:
+    """It takes no system prompt away, and makes no instruction a system prompt; an empty answer stays one."""
+    for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        qa, alpaca = tmp_path / f"qa.{kind}", tmp_path / f"alpaca.{kind}"
+        qa.write_bytes(csv_of([{"question": "q", "answer": "a", "system": "", "reasoning": "", "history": ""},
+                               {"question": "q", "answer": "", "system": "S", "reasoning": "", "history": ""}],
+                              delimiter))  # fmt: skip
+        system = Message("system", "S")
+        assert read(qa) == [(2, talk("q", "a")), (3, Dialogue((system, *talk("q", "").messages)))]
+        alpaca.write_bytes(csv_of([{"instruction": "S", "input": "", "output": "a"},
+                                   {"instruction": "S", "input": "q", "output": "a"}], delimiter))  # fmt: skip
+        rows = read_dialogues(DataFile(str(alpaca)), Reading("S"))
+        assert list(rows) == [(2, talk("S", "a")), (3, talk("q", "a"))]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -214,6 +230,7 @@ QA = '{"question": "q", "answer": "a"}'
         (f'\n{{\n "rows": [\n{QA},\n{QA}\n ],\n "note": "", "more": [], "next": null}}\n', [4, 5]),
         (f'{{"version": "", "examples": [{QA}]}}', [1]),
         ('{"data": []}', []),
+        (f'{{"info": null, "tags": [],\n"meta": {{}}, "data": [\n{QA}\n]}}', [3]),
     ],
 )
 def test_rows_in_json_whatever_the_name_of_the_file(tmp_path: Path, name: str, text: str, lines: list[int]) -> None:
@@ -230,6 +247,13 @@ def test_rows_in_json_whatever_the_name_of_the_file(tmp_path: Path, name: str, t
         (f'{{"version": "2", "data": [{QA}],\n"by": {{"x": [1]}}}}', [
             (1, 'field "version" stands beside the rows, in none of them; remove it, or write it into the rows'),
             (1, None), (2, 'field "by" stands beside the rows')]),
+        (f'{{\n"info": {{"x": ["{{"]}},\n"data": [{QA}]\n}}', [(2, 'field "info" stands beside the rows'), (3, None)]),
+        (f'{{"description": "a \\"b\\" \\\\", "data": [{QA}]}}', [
+            (1, 'field "description" stands beside the rows'), (1, None)]),
+        # Rows that have such a list besides.
+        (f'{{"items": [{{"x": 1}}], {QA[1:]}', [(1, None)]),
+        ('{"data": [], "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', [
+            (1, None)]),
         ('{\n "question": "q",\n "answer": "a"\n}', [
             (1, 'not JSON: it goes over several lines; expected one object a line, or {"data": [...]}'),
             (2, "not JSON"), (3, "not JSON"), (4, "not JSON")]),

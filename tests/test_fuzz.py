@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ds_sft.data import content
 from tests.families import family
 from tests.fuzzing import SEEDS, check_file, check_rows, encoder_of
 
@@ -91,6 +92,17 @@ def mutants(seed: int, count: int) -> list[bytes]:
                 row[at:at] = row[at : at + chance.randint(1, 30)]
         found.append(bytes(row).replace(b"\n", b" "))
     return found
+
+
+@pytest.mark.parametrize("name", ["value", "text", "thinking"])
+def test_a_part_whose_text_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    seeds, read = [json.dumps(row).encode() for row in SEEDS], content._part_text
+    for encoder, tokenizer in (ENCODERS["reference"], ENCODERS["qwen"]):
+        check_rows(encoder, tokenizer, seeds)
+    monkeypatch.setattr(content, "_part_text", lambda part, *rest: "" if name in part else read(part, *rest))
+    for encoder, tokenizer in (ENCODERS["reference"], ENCODERS["qwen"]):
+        with pytest.raises(AssertionError):
+            check_rows(encoder, tokenizer, seeds)
 
 
 COUNTS = {"reference": 70_000, "qwen": 10_000, "llama": 5_000}  # of the others 2,000 each

@@ -295,8 +295,9 @@ def test_rows_of_several_turns(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "reasoning", "value": "r"}]}]},
-            "messages[0].content is an array",
+            'messages[0].content has no text beside the reasoning; expected the answer, or "" for none',
         ),
+        ({"messages": [{"role": "assistant", "content": None, "thinking": "r"}]}, "has no text beside the reasoning"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_call", "value": "{}"}]}]}, "is no call"),
         (
             {
@@ -313,6 +314,14 @@ def test_rows_of_several_turns(name: str) -> None:
             "the row has two that differ; expected one of reasoning_content, reasoning, thinking",
         ),
         (
+            {"question": "q", "answer": "<think>\ns\n</think>\n\na", "reasoning": "r"},
+            "the row has one in its text and another beside it; expected one",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": " <think></think>a", "reasoning_content": "r"}]},
+            "messages[0] has one in its text and another beside it",
+        ),
+        (
             {"question": "<image>q", "answer": "a", "images": ["x.png"]},
             'images is an array: ["x.png"]; only text can be learned from',
         ),
@@ -325,7 +334,7 @@ def test_rows_of_several_turns(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
-            "weight is a number: 0.5; expected true",
+            "weight is a number: 0.5; expected 0 or 1",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}, "is no call; expected name and arguments"),
         ({"conversations": {"a": 1}}, "field 'conversations' is an object"),
@@ -427,6 +436,14 @@ def test_nulls_of_arguments_and_tools_are_left_out() -> None:
     dialogue = to_dialogue({"messages": [{"role": "assistant", "tool_calls": calls}], "tools": [tool]}, READING)
     assert [call["function"]["arguments"] for call in dialogue.messages[0].tool_calls] == [clean, json.dumps(odd)]
     assert dialogue.tools == ({"type": "function", "function": {"name": "f", "parameters": {"enum": ["a", None]}}},)
+
+
+@pytest.mark.parametrize("arguments", [None, "", " \n", {}])
+def test_a_call_without_arguments(arguments: Any) -> None:
+    """As servers of many models write it: an empty text."""
+    calls = [{"function": {"name": "now", "arguments": arguments}}]
+    dialogue = to_dialogue({"messages": [{"role": "assistant", "tool_calls": calls}]}, READING)
+    assert dialogue.messages[0].tool_calls == ({"type": "function", "function": {"name": "now", "arguments": {}}},)
 
 
 def test_a_shape_and_fields_can_be_named() -> None:

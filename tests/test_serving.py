@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ BLOCK = (
     "with, unless a client sends enable_thinking: false and this template knows it; with thinking: empty the model "
     "learns the block, too."
 )
+EARLIER = (
+    "template: the generation prompt ends with '{}', and with mask: all an answer before the last is learned without "
+    "it; mask: last learns none of these."
+)
+NOWHERE = (
+    "template: the generation prompt ends with '<think>\\n', and answers are learned without it; serve with a template "
+    "that does not write it."
+)
+SENT = {
+    "drop": "template: the exported template knows nothing of thinking: drop, which takes reasoning out of every "
+    "answer: a client must send earlier answers so.",
+    "empty": "template: the exported template knows nothing of thinking: empty, which puts an empty <think> block "
+    "before every answer: a client must send earlier answers so.",
+}
 SWITCH = "{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"  # noqa: E501
 
 
@@ -145,7 +160,7 @@ def test_the_empty_block_before_an_answer_without_reasoning(system: str, tmp_pat
         for policy in ("keep", "drop", "empty"):
             keys = {"template": "tokenizer", "system_prompt": system, "thinking": policy}
             remarks[bool(end), policy] = serving(config(**keys), qwen).remarks
-            block = "<think>\n\n</think>\n\n" if remarks[bool(end), policy] else ""
+            block = "<think>\n\n</think>\n\n" if remarks[bool(end), policy] == [BLOCK] else ""
             talk, encoder = dialogue(TALKS["one turn"]), Encoder(qwen, config(**keys))
             prompt = exported(qwen, tmp_path / policy, **keys).apply_chat_template(
                 messages(TALKS["one turn"])[:1], return_dict=False, add_generation_prompt=True
@@ -153,8 +168,46 @@ def test_the_empty_block_before_an_answer_without_reasoning(system: str, tmp_pat
             assert prompt + qwen(block, add_special_tokens=False).input_ids == encoder.prompt(talk)
     assert remarks == {
         (False, "keep"): [BLOCK], (False, "drop"): [BLOCK], (False, "empty"): [],
-        (True, "keep"): [BLOCK], (True, "drop"): [], (True, "empty"): [],
+        (True, "keep"): [BLOCK], (True, "drop"): [EARLIER.format("<think>\\n\\n</think>\\n\\n")], (True, "empty"): [],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["keep", "drop", "empty"])
+@pytest.mark.parametrize("mask", ["all", "last"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_generation_starts_where_an_answer_is_learned_or_a_remark_says_so(kind: str, mask: str, policy: str) -> None:
+    if kind == "deepseek" and policy == "empty":
+        return  # refused
+    own, keys = FAMILY[kind], {"template": "tokenizer", "system_prompt": "", "mask": mask, "thinking": policy}
+    found, template = serving(config(**keys), own), Encoder(own, config(**keys)).template
+    remarks = {
+        "thinking": [EARLIER.format("<think>\\n")] if mask == "all" else [],
+        "deepseek": [NOWHERE],
+        "qwen": [BLOCK] if policy != "empty" else [],
+        "glm": [BLOCK] if policy == "keep" else [],
+        "harmony": [],
+    }.get(kind, [SENT[policy]] if policy != "keep" else [])
+    assert found.remarks == remarks
+    talk = TALKS["several turns"]
+    for index in (1, 3) if mask == "all" and kind != "qwen" else (3,):
+        pieces = template.pieces(dialogue(talk[: index + 1]), [i == index for i in range(index + 1)])
+        before = "".join(str(piece.text) for piece in itertools.takewhile(lambda piece: not piece.learned, pieces))
+        prompt = own.apply_chat_template(
+            messages(talk[:index]), chat_template=found.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        missing = {"qwen": "<think>\n\n</think>\n\n", "glm": "\n<think></think>"}.get(kind, "")
+        prompt += missing if BLOCK in remarks else ""
+        if policy == "empty" and kind not in ("qwen", "thinking", "glm", "harmony") and index == 3:
+            continue  # the remark says it: the earlier answer was learned from with a block
+        assert prompt.removesuffix("<think>\n" if NOWHERE in remarks else "") == before
+
+
+def test_an_answer_that_is_learned_after_more_than_the_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(FAMILIES["marked"][1].replace("{% generation %}", "{{ '> ' }}{% generation %}"), encoding="utf-8")
+    assert serving(config(template=str(file), system_prompt=""), FAMILY["marked"]).remarks == [
+        "template: an answer is learned after '> ', which the generation prompt lacks."
+    ]
 
 
 def test_tools_are_refused_as_they_were_in_training(tokenizer: Any) -> None:
@@ -171,11 +224,10 @@ CALL_ENDS = {"glm": ["<|observation|>"], "harmony": ["<|call|>"]}  # what ends a
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_ends_and_remarks(tokenizer: Any, kind: str) -> None:
+def test_ends(tokenizer: Any, kind: str) -> None:
     own = FAMILY[kind]
     found = serving(config(template="tokenizer", system_prompt=""), own)
     assert own.convert_ids_to_tokens(found.end_ids) == [FAMILIES[kind][0][0], *CALL_ENDS.get(kind, [])]
-    assert found.remarks == ([BLOCK] if kind in ("qwen", "glm") else [])
     assert serving(config(template="reference"), own).end_ids == [own.pad_token_id]
     assert serving(config(template="reference"), tokenizer).remarks == []
 

@@ -232,6 +232,13 @@ def test_only_what_helps_is_advised(tmp_path: Path) -> None:
         run("marked", dialogue(("user", "q"), ("assistant", "x")), template=str(file))
 
 
+def test_no_empty_block_where_the_template_writes_none() -> None:
+    """Of the block's text the line ends would be left before every answer."""
+    said = r"^thinking: empty: this template writes no reasoning, so no empty block can be learned; expected drop, or "
+    with pytest.raises(UserError, match=said):
+        run("deepseek", dialogue(("user", "q"), ("assistant", "a")), thinking="empty")
+
+
 @pytest.mark.parametrize("field", ["content", "reasoning_content"])
 def test_reasoning_goes_where_the_template_reads_it(field: str) -> None:
     """A channel of its own, a block before the content, a block in it: for either way in which a row has it."""
@@ -246,6 +253,21 @@ def test_reasoning_goes_where_the_template_reads_it(field: str) -> None:
     assert run("harmony", talk, thinking="empty")[1] == [empty]
 
 
+def test_an_answer_without_a_text_is_learned_to_its_end() -> None:
+    """Not as far as the end of a channel that is a content only where calls follow."""
+    between = "<|end|><|start|>assistant<|channel|>final<|message|><|return|>"
+    for policy, answer, thought in (
+        ("empty", "", ""),
+        ("empty", "<think>\nhm\n</think>\n\n", ""),
+        ("keep", "<think></think>", ""),
+        ("keep", "<think>\nhm\n</think>\n\n", "hm"),
+        ("keep", {"content": "", "reasoning": "hm"}, "hm"),
+    ):
+        talk = dialogue(("user", "q"), ("assistant", answer))
+        learned = f"<|channel|>analysis<|message|>{thought}{between}"
+        assert run("harmony", talk, thinking=policy)[1] == [learned]
+
+
 def test_the_next_roles_token_is_learned_as_the_end() -> None:
     """And added after the last answer, where the template writes nothing."""
     turns = (("user", "q"), ("assistant", CALL), ("tool", "20"), ("assistant", "20 degrees."), ("user", "more"))
@@ -257,6 +279,14 @@ def test_the_next_roles_token_is_learned_as_the_end() -> None:
     assert (learned, whole.endswith("20 degrees.<|user|>")) == ([call, "\n20 degrees.<|user|>"], True)
     whole, learned = run("glm", dialogue(*turns[:2]))
     assert (learned, whole.endswith("</tool_call><|observation|>")) == ([call], True)
+
+
+def test_a_turn_that_ends_no_answer_follows_it() -> None:
+    turns = (("user", "q"), ("assistant", "a"), ("system", "S"), ("user", "r"), ("assistant", "b"))
+    said = r"^'<\|system\|>' of the next turn follows this answer, which the template ends with '<\|user\|>' or"
+    with pytest.raises(BadRow, match=said):
+        run("glm", dialogue(*turns))
+    assert run("glm", dialogue(*turns), mask="last")[1] == ["\nb<|user|>"]
 
 
 def test_channels_of_calls() -> None:
@@ -274,8 +304,38 @@ def test_channels_of_calls() -> None:
     ):
         run("harmony", both)
     two = {**CALL, "tool_calls": [*CALL["tool_calls"], {"function": {"name": "clock", "arguments": {}}}]}
-    with pytest.raises(BadRow, match=r"leaves out the call of 'clock' or its arguments; expected .* FILE"):
+    said = r"renders one call of a message and leaves out that of 'clock'; expected messages with one call each, or"
+    with pytest.raises(BadRow, match=said):
         run("harmony", dialogue(turns[0], ("assistant", two)))
+
+
+def tool(name: str, parameter: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {parameter: {"type": "integer"}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("reasoning", [{}, {"reasoning": "I will."}])
+def test_a_call_that_is_left_out_is_told_where_nothing_is_learned_of_it(reasoning: dict[str, str]) -> None:
+    """Its name and keys stand in the tools, its value maybe elsewhere: the message itself must have them."""
+    calls = [{"function": {"name": "heat", "arguments": {"level": 1}}},
+             {"function": {"name": "light", "arguments": '{"lux": 77777, "on": true}'}}]  # fmt: skip
+    tools = [tool("heat", "level"), tool("light", "lux")]
+
+    def told(name: str, calls: list[Any], question: str = "Set both.") -> dict[int, set[str]]:
+        turns = [("user", question), ("assistant", {"content": "", **reasoning, "tool_calls": calls}), ("tool", "ok"),
+                 ("assistant", "Done.")]  # fmt: skip
+        keys = {"template": "tokenizer", "system_prompt": "", "mask": "last", "thinking": "drop"}
+        found = encode(FAMILY[name], [dialogue(*turns, tools=tools if name == "harmony" else [])], **keys)
+        assert not found.bad
+        return found.left_out
+
+    lost = {0: {"assistant tool_calls"}}
+    assert told("harmony", calls) == lost  # it renders the first call alone
+    assert told("harmony", calls, "light, lux 77777, on true") == lost
+    assert told("harmony", calls[:1]) == told("harmony", calls[1:]) == {}
+    assert told("glm", [calls[0]]) == told("qwen", calls) == told("deepseek", calls) == {}
+    assert told("marked", calls)[0] >= lost[0]
+    assert told("marked", calls, "heat level 1, light lux 77777, on true")[0] >= lost[0]
 
 
 AT = {"at": "巴黎", "days": 2}
@@ -297,6 +357,19 @@ def test_calls_are_given_as_the_template_takes_them(arguments: Any, message: Any
         "harmony": ' to=functions.weather<|channel|>commentary json<|message|>{"at": "巴黎", "days": 2}<|call|>',
     }.items():
         assert run(name, called(arguments, **message))[1] == [text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [("", "{}"), ("not json", '"not json"'), ("null", '"null"'), ("5", '"5"'), ('say "x"', '"say \\"x\\""')],
+)
+def test_arguments_that_are_no_object(arguments: str, written: str) -> None:
+    """None at all where the text is empty; another text stays what it is: no template leaves it out."""
+    call = f'{{"name": "weather", "arguments": {written}}}\n</tool_call><|im_end|>'
+    assert run("qwen", called(arguments))[1] == [f"\n<tool_call>\n{call}"]
+    assert run("thinking", called(arguments))[1] == [f"\n</think>\n\n\n<tool_call>\n{call}"]
+    channel = " to=functions.weather<|channel|>commentary json<|message|>"
+    assert run("harmony", called(arguments))[1] == [f"{channel}{written}<|call|>"]
 
 
 def call_template(written: str, condition: str = "true") -> str:

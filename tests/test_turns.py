@@ -48,7 +48,8 @@ FOUND: dict[str, dict[str, Any]] = {
     "harmony": {
         "header": "<|start|>assistant",
         "opened": "",
-        "plain": (("<|channel|>analysis<|message|>", 0), ("<|channel|>final<|message|>", 0), ("", 0)),
+        "plain": (("<|channel|>final<|message|>", 0), ("", 0)),
+        "beside": (("<|channel|>analysis<|message|>", 0), ("<|channel|>final<|message|>", 0), ("", 0)),
         "thought": (("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),),
         "end": "<|return|>",
         "call_end": "<|call|>",
@@ -78,6 +79,7 @@ def test_what_a_family_writes(name: str) -> None:
         ("g x y a", {"a": "x y"}, False),
         ('f {"a":1}', '{"a":1}', True),
         ('f "{\\"a\\":1}"', '{"a":1}', False),  # a text that was quoted as one
+        ('f "not \\"json\\""', 'not "json"', True),  # which is a text in JSON
         ("f", {}, True),
     ],
 )

@@ -18,7 +18,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 CALL_PARTS = ("tool_call", "tool_calls", "function_call")
 # Not reasoning but a word for how much of it: as in NVIDIA's Nemotron sets (on, off) and for gpt-oss (low to high).
 EFFORT = frozenset(["on", "off", "true", "false", "none", "low", "medium", "high"])
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # at the start of a content
 
 
 class Said(NamedTuple):
@@ -104,12 +104,13 @@ def read_reasoning(holder: Mapping[str, Any], where: str, unread: set[str], *, t
             texts.append(check_text(value, f"{where}{name}"))
         else:
             note_unread({name: value}, (), where, unread)
+    place = where.removesuffix(".") or "the row"
     if len(set(texts)) > 1:
-        raise BadRow(
-            "two reasonings", f"{where or 'the row '}has two that differ; expected one of {', '.join(REASONING)}"
-        )
-    thought = THOUGHT.match(text) if texts else None
-    return "" if not texts or (thought and thought[1].strip() == texts[0].strip()) else texts[0]
+        raise BadRow("two reasonings", f"{place} has two that differ; expected one of {', '.join(REASONING)}")
+    thought = THINKING.match(text) if texts else None
+    if thought and thought[1].strip() != texts[0].strip():
+        raise BadRow("two reasonings", f"{place} has one in its text and another beside it; expected one")
+    return texts[0] if texts and not thought else ""
 
 
 def read_calls(value: Any, where: str, unread: set[str]) -> tuple[dict[str, Any], ...]:
@@ -142,9 +143,11 @@ def _call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
 
 
 def _arguments(value: Any, where: str) -> Any:
-    """Arguments in a text say what they say, null fields as well: no kind of file changes a text."""
+    """Arguments in a text say what they say, null fields as well: no kind of file changes them. Blank is none."""
     if not isinstance(value, str):
         return check_json(value, where)
+    if not value.strip():
+        return None
     check_json(as_object(value), where)
     return value
 

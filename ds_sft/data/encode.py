@@ -23,7 +23,8 @@ from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.rendered import left_out
 from ds_sft.data.shapes import Message
-from ds_sft.data.templates import Piece, learned_messages, open_template, with_thinking
+from ds_sft.data.templates import Piece, full_content, learned_messages, open_template, with_thinking
+from ds_sft.data.turns import THINK_TAG
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss's default `ignore_index`
 TOO_LONG = "the prompt alone fills max_length"
@@ -110,7 +111,9 @@ class Encoder:
         rows.bad = bad
         if self.overlong == "split" and (rows.length > self.max_length).any():
             rows = self._split_long(dialogues, pieces, rows)
-        textless = frozenset(i for i, dialogue in enumerate(dialogues) if has_textless_answer(dialogue, self.mask))
+        textless = frozenset(
+            i for i, dialogue in enumerate(dialogues) if has_textless_answer(dialogue, self.mask, self.thinking)
+        )
         forged_dialogues = frozenset((forged | hidden) - set(bad))
         return replace(
             self._fit(rows), forged_dialogues=forged_dialogues, textless_dialogues=textless, left_out=missing
@@ -158,7 +161,8 @@ class Encoder:
             bad[index] = error
             return []
         text = "".join([piece.text for piece in pieces if isinstance(piece.text, str)])
-        if names := left_out(with_thinking(dialogue.messages, self.thinking), learned, text):
+        lost_calls = self.template.lost_calls(dialogue, learned)
+        if names := left_out(with_thinking(dialogue.messages, self.thinking), learned, text, lost_calls):
             missing[index] = names
         return pieces
 
@@ -296,10 +300,13 @@ class Encoder:
         )
 
 
-def has_textless_answer(dialogue: Dialogue, mask: str) -> bool:
-    """Whether an answer that is learned is empty or of spaces alone: only its end is then learned."""
-    messages = zip(dialogue.messages, learned_messages(dialogue, mask), strict=True)
-    return any(learned and not message.content.strip() and not message.tool_calls for message, learned in messages)
+def has_textless_answer(dialogue: Dialogue, mask: str, thinking: str) -> bool:
+    """Whether an answer that is learned has no text, reasoning or call: all that is learned is its end."""
+    messages = zip(with_thinking(dialogue.messages, thinking), learned_messages(dialogue, mask), strict=True)
+    return any(
+        learned and not message.tool_calls and not THINK_TAG.sub("", full_content(message)).strip()
+        for message, learned in messages
+    )
 
 
 def _begins_exchange(messages: Sequence[Message], index: int) -> bool:

@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -35,11 +36,13 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", 
 ROWS_UNDER = ("data", "rows", "examples", "instances", "records", "items", "samples", "train")  # {"data": [...]}
 HUB = re.compile(r"hub:(?P<name>.+)|(?P<bare>[A-Za-z0-9][\w.-]*/[\w.-]+)")
 TOO_LARGE = "a row is too large"
+# Fields that need not be there: what a CSV file says of them with an empty cell.
+OPTIONAL = frozenset(["system", "input", "history", "tools", "reasoning_content", "reasoning", "thinking"])
 BLANK = re.compile(r"[ \t\r\n]*")
-# The beginning of an object that holds the rows in a list, maybe after a few fields of plain values.
-HOLDER = re.compile(
-    rb'\{\s*("[^"\\]*"\s*:\s*("[^"\\]*"|[\w.+-]+)\s*,\s*)*"(' + "|".join(ROWS_UNDER).encode() + rb')"\s*:\s*\[\s*[{\]]'
-)
+OBJECT_BEGINS, FIELD_BEGINS, COLON = (re.compile(rf"\s*{mark}\s*") for mark in ("{", ",", ":"))
+ROWS_BEGIN = re.compile(r"\[\s*[{\]]")
+# Fields that make a row of an object, whatever lists it has besides.
+A_ROW = ({"question", "answer"}, {"messages"}, {"conversations"}, {"output"}, {"prompt", "completion"})
 
 
 class BadRow(ValueError):
@@ -257,7 +260,7 @@ def _text_rows(path: Path, kind: str, stream: io.BufferedReader) -> Iterator[tup
         yield from _csv_rows(path, stream, "," if kind == "csv" else "\t")
     elif head[:1] == b"[" and not _begins_with_a_row(head):
         yield from _array_rows(_Text(path, stream))
-    elif HOLDER.match(head) and not _begins_with_a_row(head):
+    elif _holds_rows(head) and not _begins_with_a_row(head):
         yield from _held_rows(_Text(path, stream))
     else:
         for number, line in _lines(stream):
@@ -272,7 +275,7 @@ def holds_lines(path: Path) -> bool:
             head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
     except OSError:
         return False
-    return _begins_with_a_row(head) or not (head[:1] == b"[" or HOLDER.match(head))
+    return _begins_with_a_row(head) or not (head[:1] == b"[" or _holds_rows(head))
 
 
 def _begins_with_a_row(head: bytes) -> bool:
@@ -285,6 +288,26 @@ def _begins_with_a_row(head: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _holds_rows(head: bytes) -> bool:
+    """Whether a text, the end of which may be missing, is an object that holds rows in a list and is none itself."""
+    names: dict[str, bool] = {}  # of the fields that have begun, and whether each is a list of rows
+    with suppress(ValueError, RecursionError):  # broken, or cut off
+        _read_names(head.decode("utf-8", "ignore"), names)
+    return any(names.values()) and not any(fields <= names.keys() for fields in A_ROW)
+
+
+def _read_names(text: str, names: dict[str, bool]) -> None:
+    """Raises ValueError, RecursionError: where the text is no object any more."""
+    decode, at = json.JSONDecoder().raw_decode, 0
+    while begin := (FIELD_BEGINS if names else OBJECT_BEGINS).match(text, at):
+        name, at = decode(text, begin.end())
+        value = COLON.match(text, at)
+        if not value or not isinstance(name, str):
+            return
+        names[name] = name in ROWS_UNDER and ROWS_BEGIN.match(text, value.end()) is not None
+        _, at = decode(text, value.end())
 
 
 class _Counted(io.RawIOBase):
@@ -436,7 +459,7 @@ class _Text:
 
 
 def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Raw]]:
-    """Rows of a CSV or TSV file whose first line names the fields."""
+    """Rows of a CSV or TSV file whose first line names the fields. An optional one that is empty is absent."""
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _CsvLines(path, stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -453,7 +476,8 @@ def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator
                 text = f"{len(row)} fields; expected {len(header)}: {', '.join(header)[:80]}"
                 yield number, BadRow("another number of fields", text)
             elif row:
-                yield number, dict(zip(header, row, strict=True))
+                cells = zip(header, row, strict=True)
+                yield number, {name: cell for name, cell in cells if cell or name not in OPTIONAL}
             number = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{number}: not CSV: {error}") from None

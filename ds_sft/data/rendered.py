@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ds_sft.data.content import THOUGHT, as_object
+from ds_sft.data.content import THINKING, as_object
 from ds_sft.data.shapes import Message
+from ds_sft.data.turns import shows_call
 
 
 class Rendered:
@@ -36,47 +37,40 @@ def _forms(text: str) -> Iterator[str]:
         yield text
 
 
-def left_out(messages: Sequence[Message], learned: Sequence[bool], text: str) -> set[str]:
+def left_out(
+    messages: Sequence[Message], learned: Sequence[bool], text: str, lost_calls: Collection[int] = ()
+) -> set[str]:
     """What of the messages is not in the text that a template made of them, as "user name".
 
-    Of a message that is learned the template has shown content and reasoning already. The ids that pair calls with
-    their results are no text, and a tool's schema is written in a form of the template's own.
+    Of a message that is learned the template has shown content, reasoning and calls already. The ids that pair calls
+    with their results are no text, and a tool's schema is written in a form of the template's own.
+
+    Args:
+        lost_calls: indices of messages with calls that are known to be left out, though the text may have their words.
     """
     rendered, found = Rendered(text), set()
-    for message, is_learned in zip(messages, learned, strict=True):
+    for i, (message, is_learned) in enumerate(zip(messages, learned, strict=True)):
         if not is_learned and not rendered.has(message.content):
             found |= {f"{message.role} {part}" for part, said in _parts(message.content) if not rendered.has(said)}
         for name, said in message.extra.items() if message.extra else ():
             if name != "tool_call_id" and not (is_learned and name == "reasoning_content") and not rendered.has(said):
                 found.add(f"{message.role} {name}")
-        if not all(_has_call(rendered, call["function"]) for call in message.tool_calls):
+        if is_learned:
+            continue
+        if i in lost_calls or not all(_has_call(text, call["function"]) for call in message.tool_calls):
             found.add(f"{message.role} tool_calls")
     return found
 
 
 def _parts(content: str) -> Iterator[tuple[str, str]]:
     """A content with the reasoning in it told apart."""
-    thought = THOUGHT.match(content)
+    thought = THINKING.match(content)
     if thought:
         yield "reasoning_content", thought[1]
     yield "content", content[thought.end() :] if thought else content
 
 
-def _has_call(rendered: Rendered, function: Mapping[str, Any]) -> bool:
+def _has_call(text: str, function: Mapping[str, Any]) -> bool:
     """Arguments that are JSON in a text may be rendered so, or as what they say."""
-    arguments = function["arguments"]
-    if isinstance(arguments, str) and rendered.has(arguments):
-        return rendered.has(function["name"])
-    return all(map(rendered.has, texts_in([function["name"], as_object(arguments)])))
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a parsed value, names of fields as well."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from (str(name), *texts_in(item))
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts_in(item)
+    given = function["arguments"]
+    return any(shows_call(text, {"function": {**function, "arguments": form}}) for form in (given, as_object(given)))

@@ -1,18 +1,23 @@
 """What a server must know of the dialogues that were learned: which tokens end an answer, and the chat template.
 
 Both are exported with the weights, so that whoever loads the folder, and nothing of ours, talks to the model as it was
-trained: `generate` stops by itself, and `apply_chat_template` renders what the encoder did.
+trained: `generate` stops by itself, and `apply_chat_template` renders what the encoder did. Where an author's template
+does not, a remark says so; but for reasoning in a field that it does not know: the encoder wrote it into the content.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from ds_sft.config import Config
+from ds_sft.data.files import BadRow
+from ds_sft.data.records import Dialogue
+from ds_sft.data.shapes import Message
 from ds_sft.data.templates import ChatTemplate, Reference, open_template
-from ds_sft.data.turns import EMPTY_BLOCK
+from ds_sft.data.turns import EMPTY_BLOCK, common_start
 from ds_sft.runtime.distributed import Launch
 
 # `Reference.pieces` in Jinja, under the values of `system_turn`, `end` and `thinking`.
@@ -44,6 +49,12 @@ REFERENCE = """
 # text begins a line as before.
 DEFAULT_SYSTEM = "{%- if messages[0]['role'] != 'system' %}{%- set messages = [TURN] + messages %}{%- endif %}\n"
 NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}\n"
+NO_BLOCK = (
+    "template: an answer without reasoning is learned after an empty <think> block that generation does not start "
+    "with, unless a client sends enable_thinking: false and this template knows it; with thinking: empty the model "
+    "learns the block, too."
+)
+TALK = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def serving(config: Config, tokenizer: Any) -> Serving:
         return Serving([tokenizer.pad_token_id], _reference_template(template), _reference_remarks(tokenizer))
     known = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     ends = dict.fromkeys([template.end, template.turns.call_end])  # not <|end|> between gpt-oss's channels
-    source, remarks = _own_template(template, tokenizer)
+    source, remarks = _own_template(template, tokenizer, config.mask)
     if template.end not in known:
         remarks.append(f"template: an answer ends with the text {template.end!r}, which is no token of this tokenizer: "
                        "no server stops there unless told to (stop).")  # fmt: skip
@@ -100,38 +111,65 @@ def _reference_remarks(tokenizer: Any) -> list[str]:
     return remarks
 
 
-def _own_template(template: ChatTemplate, tokenizer: Any) -> tuple[str, list[str]]:
+def _own_template(template: ChatTemplate, tokenizer: Any, mask: str) -> tuple[str, list[str]]:
     """The author's template with what this run adds by itself put before it; a line on what could not be put there."""
     source = template.renderer.source
     if template.system_prompt:
         turn = f"{{'role': 'system', 'content': {_literal(template.system_prompt)}}}"
         source = DEFAULT_SYSTEM.replace("TURN", turn) + source
-    block = "" if template.thinking == "empty" else _written_before_an_answer(template, tokenizer)
-    if not block:
-        return source, []
-    if template.thinking == "drop" and _renders(template, tokenizer, NO_THINKING + source, block):
-        return NO_THINKING + source, []
-    return source, [
-        "template: an answer without reasoning is learned after an empty <think> block that generation does not start "
-        "with, unless a client sends enable_thinking: false and this template knows it; with thinking: empty the model "
-        "learns the block, too."
-    ]
+    last, remarks = _start(template, tokenizer, source, TALK[:2], 1), _policy_remarks(template)
+    if template.thinking == "drop" and _renders(template, tokenizer, NO_THINKING + source, last.missing):
+        source = NO_THINKING + source
+    elif EMPTY_BLOCK.fullmatch(last.missing):
+        remarks.append(NO_BLOCK)
+    elif last.missing:
+        remarks.append(f"template: an answer is learned after {last.missing!r}, which the generation prompt lacks.")
+    if last.surplus:
+        remarks.append(f"template: the generation prompt ends with {last.surplus!r}, and answers are learned without "
+                       "it; serve with a template that does not write it.")  # fmt: skip
+    elif mask == "all" and (surplus := _start(template, tokenizer, source, TALK, 1).surplus):
+        remarks.append(f"template: the generation prompt ends with {surplus!r}, and with mask: all an answer before "
+                       "the last is learned without it; mask: last learns none of these.")  # fmt: skip
+    return source, remarks
 
 
-def _written_before_an_answer(template: ChatTemplate, tokenizer: Any) -> str:
-    """The empty thinking block that the template writes before an answer, but not where generation starts."""
-    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
-    prompt = _render(tokenizer, template.renderer.source, [question], True)
-    whole = _render(tokenizer, template.renderer.source, [question, answer])
-    found = EMPTY_BLOCK.match(whole, len(prompt)) if whole.startswith(prompt) else None
-    return found[0] if found else ""
+def _policy_remarks(template: ChatTemplate) -> list[str]:
+    """What the key `thinking` did to contents, which the author's template does not do."""
+    if template.turns.reasoning != "content" or template.thinking == "keep":
+        return []
+    does = "takes reasoning out of" if template.thinking == "drop" else "puts an empty <think> block before"
+    return [f"template: the exported template knows nothing of thinking: {template.thinking}, which {does} every "
+            "answer: a client must send earlier answers so."]  # fmt: skip
 
 
-def _renders(template: ChatTemplate, tokenizer: Any, source: str, block: str = "") -> bool:
+class _Start(NamedTuple):
+    """How a server's prompt differs from what an answer without reasoning is learned after."""
+
+    missing: str = ""  # stands before the answer that was learned alone: an empty block of reasoning
+    surplus: str = ""  # stands in the server's prompt alone: an opened block
+
+
+def _start(template: ChatTemplate, tokenizer: Any, source: str, talk: list[dict[str, str]], index: int) -> _Start:
+    """The difference for the answer `talk[index]`; none where the template refuses the dialogue."""
+    dialogue = Dialogue(tuple(Message(turn["role"], turn["content"]) for turn in talk))
+    try:
+        pieces = template.pieces(dialogue, [i == index for i in range(len(talk))])
+    except BadRow:
+        return _Start()
+    prompt = _render(tokenizer, source, talk[:index], True)
+    before = "".join(str(piece.text) for piece in takewhile(lambda piece: not piece.learned, pieces))
+    whole = "".join(str(piece.text) for piece in pieces)
+    if prompt and whole.startswith(prompt):
+        return _Start(missing=before[len(prompt) :])
+    return _Start(surplus=prompt[len(common_start([prompt, whole])) :])
+
+
+def _renders(template: ChatTemplate, tokenizer: Any, source: str, block: str) -> bool:
     """Whether `source` makes of dialogues what training made of them: the run's system turn, `block` after a prompt."""
-    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    if not block:
+        return False
     system = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
-    for messages, prompt in ((talk, False), (talk[:2], False), (talk[:1], True), (talk[:3], True)):
+    for messages, prompt in ((TALK, False), (TALK[:2], False), (TALK[:1], True), (TALK[:3], True)):
         wanted = _render(tokenizer, template.renderer.source, [*system, *messages], prompt) + (block if prompt else "")
         if not wanted or _render(tokenizer, source, messages, prompt) != wanted:
             return False

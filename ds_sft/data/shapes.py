@@ -238,6 +238,11 @@ def _full_message(item: dict[str, Any], role: str, names: tuple[str, str], where
     else:
         said = read_content(value, place, unread, answer=answer)
     calls = _one_place(said.calls, _field_calls(item, where, unread), where) if answer else ()
+    if said.text is None and not calls and answer and (said.reasoning or any(item.get(n) for n in REASONING)):
+        raise BadRow(
+            "reasoning without an answer",
+            f'{place} has no text beside the reasoning; expected the answer, or "" for none',
+        )
     if said.text is None and not calls:
         raise BadRow(
             "a content is not text", f"{place} is {found(value)}; expected {'a call' if role in CALLS else 'a string'}"
@@ -281,8 +286,9 @@ def _train(item: Mapping[str, Any], name: str, where: str, role: str) -> bool | 
     value = item.get(name)
     if value is None:
         return None
+    known = "true or false" if name == TRAIN[0] else "0 or 1"
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise BadRow(f"{name!r} of a message", f"{where}.{name} is {found(value)}; expected true or false")
+        raise BadRow(f"{name!r} of a message", f"{where}.{name} is {found(value)}; expected {known}")
     if value and role != "assistant":
         raise BadRow("train on a question", f"{where}.{name}: only assistant messages are learned, this is {role}")
     return bool(value)

@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_sft.config import Config
+from ds_sft.data.content import THINKING
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
 from ds_sft.errors import UserError
 
-THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 # Around special-token text of a row while it is rendered. Unicode reserves these two for a program's own use.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 MARKED = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NO_CALLS = "the template has no tool calls"
 NOT_SEEN = "it cannot be shown which text is learned"
 REMEDIED = ("the template rewrites an answer", "the template rewrites earlier turns", "no end of turn")
 
@@ -165,6 +166,10 @@ class Reference:
             text = "\n"
         return [*pieces, Piece(text, False)] if text != "\n" else pieces
 
+    def lost_calls(self, dialogue: Dialogue, learned: Sequence[bool]) -> set[int]:
+        """None: rows with calls are refused."""
+        return set()
+
 
 class ChatTemplate:
     """A Jinja chat template, as `apply_chat_template` renders it.
@@ -182,12 +187,16 @@ class ChatTemplate:
         self.system_prompt, self.allow_special_tokens = system_prompt, allow_special_tokens
         self.renderer, self.marks = Renderer(tokenizer, source), GENERATION.search(source) is not None
         self.turns = find_turns(self.renderer)
+        if thinking == "empty" and self.turns.reasoning == "nowhere":
+            raise UserError("thinking: empty: this template writes no reasoning, so no empty block can be learned; "
+                            "expected drop, or another template (template: FILE.jinja)")  # fmt: skip
         system = self.renderer.attempt({"role": "system", "content": "x"}, {"role": "user", "content": "x"})
         # Of a thinking block the tokens are not structure: answers write it themselves.
         self.special = special_tokens(tokenizer, THINK_TAG.sub("", system + self.turns.written))
-        self.plain, self.thought = self.turns.plain, self.turns.thought
+        self.plain, self.beside, self.thought = self.turns.plain, self.turns.beside, self.turns.thought
         if self.marks:  # which begin where a template's author put them
-            self.plain, self.thought = self._from_any_start()
+            self.plain, self.beside = map(self._from_any_start, (self.plain, self.beside))
+            self.thought = tuple({(start, after) for text, after in self.thought for start in self._starts(text)})
         within = any(self.turns.header in text for pair in self.turns.thought for text in pair)  # between channels
         headers = (self.turns.tool_header, "" if self.marks or within else self.turns.header)
         self.borders = [header for header in headers if header]  # where another turn begins
@@ -220,19 +229,33 @@ class ChatTemplate:
     def _with_remedy(self, error: BadRow, dialogue: Dialogue, learned: Sequence[bool]) -> BadRow:
         """The error with what helps against it, which has been tried."""
         last, helps = learned_messages(dialogue, "last"), []
-        if self._accepts(dialogue, learned, "drop"):
+        if self._refused(dialogue, learned, "drop") is None:
             helps.append("leave reasoning out (thinking: drop)")
-        if any(last) and self._accepts(dialogue, last, self.thinking):
+        if any(last) and self._refused(dialogue, last, self.thinking) is None:
             helps.append("learn the last answer only (mask: last)")
         remedy = " or ".join(helps) or "expected another template (template: FILE.jinja)"
         return BadRow(error.reason, f"{error}; {remedy}")
 
-    def _accepts(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> bool:
+    def lost_calls(self, dialogue: Dialogue, learned: Sequence[bool]) -> set[int]:
+        """The messages that are not learned and whose calls, or some of them, the template leaves out.
+
+        It is asked of each what would be learned of it: elsewhere the same names and values may stand, as in tools.
+        """
+        calling = [
+            bool(message.tool_calls) and not known for message, known in zip(dialogue.messages, learned, strict=True)
+        ]
+        if not any(calling) or self._refused(dialogue, calling, self.thinking) is None:
+            return set()
+        each = {i: [i == j for j in range(len(calling))] for i, is_calling in enumerate(calling) if is_calling}
+        return {i for i, alone in each.items() if self._refused(dialogue, alone, self.thinking) == NO_CALLS}
+
+    def _refused(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> str | None:
+        """The reason for which the dialogue would be refused, if it would."""
         try:
             self._in_some_form(dialogue, learned, thinking)
-        except BadRow:
-            return False
-        return True
+        except BadRow as error:
+            return error.reason
+        return None
 
     def _in_some_form(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> list[Piece]:
         """Pieces of the dialogue, its calls in the first form that the template renders them in.
@@ -264,11 +287,10 @@ class ChatTemplate:
         working: list[CallForm | None] = [form for form in own_first if form in self.turns.call_forms]
         return working or [own_first[0]]
 
-    def _from_any_start(self) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
-        """What may stand before a content or reasoning after a mark: all the template writes, or a part of it."""
-        plain = {start for text, part in self.turns.plain for start in (*self._starts(text), text[part:])}
-        thought = {(start, between) for text, between in self.turns.thought for start in self._starts(text)}
-        return tuple((text, 0) for text in sorted(plain, key=len, reverse=True)), tuple(thought)
+    def _from_any_start(self, prefixes: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+        """What may stand before a content after a mark: all the template writes, or a part of it."""
+        starts = {start for text, part in prefixes for start in (*self._starts(text), text[part:])}
+        return tuple((text, 0) for text in sorted(starts, key=len, reverse=True))
 
     def _starts(self, text: str) -> list[str]:
         """A text with the header, without it, and from each tag of a thinking block on."""
@@ -390,7 +412,7 @@ class ChatTemplate:
                 return None
             content = row["content"]  # which the template may leave as it is
         content = content.strip()
-        for prefix, prompt_part in self.plain:
+        for prefix, prompt_part in self.beside if calls else self.plain:
             if text.startswith(prefix) or (not content and text == prefix.rstrip()):
                 rest = text[len(prefix) :].strip()
                 if rest == content or (calls and rest.startswith(content)):
@@ -431,15 +453,26 @@ class ChatTemplate:
         names = [call["function"]["name"] for call in calls if not can or not shows_call(text, call)]
         return _unmarked(names[0])[:40] if names else None
 
+    def _shows_first_call(self, text: str, row: dict[str, Any]) -> bool:
+        return self._missing_call(text, {"tool_calls": row["tool_calls"][:1]}) is None
+
     def _refusal(self, texts: Sequence[str], row: dict[str, Any]) -> BadRow:
         """Why none of the texts up to an end is the answer."""
         text = next((text for text in texts if self._missing_call(text, row) is None), texts[0] if texts else None)
         if text is None or self._runs_on(text):
             return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
-        if (name := self._missing_call(text, row)) is not None:
-            return BadRow("the template has no tool calls", f"the template leaves out the call of {name!r} or its "
+        if (name := self._missing_call(text, row)) is not None and self._shows_first_call(text, row):
+            return BadRow(NO_CALLS, f"the template renders one call of a message and leaves out that of {name!r}; "
+                          f"expected messages with one call each, or {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
+        if name is not None:
+            return BadRow(NO_CALLS, f"the template leaves out the call of {name!r} or its "
                           f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
         reasoning, content = self._said(row)
+        after = text.partition(content.strip())[2] if content.strip() else ""
+        if self.turns.closes and (token := self.special.search(MARKED.sub("", after))):
+            ends = " or ".join(map(repr, self.turns.ends))
+            return BadRow("no end of turn", f"{token[0]!r} of the next turn follows this answer, which the template "
+                          f"ends with {ends}: {NOT_SEEN}")  # fmt: skip
         said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
         return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
                       f"{_unmarked(text)[:40]!r}")  # fmt: skip

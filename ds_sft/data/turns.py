@@ -127,6 +127,7 @@ class Turns:
     header: str  # before an answer
     opened: str  # after the header in the generation prompt alone, as <think>\n
     plain: tuple[tuple[str, int], ...]  # between header and content, and how much of it belongs to the prompt
+    beside: tuple[tuple[str, int], ...]  # likewise where calls follow: gpt-oss's channel of reasoning, too
     thought: tuple[tuple[str, str], ...]  # between header and reasoning, and between reasoning and content
     end: str  # ends the last answer
     call_end: str  # ends one with calls
@@ -166,12 +167,12 @@ def find_turns(renderer: Renderer) -> Turns:
     call_end = _call_end(renderer, called, tool_header, end, closes=closes)
     at = start + header
     block = renderer.attempt(USER, generation=True, thinking=False).rpartition(header or prompt)[2]
-    prefixes = {text[len(at) : text.find(ANSWER)] for text in (last, earlier, *beside) if _begins(text, at, ANSWER)}
-    plain = sorted({"", opened, *prefixes}, key=len, reverse=True)
+    plain = {"", opened, *_before_answer((last, earlier), at)}
     return Turns(
         header=header,
         opened=opened,
-        plain=tuple((text, _prompt_part(text, opened, block)) for text in plain),
+        plain=_with_prompt_parts(plain, opened, block),
+        beside=_with_prompt_parts(plain | _before_answer(beside, at), opened, block),
         thought=tuple(dict.fromkeys(pair for text in thoughtful for pair in _around_thought(text, at))),
         end=end,
         call_end=call_end,
@@ -185,6 +186,15 @@ def find_turns(renderer: Renderer) -> Turns:
     )
 
 
+def _before_answer(texts: Sequence[str], at: str) -> set[str]:
+    return {text[len(at) : text.find(ANSWER)] for text in texts if _begins(text, at, ANSWER)}
+
+
+def _with_prompt_parts(prefixes: set[str], opened: str, block: str) -> tuple[tuple[str, int], ...]:
+    """The longest first."""
+    return tuple((text, _prompt_part(text, opened, block)) for text in sorted(prefixes, key=len, reverse=True))
+
+
 def _begins(text: str, at: str, *held: str) -> bool:
     return text.startswith(at) and all(mark in text[len(at) :] for mark in held)
 
@@ -194,19 +204,20 @@ def _header(before: str, prompt: str, answered: Sequence[str]) -> tuple[str, str
 
     That is an opened block of reasoning, as of Qwen3-Thinking.
     """
-    start = _common_start([before, prompt, answered[0]])
+    start = common_start([before, prompt, answered[0]])
     if QUESTION not in start:  # a template that renders the question otherwise once there is an answer
         return "", "", ""
     whole = prompt[len(start) :]
     written = [re.split(f"{THOUGHT}|{ANSWER}", text[len(start) :])[0] for text in answered if text.startswith(start)]
-    header = _common_start([whole, *written])
+    header = common_start([whole, *written])
     tag = THINK_TAG.search(whole)
     if tag and header != whole:  # no border inside <think></think>
         header = header[: tag.start()]
     return start, header, whole[len(header) :]
 
 
-def _common_start(texts: Sequence[str]) -> str:
+def common_start(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
     differ = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
     return texts[0][: next(differ, min(map(len, texts)))]
 
@@ -287,7 +298,10 @@ def shows_call(text: str, call: Mapping[str, Any]) -> bool:
     if function["name"] not in text:
         return False
     if isinstance(arguments, str):
-        return arguments in text and json.dumps(arguments, ensure_ascii=False) not in text
+        quoted = json.dumps(arguments, ensure_ascii=False)
+        if as_object(arguments) is arguments:  # no object, which JSON has no other form for
+            return arguments in text or quoted in text
+        return arguments in text and quoted not in text
     if arguments and str(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
         return False
     missing = [forms for forms in _leaves(arguments) if not any(form in text for form in forms)]
