@@ -193,6 +193,8 @@ def test_rows_that_share_a_sequence_count_alone(check: Any) -> None:
         ({"max_position_embeddings": 40960, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
                                                              "original_max_position_embeddings": 32768}}, 131072),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0},
+          "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 16384),
         ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
                                                               "original_max_position_embeddings": 8192}}, 131072),
         ({"max_position_embeddings": 163840, "rope_scaling": {"type": "yarn", "factor": 40,
