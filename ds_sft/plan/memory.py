@@ -181,7 +181,7 @@ def persistent(run: Run) -> int:
 
 
 def model_states(run: Run) -> int:
-    """Parameters, their 16-bit copy, gradients, masters and states of the fullest rank when the optimizer is about to step.
+    """Parameters, their 16-bit copy, gradients, masters and optimizer states of the fullest rank when that steps next.
 
     Wherever they are, and with the buffers that DeepSpeed never frees; without DDP's, which Python cannot see.
     """
