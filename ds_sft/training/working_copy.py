@@ -63,14 +63,24 @@ class WorkingCopy:
                 table[name] = master
             self._forget_gradients()
             self.fresh = keep
+            if not keep:
+                self._give_back()
 
     @torch.no_grad()
     def _refresh(self) -> None:
         if not self.copies:
             self.copies = {master: self._make(master) for _, _, master in self.places}
         if self.copies and not self.fresh:
+            for copy in self.copies.values():
+                copy.untyped_storage().resize_(copy.numel() * copy.element_size())
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
             self.fresh = True
+
+    def _give_back(self) -> None:
+        """The memory of the values on a CPU, where allocating costs nothing; on a GPU they stay where they are."""
+        for copy in self.copies.values():
+            if copy.device.type == "cpu":
+                copy.untyped_storage().resize_(0)
 
     def _make(self, master: nn.Parameter) -> nn.Parameter:
         copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype), requires_grad=master.requires_grad)
