@@ -130,7 +130,7 @@ def read_calls(value: Any, where: str, unread: set[str]) -> tuple[dict[str, Any]
 def _call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
     inner = call.get("function") if isinstance(call, dict) else None
     function = call if inner is None else inner
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise BadRow("a tool call without a name", f"{where}: {found(call)} is no call; expected name and arguments")
     known = ("id", "type", "name", "arguments") if function is call else ("id", "type", "function")
     note_unread(call, known, f"{where}.", unread)
