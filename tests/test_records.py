@@ -337,6 +337,7 @@ def test_rows_of_several_turns(name: str) -> None:
             "weight is a number: 0.5; expected 0 or 1",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}, "is no call; expected name and arguments"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": " ", "arguments": {}}]}]}, "is no call; expected"),
         ({"conversations": {"a": 1}}, "field 'conversations' is an object"),
         (
             {"question": "q", "answer": "a", "tools": "x"},
