@@ -67,15 +67,22 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
     "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
+# Keys that mean nothing without `adapter`.
+OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_modules_to_save", "use_rslora",
+               "lora_init", "merge")  # fmt: skip
+AGAINST_ADAPTERS = {
+    "train_only": "an adapter freezes all weights of the model (lora_modules_to_save trains some of them)",
+    "resize_embeddings": "new rows of a frozen embedding would never be learned, and the adapter would fit no base",
+}
 SECRETS = ("hub_token",)
-POSITIVE = ("max_length", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
+POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm",
-                "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
-ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # steps below 1 are a share of all
+NOT_NEGATIVE = ("lora_dropout", "num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps",
+                "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
+ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # steps below 1 are a share of all
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
@@ -136,6 +143,26 @@ class Config:
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
     fused_kernels: str = key("norms, rotations, gates: Liger's (auto: on a GPU that has them), or compiled layers",
                              choices=("auto", "liger", "compile", "none"), default="auto")  # fmt: skip
+    adapter: str = key("train small matrices beside the frozen model's: LoRA, or DoRA; none: all weights",
+                       choices=("none", "lora", "dora"), default="none")  # fmt: skip
+    lora_rank: int = key("columns of an adapter's matrices", default=16)
+    lora_alpha: float = key("an adapter's product counts lora_alpha / lora_rank", default=32.0)
+    lora_dropout: float = key("share of an adapter's inputs left out", default=0.0)
+    lora_targets: str | list[str] = key(
+        "what gets adapters: all-linear (all but the output projection), names such as [q_proj, v_proj], or a regular "
+        "expression of whole names", default="all-linear"
+    )  # fmt: skip
+    lora_modules_to_save: list[str] | None = key("modules trained whole beside the adapters, such as [lm_head]",
+                                                 default=None)  # fmt: skip
+    use_rslora: bool = key("an adapter's product counts lora_alpha / sqrt(lora_rank)", default=False)
+    lora_init: str = key("how adapters begin: default (Kaiming), gaussian, orthogonal; all of them change nothing yet",
+                         choices=("default", "gaussian", "orthogonal"), default="default")  # fmt: skip
+    train_only: list[str] | None = key("without adapters: weights to train, by parts of names such as [layers.27., "
+                                       "lm_head, norm]; the others are frozen", default=None)  # fmt: skip
+    quantization: str = key("of the frozen weights under an adapter: nf4, 4 bits (bitsandbytes)",
+                            choices=("none", "nf4"), default="none")  # fmt: skip
+    merge: str = key("also export the model with its adapter merged; auto: where the disk has room",
+                     choices=("auto", "yes", "no"), default="auto")  # fmt: skip
     export_dtype: str = key("of the final weights; auto: the dtype trained in",
                             choices=("auto", "float32", "bfloat16", "float16"), default="auto")  # fmt: skip
     export_max_shard_size: str = key("of a file of the final weights, such as 5GB or 500MB", default="5GB")
@@ -422,6 +449,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
         defaults = {name: value for name, value in defaults.items() if name != "per_device_train_batch_size"}
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
+    _check_adapter(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
         raise UserError(f"{given['report_to'].where}report_to: {', '.join(named)}: none is said alone")
@@ -444,6 +472,24 @@ def _check_batching(config: Config, given: Mapping[str, Given]) -> None:
             f"{given[name].where}{name}: micro batches filled by tokens are about equal, train_sampling_strategy "
             "group_by_length has nothing to order: leave it out, or give per_device_train_batch_size"
         )
+
+
+def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys of adapters beside others that exclude them, or without `adapter`, which alone turns them on."""
+    ours = {f.name: f.default for f in fields(Config)}
+    alone = [name for name in OF_ADAPTERS if name in given and getattr(config, name) != ours[name]]
+    if config.adapter == "none" and alone:
+        raise UserError(f"{given[alone[0]].where}{alone[0]}: it is of adapters: write adapter: lora too, or leave it out")
+    if config.adapter == "none" and config.quantization != "none":
+        raise UserError(
+            f"{given['quantization'].where}quantization: {config.quantization}: weights of 4 bits cannot be trained: "
+            "write adapter: lora too"
+        )
+    if config.adapter == "none":
+        return
+    for name, why in AGAINST_ADAPTERS.items():
+        if getattr(config, name):
+            raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
 
 
 def _convert(known: Key, given: Given) -> Any:
@@ -549,6 +595,8 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a mapping such as {question: prompt}")
     if known.name in NOT_NEGATIVE and value is not None and value < 0:
         raise ValueError("0 or more")
+    if known.name == "lora_dropout" and value >= 1:
+        raise ValueError("a share below 1")
     if known.name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:

@@ -225,7 +225,8 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 def load_model_to_train(
     config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
 ) -> PreTrainedModel:
-    """The model with a row for each token, our attention, where rows are not padded, fused kernels, and our loss."""
+    """The model with a row for each token, the weights to train chosen, our attention, where rows are not padded, fused kernels, and our loss."""
+    from ds_sft.training.adapters import choose_weights
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
@@ -235,6 +236,7 @@ def load_model_to_train(
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
     make_room(model, tokenizer, config)
+    choose_weights(model, config, args, launch)
     if not padded:
         keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)

@@ -31,7 +31,7 @@ INDIFFERENT = {
     # how the machine is used; the size of a step is compared on its own, with the number of ranks
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "fused_kernels",
+    "fused_kernels", "merge",
     "deepspeed",  # its content counts, not its name
 }  # fmt: skip
 # What a checkpoint's own states would hide, and is set anew after they were loaded: see training/hyperparameters.py.
@@ -50,6 +50,8 @@ DEALING = {
 # What the states in a checkpoint are made for -> those states.
 REFUSED = {
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "the optimizer's states are of the old one"),
+    **dict.fromkeys(("adapter", "lora_rank", "lora_alpha", "lora_targets", "lora_modules_to_save", "use_rslora",
+                     "lora_init", "train_only", "quantization"), "the weights that were trained are others"),
     "resize_embeddings": "weights and states have the old number of rows",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",

@@ -62,7 +62,7 @@ class SupervisedLoss:
     """A model's output projection and loss, for as long as labels come with a batch; else the projection alone."""
 
     def __init__(self, model: PreTrainedModel, terms: LogitTerms) -> None:
-        self.head: Any = model.get_output_embeddings()
+        self.head = output_projection(model)
         self.terms = terms
         self.labels: torch.Tensor | None = None  # of the batch under way, [batch, seq]
         self.layout: Layout | None = None  # of the same, where it came with one
@@ -117,6 +117,12 @@ class SupervisedLoss:
         return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
+def output_projection(model: PreTrainedModel) -> Any:
+    """What projects hidden states to logits: under an adapter that trains it whole, the copy that is trained."""
+    head: Any = model.get_output_embeddings()
+    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+
+
 def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False, kernel: bool = True) -> None:
     """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own, and say so.
 
@@ -142,12 +148,12 @@ def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> str | Non
         return "what it does between output projection and loss is not known"
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    head: Any = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head is not getattr(model, "lm_head", None):
+    head = output_projection(model)
+    if type(head) is not nn.Linear or model.get_output_embeddings() is not getattr(model, "lm_head", None):
         return "its output projection is no plain matrix"
     if model.loss_function is not ForCausalLMLoss:
         return "its loss is another"
-    if fp16 or model.lm_head.weight.dtype == torch.float16:
+    if fp16 or head.weight.dtype == torch.float16:
         return "float16 has no room for gradients of unscaled sums"
     model.supervised_loss = SupervisedLoss(model, replace(terms, kernel=kernel))
     return None

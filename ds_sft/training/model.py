@@ -109,6 +109,11 @@ def computing_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
+def frozen_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
+    """The dtype the model is loaded in: what is never changed needs no masters."""
+    return computing_dtype(args) if config.adapter != "none" else training_dtype(args)
+
+
 def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     """Load the model to train; under ZeRO-3 every rank receives its share only, which `args` has arranged.
 
@@ -119,7 +124,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    options: dict[str, Any] = {"dtype": training_dtype(args), "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"dtype": frozen_dtype(config, args), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if args.device.type == "cuda" and not is_deepspeed_zero3_enabled():
