@@ -82,7 +82,13 @@ MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("lora_dropout", "num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps",
                 "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
-ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # steps below 1 are a share of all
+ABOVE_ZERO = (
+    "lora_alpha",
+    "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)  # steps below 1 are a share of all
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
@@ -479,7 +485,9 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     ours = {f.name: f.default for f in fields(Config)}
     alone = [name for name in OF_ADAPTERS if name in given and getattr(config, name) != ours[name]]
     if config.adapter == "none" and alone:
-        raise UserError(f"{given[alone[0]].where}{alone[0]}: it is of adapters: write adapter: lora too, or leave it out")
+        raise UserError(
+            f"{given[alone[0]].where}{alone[0]}: it is of adapters: write adapter: lora too, or leave it out"
+        )
     if config.adapter == "none" and config.quantization != "none":
         raise UserError(
             f"{given['quantization'].where}quantization: {config.quantization}: weights of 4 bits cannot be trained: "

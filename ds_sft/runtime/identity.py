@@ -50,8 +50,20 @@ DEALING = {
 # What the states in a checkpoint are made for -> those states.
 REFUSED = {
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "the optimizer's states are of the old one"),
-    **dict.fromkeys(("adapter", "lora_rank", "lora_alpha", "lora_targets", "lora_modules_to_save", "use_rslora",
-                     "lora_init", "train_only", "quantization"), "the weights that were trained are others"),
+    **dict.fromkeys(
+        (
+            "adapter",
+            "lora_rank",
+            "lora_alpha",
+            "lora_targets",
+            "lora_modules_to_save",
+            "use_rslora",
+            "lora_init",
+            "train_only",
+            "quantization",
+        ),
+        "the weights that were trained are others",
+    ),
     "resize_embeddings": "weights and states have the old number of rows",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",

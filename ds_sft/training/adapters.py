@@ -1,4 +1,4 @@
-"""Which weights are trained: all, adapters beside a frozen model (LoRA, DoRA, by peft), or those that `train_only` names.
+"""Which weights are trained: all, adapters beside a frozen model (LoRA, DoRA; peft), or those `train_only` names.
 
 peft's layers are put into the model itself, which stays the transformers model it was: our attention, loss and kernels,
 Trainer and DeepSpeed see no wrapper around it. Adapters are float32 masters of 16-bit copies, as other trained weights;
@@ -18,6 +18,7 @@ from torch import nn
 
 from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
+from ds_sft.runtime.adapter import ADAPTER
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.model import computing_dtype, training_dtype
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, TrainingArguments
 
-ADAPTER = "default"  # peft's name of the one adapter
+
 ALL_LINEAR = "all-linear"
 # Of rates that train all weights: "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025,
-# thinkingmachines.ai/blog/lora) finds the best rate of LoRA about ten times that of full fine-tuning, whatever the rank,
-# and adapters on all linear layers, the MLP's above all, to learn what full fine-tuning does; lora_alpha 32 is theirs.
+# thinkingmachines.ai/blog/lora) finds LoRA's best rate about ten times that of full fine-tuning, whatever the rank, and
+# that it learns what full fine-tuning does with adapters on all linear layers, the MLP's above all; alpha 32 is theirs.
 RATE_OF_ADAPTERS = 10
 
 
