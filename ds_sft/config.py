@@ -154,10 +154,9 @@ class Config:
     lora_rank: int = key("columns of an adapter's matrices", default=16)
     lora_alpha: float = key("an adapter's product counts lora_alpha / lora_rank", default=32.0)
     lora_dropout: float = key("share of an adapter's inputs left out", default=0.0)
-    lora_targets: str | list[str] = key(
-        "what gets adapters: all-linear (all but the output projection), names such as [q_proj, v_proj], or a regular "
-        "expression of whole names", default="all-linear"
-    )  # fmt: skip
+    lora_targets: list[str] | None = key("what gets adapters: names such as [q_proj, v_proj], regular expressions of "
+                                         "whole names; default: all-linear, all but the output projection",
+                                         default=None)  # fmt: skip
     lora_modules_to_save: list[str] | None = key("modules trained whole beside the adapters, such as [lm_head]",
                                                  default=None)  # fmt: skip
     use_rslora: bool = key("an adapter's product counts lora_alpha / sqrt(lora_rank)", default=False)

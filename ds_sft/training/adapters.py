@@ -96,14 +96,13 @@ def lora_config(model: nn.Module, config: Config) -> LoraConfig:
     )
 
 
-def targets(model: nn.Module, asked: str | Sequence[str], *, apart_from: Sequence[str] = ()) -> list[str] | str:
+def targets(model: nn.Module, asked: Sequence[str] | None, *, apart_from: Sequence[str] = ()) -> list[str] | str:
     """`target_modules` as peft takes them: ends of names, or one regular expression of whole names.
 
     Raises:
         UserError: one names no linear layer.
     """
-    names = [asked] if isinstance(asked, str) else list(asked)
-    linear = linear_layers(model)
+    names, linear = list(asked or [ALL_LINEAR]), linear_layers(model)
     if names == [ALL_LINEAR]:
         return sorted({name.rpartition(".")[2] for name in linear} - set(apart_from))
     expressions = []
