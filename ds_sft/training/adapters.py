@@ -195,14 +195,16 @@ def _freeze(model: PreTrainedModel, config: Config) -> str:
         raise UserError(f"train_only: {pattern!r} is in no weight's name; near it: {', '.join(near)}")
     trained = {id(weights[name]) for names in found.values() for name in names}
     if trained >= {id(p) for p in weights.values()}:
-        raise UserError(f"train_only: {', '.join(found)} is in the names of all weights: leave it out")
+        raise UserError(f"train_only: {', '.join(found)}: these name all weights of the model: leave it out")
     for parameter in weights.values():
         parameter.requires_grad_(id(parameter) in trained)
     if config.resize_embeddings and not model.get_input_embeddings().weight.requires_grad:
         raise UserError(
             "resize_embeddings: new rows of a frozen embedding would never be learned: name it in train_only"
         )
-    return "train_only: " + ", ".join(f"{pattern} ({_how_many(names)})" for pattern, names in found.items()) + "."
+    said = "train_only: " + ", ".join(f"{pattern} ({_how_many(names)})" for pattern, names in found.items())
+    both = _is_tied(model) and model.get_input_embeddings().weight.requires_grad
+    return said + ("; the embedding is the output projection, too." if both else ".")
 
 
 def _how_many(names: Sequence[str]) -> str:

@@ -8,7 +8,9 @@ are named, by short names where these say exactly the same, else in full.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,16 +40,16 @@ def targets(model: PreTrainedModel, asked: Sequence[str] | None, *, apart_from: 
     """
     layers = linear_layers(model)
     if list(asked or [ALL_LINEAR]) == [ALL_LINEAR]:
-        chosen = [name for name in layers if not ROUTERS.search(name) and not any(map(name.endswith, apart_from))]
-        refused = refused_by_peft(model, chosen)
-        chosen = [name for name in chosen if last(name) not in refused]
+        chosen = [
+            name for name in _for_all_linear(model, layers) if not any(_ends_with(name, end) for end in apart_from)
+        ]
         if not chosen:
             raise UserError(f"lora_targets: {ALL_LINEAR}: {_no_linear_layer(model)}")
     else:
         chosen = _named(model, asked or [], layers)
         if both := [name for name in apart_from if any(_ends_with(layer, name) for layer in chosen)]:
             raise UserError(f"lora_targets: {both[0]} is in lora_modules_to_save, too: leave it out of one of them")
-        if refused := refused_by_peft(model, chosen):
+        if refused := why_refused(model, chosen):
             name, why = next(iter(refused.items()))
             raise UserError(f"lora_targets: {name} of {type(model).__name__} cannot have adapters: {why}")
     return _as_named(chosen, [name for name, _ in model.named_modules()])
@@ -93,6 +95,12 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def _for_all_linear(model: PreTrainedModel, layers: Sequence[str]) -> list[str]:
+    chosen = [name for name in layers if not ROUTERS.search(name)]
+    refused = why_refused(model, chosen)
+    return [name for name in chosen if last(name) not in refused]
+
+
 def last(name: str) -> str:
     """The end of a module's name, such as q_proj."""
     return name.rpartition(".")[2]
@@ -103,23 +111,22 @@ def count_by_end(names: Iterable[str]) -> str:
     return ", ".join(f"{end} x {count}" for end, count in sorted(Counter(map(last, names)).items()))
 
 
-def refused_by_peft(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
+def why_refused(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
     """Ends of names that peft takes for something else in this model -> why.
 
     Under transformers 5 the experts of Mixtral's and Qwen's relatives are one tensor. peft takes the old names of their
     matrices for that tensor, also where a dense layer or a shared expert has the same: it would train other weights
-    than were named. And it refuses the output projections of Mamba.
+    than were named. And kernels of Mamba are given the weight of a layer that is never called.
     """
     found = {}
     for end in sorted(set(map(last, layers))):
-        if (why := _why_refused(model, end)) is not None:
+        if (why := _why_no_adapter(model, end)) is not None:
             found[end] = why
     return found
 
 
-def _why_refused(model: PreTrainedModel, end: str) -> str | None:
+def _why_no_adapter(model: PreTrainedModel, end: str) -> str | None:
     from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -130,10 +137,9 @@ def _why_refused(model: PreTrainedModel, end: str) -> str | None:
         return "peft takes this name for the model's fused experts"
     if probe.target_parameters:
         return "peft takes this name for the model's fused experts"
-    try:
-        _check_lora_target_modules_mamba(probe, model, end)
-    except ValueError:
-        return "Mamba's kernels read its weight themselves"
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    if re.search(rf"\bself\.{re.escape(end)}\.weight(?=[\s,)]|\.(type|to|t|T)\b)", source):
+        return "the model reads its weight and does not call it"
     return None
 
 
@@ -146,7 +152,7 @@ def _named(model: PreTrainedModel, asked: Sequence[str], layers: Sequence[str]) 
     for name in asked:
         found = {layer for layer in layers if _matches(layer, name)}
         if not found:
-            raise UserError(f"lora_targets: {_why_no_layer(model, name, layers)}")
+            raise UserError(f"lora_targets: {_why_no_layer(model, name, _for_all_linear(model, layers))}")
         chosen |= found
     return [layer for layer in layers if layer in chosen]
 
@@ -164,6 +170,8 @@ def _ends_with(layer: str, name: str) -> bool:
 
 
 def _why_no_layer(model: PreTrainedModel, name: str, layers: Sequence[str]) -> str:
+    if not layers:
+        return f"{name!r}: {_no_linear_layer(model)}"
     if name == ALL_LINEAR:
         return f"{ALL_LINEAR} is said alone"
     if "," in name and all(any(_matches(layer, part.strip()) for layer in layers) for part in name.split(",")):
@@ -191,10 +199,12 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def _no_linear_layer(model: PreTrainedModel) -> str:
-    kinds = {type(m).__name__ for m in model.modules() if len(shape_of(getattr(m, "weight", None))) == 2}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    matrices = [m for m in model.modules() if m not in ends and len(shape_of(getattr(m, "weight", None))) == 2]
+    kinds = ", ".join(sorted({type(module).__name__ for module in matrices if not isinstance(module, nn.Embedding)}))
     return (
         f"{type(model).__name__} has no linear layer beside its output projection that can have an adapter (its "
-        f"matrices are of {', '.join(sorted(kinds))}): write adapter: none, perhaps with train_only"
+        f"matrices are of {kinds or 'no module'}): write adapter: none, perhaps with train_only"
     )
 
 
