@@ -138,6 +138,9 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> 
         inject_adapter_in_model(asked, model, adapter_name=ADAPTER)
     if asked.ensure_weight_tying:
         _mend_tied(model, asked)
+    for layer in (module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")):
+        # To the dtype of the master, and autocast back to that of its copy: activations in float32 for nothing.
+        layer.cast_input_dtype_enabled = False
     for names in ("target_modules", "modules_to_save"):  # sets have another order in every process
         setattr(asked, names, sorted(getattr(asked, names) or []) or None)
     model.adapter_config = asked
