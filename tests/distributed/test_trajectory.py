@@ -124,7 +124,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "dora": {**LORA, "adapter": "dora", "lora_targets": ["q_proj", "v_proj", "down_proj"]},
     "head": {**LORA, "lora_modules_to_save": ["lm_head"]},
-    "train_only": {"train_only": ["layers.1.", "model.norm"]},
+    "train_only": {"train_only": ["layers.1.", "model.norm"], "export_dtype": "float32"},
 }
 
 
