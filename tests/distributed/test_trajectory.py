@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -60,6 +64,7 @@ class Reference:
     losses: list[float]  # of each step, before it
     eval_loss: float  # of the final model
     weights: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]  # the weights before the first step
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +72,23 @@ def reference(model_dir: Path) -> Reference:
     return bare_pytorch(model_dir)
 
 
-def bare_pytorch(model_dir: Path, muted: frozenset[int] = frozenset(), left_out: int | None = None) -> Reference:
-    """Train on ROWS; those in `muted` teach nothing. One step may be left out: the schedule does not count it."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+def bare_pytorch(
+    model_dir: Path,
+    muted: frozenset[int] = frozenset(),
+    left_out: int | None = None,
+    *,
+    choose: Callable[[Any], Any] = lambda model: model,
+    dtype: torch.dtype = torch.float32,
+) -> Reference:
+    """Train on ROWS; those in `muted` teach nothing. One step may be left out: the schedule does not count it.
+
+    `choose` decides what is trained of a model that was loaded in `dtype`; all is computed in float32.
+    """
+    model = choose(AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)).float().train()
+    start = {name: value.clone() for name, value in weights_of(model).items()}
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     losses: list[float] = []
     for step in range(STEPS):
         if step == left_out:
@@ -87,7 +104,60 @@ def bare_pytorch(model_dir: Path, muted: frozenset[int] = frozenset(), left_out:
         losses.append(total.item() / count)
     with torch.no_grad():
         total, count = loss_and_count(model.eval(), tokenizer, EVAL)
-    return Reference(losses, total.item() / count, model.state_dict())
+    return Reference(losses, total.item() / count, weights_of(model), start)
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """A model's; of one with an adapter what peft would write, DoRA's magnitudes by their whole names."""
+    if not isinstance(model, PeftModel):
+        found: dict[str, torch.Tensor] = model.state_dict()
+        return found
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        found = load_file(Path(folder) / "adapter_model.safetensors")
+    return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): value for name, value in found.items()}
+
+
+# What is trained of the tied model: keys of a run, and the same by peft itself, as its documentation has it.
+LORA: dict[str, Any] = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 16, "merge": "no"}
+PARTS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "dora": {**LORA, "adapter": "dora", "lora_targets": ["q_proj", "v_proj", "down_proj"]},
+    "head": {**LORA, "lora_modules_to_save": ["lm_head"]},
+    "train_only": {"train_only": ["layers.1.", "model.norm"], "export_dtype": "float32"},
+}
+
+
+def choose_part(part: str, model: Any) -> Any:
+    if part == "train_only":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".layers.1." in name or name == "model.norm.weight")
+        return model
+    torch.manual_seed(42)  # the run's `seed`
+    dora = part == "dora"
+    asked = LoraConfig(r=4, lora_alpha=16, use_dora=dora, task_type="CAUSAL_LM",
+                       target_modules=["q_proj", "v_proj", "down_proj"] if dora else "all-linear",
+                       modules_to_save=["lm_head"] if part == "head" else None,
+                       ensure_weight_tying=part == "head")  # fmt: skip
+    return get_peft_model(model, asked)
+
+
+@cache
+def reference_of(model_dir: Path, part: str, dtype: torch.dtype) -> Reference:
+    """In bfloat16 adapters begin with rounded values."""
+    return bare_pytorch(model_dir, choose=partial(choose_part, part), dtype=dtype)
+
+
+def parts_trained(model_dir: Path, folder: Path, name: str, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs that train a part: all parts on two ranks, LoRA on any number; in float32 and, but for stage 0, bfloat16."""
+    for part, given in PARTS.items():
+        for bf16 in (False, True):
+            if (part == "lora" or ranks == 2) and not (bf16 and name == "zero0"):
+                out = f"{part}-{'bf16' if bf16 else 'float32'}"
+                yield (
+                    part,
+                    settings(model_dir, folder, name, 2, 4 // ranks, output_dir=out, bf16=bf16, **given),
+                )
 
 
 def loss_and_count(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[torch.Tensor, int]:
@@ -183,7 +253,9 @@ def test_one_trajectory(
         "save_strategy": "epoch",
     }
     runs.append({**runs[-1], **last})
-    files = [str(write_yaml(tmp_path / f"{number}.yaml", keys)) for number, keys in enumerate(runs)]
+    parts = list(parts_trained(model_dir, tmp_path, name, ranks))
+    every = [*runs, *(keys for _, keys in parts)]
+    files = [str(write_yaml(tmp_path / f"{number}.yaml", keys)) for number, keys in enumerate(every)]
     command = [*entry(launcher, ranks)[:-1], str(Path(__file__).with_name("splits.py")), *files]
     stale, env = (name, ranks) == ("zero2_offload", 2), {"PYTHONPATH": str(ROOT)}
     if stale:
@@ -194,9 +266,12 @@ def test_one_trajectory(
     for keys in runs[:-1]:
         check(tmp_path / keys["output_dir"], reference, rel=1e-5)
     if bf16:
-        check_bf16(tmp_path / "last", reference, model_dir)
+        check_bf16(tmp_path / "last", reference)
     else:
         check(tmp_path / "last", reference, rel=1e-5)
+    for part, keys in parts:
+        wanted = reference_of(model_dir, part, torch.bfloat16 if keys["bf16"] else torch.float32)
+        (check_bf16 if keys["bf16"] else check)(tmp_path / keys["output_dir"], wanted)
     monkeypatch.chdir(tmp_path)
     assert export(["last/checkpoint-4", "exported"]) == 0
     exported, final = (load_file(tmp_path / folder / "model.safetensors") for folder in ("exported", "last"))
@@ -282,15 +357,21 @@ def leave_a_lock(folder: Path) -> Path:
     return folder
 
 
-def check_bf16(out: Path, reference: Reference, model_dir: Path) -> None:
+def check_bf16(out: Path, reference: Reference) -> None:
     assert step_losses(out) == pytest.approx(reference.losses, rel=BF16_LOSS)
-    start, weights = (
-        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).state_dict() for f in (model_dir, out)
-    )
+    start, weights = reference.start, trained_weights(out)
     error = sum((weights[key] - value).square().sum().item() for key, value in reference.weights.items()) ** 0.5
     update = sum((start[key] - value).square().sum().item() for key, value in reference.weights.items()) ** 0.5
-    print(f"bf16 update: {error / update:.3f}")
+    print(f"bf16 update of {out.name}: {error / update:.3f}")
     assert error / update < BF16_UPDATE
+
+
+def trained_weights(out: Path) -> dict[str, torch.Tensor]:
+    """What a run leaves: its adapter, or all weights."""
+    if (out / "adapter").is_dir():
+        return load_file(out / "adapter" / "adapter_model.safetensors")
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    return weights
 
 
 @pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
@@ -338,12 +419,12 @@ def untied_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def check(out: Path, reference: Reference, *, rel: float) -> None:
+def check(out: Path, reference: Reference, *, rel: float = 1e-5) -> None:
     """Losses, weights and validation loss of a run against the reference's."""
     assert step_losses(out) == pytest.approx(reference.losses, rel=rel)
     evaluated = [row["eval_loss"] for row in read_lines(out / "metrics.jsonl") if "eval_loss" in row]
     assert evaluated[-1] == pytest.approx(reference.eval_loss, rel=rel)
-    weights = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    weights = trained_weights(out)
     assert weights.keys() == reference.weights.keys()
     for key, value in reference.weights.items():
         # Adam divides by the root of a squared gradient: where that is almost nothing, rounding is magnified.
