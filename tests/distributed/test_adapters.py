@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,18 +29,17 @@ OTHER_RANKS = ["ddp", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module")
-def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(model_dir: Path, dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, one after the other in one process."""
     folder = tmp_path_factory.mktemp("adapters")
     jobs = [made for name in RANKS for made in stopped_and_resumed(dropout_dir, folder, name, "lora", LORA)]
     for name in WITH_LAYERS:
         jobs += stopped_and_resumed(dropout_dir, folder, name, "layers", {**LAYERS, **BEST, "save_steps": 2})
-    run_all(folder, jobs)
-    jobs = []
-    for name in OTHER_RANKS:  # from where two ranks stopped
-        source = folder / f"{name}-lora" / "checkpoint-1"
-        keys = keys_of(dropout_dir, folder, name, {**LORA, "lora_dropout": 0})
-        jobs.append(job(keys, 1, log=f"{name}-alone.log", output_dir=f"{name}-alone", resume=source, resume_anyway=True))
+    for name in OTHER_RANKS:
+        keys = keys_of(model_dir, folder, name, {**LORA, "lora_dropout": 0, "bf16": False, "save_steps": 5})
+        jobs += [job(keys, 2, log=f"{name}-two.log", output_dir=f"{name}-two"),
+                 job(keys, 1, log=f"{name}-one.log", output_dir=f"{name}-one",
+                     resume=f"{name}-two/checkpoint-5")]  # fmt: skip
     run_all(folder, jobs)
     return folder
 
@@ -59,8 +57,8 @@ def stopped_and_resumed(
 
 
 def keys_of(model: Path, folder: Path, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    keys = settings(model, folder, "plain" if RANKS[name] is None else "ddp", bf16=True, logging_steps=1,
-                    num_predictions=0, save_steps=8, **changes)  # fmt: skip
+    common = {"bf16": True, "logging_steps": 1, "num_predictions": 0, "save_steps": STEPS}
+    keys = settings(model, folder, "plain" if RANKS[name] is None else "ddp", **{**common, **changes})
     return keys | ({"deepspeed": engine_file(name, folder)} if name.startswith("zero") else {})
 
 
@@ -106,11 +104,40 @@ OF_DEEPSPEED = ["latest", "zero_to_fp32.py", "zero_to_torch.py", "global_step1"]
 
 @pytest.mark.parametrize("name", RANKS)
 def test_a_checkpoint_has_what_is_trained_alone(folder: Path, name: str) -> None:
-    """The base has 74,000 weights in 16 bits; an adapter of rank 4 has 8,448 of 32 bits, and two states of each."""
+    """The base has 74,000 weights in 16 bits; its adapter of rank 4 has 8,192 of 32 bits, and two states of each."""
     checkpoint = folder / f"{name}-lora" / "checkpoint-1"
     own = ["rng_state.pth", "optimizer.pt"] if name == "plain" else [*OF_A_RANK, "optimizer.pt"]
     others = own if RANKS[name] is None or name == "ddp" else [*OF_A_RANK, *OF_DEEPSPEED]
     assert listing(checkpoint) == sorted([*BESIDE, *others])
     saved = tensors(folder, f"{name}-lora", 1)
-    assert sum(value.numel() for value in saved.values()) == TRAINED
+    assert sum(value.numel() for value in saved.values()) == 8192
     assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_some_layers_go_on_bit_equal_and_the_best_of_them_is_exported(folder: Path, name: str) -> None:
+    """What the measure prefers is the first checkpoint that was measured, not the last."""
+    label = f"{name}-layers"
+    assert_went_on_as_if_never_stopped(folder, label)
+    checkpoint, exported = tensors(folder, label, 2), load_file(folder / label / "model.safetensors")
+    assert listing(folder / label / "checkpoint-2").count("trained.safetensors") == 1
+    assert not list((folder / label / "checkpoint-2").glob("model*.safetensors"))
+    assert sorted(checkpoint) == [f"model.layers.1.mlp.{part}_proj.weight" for part in ("down", "gate", "up")] + [
+        "model.norm.weight"
+    ]
+    assert all(torch.equal(exported[name], value.bfloat16()) for name, value in checkpoint.items())
+    assert not torch.equal(checkpoint["model.norm.weight"], tensors(folder, label, STEPS)["model.norm.weight"])
+    assert json.loads((folder / label / "run.json").read_text("utf-8"))["best_checkpoint"] == "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", OTHER_RANKS)
+def test_another_number_of_ranks_goes_on(folder: Path, name: str) -> None:
+    """Two ranks saved it, one goes on: the same rows, losses and adapter."""
+    two, one = ([row["loss"] for row in metrics(folder / f"{name}-{n}") if "loss" in row][-3:] for n in ("two", "one"))
+    assert one == pytest.approx(two, rel=1e-5)
+    wanted = tensors(folder, f"{name}-two", STEPS)
+    for part, value in tensors(folder, f"{name}-one", STEPS).items():
+        torch.testing.assert_close(value, wanted[part], rtol=1e-4, atol=2e-5, msg=part)
+    log = (folder / f"{name}-one.log").read_text(encoding="utf-8")
+    assert log.count("gradient_accumulation_steps is set to 4, so that a step keeps its 4 rows.") == 1
+    assert log.count("(once; DeepSpeed's universal checkpoint).") == (name != "ddp")
