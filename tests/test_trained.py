@@ -32,7 +32,9 @@ CHOICES = {
 
 
 def config(model_dir: Path, *flags: str) -> Config:
-    return load_config(["--model_name_or_path", str(model_dir), "--train_file", "r.jsonl", "--output_dir", "out", *flags])
+    return load_config(
+        ["--model_name_or_path", str(model_dir), "--train_file", "r.jsonl", "--output_dir", "out", *flags]
+    )
 
 
 def chosen(model_dir: Path, *flags: str) -> Any:

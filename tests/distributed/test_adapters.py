@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from tests.conftest import questions_and_answers, write_rows
 from tests.crash_campaign import metrics
 from tests.distributed.harness import ROOT, listing, run
 from tests.distributed.test_nonfinite import engine_file
-from tests.distributed.test_resume import STEPS, dropout_dir, job, settings
+from tests.distributed.test_resume import NUM_ROWS, STEPS, dropout_dir, job, settings
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
 __all__ = ["dropout_dir"]  # a fixture
@@ -26,6 +28,12 @@ LAYERS = {"train_only": "[layers.1.mlp, model.norm]"}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
 WITH_LAYERS = ["plain", "zero2", "zero3"]
 OTHER_RANKS = ["ddp", "zero2", "zero3"]
+SPOILT = ["ddp", "zero1"]  # by a loss that is no number
+RECOMPUTED = {  # what the other runs do is recomputing without reentrance
+    "whole": (["plain", "zero3"], {"activation_checkpointing": False}),
+    "reentrant": (["plain", "ddp", "zero2", "zero3"], {"activation_checkpointing_kwargs": '{"use_reentrant": true}'}),
+}
+MARK, MARKED = "~", 5  # in a row that is not of the first step
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +48,19 @@ def folder(model_dir: Path, dropout_dir: Path, tmp_path_factory: pytest.TempPath
         jobs += [job(keys, 2, log=f"{name}-two.log", output_dir=f"{name}-two"),
                  job(keys, 1, log=f"{name}-one.log", output_dir=f"{name}-one",
                      resume=f"{name}-two/checkpoint-5")]  # fmt: skip
+    for kind, (names, changes) in RECOMPUTED.items():
+        for name in names:
+            keys = keys_of(dropout_dir, folder, name, {**LORA, **changes, "max_steps": 2, "save_strategy": "no"})
+            jobs.append(job(keys, RANKS[name], log=f"{name}-{kind}.log", output_dir=f"{name}-{kind}"))
+    (token,) = AutoTokenizer.from_pretrained(model_dir).encode(MARK, add_special_tokens=False)
+    for name in SPOILT:
+        keys = keys_of(dropout_dir, folder, name, {**LORA, "save_steps": 1})
+        spoilt = job(keys, RANKS[name], log=f"{name}-spoilt.log", output_dir=f"{name}-spoilt")
+        jobs += [spoilt | {"poison": {token: "nan"}},
+                 job(keys, RANKS[name], log=f"{name}-again.log", output_dir=f"{name}-spoilt")]  # fmt: skip
+    rows = questions_and_answers(NUM_ROWS)
+    rows[MARKED]["answer"] += MARK
+    write_rows(folder / "train.jsonl", rows)
     run_all(folder, jobs)
     return folder
 
@@ -69,7 +90,8 @@ def run_all(folder: Path, jobs: list[dict[str, Any]]) -> None:
     done = run([sys.executable, script, "jobs.json"], cwd=folder, timeout=2400, env=env)
     assert done.code == 0, done.output
     codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
-    failed = [made["log"] for made, ranks in zip(jobs, codes, strict=True) if set(ranks) != {0}]
+    wanted = [{1} if made.get("poison") else {0} for made in jobs]
+    failed = [made["log"] for made, ranks, code in zip(jobs, codes, wanted, strict=True) if set(ranks) != code]
     assert failed == [], "\n".join((folder / log).read_text(encoding="utf-8")[-2500:] for log in failed)
 
 
@@ -78,11 +100,19 @@ def tensors(folder: Path, label: str, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / label / f"checkpoint-{step}" / file)
 
 
+def losses(folder: Path, label: str) -> list[float]:
+    return [row["loss"] for row in metrics(folder / label) if "loss" in row]
+
+
+def assert_equal_runs(folder: Path, label: str, reference: str) -> None:
+    found, wanted = (tensors(folder, run, STEPS) for run in (label, reference))
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert metrics(folder / label) == metrics(folder / reference)
+
+
 def assert_went_on_as_if_never_stopped(folder: Path, label: str) -> None:
-    resumed, wanted = (tensors(folder, run, STEPS) for run in (label, f"{label}-reference"))
-    assert resumed.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(resumed[name], wanted[name])] == []
-    assert metrics(folder / label) == metrics(folder / f"{label}-reference")
+    assert_equal_runs(folder, label, f"{label}-reference")
     log = (folder / f"{label}-resumed.log").read_text(encoding="utf-8")
     assert f"Resuming from {label}/checkpoint-1, step 1, the newest usable checkpoint." in log
     assert "missing" not in log.lower()
@@ -133,7 +163,7 @@ def test_some_layers_go_on_bit_equal_and_the_best_of_them_is_exported(folder: Pa
 @pytest.mark.parametrize("name", OTHER_RANKS)
 def test_another_number_of_ranks_goes_on(folder: Path, name: str) -> None:
     """Two ranks saved it, one goes on: the same rows, losses and adapter."""
-    two, one = ([row["loss"] for row in metrics(folder / f"{name}-{n}") if "loss" in row][-3:] for n in ("two", "one"))
+    two, one = (losses(folder, f"{name}-{n}")[-3:] for n in ("two", "one"))
     assert one == pytest.approx(two, rel=1e-5)
     wanted = tensors(folder, f"{name}-two", STEPS)
     for part, value in tensors(folder, f"{name}-one", STEPS).items():
@@ -141,3 +171,17 @@ def test_another_number_of_ranks_goes_on(folder: Path, name: str) -> None:
     log = (folder / f"{name}-one.log").read_text(encoding="utf-8")
     assert log.count("gradient_accumulation_steps is set to 4, so that a step keeps its 4 rows.") == 1
     assert log.count("(once; DeepSpeed's universal checkpoint).") == (name != "ddp")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, (names, _) in RECOMPUTED.items() for name in names])
+def test_gradients_reach_adapters_however_layers_are_recomputed(folder: Path, kind: str, name: str) -> None:
+    """No input of the first layer has a gradient by itself. A second step's loss shows what the first has changed."""
+    assert losses(folder, f"{name}-{kind}") == pytest.approx(losses(folder, f"{name}-lora-reference")[:2], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_loss_that_is_no_number_loses_nothing(folder: Path, name: str) -> None:
+    log, again = ((folder / f"{name}-{n}.log").read_text(encoding="utf-8") for n in ("spoilt", "again"))
+    assert f": the loss is nan on rank 1 (train.jsonl:{MARKED + 1}). Nothing of this step is kept; {name}-sp" in log
+    assert f"Resuming from {name}-spoilt/checkpoint-" in again
+    assert_equal_runs(folder, f"{name}-spoilt", f"{name}-lora-reference")
