@@ -61,24 +61,25 @@ class Engine:
 
     def __init__(self) -> None:
         self.checkpoint_engine = SimpleNamespace(save=self.full, makedirs=self.full)
-        self.met_the_others = False
+        self.met_the_others, self.left_out, self.scripts = False, False, 0
 
     def full(self, *args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", "zero_to_fp32.py")
 
     def _copy_recovery_script(self, folder: str) -> None:
+        self.scripts += 1
         self.full()
 
-    def save_checkpoint(self, folder: str, save_latest: bool) -> None:
+    def save_checkpoint(self, folder: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         self.checkpoint_engine.makedirs(folder, exist_ok=True)
         self.checkpoint_engine.save({}, folder)
         self._copy_recovery_script(folder)
-        self.met_the_others = True
+        self.met_the_others, self.left_out = True, exclude_frozen_parameters
 
 
 def test_no_write_keeps_a_rank_from_the_engines_barriers() -> None:
     engine = Engine()
-    made = trainer(model_wrapped=engine)
+    made = trainer(model_wrapped=engine, run=SimpleNamespace(freezes=False))
     made._save_engine("out/checkpoint-4")
     assert engine.met_the_others
     assert made.write_troubles == ["zero_to_fp32.py: No space left on device"] * 3
@@ -273,3 +274,37 @@ def test_a_failure_beside_the_next_step(
         assert "Training on (on_save_error: continue)." in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     made.finish_save()  # it is settled
+
+
+def test_beside_frozen_weights_no_script_makes_a_model_of_the_others() -> None:
+    """DeepSpeed's own would: of an adapter, under names that nothing loads."""
+    engine = Engine()
+    trainer(model_wrapped=engine, run=SimpleNamespace(freezes=True))._save_engine("out/checkpoint-4")
+    assert engine.left_out is True
+    assert engine.scripts == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_node_has_the_adapter_and_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Two nodes with a disk each, without DeepSpeed: `should_save` is true on both."""
+    monkeypatch.setattr(resumable, "trained_weights", lambda model, keep: {"kept": keep})
+    monkeypatch.setattr(resumable, "save_trained", lambda model, weights, to: (to / "adapter").write_text(str(weights)))
+    site = Site(Launch(launcher="torchrun", rank=rank, world_size=2), shared=False)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer").write_text("t"))
+    made = trainer(model=None, args=SimpleNamespace(should_save=True, output_dir="elsewhere"),
+                   is_deepspeed_enabled=False, processing_class=tokenizer,
+                   run=SimpleNamespace(freezes=True, site=site))  # fmt: skip
+    made.save_model(str(tmp_path), _internal_call=True)
+    made._complete_on_each_node(tmp_path)
+    assert made.write_troubles == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "tokenizer", "training_args.bin"]
+    assert (tmp_path / "adapter").read_text() == "{'kept': True}"
+
+
+def test_a_rank_that_saves_nothing_still_gathers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = []
+    monkeypatch.setattr(resumable, "trained_weights", lambda model, keep: gathered.append(keep))
+    made = trainer(model=None, args=SimpleNamespace(should_save=False, output_dir=str(tmp_path)),
+                   run=SimpleNamespace(freezes=True))  # fmt: skip
+    made.save_model(_internal_call=True)
+    assert (gathered, list(tmp_path.iterdir())) == ([False], [])
