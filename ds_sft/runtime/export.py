@@ -94,7 +94,7 @@ def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, tor
     """
     weights: dict[str, Any] = {}
     for name, parameter in model.named_parameters():  # yields a tied parameter once
-        value = _full_value(parameter)
+        value = full_value(parameter)
         if keep:
             weights[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
     if keep:
@@ -103,7 +103,7 @@ def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, tor
     return weights
 
 
-def _full_value(parameter: Any) -> torch.Tensor:
+def full_value(parameter: Any) -> torch.Tensor:
     """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO-1/2, ZeRO-3
         from deepspeed.utils import safe_get_full_fp32_param
