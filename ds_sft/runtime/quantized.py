@@ -44,11 +44,11 @@ def require_float(model_config: Any, name: str, wanted: str) -> None:
         UserError: its config.json says that it is.
     """
     found = getattr(model_config, "quantization_config", None)
-    method = str((found if isinstance(found, dict) else vars(found or object)).get("quant_method", "another way"))
-    if found is not None and (wanted != "none" or "bitsandbytes" in method):
+    method = found.get("quant_method", "bitsandbytes") if isinstance(found, dict) else None
+    if method is not None and (wanted != "none" or method == "bitsandbytes"):
         raise UserError(
             f"model_name_or_path: {name}: its weights are quantised already ({method}); give the model they were made "
-            "of, and quantization: nf4 beside adapter: lora for 4 bits"
+            "of, and for 4 bits quantization: nf4 beside adapter: lora"
         )
 
 
@@ -117,14 +117,14 @@ def nf4_config(model: PreTrainedModel, dtype: torch.dtype, whole: Sequence[str])
 
 def settle(model: nn.Module) -> None:
     """Let a model that was loaded in 4 bits train as others do, whatever comes between two steps."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             # On a CPU that computes in bfloat16 its first evaluation would repack the weight for a kernel that rounds
             # otherwise and has no backward: from then on layers below got no gradient through it.
             module.support_avx512bf16_for_cpu = False
-            module.register_state_dict_post_hook(_leave_base_out)
+            module.register_state_dict_post_hook(_leave_base_out)  # type: ignore[no-untyped-call]
 
 
 def _leave_base_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
