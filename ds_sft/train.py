@@ -179,9 +179,7 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     return tokenizer, served, data
 
 
-def identify(
-    config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str
-) -> dict[str, Any]:
+def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
     """What decides the result, to know the run again; rank 0 alone hashes the data and the base."""
     from ds_sft.data.batches import fingerprint
 

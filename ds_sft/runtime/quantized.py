@@ -151,7 +151,7 @@ def describe(model: nn.Module) -> str:
     dtype = packed[0].quant_state.dtype
     return (
         f"Quantization: nf4 (bitsandbytes {importlib.metadata.version('bitsandbytes')}): {small:,} of {whole:,} "
-        f"parameters in 4.5 bits; {taken / 2**20:,.0f} MiB instead of {(rest + small * dtype.itemsize) / 2**20:,.0f}."
+        f"parameters in 4.5 bits; {taken / 2**20:,.1f} MiB instead of {(rest + small * dtype.itemsize) / 2**20:,.1f}."
     )
 
 
