@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import validate_quantization_for_training
 
-from ds_sft.config import Config
+from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.runtime import quantized
 from ds_sft.runtime.distributed import Launch
@@ -57,13 +57,13 @@ def rounded(name: Path, precision: str = "bf16", whole: Any = ()) -> Any:
     return model
 
 
-def with_adapter(model: Any, name: Path, precision: str, **keys: Any) -> Any:
+def with_adapter(model: Any, folder: Path, precision: str, **keys: Any) -> Any:
     """One whose product is not 0, so that what lies below gets a gradient."""
     wanted = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "none"
-    choose_weights(model, make(name, quantization=wanted, **keys), arguments(precision), ALONE)
+    choose_weights(model, make(folder, quantization=wanted, **keys), arguments(precision), ALONE)
     torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
     return model
 
@@ -90,8 +90,13 @@ def of_inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return result.logits, gradient
 
 
+def write(file: Path, content: Any) -> Path:
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
 def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    write(file, json.loads(file.read_text(encoding="utf-8")) | changes)
 
 
 @pytest.fixture
@@ -149,7 +154,7 @@ def test_recomputed_layers_learn_the_same(model_dir: Path) -> None:
     def losses(*, recomputed: bool) -> list[float]:
         model = with_adapter(in_4_bits(model_dir), model_dir, "bf16")
         if recomputed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         return learn(model, "bf16")
 
     assert losses(recomputed=True) == losses(recomputed=False)
@@ -313,21 +318,21 @@ def test_a_model_without_layers_for_it(model_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_3_cannot_partition_it(stage: int) -> None:
+def test_zero_3_cannot_partition_it(stage: int, tmp_path: Path) -> None:
     engine = {
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
     }  # fmt: skip
-    config = make(Path("m"))
-    config = Config(**{**vars(config), "training": {**config.training, "deepspeed": engine, "bf16": True}})
+    config = load_config(["--model_name_or_path=m", "--train_file=t", "--output_dir=o", "--adapter=lora",
+                          "--quantization=nf4", f"--deepspeed={write(tmp_path / 'zero.json', engine)}"])  # fmt: skip
     launch = Launch(launcher="torchrun", world_size=2, local_world_size=2)
     if stage < 3:
         assert engine_config(config, launch) is not None
         return
     assert refused(engine_config, config, launch) == (
-        "deepspeed: zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: nf4; write 2, "
-        "or leave quantization out"
+        f"{tmp_path / 'zero.json'}: zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: "
+        "nf4; write 2, or leave quantization out"
     )
     assert engine_config(config, ALONE) is None  # DeepSpeed is not used
 
