@@ -183,8 +183,8 @@ def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: 
     """What decides the result, to know the run again; rank 0 alone hashes the data and the base."""
     from ds_sft.data.batches import fingerprint
 
-    hashes = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
-    return identity(config, engine, *hashes, base=base)
+    rows, eval_rows = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
+    return identity(config, engine, rows, eval_rows, base)
 
 
 def plan_steps(

@@ -36,14 +36,19 @@ from ds_sft.training.metrics import PARTS
 from tests.conftest import make_model, make_tokenizer, questions_and_answers, write_rows
 from tests.distributed.harness import BIN, ROOT, TRAIN, entry
 
-# name: launcher, ranks, DeepSpeed configuration
+# name: launcher, ranks, DeepSpeed configuration, whether adapters are trained
 RUNS = {
-    "plain": ("python", 1, None),
-    "torchrun-zero2": ("torchrun", 2, "zero2"),
-    "torchrun-zero3": ("torchrun", 2, "zero3"),
-    "deepspeed-zero2": ("deepspeed", 2, "zero2"),
+    "plain": ("python", 1, None, False),
+    "plain-lora": ("python", 1, None, True),
+    "torchrun-zero2": ("torchrun", 2, "zero2", False),
+    "torchrun-zero3": ("torchrun", 2, "zero3", False),
+    "torchrun-zero3-lora": ("torchrun", 2, "zero3", True),
+    "deepspeed-zero2-lora": ("deepspeed", 2, "zero2", True),
 }
-SHARES = {"plain": 6, "torchrun-zero2": 2, "torchrun-zero3": 3, "deepspeed-zero2": 1}  # of 12 rounds
+# Of 12 rounds:
+SHARES = {"plain": 4, "plain-lora": 2, "torchrun-zero2": 2, "torchrun-zero3": 2, "torchrun-zero3-lora": 1,
+          "deepspeed-zero2-lora": 1}  # fmt: skip
+LORA = {"adapter": "lora", "lora_rank": 4, "lora_dropout": 0.1, "merge": "no"}
 KILLS = [("SIGKILL", "rank"), ("SIGKILL", "all"), ("SIGKILL", "launcher")]
 STOPS = [("SIGTERM", "rank"), ("SIGINT", "all"), ("SIGUSR1", "rank"), ("SIGTERM", "launcher"), ("SIGUSR1", "launcher"),
          ("stop file", "")]  # fmt: skip
@@ -86,14 +91,14 @@ class Campaign:
         write_rows(folder / "eval.jsonl", questions_and_answers(3))
 
     def command(self, name: str, out: Path) -> list[str]:
-        launcher, ranks, engine = RUNS[name]
+        launcher, ranks, engine, adapters = RUNS[name]
         keys = {
             "model_name_or_path": self.model, "train_file": self.folder / "train.jsonl",
             "eval_file": self.folder / "eval.jsonl", "cache_dir": self.folder / "cache", "output_dir": out,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks, "num_train_epochs": 4,
             "learning_rate": 1e-3, "bf16": False, "logging_steps": 3, "eval_steps": 7, "save_steps": 2,
             "save_total_limit": 3, "num_predictions": 0, "verify_export": False, "disable_tqdm": True,
-            **({"deepspeed": ROOT / "ds_configs" / f"{engine}.json"} if engine else {}),
+            **({"deepspeed": ROOT / "ds_configs" / f"{engine}.json"} if engine else {}), **(LORA if adapters else {}),
         }  # fmt: skip
         return [*entry(launcher, ranks), *(str(word) for key, value in keys.items() for word in (f"--{key}", value))]
 
@@ -239,12 +244,15 @@ def flip_a_byte(path: Path, chance: random.Random) -> None:
 
 
 def same(out: Path, reference: Path) -> bool:
-    """Bit-equal weights, and metrics equal but for times."""
+    """Bit-equal weights, of the model or in the newest checkpoint of an adapter, and metrics equal but for times."""
     if not (out / "run.json").exists():
         return False
-    return (out / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes() and (
-        metrics(out) == metrics(reference)
-    )
+    return weights(out).read_bytes() == weights(reference).read_bytes() and metrics(out) == metrics(reference)
+
+
+def weights(out: Path) -> Path:
+    adapter = checkpoints(out)[-1] / "adapter_model.safetensors"
+    return adapter if adapter.exists() else out / "model.safetensors"
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -273,3 +273,29 @@ def test_a_failure_beside_the_next_step(
         assert "Training on (on_save_error: continue)." in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     made.finish_save()  # it is settled
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_node_has_the_adapter_and_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Two nodes with a disk each, without DeepSpeed: `should_save` is true on both."""
+    monkeypatch.setattr(resumable, "trained_weights", lambda model, keep: {"kept": keep})
+    monkeypatch.setattr(resumable, "save_trained", lambda model, weights, to: (to / "adapter").write_text(str(weights)))
+    site = Site(Launch(launcher="torchrun", rank=rank, world_size=2), shared=False)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer").write_text("t"))
+    made = trainer(model=None, args=SimpleNamespace(should_save=True, output_dir="elsewhere"),
+                   is_deepspeed_enabled=False, processing_class=tokenizer,
+                   run=SimpleNamespace(freezes=True, site=site))  # fmt: skip
+    made.save_model(str(tmp_path), _internal_call=True)
+    made._complete_on_each_node(tmp_path)
+    assert made.write_troubles == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "tokenizer", "training_args.bin"]
+    assert (tmp_path / "adapter").read_text() == "{'kept': True}"
+
+
+def test_a_rank_that_saves_nothing_still_gathers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = []
+    monkeypatch.setattr(resumable, "trained_weights", lambda model, keep: gathered.append(keep))
+    made = trainer(model=None, args=SimpleNamespace(should_save=False, output_dir=str(tmp_path)),
+                   run=SimpleNamespace(freezes=True))  # fmt: skip
+    made.save_model(_internal_call=True)
+    assert (gathered, list(tmp_path.iterdir())) == ([False], [])

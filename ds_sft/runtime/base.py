@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Thread
 
@@ -42,7 +43,7 @@ def hash_base(name: str) -> str:
         OSError, ValueError: a file cannot be read, or there is no such model.
     """
     files = weight_files(name)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
+    with ThreadPool(HASH_THREADS) as pool:  # of threads that a process does not wait for when it ends
         return xxhash.xxh3_128("".join(pool.map(hash_file, files)).encode()).hexdigest()
 
 

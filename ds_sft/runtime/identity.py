@@ -91,7 +91,7 @@ BASE = "base"  # the same: a hash of the files of frozen weights
 IN_WORDS = {
     DATA: "the rows of train_file, or how they are encoded",
     EVAL_DATA: "the validation rows, or how they are encoded",
-    BASE: "the weights in the folder of model_name_or_path",
+    BASE: "the weights that model_name_or_path has now",
 }
 # Engine options that follow from other keys, or say where files go.
 INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -177,7 +177,7 @@ def unchangeable(changed: Changes, now: Mapping[str, Any]) -> dict[str, str]:
 
 def _refusal(name: str, now: Mapping[str, Any]) -> str | None:
     if name == BASE:
-        return "the checkpoint has no frozen weights, and those it has were trained beside others"
+        return "a checkpoint has no frozen weights, and what this one has was trained beside others"
     if name == "bf16" and now["zero_stage"] is None:
         return None  # weights and states are float32 either way
     parts = name.split(".")

@@ -99,7 +99,7 @@ class ResumableTrainer(Trainer):
         self.num_parameters = 0  # without embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
-        self.frozen = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
+        self.frozen: list[tuple[str, torch.nn.Parameter]] = []  # those that no optimizer has, once there is one
         if run.freezes:
             expect_trained_only(self.model)
         if run.resumed is not None:
@@ -125,8 +125,13 @@ class ResumableTrainer(Trainer):
         else:
             super()._load_best_model()
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.frozen = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
+        return prepared
+
     def require_frozen(self) -> None:
-        """See that no weight was unfrozen since the start: the optimizer does not have it, and it would never move."""
+        """See that no weight was unfrozen since then: the optimizer does not have it, and it would never move."""
         unfrozen = [name for name, parameter in self.frozen if parameter.requires_grad]
         assert not unfrozen, f"unfrozen after the optimizer was made, so it would not learn: {', '.join(unfrozen[:3])}"
 

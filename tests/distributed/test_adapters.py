@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from tests.conftest import questions_and_answers, write_rows
 from tests.crash_campaign import metrics
 from tests.distributed.harness import ROOT, listing, run
 from tests.distributed.test_nonfinite import engine_file
-from tests.distributed.test_resume import STEPS, dropout_dir, job, settings
+from tests.distributed.test_resume import NUM_ROWS, STEPS, dropout_dir, job, settings
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
 __all__ = ["dropout_dir"]  # a fixture
@@ -27,21 +28,39 @@ LAYERS = {"train_only": "[layers.1.mlp, model.norm]"}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
 WITH_LAYERS = ["plain", "zero2", "zero3"]
 OTHER_RANKS = ["ddp", "zero2", "zero3"]
+SPOILT = ["ddp", "zero1"]  # by a loss that is no number
+RECOMPUTED = {  # what the other runs do is recomputing without reentrance
+    "whole": (["plain", "zero3"], {"activation_checkpointing": False}),
+    "reentrant": (["plain", "ddp", "zero2", "zero3"], {"activation_checkpointing_kwargs": '{"use_reentrant": true}'}),
+}
+MARK, MARKED = "~", 5  # in a row that is not of the first step
 
 
 @pytest.fixture(scope="module")
-def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(model_dir: Path, dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, one after the other in one process."""
     folder = tmp_path_factory.mktemp("adapters")
     jobs = [made for name in RANKS for made in stopped_and_resumed(dropout_dir, folder, name, "lora", LORA)]
     for name in WITH_LAYERS:
         jobs += stopped_and_resumed(dropout_dir, folder, name, "layers", {**LAYERS, **BEST, "save_steps": 2})
-    run_all(folder, jobs)
-    jobs = []
-    for name in OTHER_RANKS:  # from where two ranks stopped
-        source = folder / f"{name}-lora" / "checkpoint-1"
-        keys = keys_of(dropout_dir, folder, name, {**LORA, "lora_dropout": 0})
-        jobs.append(job(keys, 1, log=f"{name}-alone.log", output_dir=f"{name}-alone", resume=source, resume_anyway=True))
+    for name in OTHER_RANKS:
+        keys = keys_of(model_dir, folder, name, {**LORA, "lora_dropout": 0, "bf16": False, "save_steps": 5})
+        jobs += [job(keys, 2, log=f"{name}-two.log", output_dir=f"{name}-two"),
+                 job(keys, 1, log=f"{name}-one.log", output_dir=f"{name}-one",
+                     resume=f"{name}-two/checkpoint-5")]  # fmt: skip
+    for kind, (names, changes) in RECOMPUTED.items():
+        for name in names:
+            keys = keys_of(dropout_dir, folder, name, {**LORA, **changes, "max_steps": 2, "save_strategy": "no"})
+            jobs.append(job(keys, RANKS[name], log=f"{name}-{kind}.log", output_dir=f"{name}-{kind}"))
+    (token,) = AutoTokenizer.from_pretrained(model_dir).encode(MARK, add_special_tokens=False)
+    for name in SPOILT:
+        keys = keys_of(dropout_dir, folder, name, {**LORA, "save_steps": 1})
+        spoilt = job(keys, RANKS[name], log=f"{name}-spoilt.log", output_dir=f"{name}-spoilt")
+        jobs += [spoilt | {"poison": {token: "nan"}},
+                 job(keys, RANKS[name], log=f"{name}-again.log", output_dir=f"{name}-spoilt")]  # fmt: skip
+    rows = questions_and_answers(NUM_ROWS)
+    rows[MARKED]["answer"] += MARK
+    write_rows(folder / "train.jsonl", rows)
     run_all(folder, jobs)
     return folder
 
@@ -59,8 +78,8 @@ def stopped_and_resumed(
 
 
 def keys_of(model: Path, folder: Path, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    keys = settings(model, folder, "plain" if RANKS[name] is None else "ddp", bf16=True, logging_steps=1,
-                    num_predictions=0, save_steps=8, **changes)  # fmt: skip
+    common = {"bf16": True, "logging_steps": 1, "num_predictions": 0, "save_steps": STEPS}
+    keys = settings(model, folder, "plain" if RANKS[name] is None else "ddp", **{**common, **changes})
     return keys | ({"deepspeed": engine_file(name, folder)} if name.startswith("zero") else {})
 
 
@@ -71,7 +90,8 @@ def run_all(folder: Path, jobs: list[dict[str, Any]]) -> None:
     done = run([sys.executable, script, "jobs.json"], cwd=folder, timeout=2400, env=env)
     assert done.code == 0, done.output
     codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
-    failed = [made["log"] for made, ranks in zip(jobs, codes, strict=True) if set(ranks) != {0}]
+    wanted = [{1} if made.get("poison") else {0} for made in jobs]
+    failed = [made["log"] for made, ranks, code in zip(jobs, codes, wanted, strict=True) if set(ranks) != code]
     assert failed == [], "\n".join((folder / log).read_text(encoding="utf-8")[-2500:] for log in failed)
 
 
@@ -80,11 +100,19 @@ def tensors(folder: Path, label: str, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / label / f"checkpoint-{step}" / file)
 
 
+def losses(folder: Path, label: str) -> list[float]:
+    return [row["loss"] for row in metrics(folder / label) if "loss" in row]
+
+
+def assert_equal_runs(folder: Path, label: str, reference: str) -> None:
+    found, wanted = (tensors(folder, run, STEPS) for run in (label, reference))
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert metrics(folder / label) == metrics(folder / reference)
+
+
 def assert_went_on_as_if_never_stopped(folder: Path, label: str) -> None:
-    resumed, wanted = (tensors(folder, run, STEPS) for run in (label, f"{label}-reference"))
-    assert resumed.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(resumed[name], wanted[name])] == []
-    assert metrics(folder / label) == metrics(folder / f"{label}-reference")
+    assert_equal_runs(folder, label, f"{label}-reference")
     log = (folder / f"{label}-resumed.log").read_text(encoding="utf-8")
     assert f"Resuming from {label}/checkpoint-1, step 1, the newest usable checkpoint." in log
     assert "missing" not in log.lower()
@@ -106,11 +134,54 @@ OF_DEEPSPEED = ["latest", "zero_to_fp32.py", "zero_to_torch.py", "global_step1"]
 
 @pytest.mark.parametrize("name", RANKS)
 def test_a_checkpoint_has_what_is_trained_alone(folder: Path, name: str) -> None:
-    """The base has 74,000 weights in 16 bits; an adapter of rank 4 has 8,448 of 32 bits, and two states of each."""
+    """The base has 74,000 weights in 16 bits; its adapter of rank 4 has 8,192 of 32 bits, and two states of each."""
     checkpoint = folder / f"{name}-lora" / "checkpoint-1"
     own = ["rng_state.pth", "optimizer.pt"] if name == "plain" else [*OF_A_RANK, "optimizer.pt"]
     others = own if RANKS[name] is None or name == "ddp" else [*OF_A_RANK, *OF_DEEPSPEED]
     assert listing(checkpoint) == sorted([*BESIDE, *others])
     saved = tensors(folder, f"{name}-lora", 1)
-    assert sum(value.numel() for value in saved.values()) == TRAINED
+    assert sum(value.numel() for value in saved.values()) == 8192
     assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_some_layers_go_on_bit_equal_and_the_best_of_them_is_exported(folder: Path, name: str) -> None:
+    """What the measure prefers is the first checkpoint that was measured, not the last."""
+    label = f"{name}-layers"
+    assert_went_on_as_if_never_stopped(folder, label)
+    checkpoint, exported = tensors(folder, label, 2), load_file(folder / label / "model.safetensors")
+    assert listing(folder / label / "checkpoint-2").count("trained.safetensors") == 1
+    assert not list((folder / label / "checkpoint-2").glob("model*.safetensors"))
+    assert sorted(checkpoint) == [f"model.layers.1.mlp.{part}_proj.weight" for part in ("down", "gate", "up")] + [
+        "model.norm.weight"
+    ]
+    assert all(torch.equal(exported[name], value.bfloat16()) for name, value in checkpoint.items())
+    assert not torch.equal(checkpoint["model.norm.weight"], tensors(folder, label, STEPS)["model.norm.weight"])
+    assert json.loads((folder / label / "run.json").read_text("utf-8"))["best_checkpoint"] == "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", OTHER_RANKS)
+def test_another_number_of_ranks_goes_on(folder: Path, name: str) -> None:
+    """Two ranks saved it, one goes on: the same rows, losses and adapter."""
+    two, one = (losses(folder, f"{name}-{n}")[-3:] for n in ("two", "one"))
+    assert one == pytest.approx(two, rel=1e-5)
+    wanted = tensors(folder, f"{name}-two", STEPS)
+    for part, value in tensors(folder, f"{name}-one", STEPS).items():
+        torch.testing.assert_close(value, wanted[part], rtol=1e-4, atol=2e-5, msg=part)
+    log = (folder / f"{name}-one.log").read_text(encoding="utf-8")
+    assert log.count("gradient_accumulation_steps is set to 4, so that a step keeps its 4 rows.") == 1
+    assert log.count("(once; DeepSpeed's universal checkpoint).") == (name != "ddp")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, (names, _) in RECOMPUTED.items() for name in names])
+def test_gradients_reach_adapters_however_layers_are_recomputed(folder: Path, kind: str, name: str) -> None:
+    """No input of the first layer has a gradient by itself. A second step's loss shows what the first has changed."""
+    assert losses(folder, f"{name}-{kind}") == pytest.approx(losses(folder, f"{name}-lora-reference")[:2], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_loss_that_is_no_number_loses_nothing(folder: Path, name: str) -> None:
+    log, again = ((folder / f"{name}-{n}.log").read_text(encoding="utf-8") for n in ("spoilt", "again"))
+    assert f": the loss is nan on rank 1 (train.jsonl:{MARKED + 1}). Nothing of this step is kept; {name}-sp" in log
+    assert f"Resuming from {name}-spoilt/checkpoint-" in again
+    assert_equal_runs(folder, f"{name}-spoilt", f"{name}-lora-reference")
