@@ -1,21 +1,39 @@
-"""An adapter on the disk, as peft writes it: adapter_model.safetensors and adapter_config.json."""
+"""An adapter on the disk, as peft writes it: adapter_model.safetensors and adapter_config.json, and base + adapter in
+memory.
+
+A finished run has it in a folder of its own, `output_dir/adapter`: beside a model's files transformers would take the
+two for base and adapter.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ds_sft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+FOLDER = "adapter"  # of a run's output folder
 ADAPTER = "default"  # peft's name of the one adapter in a model
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 PREFIX = "base_model.model."  # of every tensor: peft's wrapper around a model, which ours does without
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
 
 
-def adapter_tensors(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+# ---- Writing
+
+
+def adapter_tensors(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An adapter's tensors under the names of peft's files.
+
+    DoRA's magnitudes get the full name of the parameter, which peft would shorten: it reads both, but transformers 5.23
+    (`AutoModelForCausalLM.from_pretrained` of the adapter's folder) only the full one, and would answer as if they were
+    not there.
 
     Args:
         model: with the adapter in it (`training/adapters.py`).
@@ -26,15 +44,109 @@ def adapter_tensors(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, t
     tied = {id(p): weights[name] for name, p in model.named_parameters() if name in weights}
     state = {name: tied[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tied}
     found = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {f"{PREFIX}{name}": value.contiguous().clone() for name, value in found.items()}
+    names = {name: f"{name}.weight" if name.endswith(MAGNITUDE) else name for name in found}
+    return {f"{PREFIX}{names[name]}": value.contiguous().clone() for name, value in found.items()}
 
 
-def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the adapter in `model` with these values, see `adapter_tensors`; `PeftModel.from_pretrained` reads it."""
+def save_adapter(
+    model: Any, weights: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str] | None = None
+) -> None:
+    """Write the adapter in `model` with these values, see `adapter_tensors`; `PeftModel.from_pretrained` reads it.
+
+    Args:
+        facts: what else to remember, in the file of weights: see `facts_of`.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model, weights), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(adapter_tensors(model, weights), folder / WEIGHTS, metadata={"format": "pt", **(facts or {})})
     written = copy.copy(model.adapter_config)
     written.inference_mode = True  # as peft's own: whoever loads it to train on says so
+    written.base_model_name_or_path = from_anywhere(written.base_model_name_or_path)
     written.save_pretrained(folder)
+
+
+def from_anywhere(name: str) -> str:
+    """A model's name that holds in every working directory: a folder in full, a hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+# ---- Reading
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The model that the adapter in `folder` was trained on: a folder, or a hub id.
+
+    Raises:
+        UserError: its adapter_config.json names none.
+    """
+    file = folder / CONFIG
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    if not name:
+        raise UserError(f"{file}: names no base_model_name_or_path: write the model there that it was trained on")
+    return str(name)
+
+
+def facts_of(folder: Path) -> dict[str, str]:
+    """What the adapter's file of weights says beside them.
+
+    `base`: hash of the files of weights it was trained on; `quantization`: what these were in training.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file: Any = safe_open(folder / WEIGHTS, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
+    return dict(file.metadata() or {})
+
+
+def load_on_disk(name: str | Path, **options: Any) -> Any:
+    """The model `name`, a folder or a hub id; of an adapter's folder base + adapter, which end answers as it says.
+
+    Args:
+        options: keywords of `from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(name)
+    if not is_adapter(folder):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    from peft import PeftModel
+
+    base = load_base(base_of(folder), facts_of(folder).get("quantization", "none"), **options)
+    model = PeftModel.from_pretrained(base, str(folder)).get_base_model()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def load_base(name: str, quantization: str, **options: Any) -> Any:
+    """The model that an adapter is put on, with its weights as they were in training.
+
+    Raises:
+        UserError: it is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except OSError as error:
+        raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def exported(output_dir: Path) -> Path:
+    """The folder to load a finished run's model from: the output folder, or its adapter where it was not merged."""
+    adapter = output_dir / FOLDER
+    return adapter if is_adapter(adapter) and not any(output_dir.glob("model*.safetensors")) else output_dir

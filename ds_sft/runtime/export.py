@@ -6,14 +6,17 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
+from ds_sft.runtime import adapter
 from ds_sft.runtime.distributed import Launch, barrier
 from ds_sft.runtime.results import write_json
+from ds_sft.runtime.size import model_folder
 from ds_sft.runtime.verify import Question, verify_or_keep
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
+GENERATION = "generation_config.json"
 
 
 VERIFIED_ROWS = 8
@@ -47,22 +51,52 @@ def export_model(
     end_ids: Sequence[int],
     chat_template: str,
 ) -> None:
-    """Write model and tokenizer into the output folder; all ranks must call it.
+    """Write model and tokenizer into the output folder, or adapter and tokenizer into its folder `adapter`.
+
+    All ranks must call it.
 
     Args:
         end_ids: tokens that training taught to end an answer with.
         chat_template: the Jinja template that was trained with.
     """
-    weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
+    import torch
+
+    with_adapter = config.adapter != "none"
+    dtype = torch.float32 if with_adapter else export_dtype(config)
+    weights = full_weights(trainer.model, dtype, keep=launch.is_main, trained_only=with_adapter)
     if launch.is_main:
         folder = config.output_dir / PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
-        _save(trainer.model, weights, config, folder)
-        save_tokenizer(tokenizer, folder, chat_template)
-        end_answers_at(end_ids, folder)
-        move_into(config.output_dir, folder)
-        launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
+        if with_adapter:
+            adapter.save_adapter(trainer.model, weights, folder, facts={"quantization": config.quantization})
+            finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
+        else:
+            _save(trainer.model, weights, config, folder)
+            save_tokenizer(tokenizer, folder, chat_template)
+            end_answers_at(end_ids, folder)
+            move_into(config.output_dir, folder)
+            shutil.rmtree(config.output_dir / adapter.FOLDER, ignore_errors=True)  # an earlier run's
+        what, where = ("Adapter", config.output_dir / adapter.FOLDER) if with_adapter else ("Model", config.output_dir)
+        launch.say(f"{what} and tokenizer are in {where} ({str(dtype).split('.')[1]}).")
     barrier()
+
+
+def finish_adapter(
+    output_dir: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int], chat_template: str
+) -> None:
+    """Put what a server must know beside the adapter in `folder`, and all of it in place.
+
+    A merged model that is in `output_dir` is another adapter's: its weights go.
+    """
+    save_tokenizer(tokenizer, folder, chat_template)
+    base = model_folder(adapter.base_of(folder))
+    generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
+    _write_generation(folder, generation, model, end_ids)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read it
+    _remove_weights(output_dir)
+    shutil.rmtree(output_dir / adapter.FOLDER, ignore_errors=True)
+    folder.rename(output_dir / adapter.FOLDER)
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
@@ -86,32 +120,43 @@ def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[
     return verify_or_keep(config.output_dir, question)
 
 
-def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
+def full_weights(model: Any, dtype: torch.dtype, *, keep: bool, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """Every parameter and saved buffer, whole, on the CPU; one parameter is gathered at a time.
 
     The values are those of the float32 masters where DeepSpeed keeps them, else of the weights themselves. Tied weights
     appear once, under their first name. All ranks must call it; those without `keep` get an empty dict.
+
+    Args:
+        trained_only: leave out what is frozen, and buffers.
     """
     weights: dict[str, Any] = {}
     for name, parameter in model.named_parameters():  # yields a tied parameter once
-        value = _full_value(parameter)
-        if keep:
-            weights[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
-    if keep:
+        if trained_only and not parameter.requires_grad:
+            continue
+        with _whole(parameter) as value:
+            if keep:
+                weights[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
+    if keep and not trained_only:
         saved = set(model.state_dict().keys())  # leaves out buffers that are computed, such as rotary frequencies
         weights |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in saved}
     return weights
 
 
-def _full_value(parameter: Any) -> torch.Tensor:
+@contextmanager
+def _whole(parameter: Any) -> Iterator[torch.Tensor]:
     """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
+    if not parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3 keeps no master of what is frozen
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter
+        return
+    value = None
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO-1/2, ZeRO-3
         from deepspeed.utils import safe_get_full_fp32_param
 
         value = safe_get_full_fp32_param(parameter)
-        if value is not None:
-            return value  # type: ignore[no-any-return]
-    return parameter  # type: ignore[no-any-return]
+    yield parameter if value is None else value
 
 
 def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
@@ -138,25 +183,65 @@ def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:
 
     vLLM and `generate` read generation_config.json first; config.json is read where that is missing.
     """
-    file = folder / "generation_config.json"
-    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    parts = [part for part in (model, model.get("text_config")) if part and part.get("eos_token_id") is not None]
-    own: Any = next((part["eos_token_id"] for part in (generation, *parts) if part.get("eos_token_id") is not None), [])
-    ends = list(dict.fromkeys([*end_ids, *(own if isinstance(own, list) else [own])]))
-    if not ends:
+    model = _read(folder / "config.json")
+    ends = _write_generation(folder, _read(folder / GENERATION), model, end_ids)
+    if ends:
+        for part in _parts_that_end(model):
+            part["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        write_json(folder / "config.json", model)
+
+
+def _write_generation(folder: Path, own: dict[str, Any], model: dict[str, Any], end_ids: Sequence[int]) -> list[int]:
+    """generation_config.json with these ends before those of `own`, else of the configuration `model`; all ends."""
+    ends = list(dict.fromkeys([*end_ids, *_ends_of(own, *_parts_that_end(model))]))
+    if ends:
+        write_json(folder / GENERATION, own | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+    return ends
+
+
+def _parts_that_end(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a config.json that say where an answer ends."""
+    return [part for part in (model, model.get("text_config")) if part and part.get("eos_token_id") is not None]
+
+
+def _ends_of(*parts: dict[str, Any]) -> list[int]:
+    """The tokens that end an answer by the first part that says it."""
+    own: Any = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), [])
+    return own if isinstance(own, list) else [own]
+
+
+def own_ends(folder: Path) -> list[int]:
+    """The tokens that end an answer by the files of a model or an adapter in `folder`."""
+    return _ends_of(_read(folder / GENERATION), *_parts_that_end(_read(folder / "config.json")))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def mend_generation_config(model: Any) -> None:
+    """Let a generation config be saved that contradicts itself.
+
+    Some published ones carry a temperature without `do_sample`; transformers loads them, and refuses to save them: at
+    the first checkpoint, hours later, with the weights not written.
+    """
+    if model.generation_config is None:
         return
-    for part in (generation, *parts):
-        part["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    write_json(file, generation)
-    write_json(folder / "config.json", model)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def move_into(output_dir: Path, folder: Path) -> None:
     """Put finished files in place; weights of an earlier export, perhaps in other shards, go first."""
-    for old in (*output_dir.glob("model*.safetensors"), *output_dir.glob("model.safetensors.index.json")):
-        old.unlink()
+    _remove_weights(output_dir)
     for file in sorted(folder.iterdir()):
         file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read the model
         os.replace(file, output_dir / file.name)
     folder.rmdir()
+
+
+def _remove_weights(output_dir: Path) -> None:
+    for old in (*output_dir.glob("model*.safetensors"), *output_dir.glob("model.safetensors.index.json")):
+        old.unlink()

@@ -20,6 +20,7 @@ from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.adapter import ADAPTER
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.merge import refuse_tied
 from ds_sft.training.model import computing_dtype, training_dtype
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments, lau
     dtype = training_dtype(args)
     for parameter in trained_parts(model).values():
         parameter.data = parameter.data.to(dtype)
+    refuse_tied(model)
     model.adapter_config = asked
     reached = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")})
     scale = config.lora_alpha / (config.lora_rank**0.5 if config.use_rslora else config.lora_rank)
