@@ -136,22 +136,23 @@ def merge_into(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
 
 
 def put_on(model: Any, adapter: Path) -> None:
-    """Put the adapter's layers and values into a model; modules that were trained whole are float32, as in the file.
+    """Put the adapter's layers and values into a model, in float32, as in the file: peft would give them the base's dtype.
 
     Raises:
         UserError: the adapter is of a model with other layers or other sizes.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(adapter)), model, adapter_name=ADAPTER)
     except ValueError as error:
         raise UserError(_another_base(adapter, str(error).strip().splitlines()[0])) from error
-    for module in model.modules():
-        if hasattr(module, "modules_to_save"):
-            module.modules_to_save.float()
+    for module in [module for module in model.modules() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]:
+        for part in module.adapter_layer_names:
+            getattr(module, part).float()
     values = {name.removeprefix(PREFIX): value for name, value in load_file(adapter / WEIGHTS).items()}
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     there, here = ({_bare(name): list(value.shape) for name, value in of.items()} for of in (values, wanted))
