@@ -136,7 +136,7 @@ def merge_into(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
 
 
 def put_on(model: Any, adapter: Path) -> None:
-    """Put the adapter's layers and values into a model, in float32, as in the file: peft would give them the base's dtype.
+    """Put the adapter's layers and values into a model, in float32 as in the file; peft would take the base's dtype.
 
     Raises:
         UserError: the adapter is of a model with other layers or other sizes.
