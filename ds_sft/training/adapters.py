@@ -21,6 +21,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.adapter import ADAPTER
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.merge import refuse_tied
+from ds_sft.runtime.quantized import describe, elements
 from ds_sft.training.model import computing_dtype, training_dtype
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
     Raises:
         UserError: a key names nothing in this model.
     """
+    if config.quantization != "none":
+        launch.say(describe(model))
     if config.adapter != "none":
         _inject(model, config, args, launch)
     elif config.train_only:
@@ -53,14 +56,8 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Elements that are trained, and all; those of a quantised weight as if it were not."""
-    sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
+    sizes = [(elements(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def _elements(parameter: Any) -> int:
-    if (state := getattr(parameter, "quant_state", None)) is not None:
-        return int(state.shape.numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def trained_parts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -156,6 +153,8 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments, lau
         parameter.data = parameter.data.to(dtype)
     refuse_tied(model)
     model.adapter_config = asked
+    if config.quantization != "none":
+        model._hf_peft_config_loaded = True  # what Trainer asks of a quantised model: something in it can be trained
     reached = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")})
     scale = config.lora_alpha / (config.lora_rank**0.5 if config.use_rslora else config.lora_rank)
     launch.say(
