@@ -82,13 +82,9 @@ MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("lora_dropout", "num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps",
                 "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
-ABOVE_ZERO = (
-    "lora_alpha",
-    "num_train_epochs",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-)  # steps below 1 are a share of all
+# Steps below 1 are a share of all.
+ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
@@ -160,7 +156,7 @@ class Config:
     lora_modules_to_save: list[str] | None = key("modules trained whole beside the adapters, such as [lm_head]",
                                                  default=None)  # fmt: skip
     use_rslora: bool = key("an adapter's product counts lora_alpha / sqrt(lora_rank)", default=False)
-    lora_init: str = key("how adapters begin: default (Kaiming), gaussian, orthogonal; all of them change nothing yet",
+    lora_init: str = key("how adapters begin, with a product of nothing: A as Kaiming, or normal; A and B orthogonal",
                          choices=("default", "gaussian", "orthogonal"), default="default")  # fmt: skip
     train_only: list[str] | None = key("without adapters: weights to train, by parts of names such as [layers.27., "
                                        "lm_head, norm]; the others are frozen", default=None)  # fmt: skip
@@ -494,6 +490,9 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
         )
     if config.adapter == "none":
         return
+    if config.lora_init == "orthogonal" and config.lora_rank % 2:
+        where = given.get("lora_rank", given["lora_init"]).where
+        raise UserError(f"{where}lora_rank: {config.lora_rank}: lora_init: orthogonal wants an even rank")
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
@@ -604,6 +603,8 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("0 or more")
     if known.name == "lora_dropout" and value >= 1:
         raise ValueError("a share below 1")
+    if known.name in NOT_EMPTY and value is not None and not all([value, *(name.strip() for name in value)]):
+        raise ValueError("a name or more, such as [a, b]; or leave it out")
     if known.name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:

@@ -122,7 +122,7 @@ def require_room(out: Path, base: str, dtype: torch.dtype, trust_remote_code: bo
 def merge_into(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
     """Merge the adapter in its folder into the base, which is changed, and round all parameters to `dtype`."""
     put_on(model, adapter)
-    refuse_tied(model)
+    refuse_tied(model, adapter)
     for name, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):
             model.set_submodule(name, _merged(module, dtype))
@@ -177,7 +177,7 @@ def _another_base(adapter: Path, why: str) -> str:
     return f"{adapter}: not an adapter of {base_of(adapter)}: {why}; give the model it was trained on as its base"
 
 
-def refuse_tied(model: Any) -> None:
+def refuse_tied(model: Any, adapter: Path) -> None:
     """See that no weight with an adapter on it is the weight of another module, too, whose outputs would move.
 
     Raises:
@@ -187,8 +187,8 @@ def refuse_tied(model: Any) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and uses[id(module.get_base_layer().weight)] > 1:
             raise UserError(
-                f"lora_targets: {name}: its weight is another module's, too (tie_word_embeddings), which a merge would "
-                "change: leave it out, or train it whole (lora_modules_to_save)"
+                f"{adapter}: cannot be merged: the weight of {name} is another module's, too (tie_word_embeddings), which "
+                "would change with it: use base + adapter"
             )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,16 +19,15 @@ from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.adapter import ADAPTER
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.merge import refuse_tied
 from ds_sft.runtime.quantized import describe, elements
 from ds_sft.training.model import computing_dtype, training_dtype
+from ds_sft.training.targets import count_by_end, last, shape_of, targets, whole_modules
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, TrainingArguments
 
 
-ALL_LINEAR = "all-linear"
 # Of rates that train all weights: "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025,
 # thinkingmachines.ai/blog/lora) finds LoRA's best rate about ten times that of full fine-tuning, whatever the rank, and
 # that it learns what full fine-tuning does with adapters on all linear layers, the MLP's above all; alpha 32 is theirs.
@@ -45,11 +43,14 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
     if config.quantization != "none":
         launch.say(describe(model))
     if config.adapter != "none":
-        _inject(model, config, args, launch)
+        _inject(model, config, args)
+        _describe_adapter(model, config, launch)
     elif config.train_only:
-        _freeze(model, config.train_only, args)
+        launch.say(_freeze(model, config))
     else:
         return
+    _settle_dtypes(model, args)
+    _leave_inputs_alone(model, args)
     trained, whole = count_parameters(model)
     launch.say(f"Trained: {trained:,} of {whole:,} parameters ({trained / whole:.2%}); the others are frozen.")
 
@@ -65,10 +66,31 @@ def trained_parts(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _settle_dtypes(model: nn.Module, args: TrainingArguments) -> None:
+    """Trained weights in the dtype of masters; frozen ones in that of forward and backward, in which DeepSpeed's engine
+    has them, too, whatever a model keeps in float32."""
+    for parameter in model.parameters():
+        # 4-bit weights are bytes; those that ZeRO-3 has partitioned are its own.
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_tensor"):
+            parameter.data = parameter.data.to(
+                training_dtype(args) if parameter.requires_grad else computing_dtype(args)
+            )
+
+
+def _leave_inputs_alone(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Let recomputed layers form gradients only above the first trained weight.
+
+    With checkpointing transformers lets the embedding's output want a gradient, which reentrant checkpointing needs
+    where the weights below are frozen; every frozen layer would be computed again and its gradient formed for nothing.
+    """
+    if not (args.activation_checkpointing_kwargs or {}).get("use_reentrant", True):
+        model.enable_input_require_grads = lambda: None
+
+
 # ---- Adapters
 
 
-def lora_config(model: nn.Module, config: Config) -> LoraConfig:
+def lora_config(model: PreTrainedModel, config: Config) -> LoraConfig:
     """What peft is asked for, and writes beside the adapter.
 
     Raises:
@@ -76,9 +98,7 @@ def lora_config(model: nn.Module, config: Config) -> LoraConfig:
     """
     from peft import LoraConfig
 
-    whole = config.lora_modules_to_save or []
-    for name in whole:
-        _require_match("lora_modules_to_save", name, [n for n, _ in model.named_modules()])
+    whole = whole_modules(model, config.lora_modules_to_save or [])
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.model_name_or_path,
@@ -87,79 +107,71 @@ def lora_config(model: nn.Module, config: Config) -> LoraConfig:
         lora_dropout=config.lora_dropout,
         target_modules=targets(model, config.lora_targets, apart_from=whole),
         modules_to_save=whole or None,
-        ensure_weight_tying=bool(whole),
+        ensure_weight_tying=_trains_tied(model, whole),
         use_rslora=config.use_rslora,
         use_dora=config.adapter == "dora",
         init_lora_weights={"default": True}.get(config.lora_init, config.lora_init),  # type: ignore[arg-type]
     )
 
 
-def targets(model: nn.Module, asked: Sequence[str] | None, *, apart_from: Sequence[str] = ()) -> list[str] | str:
-    """`target_modules` as peft takes them: ends of names, or one regular expression of whole names.
-
-    Raises:
-        UserError: one names no linear layer.
-    """
-    names, linear = list(asked or [ALL_LINEAR]), linear_layers(model)
-    if names == [ALL_LINEAR]:
-        return sorted({name.rpartition(".")[2] for name in linear} - set(apart_from))
-    expressions = []
-    for name in names:
-        if any(_ends_with(layer, name) for layer in linear):
-            expressions.append(rf"(.*\.)?{re.escape(name)}")
-        else:
-            _require_match("lora_targets", name, linear)
-            expressions.append(name)
-    plain = all(re.fullmatch(r"[\w.]+", name) and any(_ends_with(layer, name) for layer in linear) for name in names)
-    return names if plain else "|".join(f"({expression})" for expression in expressions)
+def _trains_tied(model: PreTrainedModel, whole: Sequence[str]) -> bool:
+    """Whether what is trained whole is an embedding that is the output projection, too."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    named = any(module in ends and name.endswith(tuple(whole)) for name, module in model.named_modules())
+    return bool(whole) and named and _is_tied(model)
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that can have adapters, without the output projection."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+def _is_tied(model: PreTrainedModel) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return getattr(head, "weight", None) is embedding.weight
 
 
-def _ends_with(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith(f".{name}")
-
-
-def _require_match(key: str, pattern: str, names: Iterable[str]) -> None:
-    """See that a name or an expression matches one of `names`.
-
-    Raises:
-        UserError: it matches none, or is no regular expression.
-    """
-    known = list(names)
-    try:
-        if any(_ends_with(name, pattern) or re.fullmatch(pattern, name) for name in known):
-            return
-    except re.error as error:
-        raise UserError(f"{key}: {pattern!r} is neither a name nor a regular expression: {error}") from None
-    ends = sorted({name.rpartition(".")[2] for name in known if name})
-    near = difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.4) or ends[:8]
-    raise UserError(f"{key}: {pattern!r} matches no part of this model; near it: {', '.join(near)}")
-
-
-def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch) -> None:
+def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> None:
     from peft import inject_adapter_in_model
 
     asked = lora_config(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)  # the same adapters on every rank, whatever was drawn before
         inject_adapter_in_model(asked, model, adapter_name=ADAPTER)
-    dtype = training_dtype(args)
-    for parameter in trained_parts(model).values():
-        parameter.data = parameter.data.to(dtype)
-    refuse_tied(model)
+    if asked.ensure_weight_tying:
+        _mend_tied(model, asked)
+    for layer in (module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")):
+        # To the dtype of the master, and autocast back to that of its copy: activations in float32 for nothing.
+        layer.cast_input_dtype_enabled = False
+    for names in ("target_modules", "modules_to_save"):  # sets have another order in every process
+        setattr(asked, names, sorted(getattr(asked, names) or []) or None)
     model.adapter_config = asked
     if config.quantization != "none":
         model._hf_peft_config_loaded = True  # what Trainer asks of a quantised model: something in it can be trained
-    reached = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")})
+
+
+def _mend_tied(model: PreTrainedModel, asked: LoraConfig) -> None:
+    """See that the embedding is still the output projection; peft swaps the sizes of the layer it ties to it.
+
+    Raises:
+        UserError: two copies of what was one tensor.
+    """
+    if not _is_tied(model):
+        raise UserError(
+            f"lora_modules_to_save: {', '.join(asked.modules_to_save or [])}: peft does not keep the embedding and the "
+            f"output projection of {type(model).__name__} one tensor: leave it out"
+        )
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    head.modules_to_save[ADAPTER].in_features = embedding.embedding_dim
+    head.modules_to_save[ADAPTER].out_features = embedding.num_embeddings
+
+
+def _describe_adapter(model: nn.Module, config: Config, launch: Launch) -> None:
+    reached = count_by_end(name for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    whole = [name for name, module in model.named_modules() if ADAPTER in getattr(module, "modules_to_save", ())]
     scale = config.lora_alpha / (config.lora_rank**0.5 if config.use_rslora else config.lora_rank)
     launch.say(
-        f"Adapter: {config.adapter}, rank {config.lora_rank}, its product times {scale:g}, on {', '.join(reached)}."
+        f"Adapter: {config.adapter}, rank {config.lora_rank}, its product times {scale:g}, on {reached}"
+        + (f"; trained whole: {', '.join(whole)}." if whole else ".")
     )
+    if experts := _fused_experts(model):
+        launch.say(f"Adapter: none on the experts ({', '.join(experts)}), each a tensor and no linear layer.")
     if config.training["learning_rate"] == TRAINING_DEFAULTS["learning_rate"]:
         launch.say(
             f"learning_rate {config.training['learning_rate']:g} is the default of full fine-tuning: adapters learn as "
@@ -167,21 +179,38 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments, lau
         )
 
 
+def _fused_experts(model: nn.Module) -> list[str]:
+    """Names of the tensors that hold the matrices of all experts of a layer."""
+    return sorted({last(name) for name, p in model.named_parameters() if len(shape_of(p)) == 3 and ".experts." in name})
+
+
 # ---- Without adapters
 
 
-def _freeze(model: PreTrainedModel, patterns: Sequence[str], args: TrainingArguments) -> None:
-    """Train only the weights whose names contain one of the patterns, in which * stands for anything."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(_contains(name, pattern) for name in names):
-            ends = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-            near = difflib.get_close_matches(pattern, ends, n=3, cutoff=0.4) or ends
-            raise UserError(f"train_only: {pattern!r} is in no weight's name; near it: {', '.join(near)}")
-    for name, parameter in model.named_parameters():
-        if not any(_contains(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(computing_dtype(args))
+def _freeze(model: PreTrainedModel, config: Config) -> str:
+    """Train only the weights whose names contain one of the patterns, in which * stands for anything; what matched."""
+    weights = dict(model.named_parameters(remove_duplicate=False))  # a tied one has two names
+    found = {pattern: [name for name in weights if _contains(name, pattern)] for pattern in config.train_only or []}
+    for pattern in (pattern for pattern, names in found.items() if not names):
+        parts = sorted({part for name in weights for part in name.split(".") if not part.isdigit()})
+        near = difflib.get_close_matches(pattern, parts, n=3, cutoff=0.4) or parts
+        raise UserError(f"train_only: {pattern!r} is in no weight's name; near it: {', '.join(near)}")
+    trained = {id(weights[name]) for names in found.values() for name in names}
+    if trained >= {id(p) for p in weights.values()}:
+        raise UserError(f"train_only: {', '.join(found)}: these name all weights of the model: leave it out")
+    for parameter in weights.values():
+        parameter.requires_grad_(id(parameter) in trained)
+    if config.resize_embeddings and not model.get_input_embeddings().weight.requires_grad:
+        raise UserError(
+            "resize_embeddings: new rows of a frozen embedding would never be learned: name it in train_only"
+        )
+    said = "train_only: " + ", ".join(f"{pattern} ({_how_many(names)})" for pattern, names in found.items())
+    both = _is_tied(model) and model.get_input_embeddings().weight.requires_grad
+    return said + ("; the embedding is the output projection, too." if both else ".")
+
+
+def _how_many(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} weights"
 
 
 def _contains(name: str, pattern: str) -> bool:
