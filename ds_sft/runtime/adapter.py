@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.errors import UserError
+from ds_sft.runtime.quantized import nf4_config, settle, skeleton
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,9 @@ ADAPTER = "default"  # peft's name of the one adapter in a model
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 PREFIX = "base_model.model."  # of every tensor: peft's wrapper around a model, which ours does without
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
+# What else the file of weights says, as safetensors' metadata, of what the adapter was trained beside: a hash of the
+# base's files, how the base was quantised, and the dtype of forward and backward then.
+BASE, QUANTIZATION, COMPUTED_IN = "base", "quantization", "computed_in"
 
 
 # ---- Writing
@@ -85,20 +89,29 @@ def base_of(folder: Path) -> str:
     Raises:
         UserError: its adapter_config.json names none.
     """
-    file = folder / CONFIG
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+    name = _read_config(folder).get("base_model_name_or_path")
     if not name:
-        raise UserError(f"{file}: names no base_model_name_or_path: write the model there that it was trained on")
+        raise UserError(
+            f"{folder / CONFIG}: names no base_model_name_or_path: write the model there that it was trained on"
+        )
     return str(name)
 
 
-def facts_of(folder: Path) -> dict[str, str]:
-    """What the adapter's file of weights says beside them.
+def whole_of(folder: Path) -> list[str]:
+    """The modules that were trained whole beside the adapter in `folder`."""
+    return _read_config(folder).get("modules_to_save") or []
 
-    `base`: hash of the files of weights it was trained on; `quantization`: what these were in training.
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: cannot be read: {error}") from None
+    return found
+
+
+def facts_of(folder: Path) -> dict[str, str]:
+    """What the adapter's file of weights says beside them: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; not if peft wrote it.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -125,15 +138,30 @@ def load_on_disk(name: str | Path, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, **options)
     from peft import PeftModel
 
-    base = load_base(base_of(folder), facts_of(folder).get("quantization", "none"), **options)
+    base = _load_base_as_trained(folder, **options)
     model = PeftModel.from_pretrained(base, str(folder)).get_base_model()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def load_base(name: str, quantization: str, **options: Any) -> Any:
-    """The model that an adapter is put on, with its weights as they were in training.
+def _load_base_as_trained(folder: Path, **options: Any) -> Any:
+    """The base of the adapter in `folder`, in 4 bits where it was trained beside these."""
+    import torch
+
+    name, facts = base_of(folder), facts_of(folder)
+    if facts.get(QUANTIZATION, "none") == "none":
+        return load_base(name, **options)
+    dtype = getattr(torch, facts[COMPUTED_IN])
+    bare = skeleton(name, trust_remote_code=options["trust_remote_code"])
+    quantization = nf4_config(bare, dtype, whole_of(folder))
+    model = load_base(name, **{**options, "dtype": dtype}, quantization_config=quantization)
+    settle(model)
+    return model
+
+
+def load_base(name: str, **options: Any) -> Any:
+    """The model that an adapter is put on.
 
     Raises:
         UserError: it is not there.

@@ -34,12 +34,20 @@ def export_dtype(config: Config) -> torch.dtype:
     """`export_dtype`; auto is the dtype that was trained in, so every launcher leaves the same files."""
     import torch
 
-    if config.export_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.export_dtype)
-        return dtype
-    if config.training.get("bf16"):
-        return torch.bfloat16
-    return torch.float16 if config.training.get("fp16") else torch.float32
+    name = _computed_in(config) if config.export_dtype == "auto" else config.export_dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _computed_in(config: Config) -> str:
+    """The dtype of forward and backward."""
+    return "bfloat16" if config.training.get("bf16") else "float16" if config.training.get("fp16") else "float32"
+
+
+def adapter_facts(config: Config, *, base: str) -> dict[str, str]:
+    """What an adapter's file remembers of its training; `base`: hash of the base's files, "" where none was made."""
+    facts = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
+    return facts | ({adapter.BASE: base} if base else {})
 
 
 def export_model(
@@ -68,7 +76,7 @@ def export_model(
         folder = config.output_dir / PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
         if with_adapter:
-            adapter.save_adapter(trainer.model, weights, folder, facts={"quantization": config.quantization})
+            adapter.save_adapter(trainer.model, weights, folder, facts=adapter_facts(config, base=""))
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
         else:
             _save(trainer.model, weights, config, folder)
@@ -86,7 +94,7 @@ def finish_adapter(
 ) -> None:
     """Put what a server must know beside the adapter in `folder`, and all of it in place.
 
-    A merged model that is in `output_dir` is another adapter's: its weights go.
+    A merged model that is in `output_dir` is another adapter's, and goes.
     """
     save_tokenizer(tokenizer, folder, chat_template)
     base = model_folder(adapter.base_of(folder))
@@ -95,6 +103,8 @@ def finish_adapter(
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read it
     _remove_weights(output_dir)
+    for name in ("config.json", GENERATION):
+        (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(output_dir / adapter.FOLDER, ignore_errors=True)
     folder.rename(output_dir / adapter.FOLDER)
 

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.adapter import ADAPTER, CONFIG, FOLDER, PREFIX, WEIGHTS, base_of, facts_of, load_base
+from ds_sft.runtime.adapter import (
+    ADAPTER,
+    COMPUTED_IN,
+    CONFIG,
+    FOLDER,
+    PREFIX,
+    QUANTIZATION,
+    WEIGHTS,
+    base_of,
+    facts_of,
+    load_base,
+    whole_of,
+)
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.export import (
     PARTIAL,
@@ -25,6 +37,7 @@ from ds_sft.runtime.export import (
     own_ends,
 )
 from ds_sft.runtime.placement import is_out_of_memory
+from ds_sft.runtime.quantized import round_base
 from ds_sft.runtime.size import in_units
 
 if TYPE_CHECKING:
@@ -54,7 +67,8 @@ def merge_as_asked(config: Config) -> str | None:
             raise
         why = " ".join(str(error).split())[:200]
     else:
-        print_line(f"Merged model is in {config.output_dir} ({str(dtype).split('.')[1]}).")
+        of = "" if config.quantization == "none" else f", of the weights that {config.quantization} trained against"
+        print_line(f"Merged model is in {config.output_dir} ({str(dtype).split('.')[1]}{of}).")
         return None
     command = f"ds-sft export {shlex.quote(str(adapter))} FOLDER"
     later = f"the adapter is complete in {adapter}, and {command} merges it elsewhere"
@@ -75,7 +89,9 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
 
     base, facts = base_of(adapter), facts_of(adapter)
     require_room(out, base, dtype, trust_remote_code)
-    model = load_base(base, facts.get("quantization", "none"), dtype="auto", trust_remote_code=trust_remote_code)
+    model = load_base(base, dtype="auto", trust_remote_code=trust_remote_code)
+    if facts.get(QUANTIZATION, "none") != "none":
+        round_base(model, getattr(torch, facts[COMPUTED_IN]), whole_of(adapter))
     with torch.no_grad():
         merged = merge_into(model, adapter, dtype)
     merged.config.dtype = dtype
@@ -187,8 +203,8 @@ def refuse_tied(model: Any, adapter: Path) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and uses[id(module.get_base_layer().weight)] > 1:
             raise UserError(
-                f"{adapter}: cannot be merged: the weight of {name} is another module's, too (tie_word_embeddings), which "
-                "would change with it: use base + adapter"
+                f"{adapter}: cannot be merged: the weight of {name} is another module's, too (tie_word_embeddings), "
+                "which would change with it: use base + adapter"
             )
 
 

@@ -117,8 +117,9 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
         return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
+    what = str(folder) if exported(folder) == folder else f"{exported(folder)} on its base"
     line = (
-        f"{folder}, loaded in a fresh process, has loss {result['loss_on_disk']:.6f} on {result['rows']} rows, "
+        f"{what}, loaded in a fresh process, has loss {result['loss_on_disk']:.6f} on {result['rows']} rows, "
         f"the trained model {result['loss_trained']:.6f} (difference {result['difference']:.1e}, "
         f"bound {result['bound']:.1e})."
     )
