@@ -204,6 +204,11 @@ class Config:
         return self.max_tokens_per_batch is not None and "per_device_train_batch_size" not in self.training
 
     @property
+    def freezes(self) -> bool:
+        """Whether some weights are not trained; checkpoints are without these."""
+        return self.adapter != "none" or bool(self.train_only)
+
+    @property
     def micro_batch(self) -> int:
         """Rows of a micro batch as Trainer and DeepSpeed count them: one that tokens fill is one."""
         return int(self.training.get("per_device_train_batch_size", 1))

@@ -85,6 +85,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     settle_devices(config, launch)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
+    from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.storage import require_writable, settle_storage
@@ -98,14 +99,16 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
 
     engine = engine_config(config, launch)
     require_writable(config.output_dir)
+    hashing = begin_to_hash_base(config, launch)
     with stop.until_ranks_meet():
         tokenizer, served, data = prepare_data(config, launch)
+        base = hashing.result()
     args = training_arguments(config, engine, launch)  # starts the process group
     avoid_plans()
     site = Site(launch, shared=settle_storage(args, launch))
     stop.use_group(args.ddp_timeout)
     stop.check()
-    this_run = identify(config, engine, data, launch)
+    this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if start.finished:
         return
@@ -139,6 +142,7 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
                 on_save_error=config.on_save_error,
                 size=size,
                 identity=this_run,
+                freezes=config.freezes,
             ),
         )
         del model  # the trainer's alone, so that `release` can give it back
@@ -175,12 +179,14 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     return tokenizer, served, data
 
 
-def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch) -> dict[str, Any]:
-    """What decides the result, to know the run again; rank 0 alone hashes the data."""
+def identify(
+    config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str
+) -> dict[str, Any]:
+    """What decides the result, to know the run again; rank 0 alone hashes the data and the base."""
     from ds_sft.data.batches import fingerprint
 
     hashes = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
-    return identity(config, engine, *hashes)
+    return identity(config, engine, *hashes, base=base)
 
 
 def plan_steps(

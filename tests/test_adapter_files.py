@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_sft.runtime.adapter import ADAPTER, BASE, QUANTIZATION, base_of, exported, facts_of, load_on_disk, save_adapter
+from ds_sft.runtime.adapter import ADAPTER, QUANTIZATION, load_on_disk, save_adapter
 from ds_sft.runtime.export import finish_adapter
 from ds_sft.runtime.merge import merge
 from tests.conftest import make_model

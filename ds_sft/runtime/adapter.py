@@ -32,24 +32,39 @@ BASE, QUANTIZATION, COMPUTED_IN = "base", "quantization", "computed_in"
 # ---- Writing
 
 
-def adapter_tensors(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter's tensors under the names of peft's files.
+def adapter_parts(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters of a model with an adapter in it, by their names in peft's files; tied ones under each.
 
     DoRA's magnitudes get the full name of the parameter, which peft would shorten: it reads both, but transformers 5.23
     (`AutoModelForCausalLM.from_pretrained` of the adapter's folder) only the full one, and would answer as if they were
     not there.
+    """
+    from peft import get_peft_model_state_dict
+
+    trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    found = get_peft_model_state_dict(model, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
+    names = {name: f"{name}.weight" if name.endswith(MAGNITUDE) else name for name in found}
+    return {f"{PREFIX}{names[name]}": parameter for name, parameter in found.items()}
+
+
+def adapter_tensors(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under the names of peft's files.
 
     Args:
         model: with the adapter in it (`training/adapters.py`).
         weights: whole values of its trained parameters, by their names in the model, tied ones once.
     """
-    from peft import get_peft_model_state_dict
+    values = {id(p): weights[name] for name, p in model.named_parameters() if name in weights}
+    parts = adapter_parts(model)
+    for name, parameter in parts.items():
+        require_whole(name, parameter, values[id(parameter)])
+    return {name: values[id(parameter)].contiguous().clone() for name, parameter in parts.items()}
 
-    tied = {id(p): weights[name] for name, p in model.named_parameters() if name in weights}
-    state = {name: tied[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tied}
-    found = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
-    names = {name: f"{name}.weight" if name.endswith(MAGNITUDE) else name for name in found}
-    return {f"{PREFIX}{names[name]}": value.contiguous().clone() for name, value in found.items()}
+
+def require_whole(name: str, parameter: Any, value: torch.Tensor) -> None:
+    """See that a value is all of a parameter: under ZeRO-3 what a rank has of it looks empty, and would be written."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    assert tuple(value.shape) == shape, f"{name}: {tuple(value.shape)} of {shape}: the parameter was not gathered"
 
 
 def save_adapter(

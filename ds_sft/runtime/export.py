@@ -6,8 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.config import Config
 from ds_sft.runtime import adapter
 from ds_sft.runtime.distributed import Launch, barrier
+from ds_sft.runtime.identity import BASE
 from ds_sft.runtime.results import write_json
 from ds_sft.runtime.size import model_folder
 from ds_sft.runtime.verify import Question, verify_or_keep
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
 GENERATION = "generation_config.json"
@@ -51,7 +51,7 @@ def adapter_facts(config: Config, *, base: str) -> dict[str, str]:
 
 
 def export_model(
-    trainer: Trainer,
+    trainer: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     launch: Launch,
@@ -67,25 +67,27 @@ def export_model(
         end_ids: tokens that training taught to end an answer with.
         chat_template: the Jinja template that was trained with.
     """
-    import torch
+    from ds_sft.runtime.trained import trained_weights
 
-    with_adapter = config.adapter != "none"
-    dtype = torch.float32 if with_adapter else export_dtype(config)
-    weights = full_weights(trainer.model, dtype, keep=launch.is_main, trained_only=with_adapter)
+    folder = config.output_dir / PARTIAL
     if launch.is_main:
-        folder = config.output_dir / PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
-        if with_adapter:
-            adapter.save_adapter(trainer.model, weights, folder, facts=adapter_facts(config, base=""))
+    if config.adapter != "none":
+        weights = trained_weights(trainer.model, keep=launch.is_main)
+        if launch.is_main:
+            facts = adapter_facts(config, base=trainer.run.identity.get(BASE, ""))
+            adapter.save_adapter(trainer.model, weights, folder, facts)
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
-        else:
+            launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
+    else:
+        weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
+        if launch.is_main:
             _save(trainer.model, weights, config, folder)
             save_tokenizer(tokenizer, folder, chat_template)
             end_answers_at(end_ids, folder)
             move_into(config.output_dir, folder)
             shutil.rmtree(config.output_dir / adapter.FOLDER, ignore_errors=True)  # an earlier run's
-        what, where = ("Adapter", config.output_dir / adapter.FOLDER) if with_adapter else ("Model", config.output_dir)
-        launch.say(f"{what} and tokenizer are in {where} ({str(dtype).split('.')[1]}).")
+            launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
     barrier()
 
 
@@ -130,43 +132,37 @@ def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[
     return verify_or_keep(config.output_dir, question)
 
 
-def full_weights(model: Any, dtype: torch.dtype, *, keep: bool, trained_only: bool = False) -> dict[str, torch.Tensor]:
+def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
     """Every parameter and saved buffer, whole, on the CPU; one parameter is gathered at a time.
 
     The values are those of the float32 masters where DeepSpeed keeps them, else of the weights themselves. Tied weights
     appear once, under their first name. All ranks must call it; those without `keep` get an empty dict.
-
-    Args:
-        trained_only: leave out what is frozen, and buffers.
     """
     weights: dict[str, Any] = {}
     for name, parameter in model.named_parameters():  # yields a tied parameter once
-        if trained_only and not parameter.requires_grad:
-            continue
-        with _whole(parameter) as value:
-            if keep:
-                weights[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
-    if keep and not trained_only:
+        value = full_value(parameter)
+        if keep:
+            weights[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
+    if keep:
         saved = set(model.state_dict().keys())  # leaves out buffers that are computed, such as rotary frequencies
         weights |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in saved}
     return weights
 
 
-@contextmanager
-def _whole(parameter: Any) -> Iterator[torch.Tensor]:
+def full_value(parameter: Any) -> torch.Tensor:
     """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
-    if not parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3 keeps no master of what is frozen
+    if not parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3 has no master of what is frozen
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
-            yield parameter
-        return
-    value = None
+            return parameter.data.clone()  # type: ignore[no-any-return]
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO-1/2, ZeRO-3
         from deepspeed.utils import safe_get_full_fp32_param
 
         value = safe_get_full_fp32_param(parameter)
-    yield parameter if value is None else value
+        if value is not None:
+            return value  # type: ignore[no-any-return]
+    return parameter  # type: ignore[no-any-return]
 
 
 def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:

@@ -87,16 +87,21 @@ CLASSES: dict[str, set[str]] = {
 }  # fmt: skip
 OWN_RATES = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate is what the run came to, not a formula
 DATA, EVAL_DATA = "data", "eval_data"  # differences that are not of a key: the names of the manifest
-ROWS = {
+BASE = "base"  # the same: a hash of the files of frozen weights
+IN_WORDS = {
     DATA: "the rows of train_file, or how they are encoded",
     EVAL_DATA: "the validation rows, or how they are encoded",
+    BASE: "the weights in the folder of model_name_or_path",
 }
 # Engine options that follow from other keys, or say where files go.
 INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def identity(config: Config, engine: dict[str, Any] | None, data: str, eval_data: str = "") -> dict[str, Any]:
-    """The keys that decide the result, the content of the DeepSpeed configuration, and the hashes of the data."""
+def identity(
+    config: Config, engine: dict[str, Any] | None, data: str, eval_data: str = "", base: str = ""
+) -> dict[str, Any]:
+    """The keys that decide the result, the content of the DeepSpeed configuration, the hashes of the data and, where
+    weights are frozen, of the base."""
     # A number of rows a step is the same rows however they are laid out; filled micro batches are others.
     layout = () if config.fills_batches else ("batching", "max_tokens_per_batch")
     given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT and name not in layout}
@@ -105,7 +110,8 @@ def identity(config: Config, engine: dict[str, Any] | None, data: str, eval_data
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
     batch = {"per_device_train_batch_size": config.micro_batch,
              "gradient_accumulation_steps": config.training.get("gradient_accumulation_steps", 1)}  # fmt: skip
-    return {"config": keys | flat, DATA: data, EVAL_DATA: eval_data, "zero_stage": stage(engine), "batch": batch}
+    known = {"config": keys | flat, DATA: data, EVAL_DATA: eval_data, "zero_stage": stage(engine), "batch": batch}
+    return known | ({BASE: base} if base else {})
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -143,6 +149,9 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         found[DATA] = (then.get(DATA), now[DATA])
     if then.get(EVAL_DATA, now.get(EVAL_DATA)) != now.get(EVAL_DATA):
         found[EVAL_DATA] = (then[EVAL_DATA], now.get(EVAL_DATA))
+    if then.get(BASE) and now.get(BASE):
+        found.pop("model_name_or_path", None)  # wherever it lies now
+        found |= {BASE: (then[BASE], now[BASE])} if then[BASE] != now[BASE] else {}
     return found
 
 
@@ -152,7 +161,7 @@ def _value(keys: Mapping[str, Any], name: str) -> Any:
 
 def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Each as "key: then -> now"."""
-    return "; ".join(ROWS.get(name) or f"{name}: {then!r} -> {now!r}" for name, (then, now) in changed.items())
+    return "; ".join(IN_WORDS.get(name) or f"{name}: {then!r} -> {now!r}" for name, (then, now) in changed.items())
 
 
 def unchangeable(changed: Changes, now: Mapping[str, Any]) -> dict[str, str]:
@@ -167,6 +176,8 @@ def unchangeable(changed: Changes, now: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _refusal(name: str, now: Mapping[str, Any]) -> str | None:
+    if name == BASE:
+        return "the checkpoint has no frozen weights, and those it has were trained beside others"
     if name == "bf16" and now["zero_stage"] is None:
         return None  # weights and states are float32 either way
     parts = name.split(".")

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from ds_sft.config import OUR_ORDERS
@@ -39,6 +40,7 @@ from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
 from ds_sft.runtime.identity import EVAL_DATA, Changes
 from ds_sft.runtime.preempt import Stopped, StopRequests
+from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.training.hyperparameters import Asked
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
@@ -56,6 +58,7 @@ class Continuity:
     on_save_error: str = "stop"
     size: int = 0  # bytes of a checkpoint, as predicted
     identity: dict[str, Any] = field(default_factory=dict)  # what was trained on what; goes into the manifest
+    freezes: bool = False  # whether weights are frozen: checkpoints have those that are trained alone
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class ResumableTrainer(Trainer):
         self.num_parameters = 0  # without embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
+        self.frozen = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
+        if run.freezes:
+            expect_trained_only(self.model)
         if run.resumed is not None:
             self.evaluation_due = self.args.eval_on_start = bool(run.resumed.manifest["evaluation_due"])
 
@@ -106,6 +112,23 @@ class ResumableTrainer(Trainer):
         tied = set(self.model.all_tied_weights_keys)
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.run.freezes:
+            load_trained(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.run.freezes and not self.is_deepspeed_enabled:
+            load_trained(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
+    def require_frozen(self) -> None:
+        """See that no weight was unfrozen since the start: the optimizer does not have it, and it would never move."""
+        unfrozen = [name for name, parameter in self.frozen if parameter.requires_grad]
+        assert not unfrozen, f"unfrozen after the optimizer was made, so it would not learn: {', '.join(unfrozen[:3])}"
 
     def restore_progress(self) -> None:
         """Take up what Trainer forgets: the loss since the last log entry, the sums over the run."""
@@ -314,6 +337,20 @@ class ResumableTrainer(Trainer):
                 raise
             self.write_troubles.append(describe(error))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; of a model with frozen weights those that are trained, see `runtime/trained.py`."""
+        if not self.run.freezes:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        weights = trained_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._record(lambda: self._save_trained(weights, Path(output_dir or self.args.output_dir)))
+
+    def _save_trained(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        save_trained(self.model, weights, folder)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._record(lambda: super(ResumableTrainer, self)._save(output_dir, state_dict))
 
@@ -336,7 +373,7 @@ class ResumableTrainer(Trainer):
         for owner, name in writers:
             setattr(owner, name, self._recorded(getattr(owner, name)))
         try:
-            engine.save_checkpoint(output_dir, save_latest=False)
+            engine.save_checkpoint(output_dir, save_latest=False, exclude_frozen_parameters=self.run.freezes)
         finally:
             for owner, name in writers:
                 delattr(owner, name)
@@ -351,7 +388,7 @@ class ResumableTrainer(Trainer):
         if self.is_deepspeed_enabled:
             if not self.args.save_only_model:  # else there is no state that it could name
                 (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
-        elif not self.run.site.launch.is_main:
+        elif not (self.run.site.launch.is_main or self.run.freezes):
             save_model(self.model, str(folder / "model.safetensors"))
 
     def _facts(self) -> dict[str, Any]:
@@ -415,6 +452,11 @@ class StepBoundary(TrainerCallback):
         self.trainer.restore_progress()
         control.should_training_stop = False  # a checkpoint of a run that was asked to stop remembers it
         self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.require_frozen()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False

@@ -1,0 +1,63 @@
+"""The model that frozen weights are of, known again by a hash of its files: checkpoints have none of these weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Thread
+
+import xxhash
+
+from ds_sft.config import Config
+from ds_sft.runtime.checkpoint import HASH_THREADS, hash_file
+from ds_sft.runtime.distributed import Launch
+
+KINDS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
+
+
+def begin_to_hash_base(config: Config, launch: Launch) -> Future[str]:
+    """`hash_base` of the model to train, in a thread of rank 0 beside other work; "" where no weight is frozen."""
+    found: Future[str] = Future()
+    if config.freezes and launch.is_main:
+        Thread(target=_answer, args=(found, config.model_name_or_path), daemon=True).start()
+    else:
+        found.set_result("")
+    return found
+
+
+def _answer(found: Future[str], name: str) -> None:
+    try:
+        found.set_result(hash_base(name))
+    except (OSError, ValueError):  # the model cannot be loaded either, and loading it says why
+        found.set_result("")
+    except BaseException as error:  # to whoever waits
+        found.set_exception(error)
+
+
+def hash_base(name: str) -> str:
+    """A hash of the weight files of a model: a folder, or the id of one in the hub, which is fetched if need be.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or there is no such model.
+    """
+    files = weight_files(name)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return xxhash.xxh3_128("".join(pool.map(hash_file, files)).encode()).hexdigest()
+
+
+def weight_files(name: str) -> Sequence[Path]:
+    """The files of a model's weights, in the order of their names.
+
+    Raises:
+        OSError, ValueError: there are none.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=[KINDS[0], "*.json"]))
+    for kind in KINDS:
+        if files := sorted(folder.glob(kind)):
+            return files
+    raise FileNotFoundError(f"{folder}: no {' or '.join(KINDS)}")

@@ -1,0 +1,79 @@
+"""What a checkpoint has of a model with frozen weights: those that are trained, whole and as precise as they are kept.
+
+An adapter is written as peft does (`runtime/adapter.py`), weights that `train_only` names under their names in the
+model. Beside them are optimizer states as ever; the frozen weights are those of the base, which the manifest names by a
+hash of its files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.runtime.adapter import WEIGHTS, adapter_parts, require_whole, save_adapter
+from ds_sft.runtime.export import full_value
+
+if TYPE_CHECKING:
+    import torch
+
+TRAINED = "trained.safetensors"  # without an adapter
+
+
+def trained_weights(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Each trained parameter, whole, on the CPU, by its name in the model, tied ones once; float32 masters where there
+    are some. All ranks must call it; those without `keep` get an empty dict.
+    """
+    weights: dict[str, Any] = {}
+    for name, parameter in _trained(model).items():
+        value = full_value(parameter)
+        if keep:
+            weights[name] = value.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def save_trained(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write `trained_weights` into a folder: peft's two files, or `TRAINED`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_adapter(model):
+        save_adapter(model, weights, folder)
+        return
+    for name, parameter in _trained(model).items():
+        require_whole(name, parameter, weights[name])
+    save_file(weights, folder / TRAINED, metadata={"format": "pt"})
+
+
+def load_trained(model: Any, folder: Path) -> None:
+    """Give the trained parameters of a model that no engine has partitioned the values of a folder.
+
+    Raises:
+        KeyError: the folder lacks one of them.
+    """
+    import torch
+    from safetensors import safe_open
+
+    parts, file = (adapter_parts(model), WEIGHTS) if has_adapter(model) else (_trained(model), TRAINED)
+    with torch.no_grad(), safe_open(folder / file, "pt") as values:
+        if missing := parts.keys() - set(values.keys()):
+            raise KeyError(f"{folder / file} lacks {', '.join(sorted(missing)[:3])}")
+        for name, parameter in parts.items():
+            parameter.copy_(values.get_tensor(name))
+
+
+def has_adapter(model: Any) -> bool:
+    return getattr(model, "adapter_config", None) is not None
+
+
+def expect_trained_only(model: Any) -> None:
+    """Let the model load a state without its frozen weights; a trained one that is missing is an error as before."""
+
+    def forgive(module: Any, result: Any) -> None:
+        frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        result.missing_keys[:] = [name for name in result.missing_keys if name not in frozen]
+
+    model.register_load_state_dict_post_hook(forgive)
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
