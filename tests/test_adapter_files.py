@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_sft.runtime.adapter import ADAPTER, QUANTIZATION, load_on_disk, save_adapter
+from ds_sft.runtime.adapter import ADAPTER, load_on_disk, save_adapter
 from ds_sft.runtime.export import finish_adapter
 from ds_sft.runtime.merge import merge
 from tests.conftest import make_model
@@ -59,7 +59,7 @@ def make_adapter(base: Path, output_dir: Path, **options: Any) -> Path:
     model.adapter_config = asked
     torch.manual_seed(2)
     weights = {n: p.detach() + torch.randn_like(p) / 20 for n, p in model.named_parameters() if p.requires_grad}
-    save_adapter(model, weights, output_dir / ".export", facts={QUANTIZATION: "none"})
+    save_adapter(model, weights, output_dir / ".export")
     tokenizer = AutoTokenizer.from_pretrained(base)
     finish_adapter(output_dir, output_dir / ".export", tokenizer, end_ids=[0], chat_template="{{ messages }}")
     return output_dir / "adapter"

@@ -17,6 +17,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.adapter import (
     COMPUTED_IN,
     CONFIG,
+    FACTS,
     FOLDER,
     QUANTIZATION,
     WEIGHTS,
@@ -28,6 +29,7 @@ from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.export import PARTIAL, end_answers_at, finish_adapter, move_into, own_ends, save_tokenizer
 from ds_sft.runtime.identity import BASE
 from ds_sft.runtime.merge import NoRoom, merge, require_room
+from ds_sft.runtime.results import write_json
 from ds_sft.runtime.trained import TRAINED
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What a run writes into its adapter's file at the end, see `runtime/adapter.py`, from a checkpoint's manifest."""
+    """What a run writes beside its adapter at the end, see `runtime/adapter.py`, from a checkpoint's manifest."""
     keys = manifest.get("config")
     if keys is None:
         return {}
@@ -101,14 +103,13 @@ def _require_base(checkpoint: Path, base: str, known: str | None) -> None:
 
 
 def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> None:
-    from safetensors.torch import load_file, save_file
-
     partial = given.out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = load_file(given.checkpoint / WEIGHTS)
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt", **facts})
-    shutil.copy(given.checkpoint / CONFIG, partial)
+    for name in (WEIGHTS, CONFIG):
+        shutil.copy(given.checkpoint / name, partial)
+    if facts:
+        write_json(partial / FACTS, facts)
     tokenizer, end_ids, template = _served(given)
     finish_adapter(given.out, partial, tokenizer, end_ids=end_ids, chat_template=template)
 

@@ -24,8 +24,9 @@ ADAPTER = "default"  # peft's name of the one adapter in a model
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 PREFIX = "base_model.model."  # of every tensor: peft's wrapper around a model, which ours does without
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
-# What else the file of weights says, as safetensors' metadata, of what the adapter was trained beside: a hash of the
-# base's files, how the base was quantised, and the dtype of forward and backward then.
+# What the adapter was trained beside, in a file of ours: a hash of the base's files, how these were quantised, and the
+# dtype of forward and backward. (In safetensors' metadata, which has no order, the same adapter had other bytes.)
+FACTS = "trained_on.json"
 BASE, QUANTIZATION, COMPUTED_IN = "base", "quantization", "computed_in"
 
 
@@ -67,18 +68,12 @@ def require_whole(name: str, parameter: Any, value: torch.Tensor) -> None:
     assert tuple(value.shape) == shape, f"{name}: {tuple(value.shape)} of {shape}: the parameter was not gathered"
 
 
-def save_adapter(
-    model: Any, weights: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str] | None = None
-) -> None:
-    """Write the adapter in `model` with these values, see `adapter_tensors`; `PeftModel.from_pretrained` reads it.
-
-    Args:
-        facts: what else to remember, in the file of weights: see `facts_of`.
-    """
+def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the adapter in `model` with these values, see `adapter_tensors`; `PeftModel.from_pretrained` reads it."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model, weights), folder / WEIGHTS, metadata={"format": "pt", **(facts or {})})
+    save_file(adapter_tensors(model, weights), folder / WEIGHTS, metadata={"format": "pt"})
     written = copy.copy(model.adapter_config)
     written.inference_mode = True  # as peft's own: whoever loads it to train on says so
     written.base_model_name_or_path = from_anywhere(written.base_model_name_or_path)
@@ -104,7 +99,7 @@ def base_of(folder: Path) -> str:
     Raises:
         UserError: its adapter_config.json names none.
     """
-    name = _read_config(folder).get("base_model_name_or_path")
+    name = _read(folder / CONFIG).get("base_model_name_or_path")
     if not name:
         raise UserError(
             f"{folder / CONFIG}: names no base_model_name_or_path: write the model there that it was trained on"
@@ -114,30 +109,24 @@ def base_of(folder: Path) -> str:
 
 def whole_of(folder: Path) -> list[str]:
     """The modules that were trained whole beside the adapter in `folder`."""
-    return _read_config(folder).get("modules_to_save") or []
+    return _read(folder / CONFIG).get("modules_to_save") or []
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: cannot be read: {error}") from None
+        raise UserError(f"{file}: cannot be read: {error}") from None
     return found
 
 
 def facts_of(folder: Path) -> dict[str, str]:
-    """What the adapter's file of weights says beside them: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; not if peft wrote it.
+    """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; empty if peft wrote it.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: its file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file: Any = safe_open(folder / WEIGHTS, "pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
-    return dict(file.metadata() or {})
+    return _read(folder / FACTS) if (folder / FACTS).is_file() else {}
 
 
 def load_on_disk(name: str | Path, **options: Any) -> Any:

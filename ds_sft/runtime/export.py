@@ -45,7 +45,7 @@ def _computed_in(config: Config) -> str:
 
 
 def adapter_facts(config: Config, *, base: str) -> dict[str, str]:
-    """What an adapter's file remembers of its training; `base`: hash of the base's files, "" where none was made."""
+    """What is remembered beside an adapter; `base`: hash of the base's files, "" where none was made."""
     facts = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
     return facts | ({adapter.BASE: base} if base else {})
 
@@ -75,8 +75,8 @@ def export_model(
     if config.adapter != "none":
         weights = trained_weights(trainer.model, keep=launch.is_main)
         if launch.is_main:
-            facts = adapter_facts(config, base=trainer.run.identity.get(BASE, ""))
-            adapter.save_adapter(trainer.model, weights, folder, facts)
+            adapter.save_adapter(trainer.model, weights, folder)
+            write_json(folder / adapter.FACTS, adapter_facts(config, base=trainer.run.identity.get(BASE, "")))
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
             launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
     else:

@@ -18,6 +18,7 @@ from ds_sft.runtime.adapter import (
     ADAPTER,
     COMPUTED_IN,
     CONFIG,
+    FACTS,
     FOLDER,
     PREFIX,
     QUANTIZATION,
@@ -101,7 +102,7 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
     try:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
         for file in adapter.iterdir():
-            if file.is_file() and file.name not in (WEIGHTS, CONFIG, "README.md"):
+            if file.is_file() and file.name not in (WEIGHTS, CONFIG, FACTS, "README.md"):
                 shutil.copy(file, partial)
         end_answers_at(own_ends(adapter), partial)
         move_into(out, partial)
