@@ -61,19 +61,20 @@ class Engine:
 
     def __init__(self) -> None:
         self.checkpoint_engine = SimpleNamespace(save=self.full, makedirs=self.full)
-        self.met_the_others = False
+        self.met_the_others, self.left_out, self.scripts = False, False, 0
 
     def full(self, *args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", "zero_to_fp32.py")
 
     def _copy_recovery_script(self, folder: str) -> None:
+        self.scripts += 1
         self.full()
 
     def save_checkpoint(self, folder: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         self.checkpoint_engine.makedirs(folder, exist_ok=True)
         self.checkpoint_engine.save({}, folder)
         self._copy_recovery_script(folder)
-        self.met_the_others = True
+        self.met_the_others, self.left_out = True, exclude_frozen_parameters
 
 
 def test_no_write_keeps_a_rank_from_the_engines_barriers() -> None:
@@ -273,6 +274,14 @@ def test_a_failure_beside_the_next_step(
         assert "Training on (on_save_error: continue)." in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     made.finish_save()  # it is settled
+
+
+def test_beside_frozen_weights_no_script_makes_a_model_of_the_others() -> None:
+    """DeepSpeed's own would: of an adapter, under names that nothing loads."""
+    engine = Engine()
+    trainer(model_wrapped=engine, run=SimpleNamespace(freezes=True))._save_engine("out/checkpoint-4")
+    assert engine.left_out is True
+    assert engine.scripts == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -40,7 +40,7 @@ def config(model_dir: Path, *flags: str) -> Config:
 def chosen(model_dir: Path, *flags: str) -> Any:
     """The model with its weights chosen, as for training without DeepSpeed."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    args: Any = SimpleNamespace(bf16=False, fp16=False, deepspeed=None, seed=0)
+    args: Any = SimpleNamespace(bf16=False, fp16=False, deepspeed=None, seed=0, activation_checkpointing_kwargs=None)
     choose_weights(model, config(model_dir, *flags), args, ALONE)
     return model
 

@@ -377,6 +377,8 @@ class ResumableTrainer(Trainer):
                    (engine, "_copy_recovery_script")]  # fmt: skip
         for owner, name in writers:
             setattr(owner, name, self._recorded(getattr(owner, name)))
+        if self.run.freezes:  # its scripts would make a model of the trained weights alone, under names nobody knows
+            engine._copy_recovery_script = lambda folder: None
         try:
             engine.save_checkpoint(output_dir, save_latest=False, exclude_frozen_parameters=self.run.freezes)
         finally:
