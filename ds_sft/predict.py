@@ -16,6 +16,7 @@ from ds_sft.config import SAMPLING, Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
+from ds_sft.runtime.adapter import base_of, exported, is_adapter, load_on_disk
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.placement import cache_size, place
 from ds_sft.training.limits import positions_left
@@ -44,7 +45,7 @@ def predict(config: Config, samples: Sequence[Dialogue], tokenizer: PreTrainedTo
     samples, prompts = [sample for sample, _ in found], [prompt for _, prompt in found]
     if not samples:
         return []
-    after = generate(str(config.output_dir), prompts, tokenizer, config)
+    after = generate(str(exported(config.output_dir)), prompts, tokenizer, config)
     before: Sequence[str | None] = [None] * len(samples)
     if config.predict_before:
         before = generate(config.model_name_or_path, prompts, tokenizer, config)
@@ -68,12 +69,11 @@ def generate(
     They end where the model's own files say, as with any server: nothing of the run is added.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from ds_sft.runtime.kernels import avoid_plans
 
     avoid_plans()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_on_disk(
         model_path,
         dtype="auto",
         trust_remote_code=config.trust_remote_code,
@@ -93,9 +93,10 @@ def placement(model_path: str, prompts: Sequence[list[int]], config: Config) -> 
     """Keywords that put the model, and the keys and values of a batch, on one GPU where they fit."""
     from transformers import AutoConfig
 
-    found = AutoConfig.from_pretrained(model_path, trust_remote_code=config.trust_remote_code)
+    name = base_of(Path(model_path)) if is_adapter(Path(model_path)) else model_path
+    found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     tokens = BATCH * (max(map(len, prompts)) + (config.predict_max_new_tokens or config.max_length))
-    placed = place(model_path, working=cache_size(found, tokens), use_cpu=bool(config.training.get("use_cpu")))
+    placed = place(name, working=cache_size(found, tokens), use_cpu=bool(config.training.get("use_cpu")))
     if placed.remark:
         print_line(f"Predicting: {placed.remark}")
     return placed.options

@@ -276,6 +276,7 @@ def finish(
     """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
     from ds_sft.runtime.expectation import compare_with_plan
     from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
+    from ds_sft.runtime.merge import merge_as_asked
     from ds_sft.runtime.release import release
     from ds_sft.runtime.verify import require_verified
 
@@ -290,6 +291,8 @@ def finish(
     release(trainer)  # of no use from here on
     with others_wait(), stop.until_ranks_meet():
         if tracker is not None:  # rank 0
+            if results["adapter"] is not None:
+                results["adapter"]["not_merged"] = merge_as_asked(config)
             results["export"] = check_export(rows, trained_loss, config)
             write_json(config.output_dir / RESULTS, results)
             require_verified(results["export"], config.output_dir)
@@ -348,12 +351,14 @@ def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None
 def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
     """What `run.json` says; all ranks must call it."""
     from ds_sft.runtime.zero import stage
+    from ds_sft.training.adapters import count_parameters
 
     history = trainer.state.log_history
     train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     best = trainer.state.best_metric if best_checkpoint(trainer) else None
     speed, resumed = trainer.meter.summary(), trainer.run.resumed
+    trained, parameters = count_parameters(trainer.model)
     return {
         "versions": versions(),
         "git_commit": git_commit(),
@@ -362,6 +367,9 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "zero_stage": stage(trainer.args.deepspeed),
         "device": str(trainer.args.device),
         "seed": trainer.args.seed,
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "adapter": describe_adapter(trainer.model, config),
         "steps": trainer.state.global_step,
         "skipped_steps": trainer.skipped_steps,
         "epochs": trainer.state.epoch,
@@ -375,6 +383,24 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "seconds": round(seconds, 2),
         "speed": speed,
         "peak_memory": gather(peak_memory()),  # of each rank
+    }
+
+
+def describe_adapter(model: Any, config: Config) -> dict[str, Any] | None:
+    """The adapter in the model, in peft's words; None where all weights are its own."""
+    if config.adapter == "none":
+        return None
+    asked = model.adapter_config
+    targets = asked.target_modules
+    return {
+        "kind": config.adapter,
+        "base": asked.base_model_name_or_path,
+        "quantization": config.quantization,
+        "rank": asked.r,
+        "alpha": asked.lora_alpha,
+        "use_rslora": asked.use_rslora,
+        "targets": targets if isinstance(targets, str) else sorted(targets),
+        "modules_to_save": asked.modules_to_save,
     }
 
 

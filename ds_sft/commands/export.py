@@ -4,6 +4,10 @@
 
 From Trainer's own checkpoints and from those of ZeRO-0 to 3, of any number of ranks; with the float32 masters of ZeRO-1
 to 3. Tensors are read, converted and written one file of weights at a time: memory is that of one such file.
+
+Of a run with an adapter CHECKPOINT is one of its checkpoints, or its folder `adapter`; OUT then has what such a run
+leaves: the adapter in OUT/adapter and, where the disk has room, the merged model. Memory is then that of the base, as
+under train_only, whose checkpoints have the trained weights alone.
 """
 
 from __future__ import annotations
@@ -31,9 +35,18 @@ def main(argv: Sequence[str]) -> int:
     given = _parse(argv)
     started = time.monotonic()
     # Heavy imports stand here: --help and mistakes are answered without them.
+    from ds_sft.runtime.adapter import is_adapter
     from ds_sft.runtime.consolidate import open_checkpoint
     from ds_sft.runtime.export import PARTIAL, move_into
+    from ds_sft.runtime.trained import TRAINED
 
+    with_adapter = is_adapter(given.checkpoint)
+    if (given.merge or given.adapter_only) and not with_adapter:
+        flag = "--merge" if given.merge else "--adapter-only"
+        raise UserError(f"{given.checkpoint}: has no adapter (adapter_config.json): leave out {flag}")
+    if with_adapter or (given.checkpoint / TRAINED).is_file():
+        _export_frozen(given)
+        return 0
     checkpoint = open_checkpoint(given.checkpoint)
     _require_manifest(given.checkpoint)
     dtype = _dtype(given)
@@ -52,6 +65,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _export_frozen(given: argparse.Namespace) -> None:
+    """Of a checkpoint that is without its frozen weights."""
+    from ds_sft.commands.export_frozen import export_adapter, export_trained
+    from ds_sft.runtime.adapter import FOLDER, is_adapter
+
+    at_the_end = given.checkpoint.resolve().name == FOLDER  # what a run leaves there is no checkpoint
+    manifest = {} if at_the_end else _require_manifest(given.checkpoint)
+    export = export_adapter if is_adapter(given.checkpoint) else export_trained
+    export(given, manifest, _dtype(given))
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ds-sft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,6 +90,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights, such as 500MB [%(default)s]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--merge", action="store_true", help="of an adapter: fail where the disk has no room for the model"
+    )
+    what.add_argument("--adapter-only", action="store_true", help="of an adapter: without the merged model")
     given = parser.parse_args(argv)
     if not is_size(given.max_shard_size):
         raise UserError(f"--max_shard_size: expected a size such as 5GB or 500MB, found {given.max_shard_size!r}")
@@ -74,8 +103,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _require_manifest(checkpoint: Path) -> None:
-    """A checkpoint of our runs is complete when it has a manifest; those of other programs never have one.
+def _require_manifest(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint of our runs is complete when it has a manifest; those of other programs never have one: empty.
 
     Raises:
         UserError: it has none, or one that cannot be read, in a folder that a run of ours has reported its data in.
@@ -83,9 +112,9 @@ def _require_manifest(checkpoint: Path) -> None:
     from ds_sft.runtime.checkpoint import Broken, read_manifest
 
     if not (checkpoint.resolve().parent / "data_report.json").exists():
-        return
+        return {}
     try:
-        read_manifest(checkpoint)
+        return read_manifest(checkpoint)
     except Broken as error:
         raise UserError(f"{checkpoint}: {error}; take another checkpoint") from None
 
@@ -103,9 +132,17 @@ def _dtype(given: argparse.Namespace) -> torch.dtype:
         name = keys.get("export_dtype", "auto")
         name = trained if name == "auto" else name
     if name == "auto":
-        config = _read_config(given.checkpoint)
+        config = _read_config(_folder_of_config(given.checkpoint))
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _folder_of_config(checkpoint: Path) -> Path:
+    """Where config.json is: an adapter has that of its base."""
+    from ds_sft.runtime.adapter import base_of, is_adapter
+    from ds_sft.runtime.size import model_folder
+
+    return (is_adapter(checkpoint) and model_folder(base_of(checkpoint))) or checkpoint
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,29 +1,54 @@
-"""An adapter on the disk, as peft writes it: adapter_model.safetensors and adapter_config.json."""
+"""An adapter on the disk, as peft writes it: adapter_model.safetensors and adapter_config.json, and base + adapter in
+memory.
+
+A finished run has it in a folder of its own, `output_dir/adapter`: beside a model's files transformers would take the
+two for base and adapter.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ds_sft.errors import UserError
+from ds_sft.runtime.quantized import nf4_config, settle, skeleton
 
 if TYPE_CHECKING:
     import torch
 
+FOLDER = "adapter"  # of a run's output folder
 ADAPTER = "default"  # peft's name of the one adapter in a model
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 PREFIX = "base_model.model."  # of every tensor: peft's wrapper around a model, which ours does without
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
+# What the adapter was trained beside, in a file of ours: a hash of the base's files, how these were quantised, and the
+# dtype of forward and backward. (In safetensors' metadata, which has no order, the same adapter had other bytes.)
+FACTS = "trained_on.json"
+BASE, QUANTIZATION, COMPUTED_IN = "base", "quantization", "computed_in"
+
+
+# ---- Writing
 
 
 def adapter_parts(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters of a model with an adapter in it, by their names in peft's files; tied ones under each."""
+    """The trained parameters of a model with an adapter in it, by their names in peft's files; tied ones under each.
+
+    DoRA's magnitudes get the full name of the parameter, which peft would shorten: it reads both, but transformers 5.23
+    (`AutoModelForCausalLM.from_pretrained` of the adapter's folder) only the full one, and would answer as if they were
+    not there.
+    """
     from peft import get_peft_model_state_dict
 
     trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     found = get_peft_model_state_dict(model, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {f"{PREFIX}{name}": parameter for name, parameter in found.items()}
+    names = {name: f"{name}.weight" if name.endswith(MAGNITUDE) else name for name in found}
+    return {f"{PREFIX}{names[name]}": parameter for name, parameter in found.items()}
 
 
-def adapter_tensors(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An adapter's tensors under the names of peft's files.
 
     Args:
@@ -43,7 +68,7 @@ def require_whole(name: str, parameter: Any, value: torch.Tensor) -> None:
     assert tuple(value.shape) == shape, f"{name}: {tuple(value.shape)} of {shape}: the parameter was not gathered"
 
 
-def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write the adapter in `model` with these values, see `adapter_tensors`; `PeftModel.from_pretrained` reads it."""
     from safetensors.torch import save_file
 
@@ -51,4 +76,109 @@ def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
     save_file(adapter_tensors(model, weights), folder / WEIGHTS, metadata={"format": "pt"})
     written = copy.copy(model.adapter_config)
     written.inference_mode = True  # as peft's own: whoever loads it to train on says so
+    written.base_model_name_or_path = from_anywhere(written.base_model_name_or_path)
     written.save_pretrained(folder)
+
+
+def from_anywhere(name: str) -> str:
+    """A model's name that holds in every working directory: a folder in full, a hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+# ---- Reading
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The model that the adapter in `folder` was trained on: a folder, or a hub id.
+
+    Raises:
+        UserError: its adapter_config.json names none.
+    """
+    name = _read(folder / CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise UserError(
+            f"{folder / CONFIG}: names no base_model_name_or_path: write the model there that it was trained on"
+        )
+    return str(name)
+
+
+def whole_of(folder: Path) -> list[str]:
+    """The modules that were trained whole beside the adapter in `folder`."""
+    return _read(folder / CONFIG).get("modules_to_save") or []
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    return found
+
+
+def facts_of(folder: Path) -> dict[str, str]:
+    """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; empty if peft wrote it.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    return _read(folder / FACTS) if (folder / FACTS).is_file() else {}
+
+
+def load_on_disk(name: str | Path, **options: Any) -> Any:
+    """The model `name`, a folder or a hub id; of an adapter's folder base + adapter, which end answers as it says.
+
+    Args:
+        options: keywords of `from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(name)
+    if not is_adapter(folder):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    from peft import PeftModel
+
+    base = _load_base_as_trained(folder, **options)
+    model = PeftModel.from_pretrained(base, str(folder)).get_base_model()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _load_base_as_trained(folder: Path, **options: Any) -> Any:
+    """The base of the adapter in `folder`, in 4 bits where it was trained beside these."""
+    import torch
+
+    name, facts = base_of(folder), facts_of(folder)
+    if facts.get(QUANTIZATION, "none") == "none":
+        return load_base(name, **options)
+    dtype = getattr(torch, facts[COMPUTED_IN])
+    bare = skeleton(name, trust_remote_code=options["trust_remote_code"])
+    quantization = nf4_config(bare, dtype, whole_of(folder))
+    model = load_base(name, **{**options, "dtype": dtype}, quantization_config=quantization)
+    settle(model)
+    return model
+
+
+def load_base(name: str, **options: Any) -> Any:
+    """The model that an adapter is put on.
+
+    Raises:
+        UserError: it is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except OSError as error:
+        raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def exported(output_dir: Path) -> Path:
+    """The folder to load a finished run's model from: the output folder, or its adapter where it was not merged."""
+    adapter = output_dir / FOLDER
+    return adapter if is_adapter(adapter) and not any(output_dir.glob("model*.safetensors")) else output_dir

@@ -40,6 +40,7 @@ FACTS = {  # what a manifest says beside its files
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SIZE = {"rows_a_step", "dataloader_drop_last"}  # how many rows of an epoch's order a step takes, not their order
 SET_OUT = ".set-out"  # the Slurm job that started anew in an output folder, or from a checkpoint that was named
+FINAL = ("model*.safetensors", "adapter/adapter_model.safetensors")  # what a finished run leaves in its output folder
 NAME = re.compile(r"checkpoint-(\d+)")
 OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
 BLOCK = 1 << 24  # bytes read at a time
@@ -452,10 +453,11 @@ def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) ->
         with contextlib.suppress(OSError, ValueError, KeyError):
             then = json.loads((config.output_dir / RESULTS).read_text(encoding="utf-8"))["identity"]
             other = changes(then, this_run)
-            done = not other and any(config.output_dir.glob("model*.safetensors"))
+            done = not other and any(map(any, (config.output_dir.glob(weights) for weights in FINAL)))
     other, done = gather((other, done))[0]
     if done:
-        launch.say(f"This run is finished: {config.output_dir} holds its model. (--resume never trains it anew.)")
+        what = "model" if config.adapter == "none" else "adapter"
+        launch.say(f"This run is finished: {config.output_dir} holds its {what}. (--resume never trains it anew.)")
     else:
         _refuse_another_run(config.output_dir, other, this_run, config)
     return done

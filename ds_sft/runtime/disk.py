@@ -14,30 +14,46 @@ from ds_sft.plan.steps import Steps
 from ds_sft.runtime.checkpoint import Site, newest_complete, steps_in
 from ds_sft.runtime.distributed import gather
 from ds_sft.runtime.export import export_dtype
+from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.size import ModelSize, in_units
 
 
 def predict_size(model: Any, stage: int | None, site: Site) -> int:
     """Bytes of a checkpoint of the model in memory on this rank's file system."""
     parameters = list(model.parameters())
-    embedding = model.get_input_embeddings().weight
-    shape = ModelSize(
-        parameters=sum(map(_count, parameters)),
-        embedding=_count(embedding),
-        tied=model.get_output_embeddings().weight is embedding,
-    )
-    size = checkpoint_bytes(shape, stage=stage, weight_bytes=parameters[0].element_size())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if len(trained) < len(parameters):
+        size = _bytes_of_trained(sum(map(elements, trained)), stage, trained[0].element_size())
+    else:
+        embedding = model.get_input_embeddings().weight
+        shape = ModelSize(
+            parameters=sum(map(elements, parameters)),
+            embedding=elements(embedding),
+            tied=model.get_output_embeddings().weight is embedding,
+        )
+        size = checkpoint_bytes(shape, stage=stage, weight_bytes=parameters[0].element_size())
     return size if site.shared else math.ceil(size * site.launch.local_world_size / site.launch.world_size)
 
 
-def _count(parameter: Any) -> int:
-    """Elements of a parameter, of which ZeRO-3 keeps a share here."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def _bytes_of_trained(count: int, stage: int | None, weight_bytes: int) -> int:
+    """A checkpoint that has the trained weights alone, whole in float32, and their states."""
+    masters_and_moments = count * (8 if stage is None else 12)
+    in_engine = count * weight_bytes if stage is not None and stage < 3 else 0  # mp_rank_00_model_states.pt
+    return 4 * count + masters_and_moments + in_engine
 
 
 def export_size(model: Any, config: Config, site: Site) -> int:
-    """Bytes of the final weights that this rank writes."""
-    return export_dtype(config).itemsize * sum(map(_count, model.parameters())) if site.launch.is_main else 0
+    """Bytes of the final weights that this rank writes: of an adapter those of the merged model, too, if they must be.
+
+    Under `merge: auto` that is decided at the end.
+    """
+    if not site.launch.is_main:
+        return 0
+    own = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapter = 4 * sum(map(elements, trained)) if config.adapter != "none" else 0
+    whole = export_dtype(config).itemsize * sum(map(elements, own))
+    return adapter + (whole if config.adapter == "none" or config.merge == "yes" else 0)
 
 
 def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: int = 0, export: int = 0) -> None:

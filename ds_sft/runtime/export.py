@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
+from ds_sft.runtime import adapter
 from ds_sft.runtime.distributed import Launch, barrier
+from ds_sft.runtime.identity import BASE
 from ds_sft.runtime.results import write_json
+from ds_sft.runtime.size import model_folder
 from ds_sft.runtime.verify import Question, verify_or_keep
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
+GENERATION = "generation_config.json"
 
 
 VERIFIED_ROWS = 8
@@ -30,16 +34,24 @@ def export_dtype(config: Config) -> torch.dtype:
     """`export_dtype`; auto is the dtype that was trained in, so every launcher leaves the same files."""
     import torch
 
-    if config.export_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.export_dtype)
-        return dtype
-    if config.training.get("bf16"):
-        return torch.bfloat16
-    return torch.float16 if config.training.get("fp16") else torch.float32
+    name = _computed_in(config) if config.export_dtype == "auto" else config.export_dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _computed_in(config: Config) -> str:
+    """The dtype of forward and backward."""
+    return "bfloat16" if config.training.get("bf16") else "float16" if config.training.get("fp16") else "float32"
+
+
+def adapter_facts(config: Config, *, base: str) -> dict[str, str]:
+    """What is remembered beside an adapter; `base`: hash of the base's files, "" where none was made."""
+    facts = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
+    return facts | ({adapter.BASE: base} if base else {})
 
 
 def export_model(
-    trainer: Trainer,
+    trainer: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     launch: Launch,
@@ -47,22 +59,56 @@ def export_model(
     end_ids: Sequence[int],
     chat_template: str,
 ) -> None:
-    """Write model and tokenizer into the output folder; all ranks must call it.
+    """Write model and tokenizer into the output folder, or adapter and tokenizer into its folder `adapter`.
+
+    All ranks must call it.
 
     Args:
         end_ids: tokens that training taught to end an answer with.
         chat_template: the Jinja template that was trained with.
     """
-    weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
+    from ds_sft.runtime.trained import trained_weights
+
+    folder = config.output_dir / PARTIAL
     if launch.is_main:
-        folder = config.output_dir / PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
-        _save(trainer.model, weights, config, folder)
-        save_tokenizer(tokenizer, folder, chat_template)
-        end_answers_at(end_ids, folder)
-        move_into(config.output_dir, folder)
-        launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
+    if config.adapter != "none":
+        weights = trained_weights(trainer.model, keep=launch.is_main)
+        if launch.is_main:
+            adapter.save_adapter(trainer.model, weights, folder)
+            write_json(folder / adapter.FACTS, adapter_facts(config, base=trainer.run.identity.get(BASE, "")))
+            finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
+            launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
+    else:
+        weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
+        if launch.is_main:
+            _save(trainer.model, weights, config, folder)
+            save_tokenizer(tokenizer, folder, chat_template)
+            end_answers_at(end_ids, folder)
+            move_into(config.output_dir, folder)
+            shutil.rmtree(config.output_dir / adapter.FOLDER, ignore_errors=True)  # an earlier run's
+            launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
     barrier()
+
+
+def finish_adapter(
+    output_dir: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int], chat_template: str
+) -> None:
+    """Put what a server must know beside the adapter in `folder`, and all of it in place.
+
+    A merged model that is in `output_dir` is another adapter's, and goes.
+    """
+    save_tokenizer(tokenizer, folder, chat_template)
+    base = model_folder(adapter.base_of(folder))
+    generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
+    _write_generation(folder, generation, model, end_ids)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read it
+    _remove_weights(output_dir)
+    for name in ("config.json", GENERATION):
+        (output_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(output_dir / adapter.FOLDER, ignore_errors=True)
+    folder.rename(output_dir / adapter.FOLDER)
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
@@ -105,6 +151,11 @@ def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, tor
 
 def full_value(parameter: Any) -> torch.Tensor:
     """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
+    if not parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3 has no master of what is frozen
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.data.clone()  # type: ignore[no-any-return]
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO-1/2, ZeRO-3
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -138,25 +189,65 @@ def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:
 
     vLLM and `generate` read generation_config.json first; config.json is read where that is missing.
     """
-    file = folder / "generation_config.json"
-    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    parts = [part for part in (model, model.get("text_config")) if part and part.get("eos_token_id") is not None]
-    own: Any = next((part["eos_token_id"] for part in (generation, *parts) if part.get("eos_token_id") is not None), [])
-    ends = list(dict.fromkeys([*end_ids, *(own if isinstance(own, list) else [own])]))
-    if not ends:
+    model = _read(folder / "config.json")
+    ends = _write_generation(folder, _read(folder / GENERATION), model, end_ids)
+    if ends:
+        for part in _parts_that_end(model):
+            part["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        write_json(folder / "config.json", model)
+
+
+def _write_generation(folder: Path, own: dict[str, Any], model: dict[str, Any], end_ids: Sequence[int]) -> list[int]:
+    """generation_config.json with these ends before those of `own`, else of the configuration `model`; all ends."""
+    ends = list(dict.fromkeys([*end_ids, *_ends_of(own, *_parts_that_end(model))]))
+    if ends:
+        write_json(folder / GENERATION, own | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+    return ends
+
+
+def _parts_that_end(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a config.json that say where an answer ends."""
+    return [part for part in (model, model.get("text_config")) if part and part.get("eos_token_id") is not None]
+
+
+def _ends_of(*parts: dict[str, Any]) -> list[int]:
+    """The tokens that end an answer by the first part that says it."""
+    own: Any = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), [])
+    return own if isinstance(own, list) else [own]
+
+
+def own_ends(folder: Path) -> list[int]:
+    """The tokens that end an answer by the files of a model or an adapter in `folder`."""
+    return _ends_of(_read(folder / GENERATION), *_parts_that_end(_read(folder / "config.json")))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def mend_generation_config(model: Any) -> None:
+    """Let a generation config be saved that contradicts itself.
+
+    Some published ones carry a temperature without `do_sample`; transformers loads them, and refuses to save them: at
+    the first checkpoint, hours later, with the weights not written.
+    """
+    if model.generation_config is None:
         return
-    for part in (generation, *parts):
-        part["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    write_json(file, generation)
-    write_json(folder / "config.json", model)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def move_into(output_dir: Path, folder: Path) -> None:
     """Put finished files in place; weights of an earlier export, perhaps in other shards, go first."""
-    for old in (*output_dir.glob("model*.safetensors"), *output_dir.glob("model.safetensors.index.json")):
-        old.unlink()
+    _remove_weights(output_dir)
     for file in sorted(folder.iterdir()):
         file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read the model
         os.replace(file, output_dir / file.name)
     folder.rmdir()
+
+
+def _remove_weights(output_dir: Path) -> None:
+    for old in (*output_dir.glob("model*.safetensors"), *output_dir.glob("model.safetensors.index.json")):
+        old.unlink()

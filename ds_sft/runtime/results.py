@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = "run.json"  # written last: a run that has it is finished
 KEPT = "verify.json"  # what a model on disk was to be asked, and there was no memory: for `ds-sft verify`
-PACKAGES = ("ds_sft", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "swanlab")
+PACKAGES = ("ds_sft", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "swanlab", "peft")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,9 @@
 
     python -m ds_sft.runtime.verify < question.json    # the arguments of `loss_on_disk`
 
-prints the mean cross-entropy over the supervised tokens and their number as JSON. Nothing of the run's process reaches
-it: no engine, no launcher's variables, no weights in memory. Where there is no memory for it, the question is kept:
+prints the mean cross-entropy over the supervised tokens and their number as JSON; of a run with an adapter also that of
+base + adapter, and how far the merged model's logits are from theirs. Nothing of the run's process reaches it: no
+engine, no launcher's variables, no weights in memory. Where there is no memory for it, the question is kept:
 `ds-sft verify OUTPUT_DIR` asks it again.
 """
 
@@ -17,17 +18,22 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ds_sft.runtime.adapter import FOLDER, base_of, exported, is_adapter, load_on_disk
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.placement import is_out_of_memory, logits_size, place
 from ds_sft.runtime.results import KEPT, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 # How far apart the two losses may be, relative to the larger of the loss and 1 (log-probabilities carry the error of
 # logits, whose size does not shrink with the loss). float32: other batches, other order of summing; 1e-7 is usual.
 # bfloat16 keeps 8 bits, so one rounding is up to 2^-9 = 0.2 %; five of them in a row, none cancelled, are 1 %, and the
 # largest difference measured was 0.2 %. float16 keeps 11 bits.
 BOUNDS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
+LOGITS = 256  # tokens whose logits are compared: of 150,000 entries each they take 160 MB
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "PMI_", "OMPI_")
 
@@ -72,16 +78,19 @@ def verify(folder: Path, question: Question) -> dict[str, Any]:
     if not found["tokens"]:
         return {"verified": None, "reason": f"none of the {len(rows)} rows asked has a supervised token"}
     bound = max(BOUNDS[dtype] for dtype in question.dtypes) * max(1.0, trained_loss)
-    difference = abs(found["loss"] - trained_loss)
-    return {
-        "verified": difference <= bound,  # false for NaN, too
+    differences = [abs(loss - trained_loss) for loss in (found["loss"], *found.get("adapter", {}).values())]
+    result = {
+        "verified": all(difference <= bound for difference in differences),  # false for NaN, too
         "loss_trained": trained_loss,
         "loss_on_disk": found["loss"],
-        "difference": difference,
+        "difference": differences[0],
         "bound": bound,
         "rows": len(rows),
         "supervised_tokens": found["tokens"],
     }
+    if "merge" in found:
+        result |= {"loss_of_adapter": found["adapter"]["loss"], "merge": found["merge"]}
+    return result
 
 
 def verify_or_keep(folder: Path, question: Question) -> dict[str, Any]:
@@ -108,16 +117,26 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
         return
     if "error" in result:
         raise ExportError(f"Export NOT verified: {result['error']}")
+    what = str(folder) if exported(folder) == folder else f"{exported(folder)} on its base"
     line = (
-        f"{folder}, loaded in a fresh process, has loss {result['loss_on_disk']:.6f} on {result['rows']} rows, "
+        f"{what}, loaded in a fresh process, has loss {result['loss_on_disk']:.6f} on {result['rows']} rows, "
         f"the trained model {result['loss_trained']:.6f} (difference {result['difference']:.1e}, "
         f"bound {result['bound']:.1e})."
     )
+    merge = result.get("merge")
+    if merge is not None:
+        line += f" {folder / FOLDER} on its base has {result['loss_of_adapter']:.6f}."
     if not result["verified"]:
         raise ExportError(
             f"Export NOT verified: {line} Do not use these weights; the last checkpoint has the trained ones."
         )
     print_line(f"Export verified: {line}")
+    if merge is not None:
+        print_line(
+            f"Rounding of the merge: logits of the merged model and of base + adapter differ by "
+            f"{merge['largest_difference']:.2g} at most, where they reach {merge['largest_logit']:.3g} "
+            f"({merge['tokens']} tokens)."
+        )
 
 
 def _ask_fresh_process(folder: Path, question: Question) -> dict[str, Any]:
@@ -125,7 +144,8 @@ def _ask_fresh_process(folder: Path, question: Question) -> dict[str, Any]:
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "ds_sft.runtime.verify"]
     asked = {"folder": str(folder), "rows": question.rows, "use_cpu": question.use_cpu,
-             "trust_remote_code": question.trust_remote_code}  # fmt: skip
+             "trust_remote_code": question.trust_remote_code,
+             "finest": min(question.dtypes, key=BOUNDS.__getitem__)}  # fmt: skip
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=env)
     if -done.returncode in STOPS:
         raise Interrupted
@@ -142,30 +162,65 @@ def _ask_fresh_process(folder: Path, question: Question) -> dict[str, Any]:
     return found
 
 
-def loss_on_disk(folder: str, rows: list[dict[str, Any]], use_cpu: bool, trust_remote_code: bool) -> dict[str, Any]:
-    """Mean cross-entropy over supervised tokens, one row at a time, and their number; by plain transformers."""
-    import torch
-    import torch.nn.functional as F
-    from transformers import AutoConfig, AutoModelForCausalLM
+def loss_on_disk(
+    folder: str, rows: list[dict[str, Any]], use_cpu: bool, trust_remote_code: bool, finest: str = "float32"
+) -> dict[str, Any]:
+    """Mean cross-entropy over supervised tokens, one row at a time, and their number; by plain transformers and peft.
 
+    Where a run has left an adapter and the merged model, the first is asked too, after the other has gone: `adapter`
+    has its loss, `merge` how far the logits differ at the first supervised tokens.
+
+    Args:
+        finest: the dtype that base + adapter compute in, of those of training and of the merged model the one that
+            rounds less: a difference is then the merged model's own.
+    """
     from ds_sft.runtime.kernels import avoid_plans
 
     avoid_plans()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    options = {"use_cpu": use_cpu, "trust_remote_code": trust_remote_code}
+    adapter, main = Path(folder) / FOLDER, exported(Path(folder))
+    dtype = "auto" if main != adapter else finest
+    found, remark, logits = _ask(main, rows, dtype, keep=LOGITS if is_adapter(adapter) else 0, **options)
+    found |= {"remark": remark}
+    if main != adapter and is_adapter(adapter):
+        other, _, others = _ask(adapter, rows, finest, keep=LOGITS, **options)
+        found["adapter"] = {"loss": other["loss"]}
+        found["merge"] = {
+            "largest_difference": max((a - b).abs().max().item() for a, b in zip(logits, others, strict=True)),
+            "largest_logit": max(a.abs().max().item() for a in logits),
+            "tokens": sum(map(len, logits)),
+        }
+    return found
+
+
+def _ask(
+    folder: Path, rows: list[dict[str, Any]], dtype: str, *, keep: int, use_cpu: bool, trust_remote_code: bool
+) -> tuple[dict[str, Any], str | None, list[torch.Tensor]]:
+    """Loss and number of supervised tokens, what is said of where the model went, and logits of the first of them.
+
+    Returns:
+        logits: of each row [tokens, vocab] in float32 on the CPU, of `keep` tokens at most.
+    """
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoConfig
+
+    name = base_of(folder) if is_adapter(folder) else str(folder)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     longest = max((len(row["input_ids"]) for row in rows), default=0)
-    placement = place(folder, working=logits_size(config, longest), use_cpu=use_cpu)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code, **placement.options
-    ).eval()
-    total, count = 0.0, 0
+    placement = place(name, working=logits_size(config, longest), use_cpu=use_cpu)
+    model = load_on_disk(folder, dtype=dtype, trust_remote_code=trust_remote_code, **placement.options).eval()
+    total, count, kept = 0.0, 0, []
     with torch.inference_mode():
         for row in rows:
             ids = torch.tensor([row["input_ids"]], device=model.device)
             labels = torch.tensor(row["labels"][1:], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             total += F.cross_entropy(logits, labels.to(logits.device), ignore_index=-100, reduction="sum").item()
+            if count < keep:
+                kept.append(logits[(labels != -100).to(logits.device)][: keep - count].cpu())
             count += int((labels != -100).sum())
-    return {"loss": total / max(count, 1), "tokens": count, "remark": placement.remark}
+    return {"loss": total / max(count, 1), "tokens": count}, placement.remark, kept
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

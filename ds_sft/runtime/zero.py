@@ -136,6 +136,11 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _optimizer_block(engine)
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
+        if config.quantization != "none" and stage(dict(engine)) == 3:
+            yield (
+                f"zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: "
+                f"{config.quantization}; write 2, or leave quantization out"
+            )
         yield from _batch_size(engine, training, launch)
         yield from _missing_tools(engine)
 

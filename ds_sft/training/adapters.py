@@ -19,6 +19,7 @@ from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.adapter import ADAPTER
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.quantized import describe, elements
 from ds_sft.training.model import computing_dtype, training_dtype
 from ds_sft.training.targets import count_by_end, last, shape_of, targets, whole_modules
 
@@ -39,6 +40,8 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
     Raises:
         UserError: a key names nothing in this model.
     """
+    if config.quantization != "none":
+        launch.say(describe(model))
     if config.adapter != "none":
         _inject(model, config, args)
         _describe_adapter(model, config, launch)
@@ -54,14 +57,8 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Elements that are trained, and all; those of a quantised weight as if it were not."""
-    sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
+    sizes = [(elements(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def _elements(parameter: Any) -> int:
-    if (state := getattr(parameter, "quant_state", None)) is not None:
-        return int(state.shape.numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def trained_parts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,6 +141,8 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> 
     for names in ("target_modules", "modules_to_save"):  # sets have another order in every process
         setattr(asked, names, sorted(getattr(asked, names) or []) or None)
     model.adapter_config = asked
+    if config.quantization != "none":
+        model._hf_peft_config_loaded = True  # what Trainer asks of a quantised model: something in it can be trained
 
 
 def _mend_tied(model: PreTrainedModel, asked: LoraConfig) -> None:

@@ -19,6 +19,7 @@ import torch
 from ds_sft.data.layout import Layout
 from ds_sft.runtime.distributed import gather_numbers
 from ds_sft.runtime.peak import Peak
+from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.results import peak_memory
 
 if TYPE_CHECKING:
@@ -148,18 +149,14 @@ def count_flops(model: PreTrainedModel) -> Flops | None:
     left_out = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
     matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2 and id(p) not in left_out]
     return Flops(
-        layers=float(sum(_factor(p) * _numel(p) for p in matrices)),
-        head=0.0 if head is None else float(_factor(head) * _numel(head)),
+        layers=float(sum(_factor(p) * elements(p) for p in matrices)),
+        head=0.0 if head is None else float(_factor(head) * elements(head)),
         attention=12.0 * layers * heads * head_dim,
     )
 
 
 def _factor(parameter: torch.Tensor) -> int:
     return 6 if parameter.requires_grad else 4
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # under ZeRO-3 of the whole, wherever it is
 
 
 @dataclass(frozen=True)

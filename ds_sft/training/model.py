@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import resized_vocab
+from ds_sft.runtime.adapter import base_of, is_adapter
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.export import mend_generation_config
+from ds_sft.runtime.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +39,13 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
 
     name = config.model_name_or_path
     _check_folder(name)
+    require_bitsandbytes(config.quantization)
     try:
-        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
+    require_float(found, name, config.quantization)
     if not tokenizer.is_fast:
         raise UserError(f"model_name_or_path: {name}: has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token is None:
@@ -55,6 +60,11 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
 def _check_folder(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
+        if is_adapter(path):
+            raise UserError(
+                f"model_name_or_path: {name}: is an adapter of {base_of(path)}, not a model: write "
+                f"model_name_or_path: {base_of(path)}, or a folder that it is merged into: ds-sft export {name} FOLDER"
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"model_name_or_path: {name}: this folder has no config.json, so it is not a model")
     elif path.exists():
@@ -129,12 +139,23 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         options["attn_implementation"] = config.attn_implementation
     if args.device.type == "cuda" and not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": args.device}  # else every rank of a node has the whole model in host memory first
+    if config.quantization == "nf4":
+        bare = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        whole = config.lora_modules_to_save or []
+        options["quantization_config"] = nf4_config(bare, computing_dtype(args), whole)
     try:
         with freed_memory_returned() if is_deepspeed_zero3_enabled() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
-    _mend_generation_config(model)
+    if config.quantization == "nf4":
+        settle(model)
+    elif getattr(model, "is_quantized", False):
+        raise UserError(
+            f"model_name_or_path: {config.model_name_or_path}: its weights are quantised, and cannot be trained here; "
+            "give the model they were made of"
+        )
+    mend_generation_config(model)
     return model
 
 
@@ -246,17 +267,3 @@ def freed_memory_returned() -> Iterator[None]:
     finally:  # where glibc's own adjustment ends: training allocates and frees large tensors all the time
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
-
-
-def _mend_generation_config(model: Any) -> None:
-    """Let a generation config be saved that contradicts itself.
-
-    Some published ones carry a temperature without `do_sample`; transformers loads them, and refuses to save them: at
-    the first checkpoint, hours later, with the weights not written.
-    """
-    if model.generation_config is None:
-        return
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True

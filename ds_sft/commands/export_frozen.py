@@ -1,0 +1,194 @@
+"""What `ds-sft export` makes of a checkpoint that is without its frozen weights: the base is loaded for them.
+
+An adapter becomes what a run leaves at its end, in the same bytes: OUT/adapter, and the merged model in OUT. Weights
+that `train_only` named become a whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import Config, load_config
+from ds_sft.errors import UserError
+from ds_sft.runtime.adapter import (
+    COMPUTED_IN,
+    CONFIG,
+    FACTS,
+    FOLDER,
+    QUANTIZATION,
+    WEIGHTS,
+    base_of,
+    facts_of,
+    load_base,
+)
+from ds_sft.runtime.base import hash_base
+from ds_sft.runtime.export import PARTIAL, end_answers_at, finish_adapter, move_into, own_ends, save_tokenizer
+from ds_sft.runtime.identity import BASE
+from ds_sft.runtime.merge import NoRoom, merge, require_room
+from ds_sft.runtime.results import write_json
+from ds_sft.runtime.trained import TRAINED
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+# ---- An adapter
+
+
+def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write OUT/adapter and, unless it was not asked for, or the disk has no room, the merged model.
+
+    Args:
+        given: the command line.
+        manifest: of the checkpoint; empty for an adapter that a run has left at its end, or another program.
+        dtype: of the merged model.
+
+    Raises:
+        NoRoom: --merge, and the disk has none; nothing is written.
+        UserError: the base is another one than was trained on, or the adapter does not fit it.
+    """
+    base, facts = base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
+    _require_base(given.checkpoint, base, facts.get(BASE))
+    if given.merge:
+        require_room(given.out, base, dtype, given.trust_remote_code)
+    _write_adapter(given, facts)
+    print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
+    if given.adapter_only:
+        return
+    try:
+        merge(given.out / FOLDER, given.out, dtype, max_shard_size=given.max_shard_size,
+              trust_remote_code=given.trust_remote_code)  # fmt: skip
+    except NoRoom as error:
+        print(f"Not merged: {error}.")
+    else:
+        print(f"{given.out}: {base} with the adapter merged in float32, in {str(dtype).split('.')[1]}.")
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What a run writes beside its adapter at the end, see `runtime/adapter.py`, from a checkpoint's manifest."""
+    keys = manifest.get("config")
+    if keys is None:
+        return {}
+    computed_in = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
+    facts = {QUANTIZATION: keys.get("quantization", "none"), COMPUTED_IN: computed_in}
+    return facts | ({BASE: manifest[BASE]} if BASE in manifest else {})
+
+
+def _require_base(checkpoint: Path, base: str, known: str | None) -> None:
+    """See that the base's files are those that training had, where it said which.
+
+    Raises:
+        UserError: they are others, or not there.
+    """
+    if known is None:
+        return
+    try:
+        found = hash_base(base)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        where = checkpoint / CONFIG if (checkpoint / CONFIG).is_file() else checkpoint.parent / "config.yaml"
+        raise UserError(
+            f"{checkpoint}: its base {base} is not there ({said}): write into {where} where it is"
+        ) from None
+    if found != known:
+        raise UserError(
+            f"{checkpoint}: was trained on other weights than {base} has now (hash {known[:8]}, found {found[:8]}): "
+            "give it its own base back"
+        )
+
+
+def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> None:
+    partial = given.out / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in (WEIGHTS, CONFIG):
+        shutil.copy(given.checkpoint / name, partial)
+    if facts:
+        write_json(partial / FACTS, facts)
+    tokenizer, end_ids, template = _served(given)
+    finish_adapter(given.out, partial, tokenizer, end_ids=end_ids, chat_template=template)
+
+
+def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[int], str]:
+    """Tokenizer, tokens that end an answer, chat template: as the run would write them, whose config.yaml knows."""
+    from transformers import AutoTokenizer
+
+    from ds_sft.data.serving import serving
+
+    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint, trust_remote_code=given.trust_remote_code)
+    config = config_beside(given.checkpoint)
+    try:
+        if config is None:
+            return tokenizer, own_ends(given.checkpoint), tokenizer.chat_template
+        served = serving(config, tokenizer)
+    except UserError as error:
+        print(f"{error}: the end of an answer and the chat template in {given.out} are those of the model before")
+        return tokenizer, own_ends(given.checkpoint), tokenizer.chat_template
+    return tokenizer, served.end_ids, served.chat_template
+
+
+def config_beside(checkpoint: Path) -> Config | None:
+    """The configuration of the run that has left a folder; None where it is nowhere."""
+    record = checkpoint.resolve().parent / "config.yaml"
+    return load_config(["--config", str(record)]) if record.is_file() else None
+
+
+# ---- Weights that `train_only` named
+
+
+def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write the base with the trained weights in it.
+
+    Raises:
+        UserError: the run's config.yaml is missing, the base is another one, or has no such weights.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    config = config_beside(given.checkpoint)
+    if config is None:
+        raise UserError(
+            f"{given.checkpoint}: has the trained weights alone, and no config.yaml beside it names the base"
+        )
+    base = config.model_name_or_path
+    _require_base(given.checkpoint, base, manifest.get(BASE))
+    computed_in = getattr(torch, _facts(manifest).get(COMPUTED_IN, "float32"))
+    model = load_base(base, dtype=computed_in, trust_remote_code=given.trust_remote_code)
+    weights = load_file(given.checkpoint / TRAINED)
+    _make_room(model, weights)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    strange = [name for name, value in weights.items() if name not in state or state[name].shape != value.shape]
+    if strange:
+        raise UserError(f"{given.checkpoint}: {strange[0]} is no weight of {base}, or has another shape there")
+    state = {name: weights.get(name, value).to(dtype) for name, value in state.items()}
+    _write_model(given, model, state, dtype)
+    print(
+        f"{given.checkpoint} ({len(weights)} trained weights) on {base} -> {given.out}: in {str(dtype).split('.')[1]}."
+    )
+
+
+def _make_room(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Under `resize_embeddings` the trained embedding has more rows than the base's."""
+    from ds_sft.training.model import resize_embeddings
+
+    embedding = model.get_input_embeddings().weight
+    rows = [len(weights[n]) for n, p in model.named_parameters() if p is embedding and n in weights]
+    resize_embeddings(model, max(rows, default=0))
+
+
+def _write_model(given: argparse.Namespace, model: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    saved = set(model.state_dict())
+    buffers = {name: value for name, value in model.named_buffers() if name in saved}
+    partial = given.out / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.dtype = dtype
+    model.save_pretrained(partial, state_dict=state | buffers, max_shard_size=given.max_shard_size)
+    tokenizer, end_ids, template = _served(given)
+    save_tokenizer(tokenizer, partial, template)
+    end_answers_at(end_ids, partial)
+    move_into(given.out, partial)
