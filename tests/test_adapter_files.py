@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_sft.runtime.adapter import ADAPTER, load_on_disk, save_adapter
+from ds_sft.cli import main
+from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.runtime.adapter import ADAPTER, base_of, exported, from_anywhere, load_on_disk, save_adapter
+from ds_sft.runtime.base import hash_base
+from ds_sft.runtime.checkpoint import FACTS, Site, _is_finished
+from ds_sft.runtime.disk import export_size, predict_size
+from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import finish_adapter
-from ds_sft.runtime.merge import merge
+from ds_sft.runtime.merge import merge, merge_as_asked
+from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify
+from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
+from tests.test_export import ends
+from tests.test_verify import ROWS
 
 IDS = torch.arange(5, 25)[None]
 TARGETS = ["q_proj", "down_proj"]
@@ -131,3 +147,268 @@ def test_merged_in_float32_and_rounded_once(case: tuple[str, Path, Path], dtype:
 
 
 WHOLE = {"head trained whole": ["lm_head.weight"], "tied ends trained whole": ["model.embed_tokens.weight"]}
+
+
+# ---- What is in the folders
+
+
+def test_both_folders_say_where_an_answer_ends(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path)
+    beside = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert names(adapter) == sorted(["adapter_config.json", "adapter_model.safetensors", *beside])
+    (adapter / "trained_on.json").write_text('{"quantization": "none"}', encoding="utf-8")
+    merge(adapter, tmp_path, torch.bfloat16, max_shard_size="5GB", trust_remote_code=False)
+    assert names(tmp_path) == sorted(["adapter", "config.json", "model.safetensors", *beside])
+    for folder in (adapter, tmp_path):  # 0 was learned, 2 is the model's own
+        assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == [0, 2]
+        assert load_on_disk(folder).generation_config.eos_token_id == [0, 2]
+        assert {(folder / name).stat().st_mode & 0o777 for name in beside} == {0o644}
+    assert exported(tmp_path) == tmp_path
+    make_adapter(bases["tied"], tmp_path)  # another one: the merged model is not its own
+    assert names(tmp_path) == ["adapter", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert exported(tmp_path) == adapter
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_base_is_found_from_every_folder(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bases["tied"].parent)
+    adapter = make_adapter(Path(bases["tied"].name), tmp_path)
+    assert base_of(adapter) == str(bases["tied"])
+    assert from_anywhere("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+def test_the_merge_is_of_the_weights_that_4_bits_trained_against(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path)
+    (adapter / "trained_on.json").write_text('{"quantization": "nf4", "computed_in": "float32"}', encoding="utf-8")
+    merge(adapter, tmp_path, torch.float32, max_shard_size="5GB", trust_remote_code=False)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    four_bits = load_on_disk(adapter, dtype="float32", trust_remote_code=False)
+    assert four_bits.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.uint8
+    assert (logits(rounded) - logits(four_bits)).abs().max() < 1e-5
+    published = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["tied"], dtype="float32"), adapter)
+    assert (logits(rounded) - logits(published)).abs().max() > 0.01
+
+
+# ---- Verified in a fresh process
+
+
+def test_the_merged_model_and_the_adapter_are_asked(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path)
+    merge(adapter, tmp_path, torch.bfloat16, max_shard_size="5GB", trust_remote_code=False)
+    trained = loss_on_disk(str(adapter), ROWS, use_cpu=True, trust_remote_code=False)["loss"]
+    asked = Question(rows=ROWS, trained_loss=trained, dtypes=["float32", "bfloat16"], use_cpu=True)
+    found = verify(tmp_path, asked)
+    assert found["verified"] is True
+    assert 1e-7 < found["difference"] < found["bound"]
+    assert abs(found["loss_of_adapter"] - trained) < 1e-3
+    assert found["merge"].keys() == {"largest_difference", "largest_logit", "tokens"}
+    assert 1e-4 < found["merge"]["largest_difference"] < 0.05
+    assert (0.5 < found["merge"]["largest_logit"] < 5, found["merge"]["tokens"]) == (True, 4)
+    require_verified(found, tmp_path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"Export verified: {tmp_path}, loaded in a fresh process, has loss ")
+    assert f" {adapter} on its base has {found['loss_of_adapter']:.6f}." in first
+    assert second.startswith("Rounding of the merge: logits of the merged model and of base + adapter differ by 0.0")
+    swapped = {name: -value for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    swapped |= {name: value * 30 for name, value in swapped.items() if "lora_B" in name}
+    save_file(swapped, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    found = verify(tmp_path, asked)  # the merged model is still right
+    assert found["difference"] < found["bound"]
+    with pytest.raises(ExportError, match=f"Export NOT verified: .* {adapter} on its base has "):
+        require_verified(found, tmp_path)
+
+
+def test_an_adapter_alone_is_asked(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_adapter(bases["untied"], tmp_path)
+    trained = loss_on_disk(str(adapter), ROWS, use_cpu=True, trust_remote_code=False)["loss"]
+    require_verified(verify(tmp_path, Question(ROWS, trained, ["float32"], use_cpu=True)), tmp_path)
+    assert capsys.readouterr().out.startswith(f"Export verified: {adapter} on its base, loaded in a fresh process, has")
+
+
+# ---- No room, and what is refused
+
+
+def config(bases: dict[str, Path], output_dir: Path, **changes: Any) -> Config:
+    training = {"output_dir": str(output_dir), "bf16": True}
+    return Config(model_name_or_path=str(bases["tied"]), train_file="t", adapter="lora", training=training, **changes)
+
+
+def test_without_room_the_adapter_stays(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path)
+    before = names(adapter)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        why = f"{tmp_path}: the merged model takes about 194.8 KiB, the disk has 1,000 bytes free"
+        later = f"the adapter is complete in {adapter}, and ds-sft export {adapter} FOLDER merges it elsewhere"
+        assert merge_as_asked(config(bases, tmp_path)) == why
+        assert capsys.readouterr().out == f"Not merged: {why}; {later}.\n"
+        with pytest.raises(UserError, match=re.escape(f"merge: yes: {why}; {later}")):
+            merge_as_asked(config(bases, tmp_path, merge="yes"))
+
+    def full(*given: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:  # filled meanwhile
+        patched.setattr("ds_sft.runtime.merge.move_into", full)
+        assert merge_as_asked(config(bases, tmp_path)) == "[Errno 28] No space left on device"
+    assert merge_as_asked(config(bases, tmp_path, merge="no")) == "merge: no"
+    assert (names(tmp_path), names(adapter)) == (["adapter"], before)
+    assert merge_as_asked(config(bases, tmp_path)) is None
+
+
+def test_an_adapter_of_another_model(bases: dict[str, Path], tokenizer_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path / "out")
+    wider = make_model(tmp_path / "wider", tokenizer_dir)
+    model = AutoModelForCausalLM.from_pretrained(wider)
+    model.config.intermediate_size = 96
+    type(model)(model.config).save_pretrained(wider)
+    file = adapter / "adapter_config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(written | {"base_model_name_or_path": str(wider)}), encoding="utf-8")
+    why = r"not an adapter of .*wider: model\.layers\.0\.mlp\.down_proj\.lora_A is \[4, 128\] in it, \[4, 96\] in the model"
+    with pytest.raises(UserError, match=why):
+        merge(adapter, tmp_path / "out", torch.float32, max_shard_size="5GB", trust_remote_code=False)
+    assert names(tmp_path / "out") == ["adapter"]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_is_never_merged_into(bases: dict[str, Path], tmp_path: Path, target: str) -> None:
+    """peft warns, and merges: logits moved by 2.5."""
+    with pytest.warns(UserWarning, match="tie"):
+        adapter = make_adapter(bases["tied"], tmp_path, target_modules=[target])
+    with pytest.raises(UserError, match=rf"cannot be merged: the weight of \S*{target} is another module's, too "):
+        merge(adapter, tmp_path, torch.float32, max_shard_size="5GB", trust_remote_code=False)
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_an_adapter_is_no_model_to_train(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(replace(config(bases, tmp_path), model_name_or_path=str(adapter)), Launch(launcher="python"))
+    assert str(caught.value) == (
+        f"model_name_or_path: {adapter}: is an adapter of {bases['tied']}, not a model: write model_name_or_path: "
+        f"{bases['tied']}, or a folder that it is merged into: ds-sft export {adapter} FOLDER"
+    )
+
+
+# ---- ds-sft export
+
+
+def checkpoint(bases: dict[str, Path], run: Path, **facts: Any) -> Path:
+    """checkpoint-4 of a run with an adapter, as every engine leaves it."""
+    folder = run / "checkpoint-4"
+    made = make_adapter(bases["tied"], run / "made")
+    shutil.copytree(made, folder, ignore=shutil.ignore_patterns("generation_config.json"))
+    shutil.rmtree(run / "made")
+    (run / "data_report.json").write_text("{}", encoding="utf-8")
+    keys = {"model_name_or_path": str(bases["tied"]), "bf16": True, "output_dir": "o", "train_file": "t"}
+    (run / "config.yaml").write_text(json.dumps(keys), encoding="utf-8")
+    manifest = dict.fromkeys(FACTS, 0) | {"format": 1, "files": {}, "config": keys, **facts}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def test_a_checkpoint_becomes_what_a_run_leaves(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out, again = checkpoint(bases, tmp_path / "run"), tmp_path / "out", tmp_path / "again"
+    (source / "manifest.json").write_text(
+        json.dumps(json.loads((source / "manifest.json").read_text()) | {"base": hash_base(str(bases["tied"]))})
+    )
+    assert main(["export", str(source), str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{source} -> {out}/adapter: an adapter of {bases['tied']}.",
+        f"{out}: {bases['tied']} with the adapter merged in float32, in bfloat16.",
+    ]
+    assert json.loads((out / "adapter" / "trained_on.json").read_text(encoding="utf-8")) == {
+        "quantization": "none", "computed_in": "bfloat16", "base": hash_base(str(bases["tied"])),
+    }  # fmt: skip
+    assert "system_turn" in AutoTokenizer.from_pretrained(out).chat_template  # the run's own, of its config.yaml
+    assert main(["export", str(out / "adapter"), str(again), "--dtype", "bfloat16"]) == 0
+    for file in (path for path in out.rglob("*") if path.is_file()):
+        assert file.read_bytes() == (again / file.relative_to(out)).read_bytes(), file
+    assert main(["export", str(source), str(tmp_path / "alone"), "--adapter-only"]) == 0
+    assert names(tmp_path / "alone") == ["adapter"]
+
+
+def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def said(*argv: Any) -> str:
+        capsys.readouterr()
+        assert main(["export", *map(str, argv)]) == 2
+        return capsys.readouterr().err
+
+    source, out = checkpoint(bases, tmp_path / "run", base="0123456789"), tmp_path / "out"
+    found = hash_base(str(bases["tied"]))[:8]
+    assert said(source, out) == (
+        f"ds-sft: error: {source}: was trained on other weights than {bases['tied']} has now (hash 01234567, found "
+        f"{found}): give it its own base back\n"
+    )
+    assert said(bases["tied"], out, "--merge") == (
+        f"ds-sft: error: {bases['tied']}: has no adapter (adapter_config.json): leave out --merge\n"
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    source = checkpoint(bases, tmp_path / "other")
+    assert "the merged model takes about 194.8 KiB, the disk has 1,000 bytes free" in said(source, out, "--merge")
+    assert not out.exists()
+    assert main(["export", str(source), str(out)]) == 0
+    assert "Not merged: " in capsys.readouterr().out
+    assert names(out) == ["adapter"]
+
+
+def test_trained_layers_and_the_frozen_ones_of_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    source = checkpoint(bases, tmp_path / "run")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (source / name).unlink()
+    value = torch.full([64], 1.001)
+    save_file({"model.norm.weight": value}, source / "trained.safetensors", metadata={"format": "pt"})
+    assert main(["export", str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    found, base = load_file(tmp_path / "out" / "model.safetensors"), load_file(bases["tied"] / "model.safetensors")
+    assert torch.equal(found.pop("model.norm.weight"), value)
+    assert all(torch.equal(weight, base[name].float()) for name, weight in found.items())
+    assert found.keys() == base.keys() - {"model.norm.weight"}
+    assert ends(tmp_path / "out") == ([0, 2], [0, 2])
+
+
+# ---- Around it
+
+
+def test_a_run_that_left_an_adapter_is_finished(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"config": {}, "data": "d", "eval_data": ""}
+    (tmp_path / "run.json").write_text(json.dumps({"identity": run}), encoding="utf-8")
+    launch, asked = Launch(launcher="python"), config(bases, tmp_path)
+    assert not _is_finished(asked, run, launch)
+    make_adapter(bases["tied"], tmp_path)
+    assert _is_finished(asked, run, launch)
+    assert capsys.readouterr().out == (
+        f"This run is finished: {tmp_path} holds its adapter. (--resume never trains it anew.)\n"
+    )
+
+
+def test_disk_for_the_adapter_and_what_must_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:
+    alone = Site(Launch(launcher="python"), shared=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(bases["tied"], dtype="bfloat16")
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=TARGETS), model, adapter_name=ADAPTER)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert predict_size(model, None, alone) == 12 * count
+    assert predict_size(model, 3, alone) == 16 * count
+    assert export_size(model, config(bases, tmp_path), alone) == 4 * count
+    assert export_size(model, config(bases, tmp_path, merge="yes"), alone) == 4 * count + 2 * whole
+
+
+def test_importing_peft_says_nothing_of_packages_that_nobody_uses() -> None:
+    code = "import ds_sft, peft, bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "gemm_4bit_forward" not in done.stdout + done.stderr

@@ -90,8 +90,10 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
 
     base, facts = base_of(adapter), facts_of(adapter)
     require_room(out, base, dtype, trust_remote_code)
-    model = load_base(base, dtype="auto", trust_remote_code=trust_remote_code)
-    if facts.get(QUANTIZATION, "none") != "none":
+    in_4_bits = facts.get(QUANTIZATION, "none") != "none"
+    published = facts[COMPUTED_IN] if in_4_bits else "auto"  # the rounded weights have the dtype that they computed in
+    model = load_base(base, dtype=published, trust_remote_code=trust_remote_code)
+    if in_4_bits:
         round_base(model, getattr(torch, facts[COMPUTED_IN]), whole_of(adapter))
     with torch.no_grad():
         merged = merge_into(model, adapter, dtype)
