@@ -8,14 +8,14 @@ the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.weights import FP32, Choice, Weight, Weights, weights_of
 
-FP32 = 4
 MOMENTS = 8  # Adam's two, in float32
 # Float32 logits of a chunk of the loss, bytes: 1,365 tokens at a vocabulary of 49,152, 441 at 151,936. On a CPU the
 # time is the same from 128 tokens on; a GPU reads the weight three times and its gradient once a chunk, which takes as
@@ -62,15 +62,20 @@ class Run:
     learned: float = 1.0  # share of the tokens that are supervised, at most
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
     fused: bool = False  # norms, rotations and gates by Liger (`training/fused.py`)
+    choice: Choice = Choice()  # of what is trained
+
+    @property
+    def weights(self) -> Weights:
+        return trained_weights(self.shape, self.choice)
 
     @property
     def weight(self) -> int:
-        """Bytes of a parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
+        """Bytes of a trained parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
         return self.width if self.engine.stage is not None else FP32
 
     @property
     def width(self) -> int:
-        """Bytes of a number in activations and in the weights that compute."""
+        """Bytes of a number in activations, and in the weights that compute or are frozen."""
         return 2 if self.half else FP32
 
     @property
@@ -95,6 +100,11 @@ class Run:
     def pairs(self) -> int:
         """Pairs of tokens that attention's mask or scores cover."""
         return self.tokens * (self.tokens if self.packed or self.flat else self.length)
+
+
+@lru_cache(maxsize=64)
+def trained_weights(shape: Shape, choice: Choice) -> Weights:
+    return weights_of(shape.shapes(), choice, layers=shape.layers)
 
 
 @dataclass(frozen=True)
@@ -128,20 +138,28 @@ def peak(run: Run, *, loading: bool = True) -> Memory:
 
 def states(run: Run) -> dict[str, int]:
     """What stays on the device from step to step (ZeRO paper, section 3.1, figure 1), gradients and buckets apart."""
-    engine, share = run.engine, owned(run)
+    engine, share, weights = run.engine, owned(run), run.weights
+    frozen = frozen_bytes(run)
     if engine.stage is None:
-        return {"parameters": run.shape.parameters * FP32, "optimizer states": share * MOMENTS}
-    whole = run.shape.parameters if engine.stage < 3 else 0
+        trained = weights.number_trained
+        return {"parameters": trained * FP32, "frozen weights": frozen, "optimizer states": trained * MOMENTS}
+    whole = weights.number_trained if engine.stage < 3 else 0
     masters = 0 if engine.stage == 3 and run.weight == FP32 else share * FP32  # float32 shares are their own masters
-    on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight}
+    on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight,
+                 "frozen weights": 0 if engine.offload_param else frozen}  # fmt: skip
     if engine.stage == 3:
         on_device["parameters"] += persistent(run) * run.weight
-        on_device["parameters"] += (
-            -(-run.shape.parameters // engine.hierarchical) * run.weight * (engine.hierarchical > 1)
-        )
+        on_device["parameters"] += -(-weights.number // engine.hierarchical) * run.weight * (engine.hierarchical > 1)
     if not engine.offload_optimizer:
         on_device |= {"master weights": masters, "optimizer states": share * MOMENTS}
     return on_device
+
+
+def frozen_bytes(run: Run) -> int:
+    """Weights that are never changed: of the dtype that computes, or 4 bits; stage 3 divides them as all others."""
+    if run.engine.stage != 3:
+        return run.weights.frozen_bytes(run.width)
+    return _shares(run, [weight.size for weight in run.weights.every if not weight.trained]) * run.width
 
 
 def host(run: Run) -> dict[str, int]:
@@ -149,7 +167,7 @@ def host(run: Run) -> dict[str, int]:
     engine, share = run.engine, owned(run)
     parts = {}
     if engine.offload_param:
-        parts["parameters"] = share * run.weight
+        parts |= {"parameters": share * run.weight, "frozen weights": frozen_bytes(run)}
     if engine.offload_optimizer:
         parts |= {"master weights": share * FP32, "optimizer states": share * MOMENTS, "gradients": share * FP32}
         if engine.stage == 3:
@@ -158,26 +176,36 @@ def host(run: Run) -> dict[str, int]:
             parts["buckets"] = share * run.weight + _largest_copy(run)
             if run.accumulation > 1:
                 parts["gradients"] += max(_partition(run, rank) for rank in _ranks(run)) * run.weight
-    return parts
+    return {part: size for part, size in parts.items() if size}
 
 
 def _largest_copy(run: Run) -> int:
     """Stage 2 with offloading: a buffer for the largest gradient, on the device and on the host each."""
-    return max(run.shape.tensors()) * run.weight
+    return max(run.weights.trained) * run.weight
 
 
 def owned(run: Run) -> int:
     """Elements of the states that a rank keeps."""
     if run.engine.stage is None:
-        return run.shape.parameters
-    if run.engine.stage == 3:  # every parameter is cut by itself
-        return sum(-(-size // run.ranks) for size in run.shape.tensors())
-    return -(-run.shape.parameters // run.ranks)
+        return run.weights.number_trained
+    if run.engine.stage == 3:
+        return _shares(run, run.weights.trained)
+    return _share(run)
+
+
+def _share(run: Run) -> int:
+    """Elements of what stages 1 and 2 divide that a rank has."""
+    return -(-run.weights.number_trained // run.ranks)
+
+
+def _shares(run: Run, sizes: Iterable[int]) -> int:
+    """Stage 3 cuts every parameter by itself."""
+    return sum(-(-size // run.ranks) for size in sizes)
 
 
 def persistent(run: Run) -> int:
     """Elements of small parameters that stage 3 keeps whole (stage3_param_persistence_threshold)."""
-    return sum(size for size in run.shape.tensors() if size <= run.engine.persistence_threshold)
+    return sum(size for size in run.weights.sizes if size <= run.engine.persistence_threshold)
 
 
 def model_states(run: Run) -> int:
@@ -193,37 +221,65 @@ def model_states(run: Run) -> int:
 # ---- Activations
 
 
-def layer_activations(run: Run) -> int:
+def layer_activations(run: Run, layer: int = 0) -> int:
     """What autograd keeps of one layer for its backward, as transformers' modules compute it.
 
     Like Korthikanti et al. (arXiv 2205.05198, section 4.1), for this layer: RMS norms in float32, rotary embeddings,
-    grouped queries, a gated MLP, attention that keeps no scores.
+    grouped queries, a gated MLP, attention that keeps no scores. A matrix's input is kept for the gradient of the
+    matrix or of its adapter, a norm's for the norm's weight: of what is frozen neither. Below the first layer that has
+    something trained nothing is kept at all.
     """
-    s, w = run.shape, run.width
-    gates = (3 if run.fused else 4) * s.intermediate * w  # both projections and their product; eager the activation too
-    return run.tokens * (_norms(run) + _attention(run) + gates) + _scores(run)
+    if layer < run.weights.first:
+        return 0
+    s, learned = run.shape, run.weights.learned(layer)
+    gates = (2 if run.fused else 3) + _inputs(run, learned, "down_proj")  # both projections; eager the activation too
+    kept = _norms(run, learned) + _attention(run, learned) + gates * s.intermediate * run.width
+    return run.tokens * (kept + _adapters(run, layer)) + _scores(run)
 
 
-def _norms(run: Run) -> int:
+def _inputs(run: Run, learned: Learned, *names: str) -> bool:
+    """Whether backward needs what comes into these matrices; adapters with dropout have copies of their own."""
+    return any(learned.get(name, False) or (name in learned and not run.choice.dropout) for name in names)
+
+
+def _adapters(run: Run, layer: int) -> int:
+    """What adapters keep of a token: what lies between their matrices, and what dropout leaves of their input."""
+    w, kept = run.width, 0
+    for weight in run.weights.of_layer(layer):
+        if ".lora_A." in weight.name:
+            rank, inputs = weight.shape
+            mask = w if run.lazy else 1  # a CPU keeps it as numbers
+            kept += rank * w + run.choice.dropout * inputs * (w + mask)
+        elif ".lora_magnitude_vector." in weight.name:  # outputs of the matrix and of the adapter
+            kept += 2 * weight.size * w
+    return kept
+
+
+def _norms(run: Run, learned: Learned) -> int:
     """Both norms of a layer and the input of the matrices behind them, a token."""
-    h = run.shape.hidden
+    h, w = run.shape.hidden, run.width
+    outputs = _inputs(run, learned, "q_proj", "k_proj", "v_proj") + _inputs(run, learned, "gate_proj", "up_proj")
     if run.fused:  # the residual, output, a factor
-        return 2 * (2 * h * run.width + FP32)
+        return (2 + outputs) * h * w + 2 * FP32
     # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
-    return 2 * (h * (FP32 + 2 * run.width) + FP32)
+    normalised = ("input_layernorm" in learned) + ("post_attention_layernorm" in learned)
+    return 2 * (h * FP32 + FP32) + (normalised + outputs) * h * w
 
 
-def _attention(run: Run) -> int:
+def _attention(run: Run, learned: Learned) -> int:
     """Queries, keys, values, output and their norms, a token."""
     s, w = run.shape, run.width
     keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
     log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
-    outputs = s.q_size * (2 if run.row_by_row else 1)  # of each row, and all rows' in one
-    kept = (s.q_size + keys_values + outputs) * w + log_sums
+    behind = _inputs(run, learned, "o_proj")
+    # Of each row, and all rows' in one; eager attention does not need its own.
+    outputs = 1 + behind if run.row_by_row else behind if run.attention == "eager" else 1
+    kept = (s.q_size + keys_values + outputs * s.q_size) * w + log_sums
     if s.head_norms and run.fused:  # their inputs; what they write is rotated where it lies
         kept += (s.q_size + s.kv_size) * w + (s.heads + s.kv_heads) * FP32
     elif s.head_norms:
-        kept += (s.q_size + s.kv_size) * (4 + w) + (s.heads + s.kv_heads) * FP32
+        normalised = ("q_norm" in learned) * s.q_size + ("k_norm" in learned) * s.kv_size
+        kept += (s.q_size + s.kv_size) * FP32 + normalised * w + (s.heads + s.kv_heads) * FP32
     return kept
 
 
@@ -246,9 +302,10 @@ def kept_between_layers(run: Run) -> int:
 
 def activations(run: Run, *, checkpointing: bool) -> int:
     """Activations at their most: of all layers, or what checkpointing keeps of them and one layer computed again."""
-    layer = layer_activations(run)
-    layers = run.shape.layers * kept_between_layers(run) + layer if checkpointing else run.shape.layers * layer
-    return outside_layers(run) + layers
+    layers = [layer_activations(run, layer) for layer in range(run.shape.layers)]
+    reached = run.shape.layers - run.weights.first
+    inside = reached * kept_between_layers(run) + max(layers) if checkpointing else sum(layers)
+    return outside_layers(run) + inside
 
 
 def layer_backward(run: Run) -> int:
@@ -285,7 +342,7 @@ def working_copy(run: Run) -> int:
 
     float16 and `torch_compile` stay under autocast, which takes 5 to 14 % more in all, and is not followed here.
     """
-    return run.shape.parameters * run.width if run.width != run.weight else 0
+    return run.weights.number_trained * run.width if run.width != run.weight else 0
 
 
 def copy_that_stays(run: Run) -> int:
@@ -311,41 +368,24 @@ def _ranks(run: Run) -> list[int]:
 
 
 def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
-    s, layer = run.shape, layer_activations(run)
-    kept = kept_between_layers(run) if run.checkpointing else layer
-    gathered, head = gathered_at(run), s.embedding * run.width  # bytes of the gradient of either end of the model
-    reached, per_layer = reductions(run, rank), len(s.layer_tensors())
-    behind = 1 if s.tied else 2  # the last norm, and before it an output projection of its own
+    s, weights = run.shape, run.weights
+    layers = [layer_activations(run, i) for i in range(s.layers)]
+    kept = [kept_between_layers(run) * (i >= weights.first) if run.checkpointing else layers[i] for i in range(s.layers)]
+    below = [0, *accumulate(kept)]
+    gathered, head = gathered_at(run), weights.head * run.width  # bytes of the gradient of either end of the model
+    reached = reductions(run, rank)
+    ends = [len(weights.trained) - sum(weights.trained_in_layers[i:]) - (weights.embedding > 0) for i in range(s.layers + 1)]
 
     def moment(layers: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
         """`layers` still to go backward, `waiting` bytes of a gradient in autograd."""
         return {
-            "activations": outside_layers(run) + layers * kept,
+            "activations": outside_layers(run) + below[layers],
             "working copy": working_copy(run),
             "gathered parameters": gathered[layers],
             "gradients": at.kept + at.passing + waiting,
             "buckets": at.buckets,
             **parts,
         }
-
-    # The projection's gradient is formed in forward.
-    start = Reduction(gradients_before(run, rank), head, _buckets(run))
-    yield "loss", moment(s.layers, start, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
-    waiting = head if s.tied else 0  # for the embedding's own, to be added
-    at = _fullest(reached[:behind])
-    yield "output projection", moment(s.layers, at, waiting, logits=loss_inputs(run))
-    for i in reversed(range(s.layers)):
-        at = _fullest(reached[behind : behind + per_layer])
-        behind += per_layer
-        parts = moment(i, at, waiting)
-        parts["activations"] += layer + layer_backward(run)
-        yield f"backward of layer {i}", parts
-    embedding, last = reached[-2:]
-    yield "embedding", moment(0, replace(embedding, passing=max(waiting + head, embedding.passing)))
-    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
-    yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
-
-
 @dataclass(frozen=True)
 class Reduction:
     """Bytes of gradients at one point of backward."""

@@ -54,28 +54,41 @@ class Shape:
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def layer_tensors(self) -> list[int]:
-        """Elements of each parameter of one layer, matrices first."""
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter of one layer by its name in it, matrices first."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
-        sizes = [h * q, h * kv, h * kv, q * h, h * i, h * i, i * h]
-        sizes += [q, kv, kv] if self.qkv_bias else []
-        sizes += [h] if self.output_bias else []
-        sizes += [i, i, h] if self.mlp_bias else []
-        sizes += [self.head_dim, self.head_dim] if self.head_norms else []
-        return [*sizes, h, h]
+        attention, mlp = "self_attn", "mlp"
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{attention}.q_proj.weight": (q, h),
+            f"{attention}.k_proj.weight": (kv, h),
+            f"{attention}.v_proj.weight": (kv, h),
+            f"{attention}.o_proj.weight": (h, q),
+            f"{mlp}.gate_proj.weight": (i, h),
+            f"{mlp}.up_proj.weight": (i, h),
+            f"{mlp}.down_proj.weight": (h, i),
+        }
+        biased = ["q_proj", "k_proj", "v_proj"] * self.qkv_bias + ["o_proj"] * self.output_bias
+        biases = [f"{attention}.{name}" for name in biased]
+        biases += [f"{mlp}.{name}" for name in ("gate_proj", "up_proj", "down_proj") * self.mlp_bias]
+        shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biases}
+        if self.head_norms:
+            shapes |= dict.fromkeys((f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"), (self.head_dim,))
+        return shapes | dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (h,))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter of the model by its name in transformers; tied ones once."""
+        ends = {"model.norm.weight": (self.hidden,)} | ({} if self.tied else {"lm_head.weight": (self.vocab, self.hidden)})
+        layer = self.layer_shapes()
+        layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
+        return {"model.embed_tokens.weight": (self.vocab, self.hidden), **layers, **ends}
 
     def tensors(self) -> list[int]:
         """Elements of each parameter of the model; tied ones once."""
-        head = [] if self.tied else [self.embedding]
-        return [self.embedding, *self.layer_tensors() * self.layers, self.hidden, *head]
+        return [math.prod(shape) for shape in self.shapes().values()]
 
     @property
     def embedding(self) -> int:
         return self.vocab * self.hidden
-
-    @property
-    def layer_parameters(self) -> int:
-        return sum(self.layer_tensors())
 
     @cached_property
     def parameters(self) -> int:
