@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from ds_sft.plan.shape import Shape
-from ds_sft.plan.weights import FP32, Choice, Weight, Weights, weights_of
+from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
 MOMENTS = 8  # Adam's two, in float32
 # Float32 logits of a chunk of the loss, bytes: 1,365 tokens at a vocabulary of 49,152, 441 at 151,936. On a CPU the
@@ -62,7 +62,7 @@ class Run:
     learned: float = 1.0  # share of the tokens that are supervised, at most
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
     fused: bool = False  # norms, rotations and gates by Liger (`training/fused.py`)
-    choice: Choice = Choice()  # of what is trained
+    choice: Choice = ALL  # of what is trained
 
     @property
     def weights(self) -> Weights:
@@ -165,7 +165,7 @@ def frozen_bytes(run: Run) -> int:
 def host(run: Run) -> dict[str, int]:
     """What a rank keeps in host memory because of offloading (`stage_1_and_2.py` and `stage3.py`, `__init__`)."""
     engine, share = run.engine, owned(run)
-    parts = {}
+    parts: dict[str, int] = {}
     if engine.offload_param:
         parts |= {"parameters": share * run.weight, "frozen weights": frozen_bytes(run)}
     if engine.offload_optimizer:
@@ -308,9 +308,14 @@ def activations(run: Run, *, checkpointing: bool) -> int:
     return outside_layers(run) + inside
 
 
-def layer_backward(run: Run) -> int:
-    """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP."""
-    return run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * run.width)
+def layer_backward(run: Run, layer: int) -> int:
+    """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP.
+
+    4 bits are unpacked a matrix at a time.
+    """
+    unpacked = max((weight.size for weight in run.weights.of_layer(layer) if weight.four_bits), default=0)
+    gradients = run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * run.width)
+    return gradients + unpacked * run.width
 
 
 def outside_layers(run: Run) -> int:
@@ -368,13 +373,13 @@ def _ranks(run: Run) -> list[int]:
 
 
 def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
-    s, weights = run.shape, run.weights
+    s, weights, reached = run.shape, run.weights, reductions(run, rank)
     layers = [layer_activations(run, i) for i in range(s.layers)]
-    kept = [kept_between_layers(run) * (i >= weights.first) if run.checkpointing else layers[i] for i in range(s.layers)]
+    kept = layers
+    if run.checkpointing:
+        kept = [kept_between_layers(run) if i >= weights.first else 0 for i in range(s.layers)]
     below = [0, *accumulate(kept)]
-    gathered, head = gathered_at(run), weights.head * run.width  # bytes of the gradient of either end of the model
-    reached = reductions(run, rank)
-    ends = [len(weights.trained) - sum(weights.trained_in_layers[i:]) - (weights.embedding > 0) for i in range(s.layers + 1)]
+    gathered, head = gathered_at(run), weights.head * run.width  # bytes of the projection's gradient
 
     def moment(layers: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
         """`layers` still to go backward, `waiting` bytes of a gradient in autograd."""
@@ -386,6 +391,29 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
             "buckets": at.buckets,
             **parts,
         }
+
+    # The projection's gradient is formed in forward.
+    at = Reduction(gradients_before(run, rank), head, _buckets(run))
+    yield "loss", moment(s.layers, at, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
+    waiting = head if s.tied else 0  # for the embedding's own, to be added
+    done = weights.trained_behind
+    at = _fullest(reached[:done] or [replace(at, passing=0)])
+    yield "output projection", moment(s.layers, at, waiting, logits=loss_inputs(run))
+    for i in reversed(range(weights.first, s.layers)):
+        here = weights.trained_in_layers[i]
+        at = _fullest(reached[done : done + here] or [at])
+        done += here
+        parts = moment(i, at, waiting)
+        parts["activations"] += layers[i] + layer_backward(run, i)
+        yield f"backward of layer {i}", parts
+    if weights.embedding:
+        at = replace(reached[-2], passing=max(waiting + weights.embedding * run.width, reached[-2].passing))
+        yield "embedding", moment(0, at)
+    last = reached[-1]
+    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
+    yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
+
+
 @dataclass(frozen=True)
 class Reduction:
     """Bytes of gradients at one point of backward."""
@@ -403,7 +431,8 @@ def reductions(run: Run, rank: int) -> list[Reduction]:
     """Gradients as each parameter gets its own, from the model's end to its start, and when the last are reduced."""
     # The batch does not matter: the search for the largest one asks again and again.
     same = Run(shape=run.shape, engine=run.engine, ranks=run.ranks, micro_batch=1, length=1, half=run.half,
-               accumulation=min(run.accumulation, 2), checkpointing=False, lazy=run.lazy)  # fmt: skip
+               accumulation=min(run.accumulation, 2), checkpointing=False, lazy=run.lazy,
+               choice=run.choice)  # fmt: skip
     return _reductions(same, rank)
 
 
@@ -413,7 +442,7 @@ def _reductions(run: Run, rank: int) -> list[Reduction]:
     kept, buckets = gradients_before(run, rank), _buckets(run)
     if engine.stage is None:
         cast = run.width if run.width != w else 0  # the gradient of a working copy is there in 16 bits too
-        sizes = [*reversed(run.shape.tensors()), 0]
+        sizes = [*reversed(run.weights.trained), 0]
         done = [0, *accumulate(sizes[:-1])]
         return [Reduction(kept or d * w, size * (w + cast), buckets) for d, size in zip(done, sizes, strict=True)]
     if engine.stage == 1 and (run.accumulation > 1 or not engine.overlap):
@@ -444,7 +473,7 @@ def _reduced_at_the_end(run: Run, rank: int) -> list[Reduction]:
     They are reduced behind the last micro batch's backward (`reduce_gradients`).
     """
     w, buckets, whole = run.weight, _buckets(run), gradients_before(run, rank)
-    sizes = [*reversed(run.shape.tensors())]
+    sizes = [*reversed(run.weights.trained)]
     done = [0, *accumulate(sizes)]
     points = [Reduction(whole or d * w, size * w, buckets) for d, size in zip(done, sizes, strict=False)]
     bucketed = _bucketed(run)
@@ -464,8 +493,8 @@ def _bucketed(run: Run) -> list[list[tuple[int, int]]]:
     One is reduced when the next gradient does not fit (`reduce_independent_p_g_buckets_and_remove_grads`).
     """
     made: list[list[tuple[int, int]]] = []
-    start, room = run.shape.parameters, 0
-    for size in reversed(run.shape.tensors()):
+    start, room = run.weights.number_trained, 0
+    for size in reversed(run.weights.trained):
         start -= size
         if size > room:
             made.append([])
@@ -493,7 +522,7 @@ def _copies(run: Run, bucket: list[tuple[int, int]]) -> int:
         copies = (joined + run.lazy) * size
         norm = max(-(-size // run.ranks) for _, size in bucket)
     else:
-        share = -(-run.shape.parameters // run.ranks)
+        share = _share(run)
         copies = joined_parts(bucket[-1][0], bucket[0][0] + bucket[0][1], share, engine.reduce_bucket)
         copies *= engine.allreduce
         norm = max(min(one, share) for _, one in bucket)
@@ -523,7 +552,7 @@ def gradients_before(run: Run, rank: int) -> int:
     if run.accumulation == 1:
         return 0
     if engine.stage in (None, 1):
-        return run.shape.parameters * w
+        return run.weights.number_trained * w
     return 0 if engine.offload_optimizer else _partition(run, rank) * w
 
 
@@ -537,7 +566,7 @@ def gradients(run: Run, rank: int) -> int:
     if engine.stage == 3:
         return gradients_before(run, rank)
     if engine.stage in (None, 1):
-        return run.shape.parameters * run.weight
+        return run.weights.number_trained * run.weight
     return 0 if engine.offload_optimizer else (1 + (run.accumulation > 1)) * _partition(run, rank) * run.weight
 
 
@@ -558,9 +587,9 @@ def _partition(run: Run, rank: int) -> int:
 
 def _in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
     """Start, size and size within the share of each parameter that a rank of stages 1 and 2 has a part of."""
-    share = -(-run.shape.parameters // run.ranks)
+    share = _share(run)
     start = 0
-    for size in run.shape.tensors():
+    for size in run.weights.trained:
         inside = min(start + size, (rank + 1) * share) - max(start, rank * share)
         if inside > 0:
             yield start, size, inside
@@ -574,7 +603,7 @@ def _buckets(run: Run) -> int:
     """
     engine = run.engine
     if engine.stage is None:
-        return run.shape.parameters * FP32 if run.ranks > 1 else 0
+        return run.weights.number_trained * FP32 if run.ranks > 1 else 0
     if engine.stage < 3:
         return _largest_copy(run) if engine.offload_optimizer else 0
     filled = max((_size(bucket) for bucket in _bucketed(run) if not _large(run, bucket)), default=0)
@@ -601,7 +630,8 @@ def gathered_at(run: Run) -> list[int]:
     s, engine = run.shape, run.engine
     if engine.stage != 3:
         return [0] * (s.layers + 1)
-    matrices = [size for size in s.layer_tensors() if size > engine.persistence_threshold]
+    sizes = [weight.size for weight in run.weights.of_layer(s.layers - 1) if weight.used]
+    matrices = [size for size in sizes if size > engine.persistence_threshold]
     layer = sum(matrices)
     passes = 3 if run.checkpointing else 2  # a layer's recomputation uses its parameters once more
 
@@ -617,7 +647,7 @@ def gathered_at(run: Run) -> list[int]:
             current = s.embedding + (embedding if i and not s.tied else 0)
         else:
             current = (layer if stays(s.layers - 1 - i) else max(matrices, default=0)) + embedding
-        held.append((near + current + min(engine.prefetch_bucket, s.parameters)) * run.weight)
+        held.append((near + current + min(engine.prefetch_bucket, run.weights.number)) * run.weight)
     return held
 
 
@@ -630,7 +660,7 @@ def step(run: Run, rank: int) -> dict[str, int]:
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != FP32 else FP32)
     if engine.stage == 3:
-        norm = NORM * -(-max(run.shape.tensors()) // run.ranks)
+        norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in _in_share(run, rank)), default=0)
     return {"gradients": held, "step buffers": max(flat, norm), "buckets": _buckets(run)}
@@ -648,5 +678,5 @@ def validation(run: Run) -> dict[str, int]:
 def loading(run: Run) -> dict[str, int]:
     """Before the states exist: stages 1 and 2 copy the weights into one flat buffer."""
     if run.engine.stage in (1, 2) and not run.engine.offload_optimizer:
-        return {"master weights": 0, "optimizer states": 0, "flat copy": run.shape.parameters * run.weight}
+        return {"master weights": 0, "optimizer states": 0, "flat copy": run.weights.number_trained * run.weight}
     return {}

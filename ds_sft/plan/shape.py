@@ -77,10 +77,12 @@ class Shape:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Each parameter of the model by its name in transformers; tied ones once."""
-        ends = {"model.norm.weight": (self.hidden,)} | ({} if self.tied else {"lm_head.weight": (self.vocab, self.hidden)})
+        ends = {"model.norm.weight": (self.hidden,)} | (
+            {} if self.tied else {"lm_head.weight": (self.vocab, self.hidden)}
+        )
         layer = self.layer_shapes()
         layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
-        return {"model.embed_tokens.weight": (self.vocab, self.hidden), **layers, **ends}
+        return {"model.embed_tokens.weight": matrix, **layers, "model.norm.weight": (self.hidden,), **head}
 
     def tensors(self) -> list[int]:
         """Elements of each parameter of the model; tied ones once."""

@@ -16,12 +16,14 @@ from functools import cached_property
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 
+Learned = Mapping[str, bool]  # of the parts of a layer that are trained: whole, not by an adapter?
 Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by their names in it; tied ones once
 # Parts of a layer whose names say what autograd keeps for them (plan/memory.py).
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "q_norm", "k_norm",
          "input_layernorm", "post_attention_layernorm")  # fmt: skip
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 NO_LINEAR = ("wte", "wpe", HEAD)  # matrices that are no linear layer of a decoder, beside all with "emb" in their name
+FP32 = 4
 BLOCK, BLOCKS = 64, 256  # of nf4: weights that share a scale of 8 bits, scales that share one of 32
 NF4_TABLES = 4 * (16 + 256 + 1)  # bytes of a matrix's code, its scales' code, and their mean
 
@@ -42,6 +44,9 @@ class Choice:
     def whole(self) -> bool:
         """Whether all weights are trained."""
         return self.adapter == "none" and not self.only
+
+
+ALL = Choice()
 
 
 def choice_of(config: Config) -> Choice:
@@ -85,9 +90,6 @@ class Weight:
         return -(-self.size // 2) + scales + FP32 * -(-scales // BLOCKS) + NF4_TABLES
 
 
-FP32 = 4
-
-
 @dataclass(frozen=True)
 class Weights:
     """All parameters, in the model's order."""
@@ -123,6 +125,12 @@ class Weights:
             if weight.layer is not None and weight.trained:
                 found[weight.layer] += 1
         return found
+
+    @cached_property
+    def trained_behind(self) -> int:
+        """How many tensors are trained behind the layers."""
+        ends = [weight for weight in self.every if weight.layer is None and weight.trained]
+        return sum(not self._is_embedding(weight) for weight in ends)
 
     @cached_property
     def first(self) -> int:
@@ -164,9 +172,14 @@ class Weights:
     def of_layer(self, layer: int) -> list[Weight]:
         return self._by_layer[layer]
 
+    def learned(self, layer: int) -> Learned:
+        """Which `PARTS` of a layer are trained, whole or by an adapter."""
+        return self._learned[layer]
+
     @cached_property
-    def largest_four_bits(self) -> int:
-        return max((weight.size for weight in self.every if weight.four_bits), default=0)
+    def _learned(self) -> list[Learned]:
+        return [{part: "lora_" not in weight.name for weight in weights if weight.trained
+                 for part in weight.name.split(".") if part in PARTS} for weights in self._by_layer]  # fmt: skip
 
     def flops(self) -> tuple[float, float]:
         """A token's floating-point operations in forward and backward: of the layers' matrices, and of the projection.
@@ -176,6 +189,13 @@ class Weights:
         layers = sum(self._factor(w) * w.size for w in self.every if w.layer is not None and len(w.shape) == 2)
         heads = [w for w in self.every if w.used and self._is_projection(w)]
         return float(layers), float(sum((6 if w.trained else 4) * w.size for w in heads))
+
+    @cached_property
+    def multiplied_again(self) -> int:
+        """Elements of the matrices in the layers that backward reaches."""
+        return sum(
+            w.size for w in self.every if w.used and len(w.shape) == 2 and w.layer is not None and w.layer >= self.first
+        )
 
     def _factor(self, weight: Weight) -> int:
         if not weight.used:
