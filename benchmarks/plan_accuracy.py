@@ -42,6 +42,8 @@ MIB = 2**20
 # take, a model of 70,000 parameters.
 RUNTIME = {"none": 25 * MIB}
 DEEPSPEED_RUNTIME = 18 * MIB
+ADAPTER_RUNTIME = {"none": 14 * MIB}  # the same of adapters, on top
+ADAPTER_DEEPSPEED_RUNTIME = 8 * MIB
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
 MODELS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> family, SIZES
@@ -159,6 +161,8 @@ def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> t
         choice=choice_of(Config(model_name_or_path=str(model), train_file="", **TRAINED[case.trained])),
     )
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)
+    if run.choice.adapter != "none":
+        runtime += ADAPTER_RUNTIME.get(case.layout, ADAPTER_DEEPSPEED_RUNTIME)
     return model_states(run), memory.device_bytes + (memory.host_bytes + runtime if lazy else 0)
 
 

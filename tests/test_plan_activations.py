@@ -84,7 +84,7 @@ FROZEN: list[dict[str, Any]] = [
     {"adapter": "lora"},
     {"adapter": "lora", "lora_dropout": 0.1},
     {"adapter": "lora", "lora_targets": ["q_proj", "v_proj"]},
-    {"adapter": "lora", "lora_targets": [r".*\.mlp\.down_proj"], "lora_modules_to_save": ["norm"]},
+    {"adapter": "lora", "lora_targets": [r".*\.mlp\.down_proj"], "lora_modules_to_save": ["input_layernorm"]},
     {"adapter": "dora"},
     {"adapter": "dora", "lora_dropout": 0.1},
     {"train_only": ["self_attn"]},

@@ -23,6 +23,7 @@ from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds
 from ds_sft.plan.steps import Steps, steps_of
+from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
@@ -183,7 +184,7 @@ def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
 def _size(config: Config) -> ModelSize | None:
     folder = model_folder(config.model_name_or_path)
     try:
-        return None if folder is None else model_size(folder)
+        return None if folder is None else model_size(folder, choice_of(config))
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {error}") from None
 

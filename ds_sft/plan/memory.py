@@ -69,6 +69,11 @@ class Run:
         return trained_weights(self.shape, self.choice)
 
     @property
+    def refused(self) -> bool:
+        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits."""
+        return self.choice.four_bits and self.engine.stage == 3
+
+    @property
     def weight(self) -> int:
         """Bytes of a trained parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
         return self.width if self.engine.stage is not None else FP32

@@ -22,10 +22,11 @@ Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by their name
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "q_norm", "k_norm",
          "input_layernorm", "post_attention_layernorm")  # fmt: skip
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
-NO_LINEAR = ("wte", "wpe", HEAD)  # matrices that are no linear layer of a decoder, beside all with "emb" in their name
+# Modules with a matrix that has no adapter, beside those with "emb" in their name: routers, ends of other models.
+NO_LINEAR = (HEAD, "wte", "wpe", "gate", "router", "shared_expert_gate")
 FP32 = 4
-BLOCK, BLOCKS = 64, 256  # of nf4: weights that share a scale of 8 bits, scales that share one of 32
-NF4_TABLES = 4 * (16 + 256 + 1)  # bytes of a matrix's code, its scales' code, and their mean
+BLOCK = 64  # weights that share a scale, a float32, in nf4
+CODES = 16  # numbers that 4 bits stand for, of each matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,12 @@ def choice_of(config: Config) -> Choice:
     )
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter is in, by its name; None: before the layers or behind them."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter as it is in the model that is trained."""
@@ -79,15 +86,13 @@ class Weight:
 
     @property
     def layer(self) -> int | None:
-        found = re.search(r"\.(\d+)\.", self.name)
-        return int(found[1]) if found else None
+        return layer_of(self.name)
 
     def bytes(self, width: int) -> int:
         """Where numbers that compute have `width` bytes."""
         if not self.four_bits:
             return self.size * width
-        scales = -(-self.size // BLOCK)
-        return -(-self.size // 2) + scales + FP32 * -(-scales // BLOCKS) + NF4_TABLES
+        return -(-self.size // 2) + FP32 * (-(-self.size // BLOCK) + CODES)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,10 @@ class Weights:
     @cached_property
     def number(self) -> int:
         return sum(self.sizes)
+
+    @cached_property
+    def number_frozen(self) -> int:
+        return sum(weight.size for weight in self.every if not weight.trained and weight.used)
 
     def frozen_bytes(self, width: int) -> int:
         return sum(weight.bytes(width) for weight in self.every if not weight.trained)
@@ -150,6 +159,12 @@ class Weights:
     def embedding(self) -> int:
         """Elements of the embedding if it is trained."""
         return next((w.size for w in self.every if w.trained and self._is_embedding(w)), 0)
+
+    @cached_property
+    def twice(self) -> int:
+        """Elements of a tied output projection that is trained beside adapters: their file names it twice."""
+        return sum(w.size for w in self.every if w.trained and ".modules_to_save." in w.name and self.tied
+                   and self._is_embedding(w))  # fmt: skip
 
     @cached_property
     def tied(self) -> bool:
@@ -252,11 +267,16 @@ def _module(name: str) -> str:
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     end = _module(name).rpartition(".")[2]
-    return len(shape) == 2 and name.endswith(".weight") and end not in NO_LINEAR and "emb" not in end
+    fused = ".experts." in name  # transformers has them in one tensor
+    return len(shape) == 2 and name.endswith(".weight") and end not in NO_LINEAR and "emb" not in end and not fused
 
 
 def _is_target(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}") or re.fullmatch(target, module) is not None
+    return _ends_with(module, target) or re.fullmatch(target, module) is not None
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
 
 
 def _saved_as(module: str, modules: tuple[str, ...], *, tied: bool) -> str | None:
@@ -265,6 +285,6 @@ def _saved_as(module: str, modules: tuple[str, ...], *, tied: bool) -> str | Non
     for end in range(1, len(parts) + 1):
         inner = ".".join(parts[:end])
         names = [inner, HEAD] if tied and parts[end - 1] == EMBEDDING else [inner]
-        if any(name.endswith(wanted) for name in names for wanted in modules):
+        if any(_ends_with(name, wanted) for name in names for wanted in modules):
             return inner
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
-from ds_sft.plan.disk import checkpoint_bytes
+from ds_sft.plan.disk import adapter_bytes, checkpoint_bytes, trained_checkpoint_bytes
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.checkpoint import Site, newest_complete, steps_in
 from ds_sft.runtime.distributed import gather
@@ -20,24 +20,48 @@ from ds_sft.runtime.size import ModelSize, in_units
 def predict_size(model: Any, stage: int | None, site: Site) -> int:
     """Bytes of a checkpoint of the model in memory on this rank's file system."""
     parameters = list(model.parameters())
-    embedding = model.get_input_embeddings().weight
-    shape = ModelSize(
-        parameters=sum(map(_count, parameters)),
-        embedding=_count(embedding),
-        tied=model.get_output_embeddings().weight is embedding,
-    )
-    size = checkpoint_bytes(shape, stage=stage, weight_bytes=parameters[0].element_size())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weight_bytes = trained[0].element_size()
+    if len(trained) < len(parameters):
+        size = trained_checkpoint_bytes(
+            sum(map(_count, trained)), _twice(model), stage=stage, weight_bytes=weight_bytes
+        )
+    else:
+        embedding = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is embedding
+        shape = ModelSize(sum(map(_count, parameters)), embedding=_count(embedding), tied=tied)
+        size = checkpoint_bytes(shape, stage=stage, weight_bytes=weight_bytes)
     return size if site.shared else math.ceil(size * site.launch.local_world_size / site.launch.world_size)
 
 
 def _count(parameter: Any) -> int:
-    """Elements of a parameter, of which ZeRO-3 keeps a share here."""
+    """Elements of a parameter, of which ZeRO-3 keeps a share here; of 4 bits two to a byte."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def _twice(model: Any) -> int:
+    """Elements of a tied head that is trained beside adapters: their file has it under both its names."""
+    if getattr(model, "adapter_config", None) is None:
+        return 0
+    once, all_names = (
+        sum(_count(p) for _, p in model.named_parameters(remove_duplicate=once) if p.requires_grad)
+        for once in (True, False)
+    )
+    return int(all_names - once)
+
+
 def export_size(model: Any, config: Config, site: Site) -> int:
-    """Bytes of the final weights that this rank writes."""
-    return export_dtype(config).itemsize * sum(map(_count, model.parameters())) if site.launch.is_main else 0
+    """Bytes of the final weights that this rank must write: a merged model is one only under `merge: yes`."""
+    if not site.launch.is_main:
+        return 0
+    itemsize = export_dtype(config).itemsize
+    if config.adapter == "none":
+        return itemsize * sum(map(_count, model.parameters()))
+    trained = sum(_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    base = sum(_count(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    return adapter_bytes(trained, _twice(model)) + (itemsize * base if config.merge == "yes" else 0)
 
 
 def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: int = 0, export: int = 0) -> None:
