@@ -168,7 +168,7 @@ CHOICES: list[dict[str, Any]] = [
     {"adapter": "dora", "lora_targets": ["q_proj"]},
     {"adapter": "lora", "lora_modules_to_save": ["lm_head"]},
     {"train_only": ["layers.2."]},
-    {"train_only": ["lm_head"]},
+    {"train_only": ["model.norm"]},
     {"train_only": ["embed_tokens"]},
 ]
 

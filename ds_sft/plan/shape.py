@@ -55,24 +55,22 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Each parameter of one layer by its name in it, matrices first."""
+        """Each parameter of one layer by its name in it, in the layer's order."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
-        attention, mlp = "self_attn", "mlp"
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{attention}.q_proj.weight": (q, h),
-            f"{attention}.k_proj.weight": (kv, h),
-            f"{attention}.v_proj.weight": (kv, h),
-            f"{attention}.o_proj.weight": (h, q),
-            f"{mlp}.gate_proj.weight": (i, h),
-            f"{mlp}.up_proj.weight": (i, h),
-            f"{mlp}.down_proj.weight": (h, i),
+        matrices = {
+            "self_attn.q_proj": (q, h, self.qkv_bias),
+            "self_attn.k_proj": (kv, h, self.qkv_bias),
+            "self_attn.v_proj": (kv, h, self.qkv_bias),
+            "self_attn.o_proj": (h, q, self.output_bias),
+            "mlp.gate_proj": (i, h, self.mlp_bias),
+            "mlp.up_proj": (i, h, self.mlp_bias),
+            "mlp.down_proj": (h, i, self.mlp_bias),
         }
-        biased = ["q_proj", "k_proj", "v_proj"] * self.qkv_bias + ["o_proj"] * self.output_bias
-        biases = [f"{attention}.{name}" for name in biased]
-        biases += [f"{mlp}.{name}" for name in ("gate_proj", "up_proj", "down_proj") * self.mlp_bias]
-        shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biases}
-        if self.head_norms:
-            shapes |= dict.fromkeys((f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"), (self.head_dim,))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, (outputs, inputs, biased) in matrices.items():
+            shapes |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
+            if name.endswith("o_proj") and self.head_norms:
+                shapes |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (self.head_dim,))
         return shapes | dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (h,))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
