@@ -243,7 +243,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **KEYS}), encoding="utf-8")
-    (tmp_path / "rows.jsonl").write_text("{}\n" * 100, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 100, encoding="utf-8")
     keys = {"model_name_or_path": "model", "train_file": "rows.jsonl", "output_dir": "out", "max_length": 128,
             "adapter": "lora"}  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
@@ -288,6 +288,17 @@ def test_loading_takes_what_is_frozen_as_it_computes() -> None:
     found = option("ZeRO-2", run(2), cluster, 80e9, host_memory=4 * (2 * BASE + 2 * LORA))
     assert found.fits_host
     assert not option("ZeRO-2", run(2), cluster, 80e9, host_memory=4 * (2 * BASE + 2 * LORA) - 1).fits_host
+
+
+def test_launch_foretells_small_checkpoints(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **KEYS)).save_pretrained("model")
+    words = ["launch", "--dry-run", str(run_file), "--deepspeed", json.dumps({"zero_optimization": {"stage": 2}})]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trained_parameters"], found["parameters"]) == (LORA, BASE)
+    assert (found["checkpoint_bytes"], found["final_model_bytes"]) == ((4 + 12 + 2) * LORA, 4 * LORA + 2 * BASE)
+    assert main(words) == 0
+    assert f"each ({LORA:,} trained, of a model of {BASE:,} parameters), " in capsys.readouterr().out
 
 
 def test_preview_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
