@@ -28,6 +28,7 @@ from ds_sft.runtime.adapter import WEIGHTS, save_adapter
 from ds_sft.runtime.checkpoint import Site
 from ds_sft.runtime.disk import export_size, predict_size
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.expectation import expect_memory
 from ds_sft.runtime.size import model_size, written_bytes
 from ds_sft.training.adapters import choose_weights, trained_parts
 from ds_sft.training.metrics import count_flops
@@ -106,6 +107,7 @@ def test_parameters_by_hand() -> None:
     [
         (Choice(adapter="lora", targets=("x_proj",)), "lora_targets: 'x_proj' matches no linear layer of this model"),
         (Choice(adapter="lora", targets=("lm_head",)), "lora_targets: 'lm_head' matches no linear layer"),
+        (Choice(adapter="lora", targets=("*_proj",)), r"lora_targets: '\*_proj' is neither a name nor a regular"),
         (Choice(only=("layers.9.",)), "train_only: 'layers.9.' is in no weight's name"),
     ],
 )
@@ -283,6 +285,16 @@ def test_4_bits_are_not_planned_under_stage_3(capsys: pytest.CaptureFixture[str]
     assert {point["layout"] for point in json.loads(capsys.readouterr().out)} == {"ZeRO-2"}
 
 
+def test_a_run_whose_keys_the_plan_cannot_follow_goes_on(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = replace(config(adapter="lora", lora_targets=["x_proj"]), model_name_or_path=str(run_file.parent / "model"))
+    ways: dict[str, Any] = {"longest": 8, "largest": 8, "padded": False, "ranks": 1, "on_gpu": False, "launch": ALONE}
+    assert expect_memory(asked, None, **ways) is None
+    assert capsys.readouterr().out == "No memory plan: lora_targets: 'x_proj' matches no linear layer of this model\n"
+    expected = expect_memory(replace(asked, lora_targets=None), None, **ways)
+    assert expected is not None
+    assert expected.memory.device["frozen weights"] == 2 * BASE
+
+
 def test_loading_takes_what_is_frozen_as_it_computes() -> None:
     cluster = Hardware(nodes=1, gpus_per_node=4, flops=1e12, inside=1e9, between=1e9)
     found = option("ZeRO-2", run(2), cluster, 80e9, host_memory=4 * (2 * BASE + 2 * LORA))
@@ -292,11 +304,11 @@ def test_loading_takes_what_is_frozen_as_it_computes() -> None:
 
 def test_launch_foretells_small_checkpoints(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **KEYS)).save_pretrained("model")
-    words = ["launch", "--dry-run", str(run_file), "--deepspeed", json.dumps({"zero_optimization": {"stage": 2}})]
+    words = ["launch", "--dry-run", str(run_file)]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["trained_parameters"], found["parameters"]) == (LORA, BASE)
-    assert (found["checkpoint_bytes"], found["final_model_bytes"]) == ((4 + 12 + 2) * LORA, 4 * LORA + 2 * BASE)
+    assert (found["checkpoint_bytes"], found["final_model_bytes"]) == (12 * LORA, 4 * LORA + 2 * BASE)
     assert main(words) == 0
     assert f"each ({LORA:,} trained, of a model of {BASE:,} parameters), " in capsys.readouterr().out
 

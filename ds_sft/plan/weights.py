@@ -272,7 +272,10 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _is_target(module: str, target: str) -> bool:
-    return _ends_with(module, target) or re.fullmatch(target, module) is not None
+    try:
+        return _ends_with(module, target) or re.fullmatch(target, module) is not None
+    except re.error as error:
+        raise UserError(f"lora_targets: {target!r} is neither a name nor a regular expression: {error}") from None
 
 
 def _ends_with(module: str, name: str) -> bool:
