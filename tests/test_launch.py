@@ -60,6 +60,7 @@ def test_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     template = shlex.quote(str(ROOT / "slurm" / "train.sbatch"))
     parameters = found.pop("parameters")
+    assert found.pop("trained_parameters") == parameters
     assert found == {
         "ranks_per_node": 4,
         "world_size": 8,

@@ -325,7 +325,13 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("config_file")
 def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--gpus-per-node", "4")
-    assert found["model"] == {"parameters": PARAMETERS, "tied": False, "family": "llama", "positions": None}
+    assert found["model"] == {
+        "parameters": PARAMETERS,
+        "trained": PARAMETERS,
+        "tied": False,
+        "family": "llama",
+        "positions": None,
+    }
     assert [o["name"] for o in found["options"]] == ["no DeepSpeed", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload",
                                                      "ZeRO-3 offload"]  # fmt: skip
     assert all(sum(o["gpu"].values()) == o["gpu_total"] for o in found["options"])

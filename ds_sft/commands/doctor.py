@@ -30,6 +30,7 @@ from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives
 from ds_sft.plan.memory import Engine
+from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
@@ -189,7 +190,7 @@ def _look_at_model(config: Config) -> Facts:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: this folder has no config.json, so it is not a model")
     (folder / "config.json").read_bytes()
-    size = model_size(folder)
+    size = model_size(folder, choice_of(config))
     return {"folder": str(folder), "size": size and asdict(size)}
 
 
@@ -397,9 +398,11 @@ def judge_network(network: Network, everyone: Sequence[Facts], config: Config) -
 def _estimate(size: ModelSize, network: Network, config: Config) -> str:
     """Seconds of a step spent communicating if nothing overlaps: what `ds-sft plan` counts, at the measured speed."""
     half = config.training.get("bf16") or config.training.get("fp16")
-    weights, micro_batches = size.parameters * (2 if half else 4), config.training["gradient_accumulation_steps"]
+    trained = size.parameters if size.trained is None else size.trained
+    weights, frozen = ((2 if half else 4) * number for number in (trained, size.frozen))
+    micro_batches, ranks = config.training["gradient_accumulation_steps"], network.world_size
     two, three = (
-        sum(collectives(Engine(stage=stage), weights, network.world_size, micro_batches)) / network.bandwidth
+        sum(collectives(Engine(stage=stage), weights, ranks, micro_batches, frozen=frozen)) / network.bandwidth
         for stage in (2, 3)
     )
     return (

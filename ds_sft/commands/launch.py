@@ -23,6 +23,7 @@ from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds
 from ds_sft.plan.steps import Steps, steps_of
+from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
@@ -61,6 +62,7 @@ class Plan:
     master_addr: str
     master_port: int
     parameters: int | None
+    trained_parameters: int | None
     rows: int  # of an epoch, or packed sequences
     known: str  # "exact"; where rows fill something "about", or "at most" where no row's length is known
     rows_per_step: int | None  # None: as many as max_tokens_per_batch holds
@@ -137,6 +139,7 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         master_addr=hosts[0],
         master_port=given.port,
         parameters=None if size is None else size.parameters,
+        trained_parameters=None if size is None else size.parameters if size.trained is None else size.trained,
         rows=steps.num_rows,
         known=known,
         rows_per_step=steps.rows_per_step,
@@ -183,7 +186,7 @@ def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
 def _size(config: Config) -> ModelSize | None:
     folder = model_folder(config.model_name_or_path)
     try:
-        return None if folder is None else model_size(folder)
+        return None if folder is None else model_size(folder, choice_of(config))
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path: {config.model_name_or_path}: {error}") from None
 
@@ -282,7 +285,9 @@ def _checkpoints(plan: Plan, config: Config) -> str:
         return f"{text}; size unknown: {config.model_name_or_path} is not on this disk as safetensors."
     one, model = plan.checkpoint_bytes, plan.final_model_bytes
     written, disk = one * count + model, one * min(count, kept + 1) + model
+    frozen = config.adapter != "none" or config.train_only
+    trained = f"{plan.trained_parameters:,} trained, of a model of " if frozen else ""
     return (
-        f"{text}; {in_units(one)} each ({plan.parameters:,} parameters), {in_units(written)} written in all, "
+        f"{text}; {in_units(one)} each ({trained}{plan.parameters:,} parameters), {in_units(written)} written in all, "
         f"{in_units(disk)} on disk at most."
     )

@@ -25,7 +25,7 @@ from ds_sft.commands.rows import count_quickly, rows_of_epoch
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
-from ds_sft.plan.disk import checkpoint_bytes, export_bytes
+from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
 from ds_sft.plan.layouts import (
     FILES,
     LAYOUTS,
@@ -180,8 +180,13 @@ class Plan:
     def disk(self) -> dict[str, int | None]:
         """Bytes that the run writes, and what is free; None where only its rows would tell."""
         training, run, times = self.config.training, self.chosen.run, self.schedule()
-        one = checkpoint_bytes(self.shape, stage=run.engine.stage, weight_bytes=run.weight)
+        stage, trained, twice = run.engine.stage, run.weights.number_trained, run.weights.twice
         final = export_bytes(self.shape, 4 if self.config.export_dtype == "float32" or not run.half else 2)
+        if run.choice.whole:
+            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight)
+        else:
+            one = trained_checkpoint_bytes(trained, twice, stage=stage, weight_bytes=run.weight)
+            final = final_bytes(final, trained, twice, self.config)
         number = times.checkpoints
         if number != 0 and training.get("save_total_limit"):
             kept = training["save_total_limit"] + 1  # the new one is written before the oldest goes
@@ -196,10 +201,13 @@ class Plan:
         return {
             "model": {
                 "parameters": self.shape.parameters,
+                "trained": self.chosen.run.weights.number_trained,
                 "tied": self.shape.tied,
                 "family": self.shape.family,
                 "positions": self.shape.positions,
             },
+            "adapter": self.config.adapter,
+            "quantization": self.config.quantization,
             "max_length": self.config.max_length,
             "ranks": self.hardware.ranks,
             "ring_bandwidth": self.hardware.ring if self.hardware.nodes > 1 else self.hardware.inside,
@@ -247,7 +255,8 @@ def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, An
         engine = engine_of(found.get("zero_optimization") or {}, shape)
         configured = name_of(engine)
         engines[configured] = engine
-    return configured, {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}
+    runs = {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}
+    return configured, {name: run for name, run in runs.items() if name == configured or not run.refused}
 
 
 def write(config: Config, best: Option, configured: str, path: Path) -> None:

@@ -12,8 +12,9 @@ from rich.table import Table
 from ds_sft.runtime.size import in_units
 
 GB, GIB = 1e9, 2**30  # of links; of memory and disks
-PARTS = ("parameters", "gradients", "master weights", "optimizer states", "working copy", "activations", "logits",
-         "buckets", "gathered parameters", "reduction", "step buffers", "flat copy", "allocator margin")  # fmt: skip
+PARTS = ("parameters", "frozen weights", "gradients", "master weights", "optimizer states", "working copy",
+         "activations", "logits", "buckets", "gathered parameters", "reduction", "step buffers", "flat copy",
+         "allocator margin")  # fmt: skip
 
 
 def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
@@ -24,6 +25,8 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     memory = f"{given.gpu_memory / GB:.0f} GB ({in_units(given.gpu_memory)})"
     gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {memory}"
     console.print(f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus}.")
+    for line in trained_lines(plan):
+        console.print(line)
     console.print(memory_table(plan))
     console.print(
         "Each column is the fullest moment of a step for the fullest rank. The margin is for CUDA, NCCL and fragments: "
@@ -38,6 +41,16 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         *time_lines(plan, given),
     ):
         console.print(line)
+
+
+def trained_lines(plan: dict[str, Any]) -> list[str]:
+    model, adapter = plan["model"], plan["adapter"]
+    if adapter == "none" and model["trained"] == model["parameters"]:
+        return []
+    base = "" if plan["quantization"] == "none" else f", in {plan['quantization']}"
+    what = "of them (train_only)" if adapter == "none" else f"beside them ({adapter})"
+    share = model["trained"] / model["parameters"]
+    return [f"Trained: {model['trained']:,} parameters {what}, {share:.2%}; the others are frozen{base}."]
 
 
 def memory_table(plan: dict[str, Any]) -> Table:

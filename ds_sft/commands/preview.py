@@ -6,8 +6,9 @@ In the terminal learned tokens are green, special tokens bold. `--html FILE` wri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ds_sft.commands.prepare import read_config
@@ -18,7 +19,8 @@ from ds_sft.runtime.distributed import Launch
 
 USAGE = """usage: ds-sft preview CONFIG.yaml [--rows 1-3,10] [--split eval] [--batch] [--html FILE] [--key value ...]
 
-Shows rows as the model will see them: every token, learned ones green, special ones bold.
+Shows rows as the model will see them: every token, learned ones green, special ones bold. With an adapter or
+train_only also which weights are trained, and the size of a checkpoint.
 
   --rows 1-3,10   numbers of rows in the data set, from 1 [1-5]
   --split eval    rows of the validation set [train]
@@ -93,7 +95,43 @@ def main(argv: Sequence[str]) -> int:
         print(f"Wrote {path}: open it in a browser.")
     else:
         print_sequences(shown, launch, data.report)
+    if config.adapter != "none" or config.train_only:
+        say_trained(config, tokenizer, launch)
     return 0
+
+
+def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
+    """What a run would train, chosen in the model itself, without its weights, and the size of a checkpoint.
+
+    Raises:
+        UserError: a key names nothing in this model.
+    """
+    from ds_sft.runtime.checkpoint import Site
+    from ds_sft.runtime.disk import export_size, predict_size
+    from ds_sft.runtime.size import in_units
+    from ds_sft.runtime.zero import engine_config, stage
+    from ds_sft.training.adapters import choose_weights
+    from ds_sft.training.model import make_room, without_weights
+
+    engine, site = engine_config(config, launch), Site(launch, shared=True)
+    model = without_weights(config)
+    make_room(model, tokenizer, config)
+    choose_weights(model, config, _arguments(config, engine), launch)
+    wanted = config if config.merge == "no" else replace(config, merge="yes")
+    sizes = predict_size(model, stage(engine), site), export_size(model, wanted, site)
+    launch.say(f"A checkpoint takes about {in_units(sizes[0])}, the final weights {in_units(sizes[1])}.")
+
+
+def _arguments(config: Config, engine: dict[str, Any] | None) -> Any:
+    """What the choice of weights reads of TrainingArguments, which would look for devices."""
+    training = config.training
+    return SimpleNamespace(
+        seed=training.get("seed", 42),
+        deepspeed=engine,
+        bf16=bool(training.get("bf16")),
+        fp16=bool(training.get("fp16")),
+        activation_checkpointing_kwargs=training.get("activation_checkpointing_kwargs"),
+    )
 
 
 def take_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

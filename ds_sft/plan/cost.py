@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_sft.plan.memory import Engine, Run
+from ds_sft.plan.memory import Engine, Run, trained_weights
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.weights import ALL, Choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,23 @@ class Hardware:
         return min(over_cards, self.inside * self.gpus_per_node / inside) if inside else over_cards
 
 
-def model_flops_per_token(shape: Shape, length: int) -> float:
-    """Forward and backward: 6 a multiplied parameter, and attention's scores (PaLM, arXiv 2204.02311, appendix B)."""
-    return 6.0 * shape.multiplied + 12.0 * shape.layers * shape.q_size * length
+def model_flops_per_token(shape: Shape, length: int, choice: Choice = ALL) -> float:
+    """Forward and backward: 6 a multiplied parameter, and attention's scores (PaLM, arXiv 2204.02311, appendix B).
+
+    4 a frozen parameter, which has no gradient of its own, and 2 below the first layer that has something trained.
+    """
+    weights = trained_weights(shape, choice)
+    scores = 12.0 * (shape.layers - weights.first) + 4.0 * weights.first
+    return sum(weights.flops()) + scores * shape.q_size * length
 
 
 def step_flops(run: Run) -> float:
-    """Of one micro batch of one rank; checkpointing computes the layers' forward again."""
-    head = 6.0 * run.shape.embedding
-    layers = model_flops_per_token(run.shape, run.length) - head
-    return run.tokens * (head + layers * (4 / 3 if run.checkpointing else 1))
+    """Of one micro batch of one rank; checkpointing computes the forward of the layers that backward reaches again."""
+    flops = model_flops_per_token(run.shape, run.length, run.choice)
+    if run.checkpointing:
+        reached = run.shape.layers - run.weights.first
+        flops += 2.0 * run.weights.multiplied_again + 4.0 * reached * run.shape.q_size * run.length
+    return run.tokens * flops
 
 
 @dataclass(frozen=True)
@@ -62,21 +70,24 @@ class Traffic:
         return self.inside + self.between + self.after_inside + self.after_between
 
 
-def collectives(engine: Engine, weights: float, ranks: int, accumulation: int) -> tuple[float, float]:
+def collectives(
+    engine: Engine, weights: float, ranks: int, accumulation: int, *, frozen: float = 0.0
+) -> tuple[float, float]:
     """Bytes that a rank sends in a step: beside computation, and after it.
 
-    psi is the bytes of all weights: a ring sends (n - 1) / n psi to gather or to reduce-scatter them, twice that to
-    all-reduce (ZeRO paper, section 7). As DeepSpeed 0.19 does it (`runtime/zero/stage_1_and_2.py`, `average_tensor`):
-    stage 2 reduces the gradients of every micro batch, stage 1 and no DeepSpeed once a step; `reduce_scatter` is an
-    all-reduce of whole buckets of which each rank keeps its part, 2 psi, and one reduce for each rank's part, psi, only
-    without `use_multi_rank_bucket_allreduce`. Then both gather the weights, psi. Stage 3: weights gathered for forward
-    and for backward, gradients reduce-scattered, 3 psi each micro batch.
+    psi is the bytes of all trained weights (`weights`; `frozen` ones are gathered in stage 3 alone): a ring sends (n -
+    1) / n psi to gather or to reduce-scatter them, twice that to all-reduce (ZeRO paper, section 7). As DeepSpeed 0.19
+    does it (`runtime/zero/stage_1_and_2.py`, `average_tensor`): stage 2 reduces the gradients of every micro batch,
+    stage 1 and no DeepSpeed once a step; `reduce_scatter` is an all-reduce of whole buckets of which each rank keeps
+    its part, 2 psi, and one reduce for each rank's part, psi, only without `use_multi_rank_bucket_allreduce`. Then both
+    gather the weights, psi. Stage 3: weights gathered for forward and for backward, gradients reduce-scattered, 3 psi
+    each micro batch.
     """
-    psi = weights * (ranks - 1) / ranks
+    psi, still = (size * (ranks - 1) / ranks for size in (weights, frozen))
     if engine.stage is None:
         return 2 * psi, 0.0
     if engine.stage == 3:
-        return 3 * psi * accumulation, 0.0
+        return (3 * psi + 2 * still) * accumulation, 0.0
     return (2 if engine.allreduce else 1) * psi * (accumulation if engine.stage == 2 else 1), psi
 
 
@@ -85,20 +96,23 @@ def traffic(run: Run, gpus_per_node: int) -> Traffic:
 
     With hierarchical partitioning (ZeRO++, arXiv 2306.10209) the weights for backward stay inside the node.
     """
-    beside, after = collectives(run.engine, run.shape.parameters * run.weight, run.ranks, run.accumulation)
+    trained, frozen = run.weights.number_trained * run.weight, run.weights.frozen_bytes(run.width)
+    beside, after = collectives(run.engine, trained, run.ranks, run.accumulation, frozen=frozen)
     host = _offloaded(run)
     if run.ranks <= gpus_per_node:
         return Traffic(inside=beside, host=host, after_inside=after)
-    within = beside / 3 if run.engine.stage == 3 and run.engine.hierarchical > 1 else 0.0
+    gathered = (trained + frozen) * (run.ranks - 1) / run.ranks * run.accumulation  # once for backward
+    within = gathered if run.engine.stage == 3 and run.engine.hierarchical > 1 else 0.0
     return Traffic(inside=within, between=beside - within, host=host, after_between=after)
 
 
 def _offloaded(run: Run) -> float:
     """Gradients to the host and weights back, of a rank's share; offloaded weights also on their way into a gather."""
     engine = run.engine
-    share = run.shape.parameters * run.weight / run.ranks
-    states = share * (run.accumulation + 1) if engine.offload_optimizer else 0.0
-    return states + (2 * share * run.accumulation if engine.offload_param else 0.0)
+    trained, frozen = run.weights.number_trained * run.weight, run.weights.frozen_bytes(run.width)
+    states = trained * (run.accumulation + 1) if engine.offload_optimizer else 0.0
+    gathered = 2 * (trained + frozen) * run.accumulation if engine.offload_param else 0.0
+    return (states + gathered) / run.ranks
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ds_sft.config import Config
+
+MASTER_BYTES = 4  # a float32 weight
 ADAM_BYTES = 8  # two float32 moments a parameter
 
 
@@ -35,6 +38,34 @@ def checkpoint_bytes(shape: Sized, *, stage: int | None, weight_bytes: int) -> i
     return 2 * weights + states + (shape.embedding * weight_bytes if shape.tied else 0)
 
 
+def trained_checkpoint_bytes(trained: int, twice: int, *, stage: int | None, weight_bytes: int) -> int:
+    """One `checkpoint-N` where weights are frozen, which it leaves out.
+
+    Args:
+        trained: elements of what is trained.
+        twice: of a tied head among them, which an adapter's file has under both its names.
+        stage, weight_bytes: as above.
+    """
+    file = (trained + twice) * MASTER_BYTES  # adapter_model.safetensors or trained.safetensors
+    if stage is None:
+        return file + trained * ADAM_BYTES
+    states = trained * (MASTER_BYTES + ADAM_BYTES)
+    return file + states + (0 if stage == 3 else trained * weight_bytes)
+
+
 def export_bytes(shape: Sized, export_bytes_per_parameter: int) -> int:
     """The final `model.safetensors`."""
     return shape.parameters * export_bytes_per_parameter
+
+
+def final_bytes(model: int, trained: int, twice: int, config: Config) -> int:
+    """What a run with frozen weights leaves: the model, of so many bytes; with adapters these, and it unless `merge` is
+    no."""
+    if config.adapter == "none":
+        return model
+    return adapter_bytes(trained, twice) + (0 if config.merge == "no" else model)
+
+
+def adapter_bytes(trained: int, twice: int) -> int:
+    """The final `adapter_model.safetensors`, in float32."""
+    return (trained + twice) * MASTER_BYTES

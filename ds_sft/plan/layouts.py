@@ -14,6 +14,7 @@ from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, Step, step_time
 from ds_sft.plan.memory import Engine, Memory, Run, peak
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.weights import choice_of
 
 LAYOUTS: dict[str, tuple[int | None, bool, bool]] = {  # name -> stage, optimizer offloaded, parameters offloaded
     "no DeepSpeed": (None, False, False),
@@ -122,6 +123,7 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         eval_batch=training.get("per_device_eval_batch_size", 8) if training.get("eval_strategy", "no") != "no" else 0,
         lazy=lazy,
         fused=not lazy and uses_liger(config),
+        choice=choice_of(config),
     )
 
 
@@ -171,8 +173,8 @@ def node_bytes(run: Run, memory: Memory, hardware: Hardware) -> int:
 
 def loading_bytes(run: Run) -> int:
     """Host memory of a rank while it loads: all weights, or its share under stage 3 (`training/model.py`)."""
-    weights = run.shape.parameters * run.weight
-    return -(-weights // run.ranks) + max(run.shape.tensors()) * run.weight if run.engine.stage == 3 else weights
+    weights = run.weights.number_trained * run.weight + run.weights.frozen_bytes(run.width)
+    return -(-weights // run.ranks) + max(run.weights.sizes) * run.weight if run.engine.stage == 3 else weights
 
 
 def micro_batches(rows: int) -> list[int]:

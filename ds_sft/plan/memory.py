@@ -8,14 +8,14 @@ the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
-FP32 = 4
 MOMENTS = 8  # Adam's two, in float32
 # Float32 logits of a chunk of the loss, bytes: 1,365 tokens at a vocabulary of 49,152, 441 at 151,936. On a CPU the
 # time is the same from 128 tokens on; a GPU reads the weight three times and its gradient once a chunk, which takes as
@@ -62,15 +62,25 @@ class Run:
     learned: float = 1.0  # share of the tokens that are supervised, at most
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
     fused: bool = False  # norms, rotations and gates by Liger (`training/fused.py`)
+    choice: Choice = ALL  # of what is trained
+
+    @property
+    def weights(self) -> Weights:
+        return trained_weights(self.shape, self.choice)
+
+    @property
+    def refused(self) -> bool:
+        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits."""
+        return self.choice.four_bits and self.engine.stage == 3
 
     @property
     def weight(self) -> int:
-        """Bytes of a parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
+        """Bytes of a trained parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
         return self.width if self.engine.stage is not None else FP32
 
     @property
     def width(self) -> int:
-        """Bytes of a number in activations and in the weights that compute."""
+        """Bytes of a number in activations, and in the weights that compute or are frozen."""
         return 2 if self.half else FP32
 
     @property
@@ -95,6 +105,11 @@ class Run:
     def pairs(self) -> int:
         """Pairs of tokens that attention's mask or scores cover."""
         return self.tokens * (self.tokens if self.packed or self.flat else self.length)
+
+
+@lru_cache(maxsize=64)
+def trained_weights(shape: Shape, choice: Choice) -> Weights:
+    return weights_of(shape.shapes(), choice, layers=shape.layers)
 
 
 @dataclass(frozen=True)
@@ -128,28 +143,36 @@ def peak(run: Run, *, loading: bool = True) -> Memory:
 
 def states(run: Run) -> dict[str, int]:
     """What stays on the device from step to step (ZeRO paper, section 3.1, figure 1), gradients and buckets apart."""
-    engine, share = run.engine, owned(run)
+    engine, share, weights = run.engine, owned(run), run.weights
+    frozen = frozen_bytes(run)
     if engine.stage is None:
-        return {"parameters": run.shape.parameters * FP32, "optimizer states": share * MOMENTS}
-    whole = run.shape.parameters if engine.stage < 3 else 0
+        trained = weights.number_trained
+        return {"parameters": trained * FP32, "frozen weights": frozen, "optimizer states": trained * MOMENTS}
+    whole = weights.number_trained if engine.stage < 3 else 0
     masters = 0 if engine.stage == 3 and run.weight == FP32 else share * FP32  # float32 shares are their own masters
-    on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight}
+    on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight,
+                 "frozen weights": 0 if engine.offload_param else frozen}  # fmt: skip
     if engine.stage == 3:
         on_device["parameters"] += persistent(run) * run.weight
-        on_device["parameters"] += (
-            -(-run.shape.parameters // engine.hierarchical) * run.weight * (engine.hierarchical > 1)
-        )
+        on_device["parameters"] += -(-weights.number // engine.hierarchical) * run.weight * (engine.hierarchical > 1)
     if not engine.offload_optimizer:
         on_device |= {"master weights": masters, "optimizer states": share * MOMENTS}
     return on_device
 
 
+def frozen_bytes(run: Run) -> int:
+    """Weights that are never changed: of the dtype that computes, or 4 bits; stage 3 divides them as all others."""
+    if run.engine.stage != 3:
+        return run.weights.frozen_bytes(run.width)
+    return _shares(run, [weight.size for weight in run.weights.every if not weight.trained]) * run.width
+
+
 def host(run: Run) -> dict[str, int]:
     """What a rank keeps in host memory because of offloading (`stage_1_and_2.py` and `stage3.py`, `__init__`)."""
     engine, share = run.engine, owned(run)
-    parts = {}
+    parts: dict[str, int] = {}
     if engine.offload_param:
-        parts["parameters"] = share * run.weight
+        parts |= {"parameters": share * run.weight, "frozen weights": frozen_bytes(run)}
     if engine.offload_optimizer:
         parts |= {"master weights": share * FP32, "optimizer states": share * MOMENTS, "gradients": share * FP32}
         if engine.stage == 3:
@@ -158,26 +181,36 @@ def host(run: Run) -> dict[str, int]:
             parts["buckets"] = share * run.weight + _largest_copy(run)
             if run.accumulation > 1:
                 parts["gradients"] += max(_partition(run, rank) for rank in _ranks(run)) * run.weight
-    return parts
+    return {part: size for part, size in parts.items() if size}
 
 
 def _largest_copy(run: Run) -> int:
     """Stage 2 with offloading: a buffer for the largest gradient, on the device and on the host each."""
-    return max(run.shape.tensors()) * run.weight
+    return max(run.weights.trained) * run.weight
 
 
 def owned(run: Run) -> int:
     """Elements of the states that a rank keeps."""
     if run.engine.stage is None:
-        return run.shape.parameters
-    if run.engine.stage == 3:  # every parameter is cut by itself
-        return sum(-(-size // run.ranks) for size in run.shape.tensors())
-    return -(-run.shape.parameters // run.ranks)
+        return run.weights.number_trained
+    if run.engine.stage == 3:
+        return _shares(run, run.weights.trained)
+    return _share(run)
+
+
+def _share(run: Run) -> int:
+    """Elements of what stages 1 and 2 divide that a rank has."""
+    return -(-run.weights.number_trained // run.ranks)
+
+
+def _shares(run: Run, sizes: Iterable[int]) -> int:
+    """Stage 3 cuts every parameter by itself."""
+    return sum(-(-size // run.ranks) for size in sizes)
 
 
 def persistent(run: Run) -> int:
     """Elements of small parameters that stage 3 keeps whole (stage3_param_persistence_threshold)."""
-    return sum(size for size in run.shape.tensors() if size <= run.engine.persistence_threshold)
+    return sum(size for size in run.weights.sizes if size <= run.engine.persistence_threshold)
 
 
 def model_states(run: Run) -> int:
@@ -193,37 +226,65 @@ def model_states(run: Run) -> int:
 # ---- Activations
 
 
-def layer_activations(run: Run) -> int:
+def layer_activations(run: Run, layer: int = 0) -> int:
     """What autograd keeps of one layer for its backward, as transformers' modules compute it.
 
     Like Korthikanti et al. (arXiv 2205.05198, section 4.1), for this layer: RMS norms in float32, rotary embeddings,
-    grouped queries, a gated MLP, attention that keeps no scores.
+    grouped queries, a gated MLP, attention that keeps no scores. A matrix's input is kept for the gradient of the
+    matrix or of its adapter, a norm's for the norm's weight: of what is frozen neither. Below the first layer that has
+    something trained nothing is kept at all.
     """
-    s, w = run.shape, run.width
-    gates = (3 if run.fused else 4) * s.intermediate * w  # both projections and their product; eager the activation too
-    return run.tokens * (_norms(run) + _attention(run) + gates) + _scores(run)
+    if layer < run.weights.first:
+        return 0
+    s, learned = run.shape, run.weights.learned(layer)
+    gates = (2 if run.fused else 3) + _inputs(run, learned, "down_proj")  # both projections; eager the activation too
+    kept = _norms(run, learned) + _attention(run, learned) + gates * s.intermediate * run.width
+    return run.tokens * (kept + _adapters(run, layer)) + _scores(run)
 
 
-def _norms(run: Run) -> int:
+def _inputs(run: Run, learned: Learned, *names: str) -> bool:
+    """Whether backward needs what comes into these matrices; adapters with dropout have copies of their own."""
+    return any(learned.get(name, False) or (name in learned and not run.choice.dropout) for name in names)
+
+
+def _adapters(run: Run, layer: int) -> int:
+    """What adapters keep of a token: what lies between their matrices, and what dropout leaves of their input."""
+    w, kept = run.width, 0
+    for weight in run.weights.of_layer(layer):
+        if ".lora_A." in weight.name:
+            rank, inputs = weight.shape
+            mask = w if run.lazy else 1  # a CPU keeps it as numbers
+            kept += rank * w + run.choice.dropout * inputs * (w + mask)
+        elif ".lora_magnitude_vector." in weight.name:  # outputs of the matrix and of the adapter
+            kept += 2 * weight.size * w
+    return kept
+
+
+def _norms(run: Run, learned: Learned) -> int:
     """Both norms of a layer and the input of the matrices behind them, a token."""
-    h = run.shape.hidden
+    h, w = run.shape.hidden, run.width
+    outputs = _inputs(run, learned, "q_proj", "k_proj", "v_proj") + _inputs(run, learned, "gate_proj", "up_proj")
     if run.fused:  # the residual, output, a factor
-        return 2 * (2 * h * run.width + FP32)
+        return (2 + outputs) * h * w + 2 * FP32
     # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
-    return 2 * (h * (FP32 + 2 * run.width) + FP32)
+    normalised = ("input_layernorm" in learned) + ("post_attention_layernorm" in learned)
+    return 2 * (h * FP32 + FP32) + (normalised + outputs) * h * w
 
 
-def _attention(run: Run) -> int:
+def _attention(run: Run, learned: Learned) -> int:
     """Queries, keys, values, output and their norms, a token."""
     s, w = run.shape, run.width
     keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
     log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
-    outputs = s.q_size * (2 if run.row_by_row else 1)  # of each row, and all rows' in one
-    kept = (s.q_size + keys_values + outputs) * w + log_sums
+    behind = _inputs(run, learned, "o_proj")
+    # Of each row, and all rows' in one; eager attention does not need its own.
+    outputs = 1 + behind if run.row_by_row else behind if run.attention == "eager" else 1
+    kept = (s.q_size + keys_values + outputs * s.q_size) * w + log_sums
     if s.head_norms and run.fused:  # their inputs; what they write is rotated where it lies
         kept += (s.q_size + s.kv_size) * w + (s.heads + s.kv_heads) * FP32
     elif s.head_norms:
-        kept += (s.q_size + s.kv_size) * (4 + w) + (s.heads + s.kv_heads) * FP32
+        normalised = ("q_norm" in learned) * s.q_size + ("k_norm" in learned) * s.kv_size
+        kept += (s.q_size + s.kv_size) * FP32 + normalised * w + (s.heads + s.kv_heads) * FP32
     return kept
 
 
@@ -246,14 +307,20 @@ def kept_between_layers(run: Run) -> int:
 
 def activations(run: Run, *, checkpointing: bool) -> int:
     """Activations at their most: of all layers, or what checkpointing keeps of them and one layer computed again."""
-    layer = layer_activations(run)
-    layers = run.shape.layers * kept_between_layers(run) + layer if checkpointing else run.shape.layers * layer
-    return outside_layers(run) + layers
+    layers = [layer_activations(run, layer) for layer in range(run.shape.layers)]
+    reached = run.shape.layers - run.weights.first
+    inside = reached * kept_between_layers(run) + max(layers) if checkpointing else sum(layers)
+    return outside_layers(run) + inside
 
 
-def layer_backward(run: Run) -> int:
-    """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP."""
-    return run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * run.width)
+def layer_backward(run: Run, layer: int) -> int:
+    """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP.
+
+    4 bits are unpacked a matrix at a time.
+    """
+    unpacked = max((weight.size for weight in run.weights.of_layer(layer) if weight.four_bits), default=0)
+    gradients = run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * run.width)
+    return gradients + unpacked * run.width
 
 
 def outside_layers(run: Run) -> int:
@@ -285,7 +352,7 @@ def working_copy(run: Run) -> int:
 
     float16 and `torch_compile` stay under autocast, which takes 5 to 14 % more in all, and is not followed here.
     """
-    return run.shape.parameters * run.width if run.width != run.weight else 0
+    return run.weights.number_trained * run.width if run.width != run.weight else 0
 
 
 def copy_that_stays(run: Run) -> int:
@@ -311,16 +378,18 @@ def _ranks(run: Run) -> list[int]:
 
 
 def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
-    s, layer = run.shape, layer_activations(run)
-    kept = kept_between_layers(run) if run.checkpointing else layer
-    gathered, head = gathered_at(run), s.embedding * run.width  # bytes of the gradient of either end of the model
-    reached, per_layer = reductions(run, rank), len(s.layer_tensors())
-    behind = 1 if s.tied else 2  # the last norm, and before it an output projection of its own
+    s, weights, reached = run.shape, run.weights, reductions(run, rank)
+    layers = [layer_activations(run, i) for i in range(s.layers)]
+    kept = layers
+    if run.checkpointing:
+        kept = [kept_between_layers(run) if i >= weights.first else 0 for i in range(s.layers)]
+    below = [0, *accumulate(kept)]
+    gathered, head = gathered_at(run), weights.head * run.width  # bytes of the projection's gradient
 
     def moment(layers: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
         """`layers` still to go backward, `waiting` bytes of a gradient in autograd."""
         return {
-            "activations": outside_layers(run) + layers * kept,
+            "activations": outside_layers(run) + below[layers],
             "working copy": working_copy(run),
             "gathered parameters": gathered[layers],
             "gradients": at.kept + at.passing + waiting,
@@ -329,19 +398,23 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
         }
 
     # The projection's gradient is formed in forward.
-    start = Reduction(gradients_before(run, rank), head, _buckets(run))
-    yield "loss", moment(s.layers, start, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
+    at = Reduction(gradients_before(run, rank), head, _buckets(run))
+    yield "loss", moment(s.layers, at, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
     waiting = head if s.tied else 0  # for the embedding's own, to be added
-    at = _fullest(reached[:behind])
+    done = weights.trained_behind
+    at = _fullest(reached[:done] or [replace(at, passing=0)])
     yield "output projection", moment(s.layers, at, waiting, logits=loss_inputs(run))
-    for i in reversed(range(s.layers)):
-        at = _fullest(reached[behind : behind + per_layer])
-        behind += per_layer
+    for i in reversed(range(weights.first, s.layers)):
+        here = weights.trained_in_layers[i]
+        at = _fullest(reached[done : done + here] or [at])
+        done += here
         parts = moment(i, at, waiting)
-        parts["activations"] += layer + layer_backward(run)
+        parts["activations"] += layers[i] + layer_backward(run, i)
         yield f"backward of layer {i}", parts
-    embedding, last = reached[-2:]
-    yield "embedding", moment(0, replace(embedding, passing=max(waiting + head, embedding.passing)))
+    if weights.embedding:
+        at = replace(reached[-2], passing=max(waiting + weights.embedding * run.width, reached[-2].passing))
+        yield "embedding", moment(0, at)
+    last = reached[-1]
     at_end = {"gathered parameters": gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
     yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
 
@@ -363,7 +436,8 @@ def reductions(run: Run, rank: int) -> list[Reduction]:
     """Gradients as each parameter gets its own, from the model's end to its start, and when the last are reduced."""
     # The batch does not matter: the search for the largest one asks again and again.
     same = Run(shape=run.shape, engine=run.engine, ranks=run.ranks, micro_batch=1, length=1, half=run.half,
-               accumulation=min(run.accumulation, 2), checkpointing=False, lazy=run.lazy)  # fmt: skip
+               accumulation=min(run.accumulation, 2), checkpointing=False, lazy=run.lazy,
+               choice=run.choice)  # fmt: skip
     return _reductions(same, rank)
 
 
@@ -373,7 +447,7 @@ def _reductions(run: Run, rank: int) -> list[Reduction]:
     kept, buckets = gradients_before(run, rank), _buckets(run)
     if engine.stage is None:
         cast = run.width if run.width != w else 0  # the gradient of a working copy is there in 16 bits too
-        sizes = [*reversed(run.shape.tensors()), 0]
+        sizes = [*reversed(run.weights.trained), 0]
         done = [0, *accumulate(sizes[:-1])]
         return [Reduction(kept or d * w, size * (w + cast), buckets) for d, size in zip(done, sizes, strict=True)]
     if engine.stage == 1 and (run.accumulation > 1 or not engine.overlap):
@@ -404,7 +478,7 @@ def _reduced_at_the_end(run: Run, rank: int) -> list[Reduction]:
     They are reduced behind the last micro batch's backward (`reduce_gradients`).
     """
     w, buckets, whole = run.weight, _buckets(run), gradients_before(run, rank)
-    sizes = [*reversed(run.shape.tensors())]
+    sizes = [*reversed(run.weights.trained)]
     done = [0, *accumulate(sizes)]
     points = [Reduction(whole or d * w, size * w, buckets) for d, size in zip(done, sizes, strict=False)]
     bucketed = _bucketed(run)
@@ -424,8 +498,8 @@ def _bucketed(run: Run) -> list[list[tuple[int, int]]]:
     One is reduced when the next gradient does not fit (`reduce_independent_p_g_buckets_and_remove_grads`).
     """
     made: list[list[tuple[int, int]]] = []
-    start, room = run.shape.parameters, 0
-    for size in reversed(run.shape.tensors()):
+    start, room = run.weights.number_trained, 0
+    for size in reversed(run.weights.trained):
         start -= size
         if size > room:
             made.append([])
@@ -453,7 +527,7 @@ def _copies(run: Run, bucket: list[tuple[int, int]]) -> int:
         copies = (joined + run.lazy) * size
         norm = max(-(-size // run.ranks) for _, size in bucket)
     else:
-        share = -(-run.shape.parameters // run.ranks)
+        share = _share(run)
         copies = joined_parts(bucket[-1][0], bucket[0][0] + bucket[0][1], share, engine.reduce_bucket)
         copies *= engine.allreduce
         norm = max(min(one, share) for _, one in bucket)
@@ -483,7 +557,7 @@ def gradients_before(run: Run, rank: int) -> int:
     if run.accumulation == 1:
         return 0
     if engine.stage in (None, 1):
-        return run.shape.parameters * w
+        return run.weights.number_trained * w
     return 0 if engine.offload_optimizer else _partition(run, rank) * w
 
 
@@ -497,7 +571,7 @@ def gradients(run: Run, rank: int) -> int:
     if engine.stage == 3:
         return gradients_before(run, rank)
     if engine.stage in (None, 1):
-        return run.shape.parameters * run.weight
+        return run.weights.number_trained * run.weight
     return 0 if engine.offload_optimizer else (1 + (run.accumulation > 1)) * _partition(run, rank) * run.weight
 
 
@@ -518,9 +592,9 @@ def _partition(run: Run, rank: int) -> int:
 
 def _in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
     """Start, size and size within the share of each parameter that a rank of stages 1 and 2 has a part of."""
-    share = -(-run.shape.parameters // run.ranks)
+    share = _share(run)
     start = 0
-    for size in run.shape.tensors():
+    for size in run.weights.trained:
         inside = min(start + size, (rank + 1) * share) - max(start, rank * share)
         if inside > 0:
             yield start, size, inside
@@ -534,7 +608,7 @@ def _buckets(run: Run) -> int:
     """
     engine = run.engine
     if engine.stage is None:
-        return run.shape.parameters * FP32 if run.ranks > 1 else 0
+        return run.weights.number_trained * FP32 if run.ranks > 1 else 0
     if engine.stage < 3:
         return _largest_copy(run) if engine.offload_optimizer else 0
     filled = max((_size(bucket) for bucket in _bucketed(run) if not _large(run, bucket)), default=0)
@@ -561,7 +635,8 @@ def gathered_at(run: Run) -> list[int]:
     s, engine = run.shape, run.engine
     if engine.stage != 3:
         return [0] * (s.layers + 1)
-    matrices = [size for size in s.layer_tensors() if size > engine.persistence_threshold]
+    sizes = [weight.size for weight in run.weights.of_layer(s.layers - 1) if weight.used]
+    matrices = [size for size in sizes if size > engine.persistence_threshold]
     layer = sum(matrices)
     passes = 3 if run.checkpointing else 2  # a layer's recomputation uses its parameters once more
 
@@ -577,7 +652,7 @@ def gathered_at(run: Run) -> list[int]:
             current = s.embedding + (embedding if i and not s.tied else 0)
         else:
             current = (layer if stays(s.layers - 1 - i) else max(matrices, default=0)) + embedding
-        held.append((near + current + min(engine.prefetch_bucket, s.parameters)) * run.weight)
+        held.append((near + current + min(engine.prefetch_bucket, run.weights.number)) * run.weight)
     return held
 
 
@@ -590,7 +665,7 @@ def step(run: Run, rank: int) -> dict[str, int]:
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != FP32 else FP32)
     if engine.stage == 3:
-        norm = NORM * -(-max(run.shape.tensors()) // run.ranks)
+        norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in _in_share(run, rank)), default=0)
     return {"gradients": held, "step buffers": max(flat, norm), "buckets": _buckets(run)}
@@ -608,5 +683,5 @@ def validation(run: Run) -> dict[str, int]:
 def loading(run: Run) -> dict[str, int]:
     """Before the states exist: stages 1 and 2 copy the weights into one flat buffer."""
     if run.engine.stage in (1, 2) and not run.engine.offload_optimizer:
-        return {"master weights": 0, "optimizer states": 0, "flat copy": run.shape.parameters * run.weight}
+        return {"master weights": 0, "optimizer states": 0, "flat copy": run.weights.number_trained * run.weight}
     return {}

@@ -54,28 +54,39 @@ class Shape:
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def layer_tensors(self) -> list[int]:
-        """Elements of each parameter of one layer, matrices first."""
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter of one layer by its name in it, in the layer's order."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
-        sizes = [h * q, h * kv, h * kv, q * h, h * i, h * i, i * h]
-        sizes += [q, kv, kv] if self.qkv_bias else []
-        sizes += [h] if self.output_bias else []
-        sizes += [i, i, h] if self.mlp_bias else []
-        sizes += [self.head_dim, self.head_dim] if self.head_norms else []
-        return [*sizes, h, h]
+        matrices = {
+            "self_attn.q_proj": (q, h, self.qkv_bias),
+            "self_attn.k_proj": (kv, h, self.qkv_bias),
+            "self_attn.v_proj": (kv, h, self.qkv_bias),
+            "self_attn.o_proj": (h, q, self.output_bias),
+            "mlp.gate_proj": (i, h, self.mlp_bias),
+            "mlp.up_proj": (i, h, self.mlp_bias),
+            "mlp.down_proj": (h, i, self.mlp_bias),
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, (outputs, inputs, biased) in matrices.items():
+            shapes |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
+            if name.endswith("o_proj") and self.head_norms:
+                shapes |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (self.head_dim,))
+        return shapes | dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (h,))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter of the model by its name in transformers; tied ones once."""
+        matrix, layer = (self.vocab, self.hidden), self.layer_shapes()
+        layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
+        head = {} if self.tied else {"lm_head.weight": matrix}
+        return {"model.embed_tokens.weight": matrix, **layers, "model.norm.weight": (self.hidden,), **head}
 
     def tensors(self) -> list[int]:
         """Elements of each parameter of the model; tied ones once."""
-        head = [] if self.tied else [self.embedding]
-        return [self.embedding, *self.layer_tensors() * self.layers, self.hidden, *head]
+        return [math.prod(shape) for shape in self.shapes().values()]
 
     @property
     def embedding(self) -> int:
         return self.vocab * self.hidden
-
-    @property
-    def layer_parameters(self) -> int:
-        return sum(self.layer_tensors())
 
     @cached_property
     def parameters(self) -> int:

@@ -41,9 +41,10 @@ def sweep(base: dict[str, Run], hardware: Hardware, nodes: list[int]) -> list[Po
 
     Each GPU keeps its micro batch and accumulation: the global batch grows with the nodes (weak scaling).
     """
-    within = replace(base["ZeRO-3"].engine, hierarchical=hardware.gpus_per_node)
-    runs = {"ZeRO-2": base["ZeRO-2"], "ZeRO-3": base["ZeRO-3"],
-            "hierarchical": replace(base["ZeRO-3"], engine=within)}  # fmt: skip
+    runs: dict[str, Run] = {name: base[name] for name in ("ZeRO-2", "ZeRO-3") if name in base}
+    if divided := base.get("ZeRO-3"):
+        within = replace(divided.engine, hierarchical=hardware.gpus_per_node)
+        runs["hierarchical"] = replace(divided, engine=within)
     points = []
     for layout, run in runs.items():
         for number in nodes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
-from ds_sft.plan.disk import checkpoint_bytes
+from ds_sft.plan.disk import adapter_bytes, checkpoint_bytes, trained_checkpoint_bytes
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.checkpoint import Site, newest_complete, steps_in
 from ds_sft.runtime.distributed import gather
@@ -22,38 +22,40 @@ def predict_size(model: Any, stage: int | None, site: Site) -> int:
     """Bytes of a checkpoint of the model in memory on this rank's file system."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weight_bytes = trained[0].element_size()
     if len(trained) < len(parameters):
-        size = _bytes_of_trained(sum(map(elements, trained)), stage, trained[0].element_size())
+        size = trained_checkpoint_bytes(
+            sum(map(elements, trained)), _twice(model), stage=stage, weight_bytes=weight_bytes
+        )
     else:
         embedding = model.get_input_embeddings().weight
-        shape = ModelSize(
-            parameters=sum(map(elements, parameters)),
-            embedding=elements(embedding),
-            tied=model.get_output_embeddings().weight is embedding,
-        )
-        size = checkpoint_bytes(shape, stage=stage, weight_bytes=parameters[0].element_size())
+        tied = model.get_output_embeddings().weight is embedding
+        shape = ModelSize(sum(map(elements, parameters)), embedding=elements(embedding), tied=tied)
+        size = checkpoint_bytes(shape, stage=stage, weight_bytes=weight_bytes)
     return size if site.shared else math.ceil(size * site.launch.local_world_size / site.launch.world_size)
 
 
-def _bytes_of_trained(count: int, stage: int | None, weight_bytes: int) -> int:
-    """A checkpoint that has the trained weights alone, whole in float32, and their states."""
-    masters_and_moments = count * (8 if stage is None else 12)
-    in_engine = count * weight_bytes if stage is not None and stage < 3 else 0  # mp_rank_00_model_states.pt
-    return 4 * count + masters_and_moments + in_engine
+def _twice(model: Any) -> int:
+    """Elements of a tied head that is trained beside adapters: their file has it under both its names."""
+    if getattr(model, "adapter_config", None) is None:
+        return 0
+    once, all_names = (
+        sum(elements(p) for _, p in model.named_parameters(remove_duplicate=once) if p.requires_grad)
+        for once in (True, False)
+    )
+    return int(all_names - once)
 
 
 def export_size(model: Any, config: Config, site: Site) -> int:
-    """Bytes of the final weights that this rank writes: of an adapter those of the merged model, too, if they must be.
-
-    Under `merge: auto` that is decided at the end.
-    """
+    """Bytes of the final weights that this rank must write: a merged model is one only under `merge: yes`."""
     if not site.launch.is_main:
         return 0
-    own = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapter = 4 * sum(map(elements, trained)) if config.adapter != "none" else 0
-    whole = export_dtype(config).itemsize * sum(map(elements, own))
-    return adapter + (whole if config.adapter == "none" or config.merge == "yes" else 0)
+    itemsize = export_dtype(config).itemsize
+    if config.adapter == "none":
+        return itemsize * sum(map(elements, model.parameters()))
+    trained = sum(elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    base = sum(elements(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    return adapter_bytes(trained, _twice(model)) + (itemsize * base if config.merge == "yes" else 0)
 
 
 def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: int = 0, export: int = 0) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.layouts import engine_of, name_of, run_of
-from ds_sft.plan.memory import Engine, Memory, peak
+from ds_sft.plan.memory import Engine, Memory, peak, trained_weights
 from ds_sft.plan.shape import shape_of_run
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.results import peak_memory
@@ -59,10 +59,11 @@ def expect_memory(
     try:
         shape = shape_of_run(config)
         states = Engine(stage=None) if engine is None else engine_of(engine.get("zero_optimization", {}), shape)
+        run = run_of(config, shape, states, ranks, lazy=not on_gpu)
+        trained_weights(shape, run.choice)  # what its keys do not name the model itself knows better
     except UserError as error:
         launch.say(f"No memory plan: {error}")
         return None
-    run = run_of(config, shape, states, ranks, lazy=not on_gpu)
     micro = math.ceil(largest / longest)
     run = replace(run, micro_batch=micro, length=longest, max_tokens=largest, padded=padded and micro > 1,
                   flat=not padded)  # fmt: skip

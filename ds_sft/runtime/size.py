@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.config import Config
-from ds_sft.plan.disk import checkpoint_bytes, export_bytes
+from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
+from ds_sft.plan.weights import ALL, Choice, weights_of
 
 MAX_HEADER = 100 << 20  # bytes; the safetensors format's own limit
 
@@ -22,6 +23,9 @@ class ModelSize:
     parameters: int
     embedding: int
     tied: bool  # the output projection is the embedding
+    trained: int | None = None  # where others are frozen; None: all are trained
+    frozen: int = 0
+    twice: int = 0  # of a tied head among them, see `trained_checkpoint_bytes`
 
 
 def model_folder(name: str) -> Path | None:
@@ -38,11 +42,15 @@ def model_folder(name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def model_size(folder: Path) -> ModelSize | None:
+def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
     """Parameters of a model in safetensors files; None where it is in another format or not complete.
+
+    What `choice` trains is counted by the names in the files: of some architectures transformers joins what is apart
+    there, and a run's own count differs.
 
     Raises:
         OSError, ValueError: a file cannot be read, or is not what its name says.
+        UserError: `choice` names nothing in it.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -52,10 +60,14 @@ def model_size(folder: Path) -> ModelSize | None:
         return None
     shapes = {name: shape for file in names for name, shape in tensor_shapes(folder / file).items()}
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
+    weights = weights_of({name: tuple(shape) for name, shape in shapes.items()}, choice)
     return ModelSize(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         embedding=0 if embedding is None else math.prod(shapes[embedding]),
         tied=not any(name.endswith("lm_head.weight") for name in shapes),
+        trained=None if choice.whole else weights.number_trained,
+        frozen=weights.number_frozen,
+        twice=weights.twice,
     )
 
 
@@ -77,8 +89,11 @@ def written_bytes(size: ModelSize, stage: int | None, config: Config) -> tuple[i
     """Bytes of one checkpoint of all ranks together, and of the final model; `stage` is ZeRO's, None without it."""
     half = bool(config.training.get("bf16") or config.training.get("fp16"))
     weight = 2 if half and stage is not None else 4
-    exported = {"auto": 2 if half else 4, "float32": 4}.get(config.export_dtype, 2)
-    return checkpoint_bytes(size, stage=stage, weight_bytes=weight), export_bytes(size, exported)
+    exported = export_bytes(size, {"auto": 2 if half else 4, "float32": 4}.get(config.export_dtype, 2))
+    if size.trained is None:
+        return checkpoint_bytes(size, stage=stage, weight_bytes=weight), exported
+    one = trained_checkpoint_bytes(size.trained, size.twice, stage=stage, weight_bytes=weight)
+    return one, final_bytes(exported, size.trained, size.twice, config)
 
 
 def in_units(num_bytes: float) -> str:

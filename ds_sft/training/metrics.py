@@ -7,6 +7,7 @@ waits for the device between logging steps.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_sft.data.layout import Layout
+from ds_sft.plan.weights import layer_of
 from ds_sft.runtime.distributed import gather_numbers
 from ds_sft.runtime.peak import Peak
 from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.results import peak_memory
+from ds_sft.training.loss import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,29 +137,50 @@ class Flops:
 
 
 def count_flops(model: PreTrainedModel) -> Flops | None:
-    """6 a parameter that a token is multiplied with (4 where it is frozen), 12 a pair, layer and width of attention.
+    """6 a parameter that a token is multiplied with, 12 a pair, layer and width of attention.
 
-    As in PaLM, appendix B (arXiv 2204.02311), but pairs are those that causal attention needs: L (L + 1) / 2 of a row
-    of L tokens. None for architectures in which a token meets only some parameters (mixtures of experts), or whose
-    configuration does not say how wide attention is.
+    Backward forms no gradient of what is frozen, so 4, and goes down to the first layer that has something trained:
+    below it 2, and 4 a pair. As in PaLM, appendix B (arXiv 2204.02311), but pairs are those that causal attention
+    needs: L (L + 1) / 2 of a row of L tokens. None for architectures in which a token meets only some parameters
+    (mixtures of experts), or whose configuration does not say how wide attention is.
     """
     config = model.config.get_text_config()
     heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
     if any("expert" in name for name in config.to_dict()) or not heads or not layers:
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    head = getattr(model.get_output_embeddings(), "weight", None)
+    head, first = getattr(output_projection(model), "weight", None), min(first_reached(model), layers)
     left_out = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
-    matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2 and id(p) not in left_out]
+    matrices = [(p, factor) for p, factor in factors(model) if len(getattr(p, "ds_shape", p.shape)) == 2]
     return Flops(
-        layers=float(sum(_factor(p) * elements(p) for p in matrices)),
-        head=0.0 if head is None else float(_factor(head) * elements(head)),
-        attention=12.0 * layers * heads * head_dim,
+        layers=float(sum(factor * elements(p) for p, factor in matrices if id(p) not in left_out)),
+        head=0.0 if head is None else float((6 if head.requires_grad else 4) * elements(head)),
+        attention=float((12 * (layers - first) + 4 * first) * heads * head_dim),
     )
 
 
-def _factor(parameter: torch.Tensor) -> int:
-    return 6 if parameter.requires_grad else 4
+def factors(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """Each parameter that a token is multiplied with, and in how many floating-point operations."""
+    first = first_reached(model)
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:  # which peft keeps beside the copy that is trained
+            layer = layer_of(name)
+            below = layer is not None and layer < first
+            yield parameter, 6 if parameter.requires_grad else 2 if below else 4
+
+
+def first_reached(model: torch.nn.Module) -> int:
+    """The first layer that backward goes through: below it nothing is trained.
+
+    0 where the embedding or nothing is, more than there are where only what is behind the layers is.
+    """
+    layers_seen = False
+    for name, parameter in model.named_parameters():
+        layer = layer_of(name)
+        if parameter.requires_grad:
+            return layer if layer is not None else sys.maxsize if layers_seen else 0
+        layers_seen |= layer is not None
+    return 0
 
 
 @dataclass(frozen=True)

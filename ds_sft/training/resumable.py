@@ -40,8 +40,10 @@ from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
 from ds_sft.runtime.identity import EVAL_DATA, Changes
 from ds_sft.runtime.preempt import Stopped, StopRequests
+from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.training.hyperparameters import Asked
+from ds_sft.training.metrics import factors
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
@@ -96,7 +98,7 @@ class ResumableTrainer(Trainer):
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
         self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
-        self.num_parameters = 0  # without embeddings, once counted
+        self.flops_per_token = 0  # of all parameters but embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
         self.frozen: list[tuple[str, torch.nn.Parameter]] = []  # those that no optimizer has, once there is one
@@ -238,11 +240,11 @@ class ResumableTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate; its own counts the parameters that ZeRO-3 has gathered at the moment."""
-        if not self.num_parameters:
+        if not self.flops_per_token:
             embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
-            counted = (p for p in self.model.parameters() if id(p) not in embeddings)
-            self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in counted)
-        return int(6 * inputs["input_ids"].numel() * self.num_parameters)
+            counted = (found for found in factors(self.model) if id(found[0]) not in embeddings)
+            self.flops_per_token = sum(factor * elements(parameter) for parameter, factor in counted)
+        return int(inputs["input_ids"].numel() * self.flops_per_token)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # of the run, not of this start
