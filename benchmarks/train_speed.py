@@ -12,8 +12,9 @@ time and peak memory at the steps' boundaries; the first step warms up and is le
 rates: other work may run on the machine, and CPU seconds suffer least from it. A program that does not run is listed
 with its error.
 
-Useful work is 6 FLOP for each weight that multiplies a token (of the head: each supervised token), 4 where it is frozen,
-and attention within the rows, forward and backward; recomputation is not counted. Its limit is a bare bfloat16 product of the MLP's shapes.
+Useful work is 6 FLOP for each weight that multiplies a token (of the head: each supervised token), 4 where it is
+frozen, and attention within the rows, forward and backward; recomputation is not counted. Its limit is a bare bfloat16
+product of the MLP's shapes.
 """
 
 from __future__ import annotations
