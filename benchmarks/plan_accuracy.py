@@ -31,9 +31,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ds_sft.config import Config  # noqa: E402
 from ds_sft.plan.layouts import shipped_engine  # noqa: E402
 from ds_sft.plan.memory import Run, model_states, peak  # noqa: E402
 from ds_sft.plan.shape import read_shape  # noqa: E402
+from ds_sft.plan.weights import choice_of  # noqa: E402
 
 MIB = 2**20
 # Modules imported and threads started after the baseline, the same for a model of any size: what the cases `nothing`
@@ -54,6 +56,17 @@ MODELS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> family, SIZES
 }
 LAYOUTS = {"none": "no DeepSpeed", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3",
            "zero2-offload": "ZeRO-2 offload", "zero3-offload": "ZeRO-3 offload"}  # fmt: skip
+# What a case trains, by the last word of its name; of LoRA's rank 16 on all linear layers where nothing else is said.
+TRAINED: dict[str, dict[str, Any]] = {
+    "all": {},
+    "lora": {"adapter": "lora"},
+    "dropout": {"adapter": "lora", "lora_dropout": 0.1},
+    "head": {"adapter": "lora", "lora_modules_to_save": ["lm_head"]},
+    "dora": {"adapter": "dora"},
+    "nf4": {"adapter": "lora", "quantization": "nf4"},
+    "mlp": {"train_only": ["mlp"]},
+    "upper": {"train_only": ["layers.4.", "layers.5.", "norm"]},
+}
 STEPS = 4  # stage 3 records the order of modules in the second and fetches ahead from the third on
 
 
@@ -68,11 +81,13 @@ class Case:
     micro_batch: int = 2
     length: int = 256  # tokens
     accumulation: int = 1
+    trained: str = "all"
 
     @property
     def name(self) -> str:
         extra = f" x{self.accumulation}" if self.accumulation > 1 else ""
         extra += f" {self.length}" if self.length != 256 else ""
+        extra += f" {self.trained}" if self.trained != "all" else ""
         return f"{self.model} {self.layout} {self.ranks}r {'ckpt' if self.checkpointing else 'whole'}{extra}"
 
 
@@ -101,7 +116,29 @@ def subset() -> list[Case]:
     cases += [Case(middle, "none", 1, False), *(Case(middle, layout, 2, True) for layout in offload)]
     cases += [Case("qwen3-200m", layout, 2, True) for layout in main]
     cases += [Case("qwen3-600m-big-vocab", layout, 1, True) for layout in main]
+    cases += [*adapter_cases()]
     return sorted(cases, key=lambda case: list(MODELS).index(case.model))
+
+
+def adapter_cases() -> Iterator[Case]:
+    """What has frozen weights."""
+    small, big, middle = "llama-30m", "qwen3-50m-big-vocab", "llama-135m"
+    for layout in ("none", "zero2", "zero3"):
+        yield Case("nothing", layout, 1, True, trained="lora")
+        yield Case(small, layout, 2, True, trained="lora")
+        yield Case(middle, layout, 2, False, trained="lora")
+        yield Case(middle, layout, 2, True, trained="head")
+    yield Case(small, "zero1", 2, True, trained="lora")
+    yield Case(small, "zero2-offload", 2, True, trained="lora")
+    yield Case(small, "zero3-offload", 2, True, trained="lora")
+    for trained in ("dropout", "dora", "mlp", "upper", "nf4"):
+        yield Case(small, "none", 1, False, trained=trained)
+    yield Case(small, "zero2", 2, False, trained="upper")
+    yield Case(small, "zero3", 2, True, trained="mlp")
+    yield Case(big, "zero2", 1, False, trained="lora")
+    yield Case(middle, "none", 1, False, trained="lora")
+    yield Case(middle, "none", 1, True, trained="lora")
+    yield Case(middle, "none", 1, False, trained="nf4")
 
 
 def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> tuple[int, int]:
@@ -119,6 +156,7 @@ def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> t
         flat=True,
         learned=learned,
         lazy=lazy,
+        choice=choice_of(Config(model_name_or_path=str(model), train_file="", **TRAINED[case.trained])),
     )
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)
     return model_states(run), memory.device_bytes + (memory.host_bytes + runtime if lazy else 0)
@@ -148,6 +186,7 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         "save_strategy": "no",
         "num_predictions": 0,
         "swanlab_mode": "disabled",
+        **TRAINED[case.trained],
     }
     if case.layout != "none":
         keys["deepspeed"] = engine_file(case.layout, folder)

@@ -141,6 +141,7 @@ def around(owner: Any, name: str, before: Any, after: Any = None) -> None:
 def main() -> None:
     recorder = Recorder(Path(sys.argv[1]))
     import accelerate
+    import peft  # noqa: F401  (imported before the baseline, as the others)
     import torch
     import transformers
 

@@ -77,11 +77,9 @@ class Shape:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Each parameter of the model by its name in transformers; tied ones once."""
-        ends = {"model.norm.weight": (self.hidden,)} | (
-            {} if self.tied else {"lm_head.weight": (self.vocab, self.hidden)}
-        )
-        layer = self.layer_shapes()
+        matrix, layer = (self.vocab, self.hidden), self.layer_shapes()
         layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
+        head = {} if self.tied else {"lm_head.weight": matrix}
         return {"model.embed_tokens.weight": matrix, **layers, "model.norm.weight": (self.hidden,), **head}
 
     def tensors(self) -> list[int]:
