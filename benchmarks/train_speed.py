@@ -3,6 +3,7 @@
     python benchmarks/train_speed.py                        # demo model and rows; installs the peers at the first call
     python benchmarks/train_speed.py --train_file rows.jsonl --rounds 3 --json speed.json --plot speed.png
     python benchmarks/train_speed.py --only ours reference trl --runs plain --rounds 1      # a look
+    python benchmarks/train_speed.py --lora 16 --runs plain # adapters of rank 16 on all linear layers
     python benchmarks/train_speed.py --scaling              # two ranks against twice one, at one thread each
 
 All learn the same tokens from the same rows in the same order, with AdamW at the same rate, and each in an environment
@@ -11,8 +12,9 @@ time and peak memory at the steps' boundaries; the first step warms up and is le
 rates: other work may run on the machine, and CPU seconds suffer least from it. A program that does not run is listed
 with its error.
 
-Useful work is 6 FLOP for each weight that multiplies a token (of the head: each supervised token), and attention within
-the rows, forward and backward; recomputation is not counted. Its limit is a bare bfloat16 product of the MLP's shapes.
+Useful work is 6 FLOP for each weight that multiplies a token (of the head: each supervised token), 4 where it is
+frozen, and attention within the rows, forward and backward; recomputation is not counted. Its limit is a bare bfloat16
+product of the MLP's shapes.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def main() -> None:
     given = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run that is under way, too
     wanted = [c for c in CANDIDATES if not given.only or {c.program, c.name} & set(given.only)]
+    wanted = [c for c in wanted if not (given.lora and c.program == "reference")]  # it trains all weights
     homes = {} if given.scaling else environments(wanted, given.environments)
     with tempfile.TemporaryDirectory(prefix="ds_sft-speed-") as name:
         job = prepare(given, given.keep or Path(name))
@@ -72,6 +75,7 @@ def arguments() -> argparse.Namespace:
     names = [*dict.fromkeys(c.program for c in CANDIDATES), *(c.name for c in CANDIDATES)]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="programs, or 'trl padded' [all]")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="[all]")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters; 0: all weights [0]")
     parser.add_argument("--scaling", action="store_true", help="ours alone, two ranks against one")
     parser.add_argument("--environments", type=Path, default=ROOT / ".cache/peers", help="[%(default)s]")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for one run [%(default)s]")
@@ -129,6 +133,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> Job:
         steps=given.steps,
         longest=max(size[0] for size in sizes),
         tokens=tokens,
+        lora=given.lora,
     )
 
 

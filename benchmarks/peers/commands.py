@@ -13,6 +13,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
+ALPHA = 2  # lora_alpha / rank
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -66,6 +68,7 @@ class Job:
     most: int | None = None  # rows of a micro batch, at most
     device: str = "cpu"
     logging: int = 1  # steps between two losses
+    lora: int = 0  # rank of adapters on all linear layers; 0: all weights are trained
     more: dict[str, Any] = field(default_factory=dict)  # keys of this run, over all others; ours: None leaves one out
 
     def micro(self, candidate: Candidate) -> int:
@@ -157,6 +160,8 @@ def ours(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[list[st
     }
     if candidate.layout == "flat":
         keys["batching"] = "padding_free"
+    if job.lora:
+        keys |= {"adapter": "lora", "lora_rank": job.lora, "lora_alpha": ALPHA * job.lora, "merge": "no"}
     keys |= job.more
     flags = [str(word) for key, value in keys.items() if value is not None for word in (f"--{key}", value)]
     return [*python(job, home), str(ROOT / "ds_sft" / "train.py"), *flags], {}
@@ -184,6 +189,9 @@ def trl(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[list[str
         "train_sampling_strategy": "sequential",
         **job.more,
     }
+    if job.lora:
+        keys["lora"] = {"r": job.lora, "lora_alpha": ALPHA * job.lora, "target_modules": "all-linear"}
+        keys["model_init_kwargs"] = {"dtype": "bfloat16"}
     return [*python(job, home), str(HERE / "trl_sft.py"), written(keys, out)], {}
 
 
@@ -204,6 +212,8 @@ def llamafactory(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple
         "disable_shuffling": True,
         "disable_gradient_checkpointing": not candidate.recompute,
     }
+    if job.lora:
+        keys |= {"finetuning_type": "lora", "lora_rank": job.lora, "lora_alpha": ALPHA * job.lora, "lora_target": "all"}
     if candidate.layout == "flat":  # a sequence for each rank and step, of the same number of tokens
         length = max(job.longest + 1, -(-job.tokens // (job.steps * job.ranks)))
         length = -(-length // 8) * 8  # it pads ids to a multiple of 8, and positions not
@@ -235,6 +245,9 @@ def ms_swift(candidate: Candidate, job: Job, out: Path, home: Path) -> tuple[lis
         "warmup_ratio": 0,
         "add_version": False,
     }
+    if job.lora:
+        keys |= {"tuner_type": "lora", "lora_rank": job.lora, "lora_alpha": ALPHA * job.lora, "lora_dropout": 0,
+                 "target_modules": "all-linear"}  # fmt: skip
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
     launch = {"NPROC_PER_NODE": str(job.ranks), "MASTER_PORT": free_port()} if job.ranks > 1 or job.stage else {}
     return [str(home / "bin" / "swift"), "sft", *flags], launch

@@ -10,7 +10,7 @@ from pathlib import Path
 # without CUDA set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 TORCH = "torch==2.13.0"
 PEERS = {
-    "trl": ("trl==1.16.0", "transformers==5.23.0", "deepspeed==0.19.8"),
+    "trl": ("trl==1.16.0", "transformers==5.23.0", "deepspeed==0.19.8", "peft==0.21.2"),
     "llamafactory": ("llamafactory==0.9.5", "transformers==5.6.0", "deepspeed==0.19.8"),
     "ms-swift": ("ms-swift==4.6.0", "transformers==5.19.0", "deepspeed==0.19.8"),
 }

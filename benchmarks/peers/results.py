@@ -57,7 +57,8 @@ def read_result(folder: Path, job: Job) -> Result:
     cpu = sum(rank["marks"][-1][1] - rank["marks"][1][1] for rank in ranks)
     updates = sum(sum(rank["optimizer"][1:]) for rank in ranks)
     lengths = [length for length, _ in json.loads((job.folder / "lengths.json").read_text(encoding="utf-8"))]
-    work = useful_flop(read_shape(str(job.model)), lengths[job.batch :], counted, sum(supervised[1:])) / 1e9
+    work = useful_flop(read_shape(str(job.model)), lengths[job.batch :], counted, sum(supervised[1:]),
+                       frozen=bool(job.lora)) / 1e9  # fmt: skip
     return Result(
         cpu=1000 * cpu / counted,
         wall=1000 * seconds / counted,
@@ -77,10 +78,14 @@ def add(lists: Iterable[list[int]]) -> list[int]:
     return [sum(numbers) for numbers in zip(*lists, strict=True)]
 
 
-def useful_flop(shape: Shape, lengths: Iterable[int], tokens: int, supervised: int) -> float:
-    """What must be multiplied and added, forward and backward; causal attention, each row with itself."""
-    layers = 6 * (shape.multiplied - shape.embedding) * tokens
-    head = 6 * shape.embedding * supervised
+def useful_flop(shape: Shape, lengths: Iterable[int], tokens: int, supervised: int, *, frozen: bool = False) -> float:
+    """What must be multiplied and added, forward and backward; causal attention, each row with itself.
+
+    `frozen`: weights get no gradient; what adapters multiply beside them is left out.
+    """
+    passes = 4 if frozen else 6
+    layers = passes * (shape.multiplied - shape.embedding) * tokens
+    head = passes * shape.embedding * supervised
     attention = 6 * shape.layers * shape.q_size * sum(length**2 for length in lengths)
     return layers + head + attention
 
