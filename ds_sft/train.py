@@ -35,9 +35,11 @@ from ds_sft.runtime.distributed import (
     share_cores,
     use_one_device,
 )
+from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
+from ds_sft.runtime.storage import require_writable, settle_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -59,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = read_launch()
         with watch_for_stop(launch) as stop:
             config = load_config(*((sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")))
-            try:
-                run(config, launch, stop)
-            except Stopped as stopped:
-                leave(config, launch, stop, str(stopped))
+            with FolderLock(config.output_dir) as lock:
+                try:
+                    run(config, launch, stop, lock)
+                except Stopped as stopped:
+                    leave(config, launch, stop, str(stopped))
             end_group()
     except UserError as error:
         exit_with(str(error), launch, told_to_end=ended_by_launcher(stop))
@@ -78,16 +81,18 @@ def ended_by_launcher(stop: StopRequests | None) -> bool:
     return stop is not None and stop.reason == "SIGTERM" and stop.decided is None
 
 
-def run(config: Config, launch: Launch, stop: StopRequests) -> None:
+def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) -> None:
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
+    require_writable(config.output_dir)
+    if launch.is_main:
+        lock.take()
     settle_devices(config, launch)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.kernels import avoid_plans
-    from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
@@ -97,12 +102,11 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.training.trainer import SFTTrainer
 
     engine = engine_config(config, launch)
-    require_writable(config.output_dir)
     with stop.until_ranks_meet():
         tokenizer, served, data = prepare_data(config, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
     avoid_plans()
-    site = Site(launch, shared=settle_storage(args, launch))
+    site = Site(launch, shared=settle_storage(args, launch, lock))
     stop.use_group(args.ddp_timeout)
     stop.check()
     this_run = identify(config, engine, data, launch)

@@ -40,6 +40,7 @@ LIGHT = [
     "ds_sft.runtime.distributed",
     "ds_sft.runtime.zero",
     "ds_sft.runtime.checkpoint",
+    "ds_sft.runtime.folder_lock",
     "ds_sft.runtime.identity",
     "ds_sft.runtime.preempt",
     "ds_sft.plan.layouts",
