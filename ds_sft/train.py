@@ -20,6 +20,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 
 from ds_sft.config import OUR_ORDERS, Config, load_config
 from ds_sft.errors import RunError, UserError
+from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
@@ -85,9 +86,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
-    require_writable(config.output_dir)
-    if launch.is_main:
-        lock.take()
+    take_places(config, launch, lock)
     settle_devices(config, launch)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
@@ -150,6 +149,15 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
         finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
+
+
+def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
+    """See that the model can be had and the output folder be written, and take that for this run."""
+    if remark := require_model(config.model_name_or_path):
+        launch.say(remark)
+    require_writable(config.output_dir)
+    if launch.is_main:
+        lock.take()
 
 
 def settle_devices(config: Config, launch: Launch) -> None:

@@ -229,7 +229,7 @@ def test_each_part_that_is_wrong_here(
         ("output_dir", "file/out", "fail  output    file/out: Not a directory (on "),
         ("train_file", "absent.jsonl", "fail  data      absent.jsonl: no such file"),
         ("train_file", "bad.jsonl", "fail  data      bad.jsonl:1: "),
-        ("model_name_or_path", "./absent", "fail  model     ./absent: no such folder (on "),
+        ("model_name_or_path", "./absent", "fail  model     ./absent: no such folder (the current directory is "),
         ("model_name_or_path", "./cut", "fail  model     cut/model.safetensors: is cut off: "),
     ):
         assert main(["doctor", "run.yaml", f"--{key}", value]) == 1

@@ -220,14 +220,24 @@ def test_a_node_with_a_disk_of_its_own_takes_its_folder(out: Path, monkeypatch: 
             storage.settle_storage(args, second, FolderLock(out))
 
 
-def test_a_second_start_touches_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_start_touches_nothing(out: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("STOP", "PREEMPTED.json", "run.json", "metrics.jsonl", ".set-out")
     with FolderLock(out) as first:
         first.take()
         for name in names:
             (out / name).write_text("of the first")
         with pytest.raises(SystemExit) as ended:
-            main(["--model_name_or_path", "m", "--train_file", "t.jsonl", "--output_dir", str(out), "--resume=never"])
+            main(
+                [
+                    "--model_name_or_path",
+                    str(model_dir),
+                    "--train_file",
+                    "t.jsonl",
+                    "--output_dir",
+                    str(out),
+                    "--resume=never",
+                ]
+            )
         assert ended.value.code == 2
         assert capsys.readouterr().err.startswith(f"ds_sft: error: output_dir: {out}: another run has it: process ")
         left = {path.name: path.read_text() for path in out.iterdir() if path.name != RUNNING}

@@ -30,6 +30,7 @@ from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives
 from ds_sft.plan.memory import Engine
+from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
@@ -183,8 +184,8 @@ def _device(launch: Launch, *, use_cpu: bool) -> Facts:
 def _look_at_model(config: Config) -> Facts:
     folder = model_folder(config.model_name_or_path)
     if folder is None:
-        if config.model_name_or_path.startswith((".", "/", "~")) or config.model_name_or_path.count("/") > 1:
-            raise UserError(f"{config.model_name_or_path}: no such folder")
+        if looks_like_path(config.model_name_or_path):
+            raise UserError(f"{config.model_name_or_path}: {no_such_folder(config.model_name_or_path)}")
         return {"download": True}
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: this folder has no config.json, so it is not a model")
