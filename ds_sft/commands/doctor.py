@@ -10,7 +10,6 @@ one failed, 2 for a mistake in the configuration.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.config import Config, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
@@ -55,11 +55,11 @@ class Check:
 
 def main(argv: Sequence[str]) -> int:
     """Examine this box, or as one of several ranks all of them."""
-    given, keys = _parser().parse_known_args(argv)
-    launch = Launch(launcher="python")
+    parser, launch = _parser(), Launch(launcher="python")
     try:
         launch = read_launch()
-        config = load_config(["--config", given.config, *keys], "ds-sft doctor")
+        given, keys = parser.parse_known_args(argv)
+        config = load_config(["--config", given.config, *keys], "ds-sft doctor", flags=parser.flags)
         if config.training.get("use_cpu"):
             hide_gpus(os.environ)
         zero_stage = stage(engine_config(config, launch))
@@ -78,13 +78,12 @@ def main(argv: Sequence[str]) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-sft doctor",
-        description="Find out what would stop a run here: code, devices, files, disk, network, clocks.",
-        epilog="Any key of the configuration can follow: --output_dir /scratch/run. "
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        "doctor",
+        "Find out what would stop a run here: code, devices, files, disk, network, clocks.",
+        "Any key of the configuration can follow: --output_dir /scratch/run.\n"
         "On several ranks: torchrun --nproc_per_node 8 -m ds_sft doctor CONFIG; slurm/train.sbatch does it by itself.",
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
     parser.add_argument("--json", action="store_true", help="print a JSON list of checks")

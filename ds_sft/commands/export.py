@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.config import is_size, load_config
 from ds_sft.errors import UserError
 
@@ -53,9 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="ds-sft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("export", __doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder checkpoint-N")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument(
@@ -66,7 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights, such as 500MB [%(default)s]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    given = parser.parse_args(argv)
+    given = parser.parse(argv)
     if not is_size(given.max_shard_size):
         raise UserError(f"--max_shard_size: expected a size such as 5GB or 500MB, found {given.max_shard_size!r}")
     if given.out.exists() and (not given.out.is_dir() or {path.name for path in given.out.iterdir()} - {".export"}):
