@@ -392,17 +392,32 @@ def best_checkpoint(trainer: Trainer) -> str | None:
 
 def summary(results: dict[str, Any]) -> str:
     """The last lines a user reads."""
-    memory = max(peaks.get("gpu_gib", peaks["host_gib"]) for peaks in results["peak_memory"])
     all_tokens, now = results["tokens"], results["speed"]["tokens"]
     rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
     lines = [
         f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
-        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}, {memory:.1f} GiB a rank at most."
+        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}.",
+        describe_memory(results["peak_memory"], results["plan"]),
+        describe_speed(results["speed"]),
     ]
-    lines.append(describe_speed(results["speed"]))
-    if results["eval_loss"] is not None:
-        lines.append(f"Validation loss: {results['eval_loss_first']:.4f} first, {results['eval_loss']:.4f} last.")
+    first, last = results["eval_loss_first"], results["eval_loss"]
+    if last is not None:
+        which = "of the best checkpoint" if results["best_checkpoint"] else "last"
+        lines.append(f"Validation loss: {last:.4f}{'' if first == last else f' {which}, {first:.4f} first'}.")
     return "\n".join(lines)
+
+
+def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
+    """The fullest rank's memory, and on a CPU how much of it training took, which is what is planned."""
+    on_gpu = any("gpu_gib" in peak for peak in peaks)
+    most = max(peak.get("gpu_gib", peak["host_gib"]) for peak in peaks)
+    line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {most:.2f} GiB at most"
+    if planned is None:
+        return f"{line}."
+    plan = f"{planned['planned_gib']:.2f} GiB planned"
+    if on_gpu:
+        return f"{line} ({plan})."
+    return f"{line}: {planned['measured_gib']:.2f} for training ({plan}), the rest for Python and its libraries."
 
 
 def describe_speed(speed: dict[str, float]) -> str:
