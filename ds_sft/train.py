@@ -39,6 +39,7 @@ from ds_sft.runtime.distributed import (
 from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
+from ds_sft.runtime.quiet import quiet
 from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
 from ds_sft.runtime.storage import require_writable, settle_storage
 
@@ -161,7 +162,8 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
 
 
 def settle_devices(config: Config, launch: Launch) -> None:
-    """Which devices and cores this process sees, before torch is imported and looks."""
+    """Which devices and cores this process sees, and what libraries say of them, before torch is imported."""
+    quiet()
     if config.training.get("use_cpu"):
         hide_gpus(os.environ)
     elif not launch.distributed:
