@@ -138,7 +138,9 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
 
 
 def print_predictions(predictions: Sequence[Prediction]) -> None:
-    """A table: what was asked, what the model said before and after, what the data says."""
+    """A table: what was asked, what the model said before and after, what the data says; none of nothing."""
+    if not predictions:
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -59,8 +59,8 @@ def _with_part(said: Said, part: dict[str, Any], where: str, unread: set[str], *
     if answer and kind in (*TEXT_PARTS, *REASONING):
         raise BadRow("parts out of order", f"{where} is {kind}; expected reasoning first, then text, then calls")
     if isinstance(kind, str) and (media := MEDIA.fullmatch(kind)):
-        raise BadRow(f"{media[1]} in a message", f"{where} is of type {kind}: only text is trained on; leave the row out "
-                     "(on_bad_row: skip does), or take this part out of it")  # fmt: skip
+        remedy = "leave the row out (on_bad_row: skip does), or take this part out of it"
+        raise BadRow(f"{media[1]} in a message", f"{where} is of type {kind}: only text is trained on; {remedy}")
     expected = "text, reasoning or tool_call" if answer else "text"
     raise BadRow("a part that is not text", f"{where}.type is {found(kind)}; expected {expected}")
 
