@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_sft import __version__
+from ds_sft.config import given_twice
 from ds_sft.errors import UserError, nearest
 
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
@@ -56,5 +57,8 @@ def call(name: str, words: Sequence[str]) -> int:
         near = nearest(name, COMMANDS)
         remedy = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}: {remedy}")
+    if name not in ("train", "doctor"):  # they say it on one rank
+        for remark in given_twice(words):
+            print(remark, file=sys.stderr)
     code: int = importlib.import_module(COMMANDS[name][0]).main(words)
     return code

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -342,12 +343,16 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
         name, equals, value = word[2:].partition("=")
         if name != "config":
             _known(name, "--", others)
-        if name in flags:
-            raise UserError(f"--{name} is given twice")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else _bare(name)
         flags[name] = Given("--", value)
     return flags
+
+
+def given_twice(argv: Sequence[str]) -> list[str]:
+    """Remarks for the flags that are there more than once: the last counts."""
+    times = Counter(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    return [f"--{name} is given {number} times: the last counts." for name, number in times.items() if number > 1]
 
 
 def _bare(name: str) -> str:

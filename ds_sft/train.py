@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.config import OUR_ORDERS, Config, load_config
+from ds_sft.config import OUR_ORDERS, Config, given_twice, load_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
         with watch_for_stop(launch) as stop:
-            config = load_config(*((sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")))
+            words, program = (sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")
+            config = load_config(words, program)
+            for remark in given_twice(words):
+                launch.say(remark)
             with FolderLock(config.output_dir) as lock:
                 try:
                     run(config, launch, stop, lock)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.plan import size
+from ds_sft.commands.plan import parser, size
 from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
@@ -601,6 +601,19 @@ def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
         (layout, nodes) for layout in ("ZeRO-2", "ZeRO-3", "hierarchical") for nodes in (1, 2, 4)
     ]
     assert Path("sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["400T", "400TFLOP/s", "400 TFLOPS", "400tflops", "4e14", "0.4P", "400000000000000"])
+def test_one_rate_of_a_gpu(text: str) -> None:
+    assert parser().parse_args(["run.yaml", "--flops", text]).flops == pytest.approx(4e14)
+
+
+@pytest.mark.usefixtures("config_file")
+def test_the_last_of_a_flag_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.yaml", "--json", "--nodes", "8", "--nodes=1", "--seed", "1", "--seed", "2"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["ranks"] == 8
+    assert said.err == "--nodes is given 2 times: the last counts.\n--seed is given 2 times: the last counts.\n"
 
 
 @pytest.mark.parametrize(

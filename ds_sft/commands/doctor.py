@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import Config, load_config
+from ds_sft.config import Config, given_twice, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launch()
         given, keys = parser.parse_known_args(argv)
         config = load_config(["--config", given.config, *keys], "ds-sft doctor", flags=parser.flags)
+        for remark in given_twice(argv):
+            launch.say(remark)
         if config.training.get("use_cpu"):
             hide_gpus(os.environ)
         zero_stage = stage(engine_config(config, launch))

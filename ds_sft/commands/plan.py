@@ -143,7 +143,14 @@ def with_unit(text: str, unit: str = "GB") -> float:
 
 
 def flops(text: str) -> float:
-    return with_unit(text, "T")
+    """400TFLOP/s, 400 TFLOPS, 400T and 4e14 are one rate; 400 alone would be nobody's."""
+    rate = re.sub(r"FLOPS?(/S)?$", "", text.strip().upper()).strip()
+    plain = re.fullmatch(r"\d+(\.\d+)?(E\+?\d+)?", rate)
+    if plain and float(rate) >= UNITS["G"]:
+        return float(rate)
+    if plain:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number with its unit, such as {rate}T")
+    return size(rate)
 
 
 class Plan:
