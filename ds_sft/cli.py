@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from ds_sft import __version__
-from ds_sft.errors import UserError
+from ds_sft.config import given_twice
+from ds_sft.errors import UserError, nearest
 
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
@@ -54,8 +54,11 @@ def call(name: str, words: Sequence[str]) -> int:
         UserError: there is no such command.
     """
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        near = nearest(name, COMMANDS)
+        remedy = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}: {remedy}")
+    if name not in ("train", "doctor"):  # they say it on one rank
+        for remark in given_twice(words):
+            print(remark, file=sys.stderr)
     code: int = importlib.import_module(COMMANDS[name][0]).main(words)
     return code

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -21,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest
 
 # The system prompt of the reference script: "You are a dialogue assistant; answer the user's questions."
 REFERENCE_PROMPT = "你是一个对话助手，你需要根据用户的问题，给出相应的回答。"
@@ -73,6 +74,11 @@ OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_
 AGAINST_ADAPTERS = {
     "train_only": "an adapter freezes all weights of the model (lora_modules_to_save trains some of them)",
     "resize_embeddings": "new rows of a frozen embedding would never be learned, and the adapter would fit no base",
+}
+ELSEWHERE = {  # what other programs call a key of ours
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "train_file",
 }
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
@@ -314,23 +320,27 @@ def all_keys() -> dict[str, Key]:
     return our_keys() | training_keys()
 
 
-def _known(name: str, where: str) -> Key:
+def _known(name: str, where: str, flags: Iterable[str] = ()) -> Key:
+    """A key by its name; `flags`: what else may be meant on the command line."""
     if name in all_keys():
         return all_keys()[name]
     flag = where == "--"
     place = f"--{name}: " if flag else where
     if name in GONE:
         raise UserError(f"{place}{name} is not a key of today's transformers: {GONE[name]}")
-    near = difflib.get_close_matches(name.replace("-", "_"), all_keys(), n=1)
-    remedy = f"did you mean {'--' if flag else ''}{near[0]}?" if near else "--help lists all keys"
+    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), training_keys().keys() - UNSAFE.keys())
+    remedy = f"did you mean {'--' if flag else ''}{near}?" if near else "--help lists all keys"
     raise UserError(f"{place}unknown key{'' if flag else f' {name!r}'}: {remedy}")
 
 
 # ---- Reading
 
 
-def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
+def load_config(argv: Sequence[str], prog: str = "train.py", *, flags: Iterable[str] = ()) -> Config:
     """The configuration that a command line describes. `--help` prints and raises SystemExit.
+
+    Args:
+        flags: names of flags that a command has beside the keys, and has taken out; one may be meant by a wrong key.
 
     Raises:
         UserError: unknown key, wrong value, missing key, unreadable file.
@@ -338,10 +348,10 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(prog))
         raise SystemExit(0)
-    flags = _read_flags(argv)
-    file = flags.pop("config", None)
+    read = _read_flags(argv, flags)
+    file = read.pop("config", None)
     given = {} if file is None else _read_yaml(Path(str(file.value)))
-    return _resolve(_merge(given, flags))
+    return _resolve(_merge(given, read))
 
 
 def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:
@@ -355,7 +365,7 @@ def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:
     return merged
 
 
-def _read_flags(argv: Sequence[str]) -> dict[str, Given]:
+def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
     flags: dict[str, Given] = {}
     words = list(argv)
     while words:
@@ -365,13 +375,17 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Given]:
             raise UserError(f"{word!r}: expected {f'--config {word}' if file else '--key value'}")
         name, equals, value = word[2:].partition("=")
         if name != "config":
-            _known(name, "--")
-        if name in flags:
-            raise UserError(f"--{name} is given twice")
+            _known(name, "--", others)
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else _bare(name)
         flags[name] = Given("--", value)
     return flags
+
+
+def given_twice(argv: Sequence[str]) -> list[str]:
+    """Remarks for the flags that are there more than once: the last counts."""
+    times = Counter(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    return [f"--{name} is given {number} times: the last counts." for name, number in times.items() if number > 1]
 
 
 def _bare(name: str) -> str:

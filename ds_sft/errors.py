@@ -1,4 +1,10 @@
-"""Exceptions that end a run with one line and no traceback."""
+"""Exceptions that end a run with one line and no traceback, and which name was meant by a wrong one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 
 class UserError(Exception):
@@ -13,3 +19,32 @@ class RunError(Exception):
 
     Entry points print it without a traceback and exit with 1.
     """
+
+
+def nearest(name: str, *groups: Iterable[str]) -> str | None:
+    """The known name that was meant by an unknown one; None where none is like it.
+
+    But for a slip of the finger, words in common say more than letters: `lora_r` is no misspelt `local_rank`. Of equals
+    a name of an earlier group is taken.
+    """
+    found: list[tuple[bool, float, int, float, str]] = []
+    words = _words(name)
+    for order, group in enumerate(groups):
+        for known in group:
+            shared = sum(max(_likeness(word, other) for other in _words(known)) for word in words)
+            letters = SequenceMatcher(None, "_".join(words), "_".join(_words(known))).ratio()
+            if 2 * shared >= len(words) or letters >= 0.75:
+                found.append((letters >= 0.85, shared, -order, letters, known))
+    return max(found)[-1] if found else None
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower().strip("-_"))
+
+
+def _likeness(word: str, other: str) -> float:
+    """1 for the same word, a little less for its beginning (accum) or one with a slip of the finger."""
+    if word == other or min(len(word), len(other)) < 3:
+        return float(word == other)
+    begins = word.startswith(other) or other.startswith(word)
+    return 0.9 if begins or SequenceMatcher(None, word, other).ratio() >= 0.8 else 0.0

@@ -16,7 +16,8 @@ from ds_sft.config import SAMPLING, Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
-from ds_sft.runtime.adapter import base_of, exported, is_adapter, load_on_disk
+from ds_sft.plan.adapter import base_of, is_adapter
+from ds_sft.runtime.adapter import exported, load_on_disk
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.placement import cache_size, place
 from ds_sft.training.limits import positions_left
@@ -139,7 +140,9 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
 
 
 def print_predictions(predictions: Sequence[Prediction]) -> None:
-    """A table: what was asked, what the model said before and after, what the data says."""
+    """A table: what was asked, what the model said before and after, what the data says; none of nothing."""
+    if not predictions:
+        return
     from rich.console import Console
     from rich.table import Table
 

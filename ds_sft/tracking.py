@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,8 +98,8 @@ class Tracker:
         if trouble:
             print_line(f"SwanLab is off ({trouble}); {self.metrics} has every metric.")
         else:
-            how = f"; upload later with {self._sync_commands()}" if self.mode == "offline" else f", project {project}"
-            print_line(f"SwanLab: {self.mode}{how}. `report_to: none` turns it off.")
+            where = "" if self.mode == "offline" else f", project {project}"
+            print_line(f"SwanLab: {self.mode}{where}. `report_to: none` turns it off.")
 
     def _say_off(self, switch: str) -> None:
         others = [name for name in self.config.trackers if name != "swanlab"]
@@ -114,6 +114,7 @@ class Tracker:
             with time_limit(START_SECONDS):
                 import swanlab
 
+                _leave_sync_to_us()
                 run = swanlab.init(
                     mode=mode, project=project, name=self.config.training.get("run_name"), log_dir=str(self.log_dir),
                     config=public_config(self.config), settings=_settings(swanlab), reinit=True,
@@ -186,6 +187,8 @@ class Tracker:
             if self.mode == "online":
                 print_line(f"SwanLab may lack the last points; complete it with {self._sync_commands()}.")
             _exit_despite_its_threads(1 if state == "crashed" else 0)
+        if self.mode == "offline":
+            print_line(f"SwanLab: upload the curves with {self._sync_commands()}.")
         self.swanlab = None
 
     def _guard(self, action: Callable[[], Any], seconds: float) -> bool:
@@ -244,6 +247,14 @@ def _exit_despite_its_threads(code: int) -> None:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _leave_sync_to_us() -> None:
+    """Keep SwanLab from saying `swanlab sync` at each start and end: of one start, without the experiment's id."""
+    with suppress(Exception):  # another version, which then says it
+        from swanlab.sdk.internal.run import greeting
+
+        greeting._print_offline_tip = lambda ctx: None
 
 
 def _settings(swanlab: Any) -> Any:

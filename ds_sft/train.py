@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.config import OUR_ORDERS, Config, load_config
+from ds_sft.config import OUR_ORDERS, Config, given_twice, load_config
 from ds_sft.errors import RunError, UserError
+from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
@@ -35,9 +36,12 @@ from ds_sft.runtime.distributed import (
     share_cores,
     use_one_device,
 )
+from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
+from ds_sft.runtime.quiet import quiet
 from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
+from ds_sft.runtime.storage import require_writable, settle_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -58,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
         with watch_for_stop(launch) as stop:
-            config = load_config(*((sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")))
-            try:
-                run(config, launch, stop)
-            except Stopped as stopped:
-                leave(config, launch, stop, str(stopped))
+            words, program = (sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")
+            config = load_config(words, program)
+            for remark in given_twice(words):
+                launch.say(remark)
+            with FolderLock(config.output_dir) as lock:
+                try:
+                    run(config, launch, stop, lock)
+                except Stopped as stopped:
+                    leave(config, launch, stop, str(stopped))
             end_group()
     except UserError as error:
         exit_with(str(error), launch, told_to_end=ended_by_launcher(stop))
@@ -78,17 +86,17 @@ def ended_by_launcher(stop: StopRequests | None) -> bool:
     return stop is not None and stop.reason == "SIGTERM" and stop.decided is None
 
 
-def run(config: Config, launch: Launch, stop: StopRequests) -> None:
+def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) -> None:
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
+    take_places(config, launch, lock)
     settle_devices(config, launch)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.kernels import avoid_plans
-    from ds_sft.runtime.storage import require_writable, settle_storage
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
@@ -98,14 +106,13 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
     from ds_sft.training.trainer import SFTTrainer
 
     engine = engine_config(config, launch)
-    require_writable(config.output_dir)
     hashing = begin_to_hash_base(config, launch)
     with stop.until_ranks_meet():
         tokenizer, served, data = prepare_data(config, launch)
         base = hashing.result()
     args = training_arguments(config, engine, launch)  # starts the process group
     avoid_plans()
-    site = Site(launch, shared=settle_storage(args, launch))
+    site = Site(launch, shared=settle_storage(args, launch, lock))
     stop.use_group(args.ddp_timeout)
     stop.check()
     this_run = identify(config, engine, data, launch, base=base)
@@ -152,8 +159,18 @@ def run(config: Config, launch: Launch, stop: StopRequests) -> None:
         finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
+def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
+    """See that the model can be had and the output folder be written, and take that for this run."""
+    if remark := require_model(config.model_name_or_path):
+        launch.say(remark)
+    require_writable(config.output_dir)
+    if launch.is_main:
+        lock.take()
+
+
 def settle_devices(config: Config, launch: Launch) -> None:
-    """Which devices and cores this process sees, before torch is imported and looks."""
+    """Which devices and cores this process sees, and what libraries say of them, before torch is imported."""
+    quiet()
     if config.training.get("use_cpu"):
         hide_gpus(os.environ)
     elif not launch.distributed:
@@ -412,17 +429,32 @@ def best_checkpoint(trainer: Trainer) -> str | None:
 
 def summary(results: dict[str, Any]) -> str:
     """The last lines a user reads."""
-    memory = max(peaks.get("gpu_gib", peaks["host_gib"]) for peaks in results["peak_memory"])
     all_tokens, now = results["tokens"], results["speed"]["tokens"]
     rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
     lines = [
         f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
-        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}, {memory:.1f} GiB a rank at most."
+        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}.",
+        describe_memory(results["peak_memory"], results["plan"]),
+        describe_speed(results["speed"]),
     ]
-    lines.append(describe_speed(results["speed"]))
-    if results["eval_loss"] is not None:
-        lines.append(f"Validation loss: {results['eval_loss_first']:.4f} first, {results['eval_loss']:.4f} last.")
+    first, last = results["eval_loss_first"], results["eval_loss"]
+    if last is not None:
+        which = "of the best checkpoint" if results["best_checkpoint"] else "last"
+        lines.append(f"Validation loss: {last:.4f}{'' if first == last else f' {which}, {first:.4f} first'}.")
     return "\n".join(lines)
+
+
+def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
+    """The fullest rank's memory, and on a CPU how much of it training took, which is what is planned."""
+    on_gpu = any("gpu_gib" in peak for peak in peaks)
+    most = max(peak.get("gpu_gib", peak["host_gib"]) for peak in peaks)
+    line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {most:.2f} GiB at most"
+    if planned is None:
+        return f"{line}."
+    plan = f"{planned['planned_gib']:.2f} GiB planned"
+    if on_gpu:
+        return f"{line} ({plan})."
+    return f"{line}: {planned['measured_gib']:.2f} for training ({plan}), the rest for Python and its libraries."
 
 
 def describe_speed(speed: dict[str, float]) -> str:

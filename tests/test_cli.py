@@ -61,6 +61,32 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -
     assert capsys.readouterr().out.lower().startswith(f"usage: ds-sft {name} ")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("plan run.yaml --gpu-memry 80GB", "--gpu-memry: unknown key: did you mean --gpu-memory?"),
+        ("plan --gpu-memry 80GB run.yaml", "--gpu-memry: unknown key: did you mean --gpu-memory?"),
+        ("plan run.yaml --gpu_memory 80GB", "--gpu_memory: unknown key: did you mean --gpu-memory?"),
+        ("plan run.yaml --learning_rat 1", "--learning_rat: unknown key: did you mean --learning_rate?"),
+        ("plan run.yaml --nodes two", "--nodes: 'two': expected a whole number above 0"),
+        ("plan", "the following arguments are required: CONFIG"),
+        ("launch run.yaml --dryrun", "--dryrun: unknown key: did you mean --dry-run?"),
+        ("launch run.yaml --gpus 8", "--gpus: unknown key: did you mean --gpus-per-node?"),
+        ("prepare run.yaml --max_len 8", "--max_len: unknown key: did you mean --max_length?"),
+        ("preview run.yaml --row 3", "--row: unknown key: did you mean --rows?"),
+        ("export a b --dtyp bfloat16", "--dtyp: unknown flag: did you mean --dtype?"),
+        ("export a b --zzz", "--zzz: unknown flag: --help lists all flags"),
+        ("export a b --dtype int3", "--dtype: invalid choice: 'int3' (choose from "),
+        ("verify a b", "b: one argument too many: usage: ds-sft verify [-h] OUTPUT_DIR"),
+        ("demo --dirs x", "--dirs: unknown flag: did you mean --dir?"),
+    ],
+)
+def test_a_flag_that_is_wrong(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    assert main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ds-sft: error: {said}")
+
+
 def test_the_installed_script() -> None:
     script = Path(sys.executable).parent / "ds-sft"
     done = subprocess.run([script, "demp"], capture_output=True, text=True, check=False)

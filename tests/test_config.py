@@ -17,6 +17,7 @@ from ds_sft.config import (
     TRAINING_DEFAULTS,
     Config,
     all_keys,
+    given_twice,
     help_text,
     load_config,
     our_keys,
@@ -145,6 +146,16 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
     assert config.training["eval_strategy"] == "no"
 
 
+def test_of_a_flag_that_is_given_twice_the_last_counts() -> None:
+    words = [*NEEDED, "--seed", "1", "--bf16", "--seed=2", "--bf16", "no", "--seed", "3"]
+    config = load_config(words)
+    assert (config.training["seed"], config.training["bf16"]) == (3, False)
+    assert given_twice(words) == [
+        "--seed is given 3 times: the last counts.",
+        "--bf16 is given 2 times: the last counts.",
+    ]
+
+
 # ---- What cannot be meant
 
 
@@ -154,6 +165,9 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         (["--learning_rat", "1"], "--learning_rat: unknown key: did you mean --learning_rate?"),
         (["--max-length", "9"], "--max-length: unknown key: did you mean --max_length?"),
         (["--zzzz", "1"], "--zzzz: unknown key: --help lists all keys"),
+        (["--batch_size", "8"], "--batch_size: unknown key: did you mean --per_device_train_batch_size?"),
+        (["--lr", "1e-5"], "--lr: unknown key: did you mean --learning_rate?"),
+        (["--find_batch_size", "1"], "--find_batch_size: unknown key: did you mean --per_device_train_batch_size?"),
         (["--max_length", "long"], "--max_length: expected a whole number such as 2048, found 'long'"),
         (["--max_length", "1.5"], "--max_length: expected a whole number such as 2048, found '1.5'"),
         (["--max_length", "0"], "--max_length: expected 1 or more, found '0'"),
@@ -167,7 +181,6 @@ def test_evaluation_is_on_where_there_is_a_file(tmp_path: Path) -> None:
         (["--on_bad_row", "skp"], "--on_bad_row: expected one of error, skip, found 'skp'"),
         (["--eval_strategy", "step"], "--eval_strategy: expected one of no, steps, epoch, found 'step'"),
         (["--lr_scheduler_kwargs", "{a"], "--lr_scheduler_kwargs: expected a mapping such as {a: 1}, found '{a'"),
-        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
         (["--auto_find_batch_size", "yes"],
          "--auto_find_batch_size: expected false (it changes the rows a step in mid-run; `ds-sft plan` tells what "
          "fits), found 'yes'"),

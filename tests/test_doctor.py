@@ -229,7 +229,7 @@ def test_each_part_that_is_wrong_here(
         ("output_dir", "file/out", "fail  output    file/out: Not a directory (on "),
         ("train_file", "absent.jsonl", "fail  data      absent.jsonl: no such file"),
         ("train_file", "bad.jsonl", "fail  data      bad.jsonl:1: "),
-        ("model_name_or_path", "./absent", "fail  model     ./absent: no such folder (on "),
+        ("model_name_or_path", "./absent", "fail  model     ./absent: no such folder (the current directory is "),
         ("model_name_or_path", "./cut", "fail  model     cut/model.safetensors: is cut off: "),
     ):
         assert main(["doctor", "run.yaml", f"--{key}", value]) == 1
@@ -252,10 +252,12 @@ def test_rows_are_read_while_there_is_time(
 
 
 def test_a_mistake_in_the_config_is_2(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "run.yaml", "--max_lenght", "7"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "ds_sft: error: --max_lenght: unknown key: did you mean --max_length?\n"
+    for wrong, meant in (("--max_lenght=7", "--max_lenght: unknown key: did you mean --max_length?"),
+                         ("--jsn", "--jsn: unknown key: did you mean --json?")):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", "run.yaml", wrong])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"ds_sft: error: {meant}\n"
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ds_sft.config import Config, load_config
 from ds_sft.predict import generate
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.preempt import watch_for_stop
 from ds_sft.runtime.verify import loss_on_disk
 from ds_sft.train import run
@@ -70,8 +71,8 @@ def test_training(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows, launch = write_rows(tmp_path / "train.jsonl", questions_and_answers(4)), Launch(launcher="python")
     flags = {"model_name_or_path": model_dir, "train_file": rows, "output_dir": tmp_path / "out", "max_length": 256}
     config = load_config([f"--{name}={value}" for name, value in flags.items()], "train.py")
-    with watch_for_stop(launch) as stop, pytest.raises(Attended):
-        run(config, launch, stop)
+    with watch_for_stop(launch) as stop, FolderLock(config.output_dir) as lock, pytest.raises(Attended):
+        run(config, launch, stop, lock)
     assert found == [False]
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.plan import size
+from ds_sft.commands.plan import parser, size
 from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
@@ -609,6 +609,19 @@ def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("text", ["400T", "400TFLOP/s", "400 TFLOPS", "400tflops", "4e14", "0.4P", "400000000000000"])
+def test_one_rate_of_a_gpu(text: str) -> None:
+    assert parser().parse_args(["run.yaml", "--flops", text]).flops == pytest.approx(4e14)
+
+
+@pytest.mark.usefixtures("config_file")
+def test_the_last_of_a_flag_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.yaml", "--json", "--nodes", "8", "--nodes=1", "--seed", "1", "--seed", "2"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["ranks"] == 8
+    assert said.err == "--nodes is given 2 times: the last counts.\n--seed is given 2 times: the last counts.\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -626,31 +639,33 @@ def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
 )
 @pytest.mark.usefixtures("config_file")
 def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
-    try:
-        code = main(["plan", "run.yaml", *words])
-    except SystemExit as ended:  # argparse
-        code = int(str(ended.code))
-    assert code == 2
+    assert main(["plan", "run.yaml", *words]) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("measured", "freed", "said"),
     [
-        (2.4, 0.0, "2.00 GiB planned, 2.40 measured (+0.40)."),
-        (2.9, 0.7, "(+0.90). On a CPU freed blocks count that the C library keeps for later: up to 0.70 GiB here."),
-        (2.9, 0.3, "(+0.90). They part: the plan of a longer or larger run would be as wrong; please report it with"),
-        (1.1, 0.7, "(-0.90). They part: "),
+        (2.4, 0.0, None),
+        (
+            2.9,
+            0.7,
+            "took 2.90 GiB of a rank's memory, 2.00 were planned: freed blocks count that the C library keeps for "
+            "later, up to 0.70 GiB here.",
+        ),
+        (2.9, 0.3, "2.00 were planned: the plan of a longer or larger run would be as wrong; please report it with"),
+        (1.1, 0.7, "took 1.10 GiB of a rank's memory, 2.00 were planned: the plan of a "),
     ],
 )
 def test_a_run_that_parts_from_its_plan(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measured: float, freed: float, said: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measured: float, freed: float, said: str | None
 ) -> None:
     monkeypatch.setattr(expectation, "peak_memory", lambda: {"host_gib": measured + 0.5})
     monkeypatch.setattr(expectation, "freed_gib", lambda: freed)
     planned = expectation.Expectation("ZeRO-2", Memory("loss", {"activations": 2 << 30}), False, before_gib=0.5)
     found = expectation.compare_with_plan(planned, Launch(launcher="python"))
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out == "" if said is None else said in out
     assert found == {
         "layout": "ZeRO-2",
         "moment": "loss",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +84,8 @@ def test_what_cannot_be_planned(keys: dict[str, Any], said: str) -> None:
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"this folder has no config\.json"):
         read_shape(str(tmp_path))
-    with pytest.raises(UserError, match="no such folder, and not a hub id"):
+    with pytest.raises(UserError, match=r"no such folder .*, and not a hub id"):
         read_shape("./nothing/here")
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         read_shape(str(tmp_path))
-
-
-def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # a name that never resolves, RFC 2606
-    monkeypatch.setattr("ds_sft.plan.shape.getproxies", dict)
-    with pytest.raises(
-        UserError, match=r"some/model: hub\.invalid cannot be reached \(.*\); give the folder of a model"
-    ):
-        read_shape("some/model")
-
-
-def test_hub_without_network_is_one_line() -> None:
-    with pytest.raises(UserError) as error:
-        read_shape("some/model")
-    assert str(error.value).startswith("model_name_or_path: some/model: its config.json is not to be had: ")
-    assert "\n" not in str(error.value)
-    assert json.dumps(str(error.value))

@@ -174,3 +174,5 @@ def test_file_table_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     print_predictions([Prediction("q", "r", "p")])
     assert "answer before" not in capsys.readouterr().out
     assert as_text(rows[1]) == "Question: в\n\nLLM: п\n\nReference: 原"
+    print_predictions([])
+    assert capsys.readouterr().out == ""

@@ -257,7 +257,16 @@ def test_rows_of_several_turns(name: str) -> None:
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content is a number: 7; expected a string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            'messages[0].content[0].type is a string: "image_url"; expected text',
+            "messages[0].content[0] is of type image_url: only text is trained on; leave the row out (on_bad_row: skip "
+            "does), or take this part out of it",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
+            "messages[0].content[1] is of type image: only text is trained on",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "imagine"}]}]},
+            'messages[0].content[0].type is a string: "imagine"; expected text',
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -280,7 +289,7 @@ def test_rows_of_several_turns(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "audio", "audio": "x"}]}]},
-            'messages[0].content[0].type is a string: "audio"; expected text, reasoning or tool_call',
+            "messages[0].content[0] is of type audio: only text is trained on",
         ),
         (
             {

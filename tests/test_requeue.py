@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_sft.runtime.checkpoint import FACTS, FORMAT
+from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.requeue import DONE, NO_PROGRESS, main, stalls
 
 
@@ -46,6 +47,15 @@ def test_a_run_that_was_stopped_goes_on(folder: Path, capsys: pytest.CaptureFixt
 def test_a_run_that_was_not_stopped_does_not(folder: Path) -> None:
     assert ask(folder, "begin") == 0
     assert ask(folder, "end") == DONE
+
+
+def test_another_job_in_the_folder_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped_at(folder, 10)  # a file that the run's own job is about to read
+    with FolderLock(folder / "out") as lock:
+        lock.take()
+        assert ask(folder, "begin") == 2
+    assert "another run has it: process " in capsys.readouterr().err
+    assert ask(folder, "end") == 0
 
 
 def test_no_progress(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

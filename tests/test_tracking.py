@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ds_sft import tracking
 from ds_sft.config import Config
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.preempt import Stopped
 from ds_sft.tracking import (
     Tracker,
     TrackerCallback,
@@ -166,7 +168,25 @@ def test_no_key_goes_on_offline(tmp_path: Path, fake: Any, capsys: pytest.Captur
     assert module.calls[0][1]["mode"] == "offline"
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "SwanLab: online mode failed (SystemExit: no key); going on offline."
-    assert said[1].startswith("SwanLab: offline; upload later with `swanlab sync ")
+    assert said[1:] == [
+        "SwanLab: offline. `report_to: none` turns it off.",
+        f"SwanLab: upload the curves with `swanlab sync {tmp_path / 'swanlog' / 'run-1'}`.",
+    ]
+
+
+@pytest.mark.parametrize("ends", [None, RuntimeError(), Stopped("SIGTERM")])
+def test_the_upload_is_said_however_a_run_ends(
+    tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str], ends: BaseException | None
+) -> None:
+    fake()
+    with suppress(BaseException), open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE):
+        if ends is not None:
+            raise ends
+    folder = tmp_path / "swanlog" / "run-1"
+    assert capsys.readouterr().out.splitlines() == [
+        "SwanLab: offline. `report_to: none` turns it off.",
+        f"SwanLab: upload the curves with `swanlab sync {folder}`.",
+    ]
 
 
 @pytest.mark.parametrize("failing", [("init",), ("log",), ("finish",)])
@@ -253,6 +273,7 @@ from pathlib import Path
 from ds_sft import tracking
 from ds_sft.config import Config
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.preempt import Stopped
 
 class Fake(types.ModuleType):
     def __getattr__(self, name):
@@ -351,7 +372,8 @@ def test_a_real_offline_run(
     assert (signal.getsignal(signal.SIGINT), sys.excepthook) == (handler, hook)
     said = capsys.readouterr().out
     assert "online mode failed" in said
-    command = next(line for line in said.splitlines() if line.startswith("SwanLab: offline"))
+    assert said.count("swanlab sync") == 1  # the library itself would say it at the start and at the end
+    command = next(line for line in said.splitlines() if line.startswith("SwanLab: upload the curves with "))
     folder = Path(command.split("`")[1].split()[2])
     assert folder.parent == out / "swanlog"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > 500
@@ -379,7 +401,7 @@ def test_a_resumed_run_is_the_same_experiment(
     folder = tmp_path / "swanlog" / "run-1"
     assert json.loads((tmp_path / "swanlab.json").read_text()) == {"id": "abc", "folders": [str(folder)] * 2}
     command = f"swanlab sync {folder} --id abc"
-    assert f"SwanLab: offline; upload later with `{command} && {command}`." in capsys.readouterr().out
+    assert f"SwanLab: upload the curves with `{command} && {command}`.\n" in capsys.readouterr().out
     with open_tracker(config, ALONE) as tracker:  # another run in the same folder
         pass
     assert "id" not in swanlab.calls[-2][1]

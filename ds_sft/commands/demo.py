@@ -6,7 +6,6 @@ ordinary bfloat16 weights. The dialogues are questions and answers of chatterbot
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
 
 RECIPE = 1  # raise it when what is made changes
@@ -54,15 +54,14 @@ README = """Made by `ds-sft demo` from installed packages:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ds-sft demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"It needs the packages {', '.join(PACKAGES)}, no network, and 280 MB; it takes half a minute.\n"
+    parser = FlagParser(
+        "demo",
+        __doc__,
+        f"It needs the packages {', '.join(PACKAGES)}, no network, and 280 MB; it takes half a minute.\n"
         "What is already there is not made again; a folder with other things in it is refused.",
     )
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where to put them (default: demo)")
-    build(parser.parse_args(argv).dir)
+    build(parser.parse(argv).dir)
     return 0
 
 

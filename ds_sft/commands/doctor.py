@@ -10,7 +10,6 @@ one failed, 2 for a mistake in the configuration.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,12 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import Config, load_config
+from ds_sft.commands.flags import FlagParser
+from ds_sft.config import Config, given_twice, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives
 from ds_sft.plan.memory import Engine
+from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
@@ -55,11 +56,13 @@ class Check:
 
 def main(argv: Sequence[str]) -> int:
     """Examine this box, or as one of several ranks all of them."""
-    given, keys = _parser().parse_known_args(argv)
-    launch = Launch(launcher="python")
+    parser, launch = _parser(), Launch(launcher="python")
     try:
         launch = read_launch()
-        config = load_config(["--config", given.config, *keys], "ds-sft doctor")
+        given, keys = parser.parse_known_args(argv)
+        config = load_config(["--config", given.config, *keys], "ds-sft doctor", flags=parser.flags)
+        for remark in given_twice(argv):
+            launch.say(remark)
         if config.training.get("use_cpu"):
             hide_gpus(os.environ)
         zero_stage = stage(engine_config(config, launch))
@@ -78,13 +81,12 @@ def main(argv: Sequence[str]) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-sft doctor",
-        description="Find out what would stop a run here: code, devices, files, disk, network, clocks.",
-        epilog="Any key of the configuration can follow: --output_dir /scratch/run. "
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        "doctor",
+        "Find out what would stop a run here: code, devices, files, disk, network, clocks.",
+        "Any key of the configuration can follow: --output_dir /scratch/run.\n"
         "On several ranks: torchrun --nproc_per_node 8 -m ds_sft doctor CONFIG; slurm/train.sbatch does it by itself.",
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
     parser.add_argument("--json", action="store_true", help="print a JSON list of checks")
@@ -184,8 +186,8 @@ def _device(launch: Launch, *, use_cpu: bool) -> Facts:
 def _look_at_model(config: Config) -> Facts:
     folder = model_folder(config.model_name_or_path)
     if folder is None:
-        if config.model_name_or_path.startswith((".", "/", "~")) or config.model_name_or_path.count("/") > 1:
-            raise UserError(f"{config.model_name_or_path}: no such folder")
+        if looks_like_path(config.model_name_or_path):
+            raise UserError(f"{config.model_name_or_path}: {no_such_folder(config.model_name_or_path)}")
         return {"download": True}
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: this folder has no config.json, so it is not a model")

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.config import is_size, load_config
 from ds_sft.errors import UserError
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     given = _parse(argv)
     started = time.monotonic()
     # Heavy imports stand here: --help and mistakes are answered without them.
-    from ds_sft.runtime.adapter import is_adapter
+    from ds_sft.plan.adapter import is_adapter
     from ds_sft.runtime.consolidate import open_checkpoint
     from ds_sft.runtime.export import PARTIAL, move_into
     from ds_sft.runtime.trained import TRAINED
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
 def _export_frozen(given: argparse.Namespace) -> None:
     """Of a checkpoint that is without its frozen weights."""
     from ds_sft.commands.export_frozen import export_adapter, export_trained
-    from ds_sft.runtime.adapter import FOLDER, is_adapter
+    from ds_sft.plan.adapter import is_adapter
+    from ds_sft.runtime.adapter import FOLDER
 
     at_the_end = given.checkpoint.resolve().name == FOLDER  # what a run leaves there is no checkpoint
     manifest = {} if at_the_end else _require_manifest(given.checkpoint)
@@ -77,9 +79,7 @@ def _export_frozen(given: argparse.Namespace) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="ds-sft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("export", __doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder checkpoint-N")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument(
@@ -95,7 +95,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--merge", action="store_true", help="of an adapter: fail where the disk has no room for the model"
     )
     what.add_argument("--adapter-only", action="store_true", help="of an adapter: without the merged model")
-    given = parser.parse_args(argv)
+    given = parser.parse(argv)
     if not is_size(given.max_shard_size):
         raise UserError(f"--max_shard_size: expected a size such as 5GB or 500MB, found {given.max_shard_size!r}")
     if given.out.exists() and (not given.out.is_dir() or {path.name for path in given.out.iterdir()} - {".export"}):
@@ -139,7 +139,7 @@ def _dtype(given: argparse.Namespace) -> torch.dtype:
 
 def _folder_of_config(checkpoint: Path) -> Path:
     """Where config.json is: an adapter has that of its base."""
-    from ds_sft.runtime.adapter import base_of, is_adapter
+    from ds_sft.plan.adapter import base_of, is_adapter
     from ds_sft.runtime.size import model_folder
 
     return (is_adapter(checkpoint) and model_folder(base_of(checkpoint))) or checkpoint

@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.adapter import (
-    COMPUTED_IN,
-    CONFIG,
-    FACTS,
-    FOLDER,
-    QUANTIZATION,
-    WEIGHTS,
-    base_of,
-    facts_of,
-    load_base,
-)
+from ds_sft.plan.adapter import CONFIG, base_of
+from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
 from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.export import PARTIAL, end_answers_at, finish_adapter, move_into, own_ends, save_tokenizer
 from ds_sft.runtime.identity import BASE

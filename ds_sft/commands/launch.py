@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_usable, rows_of_epoch
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
@@ -81,8 +82,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: the run cannot work like that.
     """
-    given, keys = _parser().parse_known_args(argv)
-    config = load_config(["--config", given.config, *keys], "ds-sft launch")
+    parser = _parser()
+    given, keys = parser.parse_known_args(argv)
+    config = load_config(["--config", given.config, *keys], "ds-sft launch", flags=parser.flags)
     plan = make_plan(config, given, ["--config", given.config, *keys])
     print(json.dumps(asdict(plan), indent=2) if given.json else describe(plan, config))
     if given.dry_run:
@@ -92,12 +94,11 @@ def main(argv: Sequence[str]) -> int:
     return subprocess.call(shlex.split(plan.sbatch))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-sft launch",
-        description="Say what a run on a cluster will be, and submit it with sbatch unless --dry-run is given.",
-        epilog="Any key of the configuration can follow: --learning_rate 2e-5.",
-        allow_abbrev=False,
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        "launch",
+        "Say what a run on a cluster will be, and submit it with sbatch unless --dry-run is given.",
+        "Any key of the configuration can follow: --learning_rate 2e-5.",
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
@@ -66,12 +67,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a mistake in the configuration or a flag, or a model that cannot be planned.
     """
-    given, rest = parser().parse_known_args(list(argv))
+    flags = parser()
+    given, rest = flags.parse_known_args(list(argv))
     if given.plot and not given.sweep:
         raise UserError("--plot: draws a sweep: give --sweep nodes=1..128 as well")
     if given.write and given.sweep:
         raise UserError("--write: a sweep recommends nothing: leave out --sweep or --write")
-    config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG")
+    config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG", flags=flags.flags)
     plan = Plan(config, given)
     if given.sweep:
         from ds_sft.commands.sweep import show_sweep
@@ -90,9 +92,8 @@ def main(argv: Sequence[str]) -> int:
     return 0 if plan.best else NOTHING_FITS
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="ds-sft plan", description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def parser() -> FlagParser:
+    made = FlagParser("plan", __doc__)
     made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
     made.add_argument("--gpus-per-node", type=count, default=8, help="[%(default)s]")
@@ -142,7 +143,14 @@ def with_unit(text: str, unit: str = "GB") -> float:
 
 
 def flops(text: str) -> float:
-    return with_unit(text, "T")
+    """400TFLOP/s, 400 TFLOPS, 400T and 4e14 are one rate; 400 alone would be nobody's."""
+    rate = re.sub(r"FLOPS?(/S)?$", "", text.strip().upper()).strip()
+    plain = re.fullmatch(r"\d+(\.\d+)?(E\+?\d+)?", rate)
+    if plain and float(rate) >= UNITS["G"]:
+        return float(rate)
+    if plain:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number with its unit, such as {rate}T")
+    return size(rate)
 
 
 class Plan:

@@ -6,7 +6,7 @@ was interrupted continues where it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_config(argv: Sequence[str], command: str) -> Config:
-    """The configuration of `ds-sft COMMAND CONFIG.yaml [--key value ...]`.
+def read_config(argv: Sequence[str], command: str, flags: Iterable[str] = ()) -> Config:
+    """The configuration of `ds-sft COMMAND CONFIG.yaml [--key value ...]`; `flags` as for `load_config`.
 
     Raises:
         UserError: no configuration, or a mistake in it.
@@ -46,4 +46,4 @@ def read_config(argv: Sequence[str], command: str) -> Config:
         words.insert(0, "--config")
     if not words:
         raise UserError(f"expected ds-sft {command} CONFIG.yaml; --help says more")
-    return load_config(words, prog=f"ds-sft {command}")
+    return load_config(words, f"ds-sft {command}", flags=flags)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         raise SystemExit(0)
     options, words = take_options(argv)
-    config, launch = read_config(words, "preview"), Launch(launcher="python")
+    config, launch = read_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
     from ds_sft.data.dataset import load_data
     from ds_sft.training.model import load_tokenizer
 

@@ -6,11 +6,11 @@ training. It goes when the model was asked; run.json then has the answer.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.results import KEPT, RESULTS, write_json
@@ -18,11 +18,9 @@ from ds_sft.runtime.results import KEPT, RESULTS, write_json
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 is the exit code where the model is not the trained one, or could again not be asked."""
-    parser = argparse.ArgumentParser(
-        prog="ds-sft verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("verify", __doc__)
     parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="the output folder of the run")
-    folder = parser.parse_args(argv).folder
+    folder = parser.parse(argv).folder
     kept = folder / KEPT
     if not kept.is_file():
         raise UserError(

@@ -16,6 +16,7 @@ from ds_sft.data.values import check_json, check_text, found, is_empty, note_unr
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of an answer, and types of a part
 TEXT_PARTS = ("text", "input_text", "output_text")
 CALL_PARTS = ("tool_call", "tool_calls", "function_call")
+MEDIA = re.compile(r"(?:input_|output_)?(image|audio|video|file)(?:_url|_file)?")  # types of a part, of any program
 # Not reasoning but a word for how much of it: as in NVIDIA's Nemotron sets (on, off) and for gpt-oss (low to high).
 EFFORT = frozenset(["on", "off", "true", "false", "none", "low", "medium", "high"])
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # at the start of a content
@@ -57,6 +58,9 @@ def _with_part(said: Said, part: dict[str, Any], where: str, unread: set[str], *
         return said._replace(calls=said.calls + _part_calls(part, str(kind), where, unread))
     if answer and kind in (*TEXT_PARTS, *REASONING):
         raise BadRow("parts out of order", f"{where} is {kind}; expected reasoning first, then text, then calls")
+    if isinstance(kind, str) and (media := MEDIA.fullmatch(kind)):
+        remedy = "leave the row out (on_bad_row: skip does), or take this part out of it"
+        raise BadRow(f"{media[1]} in a message", f"{where} is of type {kind}: only text is trained on; {remedy}")
     expected = "text, reasoning or tool_call" if answer else "text"
     raise BadRow("a part that is not text", f"{where}.type is {found(kind)}; expected {expected}")
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.source import cached_config, is_folder, require_model
 
 # Decoders whose layer is [norm, attention, norm, gated MLP], and what their configuration does not say of biases:
 # transformers' models/*/modeling_*.py.
@@ -156,47 +154,27 @@ def read_shape(model_name_or_path: str) -> Shape:
     Raises:
         UserError: no such model, no network, or an architecture whose memory this package cannot derive.
     """
-    path = Path(model_name_or_path).expanduser()
-    file = path / "config.json" if path.is_dir() else _from_hub(model_name_or_path)
+    name = model_name_or_path
+    file = Path(name).expanduser() / "config.json" if is_folder(name) else _from_hub(name)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"model_name_or_path: {model_name_or_path}: this folder has no config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not JSON: {error}") from None
     return shape_of(found, str(file))
 
 
 def _from_hub(name: str) -> Path:
-    if Path(name).exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise UserError(f"model_name_or_path: {name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    cached = cached_config(name)
+    if cached is not None:
+        return cached
+    require_model(name)
+    from huggingface_hub import hf_hub_download
 
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached)
-    _reach_hub(name)
     try:
         return Path(hf_hub_download(name, "config.json", etag_timeout=10))
-    except Exception as error:  # a dozen classes of three libraries: no such model, no access, no network, offline mode
+    except Exception as error:  # a dozen classes of three libraries: no such model, no access
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model_name_or_path: {name}: its config.json is not to be had: {reason}") from None
-
-
-def _reach_hub(name: str) -> None:
-    """Say at once that there is no network: the library would try six times, aloud, for half a minute."""
-    from huggingface_hub import constants
-
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or getproxies():  # the library says so itself; a proxy resolves names for us
-        return
-    try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()
-    except OSError as error:
-        raise UserError(
-            f"model_name_or_path: {name}: {hub.hostname} cannot be reached ({error.strerror or error}); "
-            "give the folder of a model, or copy its config.json into one"
-        ) from None
 
 
 def shape_of(found: Mapping[str, Any], where: str = "config.json") -> Shape:

@@ -8,12 +8,12 @@ two for base and adapter.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.errors import UserError
+from ds_sft.plan.adapter import base_of, is_adapter, read_json, whole_of
 from ds_sft.runtime.quantized import nf4_config, settle, skeleton
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FOLDER = "adapter"  # of a run's output folder
 ADAPTER = "default"  # peft's name of the one adapter in a model
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
+WEIGHTS = "adapter_model.safetensors"  # peft's name
 PREFIX = "base_model.model."  # of every tensor: peft's wrapper around a model, which ours does without
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
 # What the adapter was trained beside, in a file of ours: a hash of the base's files, how these were quantised, and the
@@ -89,44 +89,13 @@ def from_anywhere(name: str) -> str:
 # ---- Reading
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def base_of(folder: Path) -> str:
-    """The model that the adapter in `folder` was trained on: a folder, or a hub id.
-
-    Raises:
-        UserError: its adapter_config.json names none.
-    """
-    name = _read(folder / CONFIG).get("base_model_name_or_path")
-    if not name:
-        raise UserError(
-            f"{folder / CONFIG}: names no base_model_name_or_path: write the model there that it was trained on"
-        )
-    return str(name)
-
-
-def whole_of(folder: Path) -> list[str]:
-    """The modules that were trained whole beside the adapter in `folder`."""
-    return _read(folder / CONFIG).get("modules_to_save") or []
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    return found
-
-
 def facts_of(folder: Path) -> dict[str, str]:
     """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; empty if peft wrote it.
 
     Raises:
         UserError: its file is damaged.
     """
-    return _read(folder / FACTS) if (folder / FACTS).is_file() else {}
+    return read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
 
 
 def load_on_disk(name: str | Path, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
+from ds_sft.plan.adapter import base_of
 from ds_sft.runtime import adapter
 from ds_sft.runtime.distributed import Launch, barrier
 from ds_sft.runtime.identity import BASE
@@ -99,7 +100,7 @@ def finish_adapter(
     A merged model that is in `output_dir` is another adapter's, and goes.
     """
     save_tokenizer(tokenizer, folder, chat_template)
-    base = model_folder(adapter.base_of(folder))
+    base = model_folder(base_of(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
     for file in folder.iterdir():

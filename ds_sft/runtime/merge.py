@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.adapter import CONFIG, base_of, whole_of
 from ds_sft.runtime.adapter import (
     ADAPTER,
     COMPUTED_IN,
-    CONFIG,
     FACTS,
     FOLDER,
     PREFIX,
     QUANTIZATION,
     WEIGHTS,
-    base_of,
     facts_of,
     load_base,
-    whole_of,
 )
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.export import (

@@ -3,7 +3,8 @@
     python -m ds_sft.runtime.requeue begin --starts FILE --config CONFIG.yaml [--key value ...]    # 0: go on
     python -m ds_sft.runtime.requeue end --starts FILE --config CONFIG.yaml [--key value ...]      # 0: requeue, 3: done
 
-Other codes: 2 a mistake in the configuration, 4 no progress; any further one says that there was no answer.
+Other codes: 2 a mistake in the configuration, or another run in `output_dir`, 4 no progress; any further one says that
+there was no answer.
 
 Decided from what the run left in `output_dir`, never from an exit code: launchers and srun change those. A job that
 comes no further between its starts would run for ever; after `DS_SFT_MAX_STALLS` (2) such starts it stops.
@@ -22,6 +23,7 @@ from pathlib import Path
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import newest_complete
+from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.preempt import PREEMPTED
 
 DONE = 3  # exit code of a run that was not stopped
@@ -31,13 +33,12 @@ NO_PROGRESS = 4  # never 1, with which a Python ends that fails
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `begin` or `end`; 2 is the exit code of a mistake in the configuration."""
     question, _, file, *words = sys.argv[1:] if argv is None else argv
+    answer = begin if question == "begin" else end
     try:
-        output_dir = load_config(words, "train.sbatch").output_dir
-        limit = max_stalls()
+        return answer(Path(file), load_config(words, "train.sbatch").output_dir, max_stalls())
     except UserError as error:
         print(f"ds_sft: error: {error}", file=sys.stderr)
         return 2
-    return begin(Path(file), output_dir, limit) if question == "begin" else end(Path(file), output_dir, limit)
 
 
 def max_stalls() -> int:
@@ -53,8 +54,15 @@ def max_stalls() -> int:
 
 
 def begin(starts: Path, output_dir: Path, limit: int) -> int:
-    """Note from which step this start goes on; `NO_PROGRESS` if it is one start too many from there."""
-    (output_dir / PREEMPTED).unlink(missing_ok=True)
+    """Note from which step this start goes on; `NO_PROGRESS` if it is one start too many from there.
+
+    Raises:
+        UserError: another run has the folder, and another job may be about to read its PREEMPTED.json.
+    """
+    if output_dir.is_dir():
+        with FolderLock(output_dir) as lock:
+            lock.take()
+            (output_dir / PREEMPTED).unlink(missing_ok=True)
     step = newest_step(output_dir)
     steps = [*read_steps(starts), step]
     with starts.open("a", encoding="utf-8") as file:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
+from ds_sft.runtime.folder_lock import FolderLock
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,28 +37,20 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"output_dir: {folder}: cannot be written: no permission to write in {there}")
 
 
-def settle_storage(args: TrainingArguments, launch: Launch) -> bool:
+def settle_storage(args: TrainingArguments, launch: Launch, lock: FolderLock) -> bool:
     """Make `output_dir` on every node and set `save_on_each_node` to what the disks say; all ranks must call it.
 
     On a shared disk several writers of one file corrupt ZeRO-2 checkpoints; on disks of their own nodes that write
     nothing cannot resume. Returns whether the nodes share the folder.
 
+    Args:
+        lock: of the folder, which rank 0 has taken; each node takes its own where they do not share it.
+
     Raises:
-        UserError: the folder cannot be written; on every rank, if on one.
+        UserError: the folder cannot be written, or another run has a node's; on every rank, if on one.
     """
     folder = Path(args.output_dir)
-    trouble = None
-    if launch.local_rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            trouble = f"output_dir: {folder}: cannot be written: {error.strerror}"
-    troubles = [found for found in gather(trouble) if found]
-    if troubles:
-        raise UserError(troubles[0])
+    _together(lambda: _make(folder) if launch.local_rank == 0 else None)
     num_nodes = sum(gather(launch.local_rank == 0))
     if num_nodes == 1:
         return True
@@ -65,7 +59,36 @@ def settle_storage(args: TrainingArguments, launch: Launch) -> bool:
         found = "share output_dir" if shared else "have an output_dir each"
         launch.say(f"The {num_nodes} nodes {found}: save_on_each_node is set to {'no' if shared else 'yes'}.")
         _set_save_on_each_node(args, not shared)
+    if not shared:
+        _together(lambda: lock.take() if launch.local_rank == 0 and not launch.is_main else None)
     return shared
+
+
+def _make(folder: Path) -> None:
+    """Make the folder and see that files can be made in it.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {folder}: cannot be written: {error.strerror}") from None
+
+
+def _together(action: Callable[[], None]) -> None:
+    """Do it; a `UserError` of one rank is raised on all, which must all call this."""
+    trouble = None
+    try:
+        action()
+    except UserError as error:
+        trouble = str(error)
+    troubles = [found for found in gather(trouble) if found]
+    if troubles:
+        raise UserError(troubles[0])
 
 
 def is_shared(folder: Path, launch: Launch) -> bool:

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.runtime.adapter import FOLDER, base_of, exported, is_adapter, load_on_disk
+from ds_sft.plan.adapter import base_of, is_adapter
+from ds_sft.runtime.adapter import FOLDER, exported, load_on_disk
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.placement import is_out_of_memory, logits_size, place
 from ds_sft.runtime.results import KEPT, write_json

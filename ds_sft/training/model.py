@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import resized_vocab
-from ds_sft.runtime.adapter import base_of, is_adapter
+from ds_sft.plan.source import require_model
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import mend_generation_config
 from ds_sft.runtime.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
@@ -35,10 +35,11 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no such model, or a tokenizer this package cannot use.
     """
+    name = config.model_name_or_path
+    if remark := require_model(name):
+        launch.say(remark)
     from transformers import AutoConfig, AutoTokenizer
 
-    name = config.model_name_or_path
-    _check_folder(name)
     require_bitsandbytes(config.quantization)
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -55,25 +56,6 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # training batches; left is for generation
     return tokenizer
-
-
-def _check_folder(name: str) -> None:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if is_adapter(path):
-            raise UserError(
-                f"model_name_or_path: {name}: is an adapter of {base_of(path)}, not a model: write "
-                f"model_name_or_path: {base_of(path)}, or a folder that it is merged into: ds-sft export {name} FOLDER"
-            )
-        if not (path / "config.json").is_file():
-            raise UserError(f"model_name_or_path: {name}: this folder has no config.json, so it is not a model")
-    elif path.exists():
-        raise UserError(f"model_name_or_path: {name}: is a file; give the folder of a model, or a hub id")
-    elif name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"model_name_or_path: {name}: no such folder (the current directory is {Path.cwd()}), "
-            "and not a hub id such as Qwen/Qwen3-0.6B"
-        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import ds_sft.training.arguments
 from ds_sft.config import load_config
 from ds_sft.runtime.distributed import end_group, read_launch
+from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.preempt import watch_for_stop
 from ds_sft.train import run
 
@@ -32,8 +33,9 @@ def main(files: Sequence[str], before_each: Callable[[str], None] = lambda file:
     for file in files:
         print(f"---- {file}", flush=True)
         before_each(file)
-        with watch_for_stop(launch) as stop:
-            run(load_config(["--config", file]), launch, stop)
+        config = load_config(["--config", file])
+        with watch_for_stop(launch) as stop, FolderLock(config.output_dir) as lock:
+            run(config, launch, stop, lock)
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._reset_state()

@@ -26,6 +26,7 @@ from transformers import TrainerCallback  # noqa: E402
 import ds_sft.training.profile  # noqa: E402
 from ds_sft.config import load_config  # noqa: E402
 from ds_sft.runtime.distributed import end_group  # noqa: E402
+from ds_sft.runtime.folder_lock import FolderLock  # noqa: E402
 from ds_sft.runtime.preempt import watch_for_stop  # noqa: E402
 from ds_sft.train import run  # noqa: E402
 
@@ -69,9 +70,10 @@ def main() -> None:
         ds_sft.training.profile.profiling = lambda *_: [Strict(*map(int, steps.split()))]
     for file in sys.argv[1:]:
         print(f"---- run {Path(file).stem}", flush=True)
+        config = load_config(["--config", file])
         try:
-            with watch_for_stop(launch) as stop:
-                run(load_config(["--config", file]), launch, stop)
+            with watch_for_stop(launch) as stop, FolderLock(config.output_dir) as lock:
+                run(config, launch, stop, lock)
         except Exception:
             traceback.print_exc()
         print(f"cuDNN's attention allowed: {torch.backends.cuda.cudnn_sdp_enabled()}", flush=True)
