@@ -18,9 +18,10 @@ from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.preempt import StopRequests
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise, supervised_loss
+from ds_sft.training.padding import know_padding
 from ds_sft.training.resumable import Continuity
 from ds_sft.training.trainer import SFTTrainer
-from tests.dispatch import READS, NoReads, Operations
+from tests.dispatch import NoReads
 
 ALONE = Launch(launcher="python")
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -32,7 +33,10 @@ def make_trainer(folder: Path, *, padded: bool = False, ours: bool = True, **arg
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
     if ours:
-        keep_rows_apart(model, None, ALONE)
+        if padded:
+            know_padding(model)
+        else:
+            keep_rows_apart(model, None, ALONE)
         supervise(model, ALONE)
     rows = [{"input_ids": [n + i for i in range(n % 12 + 3)], "labels": [-100, *range(n + 1, n + n % 12 + 3)]}
             for n in range(24)]  # fmt: skip
@@ -52,28 +56,17 @@ def batch_of(trainer: SFTTrainer) -> dict[str, Any]:
     return next(iter(trainer.get_train_dataloader()))
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_reads_nothing(checkpointing: bool, tmp_path: Path) -> None:
-    operations = operations_of_a_step(make_trainer(tmp_path), NoReads(), checkpointing=checkpointing)
-    assert operations.counted["aten::mm"] > 10
-
-
-def test_a_padded_step_reads_whether_there_is_padding(tmp_path: Path) -> None:
-    """Transformers does, where it makes its mask, once a micro batch; we know of no way around it."""
-    operations = operations_of_a_step(make_trainer(tmp_path, padded=True), Operations())
-    assert {name: operations.counted[name] for name in READS if operations.counted[name]} == {
-        "aten::_local_scalar_dense": 2
-    }
-
-
-def operations_of_a_step(trainer: SFTTrainer, operations: Operations, *, checkpointing: bool = False) -> Operations:
+def test_a_step_reads_nothing(checkpointing: bool, padded: bool, tmp_path: Path) -> None:
+    trainer, operations = make_trainer(tmp_path, padded=padded), NoReads()
     if checkpointing:
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
     with operations:
         loss = trainer.training_step(trainer.model, batches[0], count)
     assert loss.item() > 0
-    return operations
+    assert operations.counted["aten::mm"] > 10
 
 
 class Between(TrainerCallback):
@@ -100,9 +93,10 @@ class Between(TrainerCallback):
         self.on = False
 
 
-def test_nothing_is_read_between_two_logging_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_is_read_between_two_logging_steps(padded: bool, tmp_path: Path) -> None:
     """Trainer's own loop, the optimizer, clipping and the making of batches are part of it."""
-    trainer, between = make_trainer(tmp_path), Between()
+    trainer, between = make_trainer(tmp_path, padded=padded), Between()
     trainer.add_callback(between)
     try:
         trainer.train()
