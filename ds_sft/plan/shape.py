@@ -73,10 +73,6 @@ class Shape:
     def embedding(self) -> int:
         return self.vocab * self.hidden
 
-    @property
-    def layer_parameters(self) -> int:
-        return sum(self.layer_tensors())
-
     @cached_property
     def parameters(self) -> int:
         return sum(self.tensors())

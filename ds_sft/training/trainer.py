@@ -66,7 +66,7 @@ class RankRows(Dataset[dict[str, Any]]):
         return {**shortest, "labels": [IGNORE_INDEX] * len(shortest["labels"])}
 
 
-def _without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A batch's layout is for hooks: no model knows it."""
     return args, {name: value for name, value in kwargs.items() if name != LAYOUT}
 
@@ -103,7 +103,7 @@ class SFTTrainer(FiniteTrainer):
             head_everywhere=supervised_loss(self.model) is None,
             world_size=self.args.world_size,
         )
-        self.model.register_forward_pre_hook(_without_layout, with_kwargs=True)  # after those that want it
+        self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
         self.ahead: Ahead | None = None
         # What is compiled would be compiled again for other weights: autocast casts them there.
         alone = self.args.world_size == 1
