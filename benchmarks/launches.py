@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.layout import LAYOUT, collate_flat
+from ds_sft.data.layout import collate_flat
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.fused import Kernels, use_kernels
 from ds_sft.training.loss import supervise
+from ds_sft.training.trainer import without_layout
 from ds_sft.training.working_copy import WorkingCopy
 
 QWEN3: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
@@ -115,10 +116,6 @@ def count(given: argparse.Namespace, attention: str, with_kernels: bool) -> Coun
 def fused(query: Any, key: Any, value: Any, *, is_causal: bool, scale: float, **options: Any) -> Any:
     """In place of the composition that the meta device has."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
-
-
-def without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {name: value for name, value in kwargs.items() if name != LAYOUT}
 
 
 if __name__ == "__main__":

@@ -252,6 +252,7 @@ def load_model_to_train(
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
     from ds_sft.training.model import computing_dtype, load_model, make_room
+    from ds_sft.training.padding import know_padding
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -260,6 +261,8 @@ def load_model_to_train(
     choose_weights(model, config, args, launch)
     if not padded:
         keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
+    elif not args.torch_compile:
+        know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
     supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
     return model

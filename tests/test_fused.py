@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.layouts import run_of
+from ds_sft.plan.memory import Engine
+from ds_sft.plan.shape import read_shape
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import fused
 from ds_sft.training.fused import Kernels, compile_layers, fuse, require_kernels, use_kernels
@@ -152,6 +157,24 @@ def test_what_is_used(
     fuse(model, wanted, Said(launcher="python"), on_gpu=on_gpu)
     assert [line[: len(expected or "")] for line in SAID] == ([expected] if expected else [])
     assert hasattr(model, "fused") == (expected is not None and "none" not in expected)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("wanted", ["auto", "none"])
+def test_the_plan_knows_what_is_used(
+    wanted: str, on_gpu: bool, compiled: bool, installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _pretend(monkeypatch, installed=installed)
+    model = make()
+    fuse(model, wanted, Said(launcher="python"), on_gpu=on_gpu, compiled=compiled)
+    model.config.save_pretrained(tmp_path)
+    config = Config(model_name_or_path=str(tmp_path), train_file="t", fused_kernels=wanted,
+                    training={"gradient_accumulation_steps": 1, "activation_checkpointing": False,
+                              "torch_compile": compiled})  # fmt: skip
+    planned = run_of(config, read_shape(str(tmp_path)), Engine(stage=None), 1, lazy=not on_gpu)
+    assert planned.fused == hasattr(model, "fused")
 
 
 @pytest.mark.parametrize(

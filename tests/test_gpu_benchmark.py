@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import sys
 from argparse import Namespace
@@ -157,3 +158,10 @@ def test_synthetic_dialogues_are_as_long_as_real_ones() -> None:
     assert len(rows) == 1000
     assert statistics.mean(lengths) == pytest.approx(statistics.mean(counted), rel=0.02)
     assert statistics.mean(lengths) == pytest.approx(gpu.MEAN_TOKENS - gpu.TEMPLATE, rel=0.1)
+
+
+def test_the_prepared_script_measures_all_that_has_a_target() -> None:
+    script = (Path(gpu.__file__).parent / "gpu_table.sh").read_text(encoding="utf-8")
+    named = {name for names in re.findall("--only ([^$]+)", script) for name in names.split(' "')[0].split()}
+    assert named <= {run.name for run in gpu.RUNS}
+    assert named >= {run.name for run in gpu.RUNS if run.target}

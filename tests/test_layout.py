@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
-from ds_sft.data.batches import NOTHING, Ahead, Rows
+from ds_sft.data.batches import NOTHING, Rows
 from ds_sft.data.layout import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded
 from ds_sft.data.packing import PackedRows, Plan
 from ds_sft.training.attention import lengths_of_rows
@@ -129,45 +127,3 @@ def test_a_layout_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = pin_memory({LAYOUT: collate_flat(ROWS)[LAYOUT]})
     assert (pinned, facts(found[LAYOUT])) == ([3, 3, 3], facts(collate_flat(ROWS)[LAYOUT]))
-
-
-def test_batches_are_read_ahead_in_order() -> None:
-    """As many as asked while the first is computed, by one thread, to the end and no further."""
-    read_by: list[tuple[int, int]] = []
-    third = threading.Event()
-
-    def batches() -> Iterator[int]:
-        for number in range(1, 6):
-            read_by.append((number, threading.get_ident()))
-            if number == 3:
-                third.set()
-            yield number
-
-    ahead = Ahead(batches(), depth=2)
-    assert next(ahead) == 1
-    assert third.wait(60)  # read, though only the first was asked for
-    assert list(ahead) == [2, 3, 4, 5]
-    assert list(ahead) == []
-    assert [number for number, _ in read_by] == [1, 2, 3, 4, 5]
-    assert len({thread for _, thread in read_by} - {threading.get_ident()}) == 1
-
-
-def test_an_error_in_reading_ahead_comes_where_its_batch_would() -> None:
-    def batches() -> Iterator[int]:
-        yield 1
-        raise OSError("the disk is gone")
-
-    ahead = Ahead(batches(), depth=2)
-    assert next(ahead) == 1
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(ahead)
-
-
-def test_the_thread_reads_for_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pinning opens the thread's device: by itself every rank of a node would open the first one."""
-    devices: list[tuple[Any, int]] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident())))
-    gpu = torch.device("cuda", 3)
-    assert list(Ahead(iter([1]), 1, gpu)) == [1]
-    assert [device for device, _ in devices] == [gpu]
-    assert devices[0][1] != threading.get_ident()

@@ -8,6 +8,8 @@ from typing import Any
 import deepspeed.comm.comm as comm
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ds_sft.plan.cost import model_flops_per_token
@@ -141,6 +143,38 @@ class Gpu:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+
+
+NAMES, SECONDS = st.sampled_from((*metrics.PARTS, metrics.EVALUATION)), st.integers(0, 9)
+NESTED = st.recursive(
+    st.tuples(NAMES, SECONDS, st.just([])),
+    lambda parts: st.tuples(NAMES, SECONDS, st.lists(parts, max_size=4)),
+    max_leaves=30,
+)
+
+
+@given(NESTED)
+def test_no_part_is_negative_and_their_sum_is_what_passed(nested: Any) -> None:
+    """However parts lie in each other, and whatever stream is the current one: another may be far ahead or behind."""
+
+    def spend(name: str, seconds: int, inside: list[Any]) -> None:
+        gpu.current = gpu.side
+        gpu.side.computes(seconds * 2)
+        with clock.part(name):
+            gpu.current = gpu.compute
+            gpu.compute.computes(seconds)
+            for part in inside:
+                spend(*part)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        gpu = Gpu(monkeypatch)
+        clock = Clock("cuda")
+        spend(*nested)
+        clock.lap()
+        clock.settle()
+    seconds, laps = clock.take()
+    assert min(*seconds.values(), *laps) >= 0
+    assert sum(seconds.values()) == gpu.compute.now / 1000
 
 
 class Engine:

@@ -49,19 +49,22 @@ def copy(model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
-def test_weights_go_to_the_gpu_directly(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not every rank's whole model through host memory; a rank's own GPU and no other."""
+@pytest.mark.parametrize("engine", [None, {"zero_optimization": {"stage": 2}}], ids=["none", "zero2"])
+def test_weights_go_to_the_gpu_directly(engine: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every rank's whole model through host memory; a rank's own GPU and no other. ZeRO-3 wants to partition them
+    itself, one by one."""
     asked: list[Any] = []
     monkeypatch.setattr(
         AutoModelForCausalLM,
         "from_pretrained",
         lambda name, **options: asked.append(options.get("device_map")) or SimpleNamespace(generation_config=None),
     )
-    for device in (torch.device("cpu"), torch.device("cuda", 3)):
-        args = arguments()
-        args.device = device
+    args = arguments(bf16=True, deepspeed=engine)
+    for device, zero3 in (("cpu", False), ("cuda:3", False), ("cuda:3", True)):
+        monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda on=zero3: on)
+        args.device = torch.device(device)
         load_model(make(model_dir), args)
-    assert asked == [None, {"": torch.device("cuda", 3)}]
+    assert asked == [None, {"": torch.device("cuda", 3)}, None]
 
 
 def test_a_tokenizer_with_a_pad_token_is_left_alone(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

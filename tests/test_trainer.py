@@ -10,70 +10,73 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from ds_sft.data.batches import Ahead
 from ds_sft.data.layout import LAYOUT, collate_flat, collate_padded
 from ds_sft.data.micro_batches import Batching, lengths_of
-from ds_sft.runtime.checkpoint import Site
+from ds_sft.runtime.checkpoint import Checkpoint, Site
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.preempt import StopRequests
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise, supervised_loss
+from ds_sft.training.padding import know_padding
 from ds_sft.training.resumable import Continuity
 from ds_sft.training.trainer import SFTTrainer
-from tests.dispatch import READS, NoReads, Operations
+from tests.dispatch import NoReads
 
 ALONE = Launch(launcher="python")
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
 
 
-def make_trainer(folder: Path, *, padded: bool = False, ours: bool = True, **arguments: Any) -> SFTTrainer:
-    """Of a tiny model and 24 rows of 3 to 14 tokens; `ours`: with our attention and loss."""
+def make_trainer(
+    folder: Path,
+    *,
+    padded: bool = False,
+    ours: bool = True,
+    rows: int = 24,
+    dropout: float = 0.0,
+    read_ahead: bool | None = None,
+    resumed: Checkpoint | None = None,
+    **arguments: Any,
+) -> SFTTrainer:
+    """Of a tiny model and rows of 3 to 14 tokens; `ours`: with our attention and loss."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=dropout)).train()
     if ours:
-        keep_rows_apart(model, None, ALONE)
+        if padded:
+            know_padding(model)
+        else:
+            keep_rows_apart(model, None, ALONE)
         supervise(model, ALONE)
-    rows = [{"input_ids": [n + i for i in range(n % 12 + 3)], "labels": [-100, *range(n + 1, n + n % 12 + 3)]}
-            for n in range(24)]  # fmt: skip
-    data = Dataset.from_list(rows)
+    data = Dataset.from_list(
+        [{"input_ids": [n + i for i in range(n % 12 + 3)], "labels": [-100, *range(n + 1, n + n % 12 + 3)]}
+         for n in range(rows)])  # fmt: skip
     keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 4,
             "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": True, "learning_rate": 1e-3,
             "dataloader_pin_memory": False, "logging_nan_inf_filter": False, **arguments}  # fmt: skip
     args = TrainingArguments(str(folder), **keys)
     batching = Batching(lengths=lengths_of(data), micro_batch=2, accumulation=2, ranks=1, padded=padded, seed=1)
     collate = (lambda features: collate_padded(features, pad_token_id=0)) if padded else collate_flat
-    run = Continuity(stop=StopRequests(ALONE), site=Site(ALONE, shared=True), resumed=None)
+    run = Continuity(stop=StopRequests(ALONE), site=Site(ALONE, shared=True), resumed=resumed,
+                     identity={"zero_stage": None, "config": {}, "data": {}})  # fmt: skip
     return SFTTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(5)),
-                      data_collator=collate, batching=batching, run=run)  # fmt: skip
+                      data_collator=collate, batching=batching, run=run, read_ahead=read_ahead)  # fmt: skip
 
 
 def batch_of(trainer: SFTTrainer) -> dict[str, Any]:
     return next(iter(trainer.get_train_dataloader()))
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_reads_nothing(checkpointing: bool, tmp_path: Path) -> None:
-    operations = operations_of_a_step(make_trainer(tmp_path), NoReads(), checkpointing=checkpointing)
-    assert operations.counted["aten::mm"] > 10
-
-
-def test_a_padded_step_reads_whether_there_is_padding(tmp_path: Path) -> None:
-    """Transformers does, where it makes its mask, once a micro batch; we know of no way around it."""
-    operations = operations_of_a_step(make_trainer(tmp_path, padded=True), Operations())
-    assert {name: operations.counted[name] for name in READS if operations.counted[name]} == {
-        "aten::_local_scalar_dense": 2
-    }
-
-
-def operations_of_a_step(trainer: SFTTrainer, operations: Operations, *, checkpointing: bool = False) -> Operations:
+def test_a_step_reads_nothing(checkpointing: bool, padded: bool, tmp_path: Path) -> None:
+    trainer, operations = make_trainer(tmp_path, padded=padded), NoReads()
     if checkpointing:
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
     with operations:
         loss = trainer.training_step(trainer.model, batches[0], count)
     assert loss.item() > 0
-    return operations
+    assert operations.counted["aten::mm"] > 10
 
 
 class Between(TrainerCallback):
@@ -100,9 +103,10 @@ class Between(TrainerCallback):
         self.on = False
 
 
-def test_nothing_is_read_between_two_logging_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_is_read_between_two_logging_steps(padded: bool, tmp_path: Path) -> None:
     """Trainer's own loop, the optimizer, clipping and the making of batches are part of it."""
-    trainer, between = make_trainer(tmp_path), Between()
+    trainer, between = make_trainer(tmp_path, padded=padded), Between()
     trainer.add_callback(between)
     try:
         trainer.train()
@@ -162,39 +166,6 @@ def test_supervised_positions_come_from_the_layout(tmp_path: Path) -> None:
         trainer.model(**batch, use_cache=False)
     assert supervised.count == batch[LAYOUT].supervised
     assert supervised.total is not None
-
-
-def test_batches_read_ahead_teach_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a thread makes them; here it is made to. The order is that of the numbers of rows, whoever reads."""
-    losses = []
-    for ahead in (False, True):
-        trainer = make_trainer(tmp_path, logging_steps=1, max_steps=9)  # over the end of an epoch of 6 steps
-        readers: list[Any] = []
-        if ahead:
-
-            def read(iterator: Any, depth: int, readers: list[Any] = readers) -> Any:
-                if not readers or readers[-1].batches is not iterator:
-                    readers.append(Ahead(iterator, depth))
-                return readers[-1]
-
-            monkeypatch.setattr(trainer, "_read_ahead", read)
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-        assert len(readers) == (2 if ahead else 0)
-    assert len(losses[0]) == 9
-    assert losses[0] == losses[1]
-
-
-def test_only_a_gpu_is_read_ahead_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path)
-    batches = iter([1])
-    assert trainer._read_ahead(batches, 2) is batches
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda", 0))
-    ahead = trainer._read_ahead(batches, 2)
-    assert trainer._read_ahead(batches, 2) is ahead
-    assert list(ahead) == [1]
-    assert trainer._read_ahead(iter([2]), 2) is not ahead
 
 
 def test_deepspeeds_gradient_norm_is_not_read(tmp_path: Path) -> None:

@@ -92,10 +92,10 @@ class Ahead:
     What is read ahead of a stop is lost and read again after the resume: rows are found by their numbers alone.
     """
 
-    def __init__(self, batches: Iterator[Any], depth: int, device: torch.device | None = None) -> None:
-        """`device`: a GPU for which batches are pinned; the thread would open one on the first GPU of the node."""
+    def __init__(self, batches: Iterator[Any], depth: int, device: torch.device) -> None:
+        """`device`: of what computes them. For a GPU they are pinned, and a thread opens the first one by itself."""
         self.batches = batches
-        start = (torch.cuda.set_device, (device,)) if device is not None else (None, ())
+        start = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "read-ahead", *start)
         self._coming = deque(self._read() for _ in range(depth))
 
@@ -111,6 +111,11 @@ class Ahead:
         if batch is None:
             raise StopIteration
         return batch
+
+    def close(self) -> None:
+        """End the thread, and forget what it has read; after the batch that it is at."""
+        self._thread.shutdown(cancel_futures=True)
+        self._coming.clear()
 
 
 def fingerprint(rows: Any) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ds_sft.config import REFERENCE_PROMPT
 from ds_sft.data.content import REASONING, Said, read_calls, read_content, read_reasoning, read_tools
@@ -25,7 +25,6 @@ from ds_sft.data.files import BadRow
 from ds_sft.data.values import check_text, found, json_type, note_unread, unpacked
 
 Shape = Literal["auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"]
-SHAPES = get_args(Shape)
 Calls = tuple[dict[str, Any], ...]
 EXPECTED = "expected question and answer; instruction and output; conversations; messages; or prompt and completion"
 ROLES = {

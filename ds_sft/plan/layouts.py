@@ -106,6 +106,7 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
     else:
         micro = config.micro_batch
     flat = config.batching == "padding_free"
+    kernels = chosen_kernels(config.fused_kernels, on_gpu=not lazy, compiled=bool(training.get("torch_compile")))
     return Run(
         shape=shape,
         engine=engine,
@@ -122,16 +123,26 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         attention=config.attn_implementation or "rows",
         eval_batch=training.get("per_device_eval_batch_size", 8) if training.get("eval_strategy", "no") != "no" else 0,
         lazy=lazy,
-        fused=not lazy and uses_liger(config),
+        fused=kernels == "liger",
         choice=choice_of(config),
     )
 
 
-def uses_liger(config: Config) -> bool:
-    """Whether a GPU would compute norms, rotations and gates by Liger, as `training/fused.py` decides."""
-    if config.fused_kernels != "auto":
-        return config.fused_kernels == "liger"
-    return not config.training.get("torch_compile") and importlib.util.find_spec("liger_kernel") is not None
+def chosen_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> str:
+    """What the key `fused_kernels` comes to: liger, compile or none.
+
+    Args:
+        wanted: one of them or auto, which is Liger's on a GPU where they are installed.
+        on_gpu: where the model computes.
+        compiled: `torch_compile` compiles the whole model.
+    """
+    if wanted != "auto":
+        return wanted
+    return "liger" if on_gpu and not compiled and has_liger() else "none"
+
+
+def has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 @dataclass(frozen=True)

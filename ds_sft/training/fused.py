@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import inspect
 import textwrap
 import types
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from ds_sft.errors import UserError
+from ds_sft.plan.layouts import chosen_kernels, has_liger
 from ds_sft.runtime.distributed import Launch
 
 if TYPE_CHECKING:
@@ -91,15 +91,15 @@ def fuse(model: PreTrainedModel, wanted: str, launch: Launch, *, on_gpu: bool, c
         on_gpu: where the model computes.
         compiled: `torch_compile` compiles the whole model.
     """
-    if wanted == "none" or (wanted == "auto" and (compiled or not on_gpu)):
-        return
-    if wanted == "compile":
+    chosen = chosen_kernels(wanted, on_gpu=on_gpu, compiled=compiled)
+    if chosen == "compile":
         model.fused = compile_layers(model)
-    elif _has_liger():
+    elif chosen == "liger":
         model.fused = use_kernels(model, liger(), f"Liger {importlib.metadata.version('liger-kernel')}")
     else:
-        launch.say("Fused kernels: none; pip install 'ds_sft[gpu]' brings Liger's, with which an H200 was 1.6 times as "
-                   "fast.")  # fmt: skip
+        if wanted == "auto" and on_gpu and not compiled:
+            launch.say("Fused kernels: none; pip install 'ds_sft[gpu]' brings Liger's, with which an H200 was 1.6 "
+                       "times as fast.")  # fmt: skip
         return
     launch.say(model.fused.describe())
 
@@ -120,7 +120,7 @@ def require_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> None:
 
     if wanted == "liger" and not on_gpu:
         raise UserError("fused_kernels: liger: its kernels run on GPUs only; write auto, compile or none")
-    if wanted == "liger" and not _has_liger():
+    if wanted == "liger" and not has_liger():
         raise UserError("fused_kernels: liger: it is not installed; pip install 'ds_sft[gpu]', or write none")
     if wanted in ("liger", "compile") and compiled:
         raise UserError(
@@ -129,10 +129,6 @@ def require_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> None:
     if wanted == "compile" and is_deepspeed_zero3_enabled():
         raise UserError("fused_kernels: compile: ZeRO-3 exchanges weights inside of a layer; write liger or none, or "
                         "use ZeRO-2")  # fmt: skip
-
-
-def _has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def liger() -> Kernels:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from multiprocessing import Event
 from typing import Any
 
 import numpy as np
@@ -62,7 +66,7 @@ class RankRows(Dataset[dict[str, Any]]):
         return {**shortest, "labels": [IGNORE_INDEX] * len(shortest["labels"])}
 
 
-def _without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A batch's layout is for hooks: no model knows it."""
     return args, {name: value for name, value in kwargs.items() if name != LAYOUT}
 
@@ -89,15 +93,17 @@ class SFTTrainer(FiniteTrainer):
     Trainer's own is a mean of batch means, and wrong when ranks x batch does not divide the set (transformers#39241).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, read_ahead: bool | None = None, **kwargs: Any) -> None:
+        """`read_ahead`: the micro batches of the next step are made beside this one; None: where a GPU computes it."""
         super().__init__(*args, **kwargs)
+        self.reads_ahead = self.args.device.type == "cuda" if read_ahead is None else read_ahead
         self.meter = Meter(
             self.model,
             self.args.device,
             head_everywhere=supervised_loss(self.model) is None,
             world_size=self.args.world_size,
         )
-        self.model.register_forward_pre_hook(_without_layout, with_kwargs=True)  # after those that want it
+        self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
         self.ahead: Ahead | None = None
         # What is compiled would be compiled again for other weights: autocast casts them there.
         alone = self.args.world_size == 1
@@ -125,12 +131,20 @@ class SFTTrainer(FiniteTrainer):
             return super().get_batch_samples(self._read_ahead(epoch_iterator, num_batches), num_batches, device)
 
     def _read_ahead(self, epoch_iterator: Iterator[Any], num_batches: int) -> Iterator[Any]:
-        """The micro batches of the next step are made beside this one, where a GPU computes it."""
-        if self.args.device.type != "cuda":
+        """The micro batches of an epoch; `num_batches`: of a step."""
+        if not self.reads_ahead:
             return epoch_iterator
-        if self.ahead is None or self.ahead.batches is not epoch_iterator:
+        if self.ahead is None:
             self.ahead = Ahead(epoch_iterator, num_batches, self.args.device)
         return self.ahead
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        try:
+            super()._run_epoch(**kwargs)
+        finally:  # however it ended: no thread stays, and the next epoch may have the same iterator
+            if self.ahead is not None:
+                self.ahead.close()
+            self.ahead = None
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Supervised tokens of a step, over all ranks: the host counts them, and waits for no device."""
@@ -251,18 +265,21 @@ class SFTTrainer(FiniteTrainer):
 
 
 def _loader_options(args: TrainingArguments) -> dict[str, Any]:
+    ending = Event() if args.dataloader_num_workers else None
+    if ending is not None:
+        atexit.register(ending.set)  # before multiprocessing's own, which terminates the workers and waits for them
     return {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
-        "worker_init_fn": _ignore_stop_signals,
+        "worker_init_fn": partial(_end_with_parent, ending),
     }
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def _end_with_parent(ending: Any, worker: int) -> None:
     """Whoever signals all processes of a job must not kill the loader's workers before their parent has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
 
 
 class Measuring(TrainerCallback):

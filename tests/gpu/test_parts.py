@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ds_sft.config import Config
 from ds_sft.predict import generate
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.verify import loss_on_disk
 from ds_sft.training import loss as loss_module
 from ds_sft.training.loss import LogitTerms, supervise
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
@@ -117,6 +119,24 @@ def test_a_prediction_costs_what_its_tokens_cost(tokenizer_dir: Path, tokenizer:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert fresh < 3 * again
     assert again < 4 * half
+
+
+def test_predictions_and_verification_use_kernels_without_plans(
+    tokenizer_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Prompts of several lengths have a mask, which flash-attention takes none of; rows verified one by one have none.
+    Neither may fall back to the composition of products and softmax."""
+    folder = make(tmp_path / "model", tokenizer_dir)
+    rows = [{"input_ids": [5, 6, 7, 8] * n, "labels": [5, 6, 7, 8] * n} for n in (3, 20)]
+    used = []
+    for work in (lambda: asking(folder, tokenizer)(4),
+                 lambda: loss_on_disk(str(folder), rows, use_cpu=not ON_GPU, trust_remote_code=False)):  # fmt: skip
+        with profile(activities=[ProfilerActivity.CPU]) as seen:  # operations, also those that run on a GPU
+            work()
+        names = {event.key for event in seen.key_averages()}
+        used.append({name for name in names if name.startswith("aten::_scaled_dot_product_")})
+    with_mask, without = ("efficient_attention", "flash_attention") if ON_GPU else ["flash_attention_for_cpu"] * 2
+    assert used == [{f"aten::_scaled_dot_product_{with_mask}"}, {f"aten::_scaled_dot_product_{without}"}]
 
 
 def asking(folder: Path, tokenizer: Any) -> Callable[[int], float]:

@@ -44,7 +44,7 @@ def test_between_two_logging_steps_nothing_waits_for_the_device(
     monkeypatch.setenv("STRICT_STEPS", "4 7")
     rows = write_rows(tmp_path / "rows.jsonl", ROWS * 2)
     changes = {"end_to_end": {}, "recomputed": {"gradient_checkpointing": True}, "liger": {"fused_kernels": "liger"},
-               "filled": {"max_tokens_per_batch": 600}}  # fmt: skip
+               "filled": {"max_tokens_per_batch": 600}, "padded": {"batching": "padded"}}  # fmt: skip
     asked = {
         name: settings(model, rows, max_steps=8, logging_steps=4, **change)
         for name, change in changes.items()

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Every figure that has a target on a GPU, in two parts of 7 minutes at most, for a card that is lent for minutes:
+#
+#     bash benchmarks/gpu_table.sh 1 gpu        # Qwen3-0.6B's shape beside TRL: tokens/s, memory, waiting, long rows
+#     bash benchmarks/gpu_table.sh 2 gpu        # the 4 B shape, kernels one by one, then tests/gpu
+#
+# What was measured lies in the folder gpu: tables (*.txt), figures (*.json), logs. What follows is for gpu.py:
+# `bash benchmarks/gpu_table.sh 1 gpu --shape tiny --steps 3` tries a part on a CPU. PYTHON names another python3.
+set -uo pipefail
+part=${1:?1 or 2} out=$(mkdir -p "${2:?a folder for the results}" && cd "$2" && pwd); shift 2
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+
+measure() { # measure NAME BUDGET FLAGS...
+  local name=$1 budget=$2; shift 2
+  "$python" benchmarks/gpu.py --budget "$budget" --timeout 120 --json "$out/$name.json" "$@" 2>&1 | tee "$out/$name.txt"
+}
+
+case $part in
+1) measure table 390 --only 16k trl 16-rows 16k-zero2 8k-rows 16k-rows 64k-row trl-liger "$@" ;;
+2) measure 4b 110 --shape 4b --steps 15 --only 16k-recomputed "$@"
+   measure kernels 90 --only 16k-compile 16k-none "$@"
+   timeout 200 "$python" -m pytest tests/gpu -rs 2>&1 | tee "$out/tests.txt" ;;
+*) echo "gpu_table.sh: $part: there are parts 1 and 2" >&2; exit 2 ;;
+esac
