@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def free_port() -> int:
             return port
 
 
-def entry(launcher: str, ranks: int = 1) -> list[str]:
+def entry(launcher: str, ranks: int | None = 1) -> list[str]:
     """The command that starts train.py: "python", "torchrun" or "deepspeed" with so many ranks."""
     if launcher == "python":
         return [sys.executable, TRAIN]
@@ -93,12 +94,10 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 500, env: Mapping
     return Done(process.returncode, output)
 
 
-def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 500) -> list[Done]:
+def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, env: Mapping[str, str]) -> list[Done]:
     """Run one command for each node at the same time, each in its folder."""
     with ThreadPoolExecutor(len(commands)) as pool:
-        jobs = [
-            pool.submit(run, command, cwd=cwd, timeout=timeout) for command, cwd in zip(commands, folders, strict=True)
-        ]
+        jobs = [pool.submit(run, command, cwd=cwd, env=env) for command, cwd in zip(commands, folders, strict=True)]
         return [job.result() for job in jobs]
 
 
@@ -143,6 +142,20 @@ def run_forked(
         output = log.read()
     assert codes is not None, f"not done after {timeout} s: {argv}\n{output[-12000:]}"
     return Done(max(codes, key=abs), output, tuple(codes))
+
+
+def check_apart(check: Callable[..., None], *arguments: str) -> None:
+    """Call a function of a test file in a process of its own, for what would stay in this one, as Dynamo's state does.
+
+    The file, when it is started, must call what its arguments say.
+    """
+    done = run_forked([inspect.getfile(check), check.__name__, *arguments], None, cwd=ROOT)
+    assert done.code == 0, done.output
+
+
+def script(name: str) -> str:
+    """A program of this folder's that is train.py with something done to it."""
+    return str(Path(__file__).with_name(f"{name}.py"))
 
 
 def show_stacks(pid: int) -> None:
@@ -196,7 +209,7 @@ def end_tree(pid: int) -> None:
     kill([*parent.children(recursive=True), parent])
 
 
-def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 500) -> Done:
+def train(launcher: str, ranks: int | None, config: Mapping[str, Any], *, cwd: Path, timeout: float = 500) -> Done:
     """Write `config` as YAML into `cwd` and train from it; launcher "forked" takes that of `run_forked`."""
     write_yaml(cwd / "run.yaml", config)
     if launcher == "forked":
