@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import questions_and_answers, write_rows
 from tests.crash_campaign import metrics
-from tests.distributed.harness import Done, run_forked
+from tests.distributed.harness import Done, run_forked, script
 from tests.distributed.test_trajectory import engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs each
@@ -75,9 +75,8 @@ def job(
 
 def run_job(folder: Path, job: dict[str, Any]) -> Done:
     """One of them, from new ranks; what it says is added to its log."""
-    script = str(Path(__file__).with_name("disturbed.py"))
     env = {"AT": job["at"], "FILE_LIMIT": str(job["file_limit"]), "POISON": json.dumps(job.get("poison", {}))}
-    done = run_forked([script, *job["argv"]], job["ranks"], cwd=folder, env=env)
+    done = run_forked([script("disturbed"), *job["argv"]], job["ranks"], cwd=folder, env=env)
     with (folder / job["log"]).open("a", encoding="utf-8") as log:
         log.write(done.output)
     return done
