@@ -205,8 +205,8 @@ class Campaign:
 
     def reference(self, name: str) -> Path:
         """A run that nobody touches; whichever launcher would start it."""
-        launcher, ranks, engine = RUNS[name]
-        out = self.folder / f"reference-{engine}-{ranks}"
+        launcher, ranks, *others = RUNS[name]
+        out = self.folder / "-".join(["reference", str(ranks), *map(str, others)])
         if not out.exists():
             argv = [TRAIN, *self.flags(name, out)]
             done = run_forked(argv, None if launcher == "python" else ranks, cwd=self.folder, timeout=LIMIT,

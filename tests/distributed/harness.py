@@ -125,23 +125,27 @@ def run_forked(
     `run` starts the real ones.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-    process = forking_process()
-    assert process.stdin is not None
-    assert process.stdout is not None
     with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as log:
-        job = {
-            "argv": list(argv),
-            "ranks": ranks,
-            "cwd": str(cwd),
-            "env": environment,
-            "log": log.name,
-            "limit": timeout,
-        }
-        process.stdin.write(json.dumps(job) + "\n")
-        codes = json.loads(process.stdout.readline())
+        job = {"argv": list(argv), "ranks": ranks, "cwd": str(cwd), "env": environment}
+        codes = ask_for_ranks({**job, "log": log.name, "limit": timeout})
         output = log.read()
     assert codes is not None, f"not done after {timeout} s: {argv}\n{output[-12000:]}"
     return Done(max(codes, key=abs), output, tuple(codes))
+
+
+def ask_for_ranks(job: Mapping[str, Any]) -> list[int] | None:
+    """What forked.py answers. When this test is ended meanwhile, so is it: the next test must not get this answer."""
+    process = forking_process()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(job) + "\n")
+        codes: list[int] | None = json.loads(process.stdout.readline())
+    except BaseException:
+        end_tree(process.pid)
+        forking_process.cache_clear()
+        raise
+    return codes
 
 
 def check_apart(check: Callable[..., None], *arguments: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.harness import Done, is_alive, run, run_forked
+from tests.distributed import harness
+from tests.distributed.harness import Done, is_alive, run, run_forked, wait_until_gone
 
 pytestmark = pytest.mark.distributed
 
@@ -49,6 +50,23 @@ def test_a_hang_of_forked_ranks_shows_them_too(tmp_path: Path) -> None:
         run_forked([str(tmp_path / "hangs.py")], 2, cwd=tmp_path, timeout=5)
     check_hang(tmp_path, str(caught.value))
     assert run_forked([str(tmp_path / "hangs.py"), "?"], None, cwd=tmp_path).codes == (0,)
+
+
+def test_a_test_that_is_ended_leaves_its_answer_to_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pytest's time limit or Ctrl-C ends one while its ranks run."""
+    (tmp_path / "fails.py").write_text("raise SystemExit(7)")
+    (tmp_path / "ends.py").write_text("")
+    before = harness.forking_process()
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.json, "loads", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_forked([str(tmp_path / "fails.py")], None, cwd=tmp_path)
+    wait_until_gone([psutil.Process(before.pid)], 60)
+    assert run_forked([str(tmp_path / "ends.py")], None, cwd=tmp_path).codes == (0,)
+
+
+def interrupt(answer: str) -> None:
+    raise KeyboardInterrupt
 
 
 def check_hang(tmp_path: Path, said: str) -> None:
