@@ -87,13 +87,11 @@ def nothing_stays() -> Iterator[None]:
     assert left == handlers, "signal handlers are left behind"
 
 
-@pytest.fixture(autouse=True)
-def own_environment(
-    nothing_stays: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """No test reads a developer's caches or reaches for the network."""
-    monkeypatch.setenv("SWANLAB_MODE", "disabled")
-    monkeypatch.setenv("DS_SFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test, and no fixture of a module, reads a developer's caches or reaches for the network."""
+    os.environ["SWANLAB_MODE"] = "disabled"
+    os.environ["DS_SFT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ import psutil
 
 from ds_sft.training.metrics import PARTS
 from tests.conftest import make_model, make_tokenizer, questions_and_answers, write_rows
-from tests.distributed.harness import BIN, ROOT, TRAIN, entry
+from tests.distributed.harness import BIN, ROOT, TRAIN, entry, run_forked
 
 # name: launcher, ranks, DeepSpeed configuration, whether adapters are trained
 RUNS = {
@@ -90,8 +90,8 @@ class Campaign:
         write_rows(folder / "train.jsonl", questions_and_answers(22))
         write_rows(folder / "eval.jsonl", questions_and_answers(3))
 
-    def command(self, name: str, out: Path) -> list[str]:
-        launcher, ranks, engine, adapters = RUNS[name]
+    def flags(self, name: str, out: Path) -> list[str]:
+        _, ranks, engine, adapters = RUNS[name]
         keys = {
             "model_name_or_path": self.model, "train_file": self.folder / "train.jsonl",
             "eval_file": self.folder / "eval.jsonl", "cache_dir": self.folder / "cache", "output_dir": out,
@@ -100,7 +100,7 @@ class Campaign:
             "save_total_limit": 3, "num_predictions": 0, "verify_export": False, "disable_tqdm": True,
             **({"deepspeed": ROOT / "ds_configs" / f"{engine}.json"} if engine else {}), **(LORA if adapters else {}),
         }  # fmt: skip
-        return [*entry(launcher, ranks), *(str(word) for key, value in keys.items() for word in (f"--{key}", value))]
+        return [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
 
     # ---- One start of a run
 
@@ -111,7 +111,8 @@ class Campaign:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
                "SWANLAB_MODE": "disabled", "CAMPAIGN": str(out)}  # fmt: skip
         with Path(f"{out}.log").open("ab") as log:
-            process = subprocess.Popen(self.command(name, out), env=env, stdout=log, stderr=log, start_new_session=True)
+            command = [*entry(*RUNS[name][:2]), *self.flags(name, out)]
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             yield process
             process.wait(LIMIT)
@@ -208,11 +209,14 @@ class Campaign:
             shutil.rmtree(out)
 
     def reference(self, name: str) -> Path:
-        out = self.folder / f"reference-{name}"
+        """A run that nobody touches; whichever launcher would start it."""
+        launcher, ranks, *others = RUNS[name]
+        out = self.folder / "-".join(["reference", str(ranks), *map(str, others)])
         if not out.exists():
-            with self.started(name, out):
-                pass
-            assert (out / "run.json").exists(), Path(f"{out}.log").read_text()[-4000:]
+            argv = [TRAIN, *self.flags(name, out)]
+            done = run_forked(argv, None if launcher == "python" else ranks, cwd=self.folder, timeout=LIMIT,
+                              env={"SWANLAB_MODE": "disabled", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+            assert done.code == 0, done.output[-4000:]
         return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ds_sft.training.attention import (
     rows_attention,
 )
 from ds_sft.training.loss import supervise
+from tests.distributed.harness import check_apart
 from tests.test_loss import SMALL, VOCAB, apart
 
 ALONE = Launch(launcher="python")
@@ -234,6 +236,10 @@ def test_lengths() -> None:
 
 
 def test_rows_of_any_lengths_are_compiled_once() -> None:
+    check_apart(check_compiled_once)
+
+
+def check_compiled_once() -> None:
     """`torch_compile: yes`: the second batch may teach it that sizes differ, no other does."""
     model = make("llama")
     keep_rows_apart(model, None, ALONE)
@@ -244,5 +250,8 @@ def test_rows_of_any_lengths_are_compiled_once() -> None:
         batch = collate_flat(rows[:number])
         assert compiled(**batch, use_cache=False).loss.item() == model(**batch, use_cache=False).loss.item()
         frames.append(torch._dynamo.utils.counters["frames"]["total"])
-    torch._dynamo.reset()
     assert len(set(frames[1:])) == 1
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -6,6 +6,7 @@ grouped heads) is held by a reference written from its documentation in its plac
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ds_sft.training import attention, precision
 from ds_sft.training.attention import NAME, Attention, RowBorders, attention_of, keep_rows_apart, rows_attention
 from ds_sft.training.loss import supervise
 from tests.dispatch import NoReads, Operations
+from tests.distributed.harness import check_apart
 from tests.test_attention import ALONE, borders, learn, make, make_rows, one_by_one
 from tests.test_loss import apart
 
@@ -214,8 +216,11 @@ def test_float32_rows_have_no_groups_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_two_graphs_for_rows_of_any_number_and_length(backend: str) -> None:
+    check_apart(check_two_graphs, backend)
+
+
+def check_two_graphs(backend: str) -> None:
     """The first, and one that knows that sizes differ; attention is part of them."""
-    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(rows_attention, backend=backend, fullgraph=True)
     for lengths in ([100], [5, 300], [200, 40, 7], [1] * 50, [4000]):
         shapes = [(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
@@ -225,9 +230,7 @@ def test_two_graphs_for_rows_of_any_number_and_length(backend: str) -> None:
         found.backward(torch.empty_like(found))
         assert rows.attended
         assert found.shape == (1, sum(lengths), 4, 8)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
-    assert graphs == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_model_on_the_meta_device_learns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,11 +271,13 @@ def test_an_installed_flash_attention_that_was_asked_for_gets_the_borders() -> N
     assert (given["max_length_q"], given["max_length_k"]) == (40, 40)
 
 
-def test_a_lone_long_row_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lone_long_row_compiles() -> None:
+    check_apart(check_lone_long_row)
+
+
+def check_lone_long_row() -> None:
     """With cuDNN switched on for it alone, in the graph as outside of it."""
-    monkeypatch.setattr(attention, "HALF", (torch.float32,))
-    monkeypatch.setattr(attention, "LONE_ROW", 32)
-    monkeypatch.setattr(attention, "PLANNED_LENGTHS", 16)
+    attention.HALF, attention.LONE_ROW, attention.PLANNED_LENGTHS = (torch.float32,), 32, 16
     rows = borders([40], Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True))
     states = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -280,4 +285,7 @@ def test_a_lone_long_row_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = compiled(torch.nn.Module(), *states, None, row_borders=rows)
     torch.testing.assert_close(found, rows_attention(torch.nn.Module(), *states, None, row_borders=rows)[0])
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

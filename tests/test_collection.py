@@ -1,4 +1,4 @@
-"""The tests themselves: every process collects the same, in the same order."""
+"""The tests themselves: every process collects the same, in the same order, and reads nothing of a developer's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from tests.test_house import ROOT
 
@@ -38,3 +40,16 @@ def test_ids_depend_on_nothing_but_the_tests(tmp_path: Path) -> None:
     assert ids_of(other) == ids
     assert len(ids) > 1000
     assert len(set(ids)) == len(ids)
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def test_fixtures_of_modules_have_their_own_caches(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What they start would else write into the developer's cache, and to an account."""
+    assert environment["DS_SFT_CACHE"] == str(tmp_path_factory.getbasetemp() / "cache")
+    assert environment["SWANLAB_MODE"] == "disabled"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ds_sft.runtime.distributed import Launch
 from ds_sft.training import fused
 from ds_sft.training.fused import Kernels, compile_layers, fuse, require_kernels, use_kernels
 from ds_sft.training.working_copy import WorkingCopy
+from tests.distributed.harness import check_apart
 
 LAYERS = 2
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": LAYERS,
@@ -199,9 +199,7 @@ def test_what_cannot_be(
 
 
 def test_layers_are_compiled_once() -> None:
-    """In a process of its own: what Dynamo leaves in an interpreter is not for other tests."""
-    done = subprocess.run([sys.executable, "-m", "tests.test_fused"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_apart(check_compiled_layers)
 
 
 def check_compiled_layers() -> None:
@@ -247,4 +245,4 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, *, installed: bool) -> None:
 
 
 if __name__ == "__main__":
-    check_compiled_layers()
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Started by test_export.py through a launcher: train.py, whose final weights are damaged on disk.
+"""Started by test_export.py: train.py, whose final weights are damaged on disk.
 
 DAMAGE in the environment: swapped (rows of the embedding have changed places) or truncated (a file has lost its end).
 """

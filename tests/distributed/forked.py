@@ -1,135 +1,121 @@
-"""Many short runs of train.py without paying for the imports each time; test_resume.py, test_nonfinite.py start it.
+"""Ranks of train.py that need not import anything: forked from this process, which has imported all they need.
 
-python forked.py JOBS.json: a list of {"argv", "ranks", "log", "at", "file_limit", "poison"}, run one after the other.
-The process imports everything once and forks a process for each rank. "at" is when a rank is signalled, "PLACE STEP
-SIGNAL RANK": PLACE is step, eval, save, start, encode or predict. "file_limit" is how many bytes a file may have: the
-disk is full beyond it. "poison" makes losses no numbers: see poisoned.py. Writes the exit codes of the ranks of every
-job as JSON into JOBS.json.done.
+A launch costs two ranks ten seconds of imports, a run of a tiny model two. `harness.run_forked` starts this process
+once for all tests of a lane, and writes a line of JSON for each run into its standard input:
+
+{"argv": [SCRIPT, ...], "ranks": 2, "cwd": FOLDER, "env": {...}, "log": FILE, "limit": SECONDS}
+
+A rank is then what `python SCRIPT ...` would be in that folder and environment; `"ranks": null` is no launcher at all.
+The answer is a line of JSON, too: the exit codes of the ranks, when they and all that they started have ended, or null
+where the limit ended them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import os
-import resource
+import pkgutil
+import runpy
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import Any
+import traceback
+from importlib import import_module
+from typing import Any, NoReturn
 
-import deepspeed  # noqa: F401 (imported for the children)
-import transformers.integrations.deepspeed  # noqa: F401
+import psutil
 
-import ds_sft.data.dataset
-import ds_sft.predict
-import ds_sft.runtime.export
-from ds_sft import train
-from ds_sft.runtime import preempt
-from ds_sft.training.resumable import StepBoundary
-from ds_sft.training.trainer import SFTTrainer
-from tests.distributed.harness import free_port
-from tests.distributed.poisoned import poison
+import ds_sft
+from ds_sft.runtime.builds import import_muon
+from tests.distributed.harness import abort, free_port, kill
 
-LIMIT = 500  # seconds of one job; a machine with other work takes ten times as long
-
-
-def signal_self(name: str) -> None:
-    """Send this process a signal and wait until it has been noticed."""
-    os.kill(os.getpid(), getattr(signal, name))
-    while STOP and STOP[0].reason is None:
-        time.sleep(0.01)
+OURS = [module.name for module in pkgutil.walk_packages(ds_sft.__path__, "ds_sft.")]
+IMPORTED = [
+    *(name for name in OURS if not name.endswith("__main__")),
+    "deepspeed",
+    "transformers.integrations.deepspeed",
+    "transformers.models.qwen3.modeling_qwen3",
+]
+PR_SET_CHILD_SUBREAPER = 36  # of prctl: what a rank leaves behind becomes this process's child, and is waited for
 
 
-STOP: list[preempt.StopRequests] = []
-
-
-def install(at: str) -> None:
-    place, step, name, rank = at.split()
-    if os.environ.get("RANK", "0") != rank:
-        return
-    start = preempt.StopRequests.start
-    preempt.StopRequests.start = lambda self: (STOP.append(self), start(self))[1]  # type: ignore[method-assign, func-returns-value]
-    owner, method = {
-        "step": (StepBoundary, "on_step_end"),
-        "eval": (SFTTrainer, "token_mean"),
-        "save": (SFTTrainer, "_save_checkpoint"),
-        "start": (SFTTrainer, "train"),
-        "encode": (ds_sft.data.dataset, "load_data"),
-        "predict": (ds_sft.predict, "predict"),
-    }[place]
-    original = getattr(owner, method)
-
-    def reached(args: tuple[Any, ...]) -> bool:
-        state = args[2] if place == "step" else getattr(args[0], "state", None)
-        return place in ("start", "encode", "predict") or state.global_step == int(step)
-
-    def signalled(*args: Any, **kwargs: Any) -> Any:
-        if reached(args) and STOP[0].reason is None:
-            signal_self(name)
-        return original(*args, **kwargs)
-
-    setattr(owner, method, signalled)
-
-
-def child(job: dict[str, Any], rank: int, port: int) -> None:
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def become_rank(job: dict[str, Any], rank: int, port: int) -> NoReturn:
+    """Go on as a Python process of its own would."""
+    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open(job["log"], os.O_WRONLY | os.O_APPEND), 1)):
+        os.dup2(source, target)
+        os.close(source)
+    os.dup2(1, 2)
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
     if job["ranks"]:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         values = (rank, rank, job["ranks"], job["ranks"], "127.0.0.1", port)
-        os.environ |= dict(zip(names, map(str, values), strict=True))
-    if job["at"]:
-        install(job["at"])
-    if job["file_limit"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
-    poison(job.get("poison", {}))
+        os.environ.update(zip(names, map(str, values), strict=True))
+    sys.argv = job["argv"]
     code = 1
     try:
-        code = train.main(job["argv"])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
     except SystemExit as error:
         code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(code)  # nothing is left to be written: Python runs unbuffered here
 
 
-def run(job: dict[str, Any]) -> list[int]:
-    """The exit codes of a job's ranks; None ranks means no launcher at all."""
+def run(job: dict[str, Any]) -> list[int] | None:
     port = free_port()
-    pids = []
+    ranks = []
     for rank in range(job["ranks"] or 1):
         pid = os.fork()
         if pid == 0:
-            child(job, rank, port)
-        pids.append(pid)
-    return wait(pids)
+            become_rank(job, rank, port)
+        ranks.append(pid)
+    return wait(ranks, job["limit"])
 
 
-def wait(pids: list[int]) -> list[int]:
-    """The exit codes; as a launcher does, end the others when one has failed: that one's code is then the job's."""
+def wait(ranks: list[int], limit: float) -> list[int] | None:
+    """The exit codes; as a launcher does, end the others when one has failed: that one's code is then the run's."""
     codes: dict[int, int] = {}
     failed = 0
-    deadline = time.monotonic() + LIMIT
-    while len(codes) < len(pids):
-        for pid in set(pids) - codes.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = failed or os.waitstatus_to_exitcode(status)
-                if codes[pid] and not failed:
-                    failed = codes[pid]
-                    for other in set(pids) - codes.keys():
-                        os.kill(other, signal.SIGTERM)
-        time.sleep(0.02)
-        if time.monotonic() > deadline:
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, signal.SIGKILL)
-            raise SystemExit("a job was not done in time")
-    return [codes[pid] for pid in pids]
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # none is left
+            return [codes[rank] for rank in ranks]
+        if pid in ranks:
+            codes[pid] = failed or os.waitstatus_to_exitcode(status)
+            if codes[pid] and not failed:
+                failed = codes[pid]
+                for other in set(ranks) - codes.keys():
+                    os.kill(other, signal.SIGTERM)
+        elif not pid:
+            if time.monotonic() > deadline:
+                abort({number: psutil.Process(rank) for number, rank in enumerate(ranks) if rank not in codes})
+                kill(psutil.Process().children(recursive=True))
+                return None
+            time.sleep(0.01)
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print when they are imported is no answer
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):  # of a GPU's libraries; else the rank that needs it will say so
+            import_module(name)
+    import_muon({})
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    gc.collect()
+    gc.freeze()  # the ranks' collectors leave alone, and do not copy, what is here
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[1] + ".done").write_text(json.dumps([run(job) for job in jobs]), encoding="utf-8")
+    serve()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import random
@@ -10,8 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +30,12 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Done:
-    """A finished command. `output` is what its processes wrote to stdout and stderr, in order."""
+    """A finished command. `output` is what its processes wrote to stdout and stderr, in order; `codes` are those of its
+    ranks, where no launcher makes one of them."""
 
     code: int
     output: str
+    codes: tuple[int, ...] = ()
 
 
 def free_port() -> int:
@@ -48,7 +53,7 @@ def free_port() -> int:
             return port
 
 
-def entry(launcher: str, ranks: int = 1) -> list[str]:
+def entry(launcher: str, ranks: int | None = 1) -> list[str]:
     """The command that starts train.py: "python", "torchrun" or "deepspeed" with so many ranks."""
     if launcher == "python":
         return [sys.executable, TRAIN]
@@ -89,17 +94,76 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 500, env: Mapping
     return Done(process.returncode, output)
 
 
-def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, timeout: float = 500) -> list[Done]:
+def run_nodes(commands: Sequence[Sequence[str]], folders: Sequence[Path], *, env: Mapping[str, str]) -> list[Done]:
     """Run one command for each node at the same time, each in its folder."""
     with ThreadPoolExecutor(len(commands)) as pool:
-        jobs = [
-            pool.submit(run, command, cwd=cwd, timeout=timeout) for command, cwd in zip(commands, folders, strict=True)
-        ]
+        jobs = [pool.submit(run, command, cwd=cwd, env=env) for command, cwd in zip(commands, folders, strict=True)]
         return [job.result() for job in jobs]
 
 
+@functools.cache
+def forking_process() -> subprocess.Popen[str]:
+    """The process whose ranks are forked, for all tests of this one; it ends with its standard input."""
+    command = [sys.executable, "-u", str(Path(__file__).with_name("forked.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def run_forked(
+    argv: Sequence[str],
+    ranks: int | None,
+    *,
+    cwd: Path,
+    timeout: float = 500,
+    env: Mapping[str, str] | None = None,
+) -> Done:
+    """Run `python SCRIPT ...` as so many ranks, or without a launcher where `ranks` is None, as `run` does.
+
+    The ranks import nothing: see forked.py. Where launchers matter, or what a process has before and after its run,
+    `run` starts the real ones.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as log:
+        job = {"argv": list(argv), "ranks": ranks, "cwd": str(cwd), "env": environment}
+        codes = ask_for_ranks({**job, "log": log.name, "limit": timeout})
+        output = log.read()
+    assert codes is not None, f"not done after {timeout} s: {argv}\n{output[-12000:]}"
+    return Done(max(codes, key=abs), output, tuple(codes))
+
+
+def ask_for_ranks(job: Mapping[str, Any]) -> list[int] | None:
+    """What forked.py answers. When this test is ended meanwhile, so is it: the next test must not get this answer."""
+    process = forking_process()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(job) + "\n")
+        codes: list[int] | None = json.loads(process.stdout.readline())
+    except BaseException:
+        end_tree(process.pid)
+        forking_process.cache_clear()
+        raise
+    return codes
+
+
+def check_apart(check: Callable[..., None], *arguments: str) -> None:
+    """Call a function of a test file in a process of its own, for what would stay in this one, as Dynamo's state does.
+
+    The file, when it is started, must call what its arguments say.
+    """
+    done = run_forked([inspect.getfile(check), check.__name__, *arguments], None, cwd=ROOT)
+    assert done.code == 0, done.output
+
+
+def script(name: str) -> str:
+    """A program of this folder's that is train.py with something done to it."""
+    return str(Path(__file__).with_name(f"{name}.py"))
+
+
 def show_stacks(pid: int) -> None:
-    """End a command and its ranks, after letting each rank write where it is; `faulthandler` does at SIGABRT."""
+    """End a command and its ranks, after letting each rank write where it is."""
     family = psutil.Process(pid).children(recursive=True)
     ranks = {}
     for process in family:
@@ -108,12 +172,22 @@ def show_stacks(pid: int) -> None:
             if "RANK" in environment:
                 ranks[int(environment["RANK"])] = process
     psutil.Process(pid).kill()  # a launcher would end the others as soon as the first is gone
+    abort(ranks)
+    kill(family)
+
+
+def abort(ranks: Mapping[int, psutil.Process]) -> None:
+    """Let each rank write where it is, and end it; `faulthandler` does at SIGABRT."""
     for rank, process in sorted(ranks.items()):
-        with contextlib.suppress(psutil.Error, OSError):
-            Path(f"/proc/{process.pid}/fd/2").write_text(f"\n---- rank {rank} was here:\n")
+        with contextlib.suppress(psutil.Error, OSError), Path(f"/proc/{process.pid}/fd/2").open("a") as errors:
+            errors.write(f"\n---- rank {rank} was here:\n")
+            errors.flush()
             process.send_signal(signal.SIGABRT)
             process.wait(60)
-    for process in family:
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -136,14 +210,14 @@ def is_alive(process: psutil.Process) -> bool:
 def end_tree(pid: int) -> None:
     """Kill a process and all it started: launchers give their workers sessions of their own."""
     parent = psutil.Process(pid)
-    for process in (*parent.children(recursive=True), parent):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill([*parent.children(recursive=True), parent])
 
 
-def train(launcher: str, ranks: int, config: Mapping[str, Any], *, cwd: Path, timeout: float = 500) -> Done:
-    """Write `config` as YAML into `cwd` and train from it."""
+def train(launcher: str, ranks: int | None, config: Mapping[str, Any], *, cwd: Path, timeout: float = 500) -> Done:
+    """Write `config` as YAML into `cwd` and train from it; launcher "forked" takes that of `run_forked`."""
     write_yaml(cwd / "run.yaml", config)
+    if launcher == "forked":
+        return run_forked([TRAIN, "--config", "run.yaml"], ranks, cwd=cwd, timeout=timeout)
     return run([*entry(launcher, ranks), "--config", "run.yaml"], cwd=cwd, timeout=timeout)
 
 

@@ -1,4 +1,4 @@
-"""Started by test_trajectory.py through a launcher: train.py on rows of which some teach nothing.
+"""Started by test_trajectory.py: train.py on rows of which some teach nothing.
 
 The data path drops such rows; the Trainer must still be right about them. MUTED in the environment: the numbers of the
 rows whose labels become -100.

@@ -1,4 +1,4 @@
-"""Started by test_loading.py through a launcher: train.py, saying what each rank holds after the model was loaded.
+"""Started by test_loading.py: train.py, saying what each rank holds after the model was loaded.
 
 One line of JSON a rank into the folder FOUND: how the weights were asked for, the parameters that are not partitioned,
 the elements this rank holds and those of the whole model; after the run, whether a process group is left.

@@ -1,4 +1,4 @@
-"""train.py in which the loss of some micro batches is no number; started by test_nonfinite.py through forked.py.
+"""train.py in which the loss of some micro batches is no number; see disturbed.py.
 
 `poison(TOKENS)`: {token: KIND}. A micro batch that has the token among its input_ids gets a loss of NaN (KIND "nan"),
 an infinite one whose gradients are finite ("inf"), or gradients of NaN with its own loss ("gradient").

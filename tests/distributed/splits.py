@@ -1,4 +1,4 @@
-"""Started by test_trajectory.py through a launcher: several runs of train.py, one after the other in one process group.
+"""Started by test_trajectory.py: several runs of train.py, one after the other in one process group.
 
 A launch costs ten seconds, a run two. Arguments: the YAML file of each run. Between runs what belongs to a process and
 not to a run is put back: accelerate's state. The process group ends with the last one.

@@ -49,7 +49,7 @@ def test_the_best_model_is_exported(
         "predict_max_new_tokens": 4,
         **({"deepspeed": engine(name, tmp_path)} if name != "none" else {}),
     }
-    done = train("torchrun", 2, keys, cwd=tmp_path)
+    done = train("forked", 2, keys, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     out = tmp_path / "out"
     evaluated = {row["step"]: row["eval_loss"] for row in read_lines(out / "metrics.jsonl") if "eval_loss" in row}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.harness import ROOT, entry, run, train, write_yaml
+from tests.distributed.harness import run_forked, script, train, write_yaml
 from tests.distributed.test_trajectory import settings, untied_dir
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +29,7 @@ def check_record(out: Path, *, rows: int) -> dict[str, Any]:
 def test_a_fresh_process_finds_the_trained_loss(untied_dir: Path, tmp_path: Path, name: str) -> None:
     """In shards, an untied model, float32; the trained loss is that of the last evaluation, to the last digit."""
     keys = settings(untied_dir, tmp_path, name, 2, 2, verify_export=True, export_max_shard_size="100KB", max_steps=2)
-    done = train("torchrun", 2, keys, cwd=tmp_path)
+    done = train("forked", 2, keys, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     out = tmp_path / "out"
     record = check_record(out, rows=3)
@@ -50,7 +50,7 @@ def test_rounded_to_bfloat16_within_its_bound(model_dir: Path, tmp_path: Path) -
     """Trained in float32, exported in bfloat16; without validation rows the first training rows are asked."""
     keys = settings(model_dir, tmp_path, "zero3", 2, 2, verify_export=True, export_dtype="bfloat16", max_steps=2)
     del keys["eval_file"]
-    done = train("torchrun", 2, keys, cwd=tmp_path)
+    done = train("forked", 2, keys, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     record = check_record(tmp_path / "out", rows=8)
     assert 0 < record["difference"] < record["bound"] == pytest.approx(1e-2 * record["loss_trained"])
@@ -62,8 +62,7 @@ def test_rounded_to_bfloat16_within_its_bound(model_dir: Path, tmp_path: Path) -
 def test_wrong_weights_on_disk_end_the_run(model_dir: Path, tmp_path: Path, damage: str) -> None:
     keys = settings(model_dir, tmp_path, "zero2", 2, 2, verify_export=True, max_steps=1)
     file = write_yaml(tmp_path / "run.yaml", keys)
-    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("damaged.py")), "--config", str(file)]
-    done = run(command, cwd=tmp_path, env={"DAMAGE": damage, "PYTHONPATH": str(ROOT)})
+    done = run_forked([script("damaged"), "--config", str(file)], 2, cwd=tmp_path, env={"DAMAGE": damage})
     assert done.code == 1
     assert "Export NOT verified: out" in done.output
     assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["export"]["verified"] is False

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import ROOT, Done, entry, run
+from tests.distributed.harness import ROOT, Done, entry, run, run_forked, script
 from tests.distributed.test_trajectory import engine
 
 pytestmark = pytest.mark.distributed
@@ -42,8 +42,11 @@ def fail(model_dir: Path, folder: Path, launcher: str, name: str, fault: str, **
         **changes,
     }
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
-    command = [*entry(launcher, 2)[:-1], str(Path(__file__).with_name("faulty.py")), *flags]
-    done = run(command, cwd=folder, timeout=500, env={"FAULT": fault, "PYTHONPATH": str(ROOT)})
+    argv, env = [script("faulty"), *flags], {"FAULT": fault, "PYTHONPATH": str(ROOT)}
+    if launcher == "forked":
+        done = run_forked(argv, 2, cwd=folder, env=env)
+    else:
+        done = run([*entry(launcher, 2)[:-1], *argv], cwd=folder, env=env)
     assert fault.split()[1] == "slow" or "here is the fault" in done.output, done.output[-4000:]
     return done
 
@@ -54,7 +57,7 @@ def test_a_slow_rank_shows_as_waiting(model_dir: Path, tmp_path: Path, name: str
 
     On a clock that stands still beside that, as other work would hold a rank up, too.
     """
-    done = fail(model_dir, tmp_path, "torchrun", name, "train slow 1", num_predictions=0, save_strategy="no",
+    done = fail(model_dir, tmp_path, "forked", name, "train slow 1", num_predictions=0, save_strategy="no",
                 per_device_train_batch_size=1)  # fmt: skip
     assert done.code == 0, done.output[-4000:]
     speed = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["speed"]
@@ -106,7 +109,7 @@ def test_a_rank_that_is_killed(
 
 
 def test_out_of_memory_names_the_remedies(model_dir: Path, tmp_path: Path) -> None:
-    done = fail(model_dir, tmp_path, "torchrun", "zero2", "train oom 1")
+    done = fail(model_dir, tmp_path, "forked", "zero2", "train oom 1")
     assert done.code != 0
     assert "Out of memory: try a smaller per_device_train_batch_size" in done.output
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.distributed.harness import ROOT, entry, run
+from tests.distributed.harness import run_forked, script
 from tests.distributed.test_trajectory import settings
 
 pytestmark = pytest.mark.distributed
@@ -23,8 +23,7 @@ def test_every_parameter_is_partitioned_while_loading(model_dir: Path, tmp_path:
     assert len(list(shards.glob("model-*.safetensors"))) > 2
     keys = settings(shards, tmp_path, "zero3", 1, 1, max_steps=1, eval_strategy="no")
     flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    command = [*entry("torchrun", ranks)[:-1], str(Path(__file__).with_name("partition.py")), *flags]
-    done = run(command, cwd=tmp_path, env={"FOUND": str(tmp_path), "PYTHONPATH": str(ROOT)})
+    done = run_forked([script("partition"), *flags], ranks, cwd=tmp_path, env={"FOUND": str(tmp_path)})
     assert done.code == 0, done.output[-6000:]
     for rank in range(ranks):
         found = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None:
     changes, said = MISTAKES[name]
-    done = train("python", 1, settings(model_dir, tmp_path, **changes), cwd=tmp_path)
+    done = train("forked", None, settings(model_dir, tmp_path, **changes), cwd=tmp_path)
     assert done.code == 2
     (line,) = re.findall(r"ds_sft: error: .*", done.output)
     assert said in line
@@ -62,7 +62,7 @@ def test_one_line_and_code_2(model_dir: Path, tmp_path: Path, name: str) -> None
 def test_not_utf8(model_dir: Path, tmp_path: Path) -> None:
     config = settings(model_dir, tmp_path)
     (tmp_path / "train.jsonl").write_bytes('{"question": "é", "answer": "a"}\n'.encode("latin-1"))
-    done = train("python", 1, config, cwd=tmp_path)
+    done = train("forked", None, config, cwd=tmp_path)
     assert done.code == 2
     assert "ds_sft: error: train.jsonl:1: not UTF-8: byte 0xe9 at column 15; save the file as UTF-8" in done.output
 
@@ -70,7 +70,7 @@ def test_not_utf8(model_dir: Path, tmp_path: Path) -> None:
 def test_skipped_rows_are_counted_and_the_run_goes_on(model_dir: Path, tmp_path: Path) -> None:
     config = settings(model_dir, tmp_path, on_bad_row="skip", max_steps=1, save_strategy="no", bf16=False)
     write_rows(tmp_path / "train.jsonl", [*questions_and_answers(4), "not json", {"question": 1, "answer": "a"}])
-    done = train("python", 1, config, cwd=tmp_path)
+    done = train("forked", None, config, cwd=tmp_path)
     assert done.code == 0, done.output[-4000:]
     assert "skipped train.jsonl:5: not JSON" in done.output
     assert '"rows_dropped": {' in (tmp_path / "out" / "data_report.json").read_text()

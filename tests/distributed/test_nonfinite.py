@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ds_sft.training.nonfinite import MAX_IN_A_ROW
 from tests.conftest import write_rows
 from tests.crash_campaign import metrics
-from tests.distributed.harness import ROOT, run
-from tests.distributed.test_resume import assert_bit_equal, job
+from tests.distributed.test_resume import assert_bit_equal, job, run_job
 from tests.distributed.test_trajectory import LEARNING_RATE, ROWS, Reference, bare_pytorch, engine, settings
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
@@ -30,18 +28,14 @@ INFINITE, RESUMED = ["ddp", "zero3"], ["plain", "zero2"]
 
 @pytest.fixture(scope="module")
 def folder(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, one after the other in one process; each has a log and an exit code of its ranks."""
+    """All runs, one after the other; each has a log and an exit code of its ranks."""
     folder = tmp_path_factory.mktemp("nonfinite")
     (token,) = AutoTokenizer.from_pretrained(model_dir).encode(MARK, add_special_tokens=False)
-    jobs = [made | {"poison": {token: made["poison"]} if made["poison"] else {}} for made in plan(model_dir, folder)]
-    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    script = str(Path(__file__).with_name("forked.py"))
-    env = {"PYTHONPATH": str(ROOT), "SWANLAB_MODE": "disabled", "DS_SFT_CACHE": str(folder / "cache")}
-    done = run([sys.executable, script, "jobs.json"], cwd=folder, timeout=2400, env=env)
-    assert done.code == 0, done.output
-    codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
-    found = {made["log"]: set(ranks) for made, ranks in zip(jobs, codes, strict=True)}
-    (folder / "codes.json").write_text(json.dumps({log: sorted(each) for log, each in found.items()}), encoding="utf-8")
+    found = {}
+    for made in plan(model_dir, folder):
+        done = run_job(folder, made | {"poison": {token: made["poison"]} if made["poison"] else {}})
+        found[made["log"]] = sorted(set(done.codes))
+    (folder / "codes.json").write_text(json.dumps(found), encoding="utf-8")
     return folder
 
 

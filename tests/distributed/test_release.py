@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import ROOT, entry, read_lines, run, write_yaml
+from tests.distributed.harness import read_lines, run_forked, script, write_yaml
 from tests.distributed.test_trajectory import settings
 
 pytestmark = pytest.mark.distributed
@@ -17,7 +16,7 @@ AT_LEAST = {"none": 12, "zero1": 2 + 6, "zero2": 2 + 6, "zero3": 1 + 6, "zero2_o
             "zero2-lora": 2, "zero3-lora": 1}  # fmt: skip
 
 
-def counted(model_dir: Path, folder: Path, names: list[str], launcher: str, ranks: int) -> dict[str, list[float]]:
+def counted(model_dir: Path, folder: Path, names: list[str], ranks: int | None) -> dict[str, list[float]]:
     """For each engine the bytes a parameter before and after, and the models left, of the rank that has most."""
     for name in names:
         adapter = {"adapter": "lora", "merge": "no"} if name.endswith("-lora") else {}
@@ -27,12 +26,10 @@ def counted(model_dir: Path, folder: Path, names: list[str], launcher: str, rank
             keys["deepspeed"] = str((folder / "engine.json").rename(folder / f"{name}.json"))
         write_yaml(folder / f"{name}.yaml", keys)
     files = [f"{name}.yaml" for name in names]
-    start = [sys.executable] if launcher == "python" else entry(launcher, ranks)[:-1]
-    command = [*start, str(Path(__file__).with_name("freed.py")), *files]
-    done = run(command, cwd=folder, env={"FOUND": str(folder / "found"), "PYTHONPATH": str(ROOT)})
+    done = run_forked([script("freed"), *files], ranks, cwd=folder, env={"FOUND": str(folder / "found")})
     assert done.code == 0, done.output[-6000:]
     found: dict[str, list[float]] = {}
-    for rank in range(ranks):
+    for rank in range(ranks or 1):
         for row in read_lines(folder / f"found.{rank}"):
             figures = [row["trained"] / row["parameters"], row["left"] / row["parameters"], row["models"]]
             found[row["run"]] = [max(pair) for pair in zip(found.get(row["run"], figures), figures, strict=True)]
@@ -41,7 +38,7 @@ def counted(model_dir: Path, folder: Path, names: list[str], launcher: str, rank
 
 def test_every_engine_gives_its_memory_back(model_dir: Path, tmp_path: Path) -> None:
     """Less than a byte a parameter stays, and no model. All runs are of one process, where leftovers would add up."""
-    found = counted(model_dir, tmp_path, list(AT_LEAST), "torchrun", 2)
+    found = counted(model_dir, tmp_path, list(AT_LEAST), 2)
     assert found.keys() == AT_LEAST.keys()
     for name, (trained, left, models) in found.items():
         assert trained >= AT_LEAST[name], name  # all of it was counted
@@ -51,5 +48,5 @@ def test_every_engine_gives_its_memory_back(model_dir: Path, tmp_path: Path) -> 
 
 def test_without_a_launcher_too(model_dir: Path, tmp_path: Path) -> None:
     """With the working copy of the weights."""
-    ((trained, left, models),) = counted(model_dir, tmp_path, ["none"], "python", 1).values()
+    ((trained, left, models),) = counted(model_dir, tmp_path, ["none"], None).values()
     assert (trained >= 12, left < 1, models) == (True, True, 0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.commands.export import main as export
 from tests.conftest import write_rows
-from tests.distributed.harness import ROOT, entry, read_lines, run, step_losses, write_yaml
+from tests.distributed.harness import read_lines, run_forked, script, step_losses, write_yaml
 from tests.distributed.test_trajectory import engine, settings, untied_dir
 
 pytestmark = pytest.mark.distributed
@@ -60,8 +60,7 @@ def test_rows_for_new_tokens_whatever_the_engine(
     ]  # fmt: skip
     write_rows(tmp_path / "train.jsonl", ROWS)
     write_rows(tmp_path / "eval.jsonl", ROWS[:3])
-    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("splits.py")), *files]
-    done = run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run_forked([script("splits"), *files], 2, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     line = "resize_embeddings: 400 -> 448 embedding rows for 402 tokens, a multiple of 64; new ones are the mean of the"
     assert done.output.count(line) == len(runs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import questions_and_answers, write_rows
 from tests.crash_campaign import metrics
-from tests.distributed.harness import ROOT, run
+from tests.distributed.harness import Done, run_forked, script
 from tests.distributed.test_trajectory import engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs each
@@ -74,15 +73,20 @@ def job(
     return {"argv": flags(keys, **changes), "ranks": ranks, "at": at, "log": log, "file_limit": file_limit}
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float = 2400, expected: int = 0) -> None:
-    """Run them in `folder`; every rank of every job must end with the expected code."""
-    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    script = str(Path(__file__).with_name("forked.py"))
-    done = run([sys.executable, script, "jobs.json"], cwd=folder, timeout=timeout, env={"PYTHONPATH": str(ROOT)})
-    logs = "\n".join(path.read_text(encoding="utf-8")[-2500:] for path in folder.glob("*log*"))
-    assert done.code == 0, done.output + logs
-    codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
-    assert {code for ranks in codes for code in ranks} == {expected}, f"{codes}\n{logs}"
+def run_job(folder: Path, job: dict[str, Any]) -> Done:
+    """One of them, from new ranks; what it says is added to its log."""
+    env = {"AT": job["at"], "FILE_LIMIT": str(job["file_limit"]), "POISON": json.dumps(job.get("poison", {}))}
+    done = run_forked([script("disturbed"), *job["argv"]], job["ranks"], cwd=folder, env=env)
+    with (folder / job["log"]).open("a", encoding="utf-8") as log:
+        log.write(done.output)
+    return done
+
+
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], expected: int = 0) -> None:
+    """Run them in `folder`, one after the other; every rank must end with the expected code."""
+    for job in jobs:
+        done = run_job(folder, job)
+        assert set(done.codes) == {expected}, f"{done.codes} from {job}\n{done.output[-6000:]}"
 
 
 def assert_bit_equal(out: Path, reference: Path) -> None:

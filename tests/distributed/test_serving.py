@@ -54,7 +54,7 @@ def test_a_server_stops_where_the_model_learned_to(base_model: Path, tmp_path: P
     keys = {"model_name_or_path": str(base_model), "train_file": str(rows), "eval_file": str(rows), "output_dir": "out",
             "template": "tokenizer", "system_prompt": "Be brief.", "max_steps": 30, "learning_rate": 0.01,
             "bf16": False, "save_steps": 30, "num_predictions": 1, "predict_max_new_tokens": 40}  # fmt: skip
-    done = train("python", 1, keys, cwd=tmp_path)
+    done = train("forked", None, keys, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     out = tmp_path / "out"
     assert written(out, "generation_config.json")["eos_token_id"] == [2, 0]

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.commands.export import main as export
 from tests.conftest import write_rows
-from tests.distributed.harness import ROOT, entry, read_lines, run, step_losses, train, write_yaml
+from tests.distributed.harness import ROOT, read_lines, run_forked, script, step_losses, train, write_yaml
 from tests.test_encode import reference_row
 
 pytestmark = pytest.mark.distributed
@@ -239,7 +239,6 @@ def test_one_trajectory(
 
     Rows are laid end to end; with two in a micro batch padded, with four no more than so many tokens.
     """
-    launcher = "python" if (name, ranks) == ("none", 1) else "torchrun"
     splits = [(micro, rest // ranks) for micro, rest in SPLITS if rest >= ranks]
     layouts: dict[int, dict[str, Any]] = {2: {"batching": "padded"}, 4: {"max_tokens_per_batch": 1000}}
     runs = [settings(model_dir, tmp_path, name, *split, output_dir="{}x{}".format(*split), **layouts.get(split[0], {}))
@@ -256,11 +255,10 @@ def test_one_trajectory(
     parts = list(parts_trained(model_dir, tmp_path, name, ranks))
     every = [*runs, *(keys for _, keys in parts)]
     files = [str(write_yaml(tmp_path / f"{number}.yaml", keys)) for number, keys in enumerate(every)]
-    command = [*entry(launcher, ranks)[:-1], str(Path(__file__).with_name("splits.py")), *files]
-    stale, env = (name, ranks) == ("zero2_offload", 2), {"PYTHONPATH": str(ROOT)}
-    if stale:
-        env["TORCH_EXTENSIONS_DIR"] = str(leave_a_lock(tmp_path / "extensions"))
-    done = run(command, cwd=tmp_path, timeout=1400, env=env)
+    stale = (name, ranks) == ("zero2_offload", 2)
+    env = {"TORCH_EXTENSIONS_DIR": str(leave_a_lock(tmp_path / "extensions"))} if stale else {}
+    launched = None if (name, ranks) == ("none", 1) else ranks
+    done = run_forked([script("splits"), *files], launched, cwd=tmp_path, timeout=1400, env=env)
     assert done.code == 0, done.output[-6000:]
     assert ("a build that was killed left it" in done.output) == stale
     for keys in runs[:-1]:
@@ -296,8 +294,7 @@ def test_micro_batches_that_tokens_fill(model_dir: Path, tmp_path: Path, name: s
             del keys["per_device_train_batch_size"]
         files.append(str(write_yaml(tmp_path / f"{number}.yaml", keys)))
     write_rows(tmp_path / "train.jsonl", rows)
-    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("splits.py")), *files]
-    done = run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run_forked([script("splits"), *files], 2, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     said = re.findall(r"Batch: .*", done.output)
     assert (
@@ -339,8 +336,7 @@ def test_a_mixture_of_experts_has_one_loss_however_it_is_started(model_dir: Path
         keys |= {"deepspeed": str(ROOT / "ds_configs" / f"{name}.json")} if name != "none" else {}
         files.append(str(write_yaml(tmp_path / f"{number}.yaml", keys)))
     write_rows(tmp_path / "train.jsonl", [ROWS[3]] * 16)
-    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("splits.py")), *files]
-    done = run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run_forked([script("splits"), *files], 2, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     for number in range(len(splits)):
         assert step_losses(tmp_path / f"out{number}") == pytest.approx([whole.loss.item()] * 2, rel=1e-5)
@@ -380,8 +376,7 @@ def test_micro_batches_without_a_supervised_token(model_dir: Path, tmp_path: Pat
     muted = frozenset({1, 3, 5, 7, 8, 9, 10, 11})
     keys = settings(model_dir, tmp_path, name, 1, 4)
     flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    command = [*entry("torchrun", 2)[:-1], str(Path(__file__).with_name("muted_rows.py")), *flags]
-    done = run(command, cwd=tmp_path, env={"MUTED": " ".join(map(str, muted)), "PYTHONPATH": str(ROOT)})
+    done = run_forked([script("muted_rows"), *flags], 2, cwd=tmp_path, env={"MUTED": " ".join(map(str, muted))})
     assert done.code == 0, done.output[-6000:]
     check(tmp_path / "out", bare_pytorch(model_dir, muted), rel=1e-5)
 
@@ -398,7 +393,7 @@ def test_gradient_checkpointing_changes_nothing(
         folder = tmp_path / str(checkpointing)
         folder.mkdir()
         keys = settings(source, folder, name, 2, 2, gradient_checkpointing=checkpointing, max_steps=2)
-        done = train("torchrun", 2, keys, cwd=folder)
+        done = train("forked", 2, keys, cwd=folder)
         assert done.code == 0, done.output[-6000:]
         outputs.append(folder / "out")
     assert step_losses(outputs[1]) == pytest.approx(step_losses(outputs[0]), rel=1e-6)
