@@ -211,6 +211,28 @@ def test_modules_to_save_are_those_named() -> None:
     assert [name for name in found if "lora_" not in name] == ["model.norm.modules_to_save.default.weight"]
 
 
+WRONG_VALUES = [
+    ({"lora_targets": "[]"}, "--lora_targets: expected a name or more, such as [a, b]; or leave it out, found '[]'"),
+    ({"lora_modules_to_save": "[lm_head, '']"}, "--lora_modules_to_save: expected a name or more"),
+    ({"lora_init": "orthogonal", "lora_rank": 5}, "--lora_rank: 5: lora_init: orthogonal wants an even rank"),
+    ({"lora_rank": 0}, "--lora_rank: expected 1 or more, found '0'"),
+    ({"lora_alpha": 0}, "--lora_alpha: expected a number above 0, found '0'"),
+    ({"lora_dropout": 1}, "--lora_dropout: expected a share below 1, found '1'"),
+    ({"lora_init": "pissa"}, "--lora_init: expected one of default, gaussian, orthogonal, found 'pissa'"),
+    ({"train_only": "norm"}, "--train_only: an adapter freezes all weights of the model"),
+    ({"adapter": "none", "use_rslora": "yes"}, "--use_rslora: it is of adapters: write adapter: lora too, or leave it"),
+    ({"adapter": "none", "train_only": "[]"}, "--train_only: expected a name or more"),
+    ({"adapter": "qlora"}, "--adapter: expected one of none, lora, dora, found 'qlora'"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_VALUES, ids=lambda value: str(value)[:30])
+def test_wrong_values(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        keys(**{"adapter": "lora", **given})
+    assert str(error.value).startswith(message)
+
+
 # ---- What is said, and in which dtype
 
 
