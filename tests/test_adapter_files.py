@@ -217,11 +217,11 @@ def test_the_merged_model_and_the_adapter_are_asked(
     assert first.startswith(f"Export verified: {tmp_path}, loaded in a fresh process, has loss ")
     assert f" {adapter} on its base has {found['loss_of_adapter']:.6f}." in first
     assert second.startswith("Rounding of the merge: logits of the merged model and of base + adapter differ by 0.0")
-    swapped = {name: -value for name, value in load_file(adapter / "adapter_model.safetensors").items()}
-    swapped |= {name: value * 30 for name, value in swapped.items() if "lora_B" in name}
-    save_file(swapped, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    found = verify(tmp_path, asked)  # the merged model is still right
-    assert found["difference"] < found["bound"]
+    merge(adapter, tmp_path, torch.float32, max_shard_size="5GB", trust_remote_code=False)
+    damaged = {name: value * 9 for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(damaged, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    found = verify(tmp_path, replace(asked, dtypes=["float32"]))
+    assert found["difference"] < found["bound"]  # the merged model is right
     with pytest.raises(ExportError, match=f"Export NOT verified: .* {adapter} on its base has "):
         require_verified(found, tmp_path)
 
@@ -275,7 +275,7 @@ def test_an_adapter_of_another_model(bases: dict[str, Path], tokenizer_dir: Path
     file = adapter / "adapter_config.json"
     written = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(written | {"base_model_name_or_path": str(wider)}), encoding="utf-8")
-    why = r"not an adapter of .*wider: model\.layers\.0\.mlp\.down_proj\.lora_A is \[4, 128\] in it, \[4, 96\] in"
+    why = r"not an adapter of .*wider: \S+\.0\.mlp\.down_proj\.lora_A is \[4, 128\] in it, \[4, 96\] in the model"
     with pytest.raises(UserError, match=why):
         merge(adapter, tmp_path / "out", torch.float32, max_shard_size="5GB", trust_remote_code=False)
     assert names(tmp_path / "out") == ["adapter"]
