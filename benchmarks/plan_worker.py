@@ -125,7 +125,7 @@ def give_back_memory() -> None:
 
 
 def own_frozen(model: Any) -> None:
-    """Give frozen weights memory of this process: as they were loaded they are pages of their file, not counted here."""
+    """Give frozen weights memory of this process: as loaded they are pages of their file, which are not counted."""
     for parameter in model.parameters():
         if not (parameter.requires_grad or hasattr(parameter, "ds_tensor") or hasattr(parameter, "quant_state")):
             parameter.data = parameter.data.clone()
