@@ -183,7 +183,7 @@ def test_gradients_reach_adapters_however_layers_are_recomputed(folder: Path, ki
 @pytest.mark.parametrize("name", SPOILT)
 def test_a_loss_that_is_no_number_loses_nothing(folder: Path, name: str) -> None:
     log, again = ((folder / f"{name}-{n}.log").read_text(encoding="utf-8") for n in ("spoilt", "again"))
-    assert re.search(rf"error: step 3: the loss is nan on rank [01] \(train.jsonl:{MARKED + 1}\)\. Nothing of this", log)
+    assert re.search(rf"error: step 3: the loss is nan on rank [01] \(train.jsonl:{MARKED + 1}\)\. Nothing of", log)
     assert f"; {name}-spoilt/checkpoint-2 is complete." in log
     assert f"Resuming from {name}-spoilt/checkpoint-2, step 2, the newest usable checkpoint." in again
     assert_equal_runs(folder, f"{name}-spoilt", f"{name}-lora-reference")
