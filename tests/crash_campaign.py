@@ -255,8 +255,8 @@ def same(out: Path, reference: Path) -> bool:
 
 
 def weights(out: Path) -> Path:
-    adapter = checkpoints(out)[-1] / "adapter_model.safetensors"
-    return adapter if adapter.exists() else out / "model.safetensors"
+    adapters = [path / "adapter_model.safetensors" for path in reversed(checkpoints(out))]  # one may be empty
+    return next((file for file in adapters if file.exists()), out / "model.safetensors")
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
