@@ -161,3 +161,12 @@ def test_a_resumed_run_wants_the_same_base(model_dir: Path, tmp_path: Path) -> N
         "weights, and what this one has was trained beside others. Write it as before, or take another output_dir, or "
         "--resume never to start anew"
     )
+
+
+@pytest.mark.parametrize("choice", ["lora", "layers"])
+def test_a_state_has_no_frozen_weight_under_any_of_its_names(model_dir: Path, choice: str) -> None:
+    """DeepSpeed saves the module's state without frozen weights by the first name of each: a tied head has two."""
+    model = chosen(model_dir, *CHOICES[choice])
+    assert "lm_head.weight" in model.state_dict()
+    expect_trained_only(model)
+    assert list(model.state_dict()) == list(trained(model))

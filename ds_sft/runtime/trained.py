@@ -66,13 +66,27 @@ def has_adapter(model: Any) -> bool:
 
 
 def expect_trained_only(model: Any) -> None:
-    """Let the model load a state without its frozen weights; a trained one that is missing is an error as before."""
+    """Let a state of the model have no frozen weights, and the model load one; a trained one that is missing is an
+    error as before.
+
+    DeepSpeed leaves out frozen weights by the first name of each, so that a tied output projection would stay.
+    """
+
+    def leave_out(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in _frozen_names(module):
+            state.pop(prefix + name, None)
 
     def forgive(module: Any, result: Any) -> None:
-        frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        frozen = _frozen_names(module)
         result.missing_keys[:] = [name for name in result.missing_keys if name not in frozen]
 
+    model.register_state_dict_post_hook(leave_out)
     model.register_load_state_dict_post_hook(forgive)
+
+
+def _frozen_names(module: Any) -> set[str]:
+    """Tied ones by each of their names."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
