@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,15 +371,16 @@ def test_a_length_beyond_the_positions_of_the_model_is_noted(
 
 @pytest.mark.usefixtures("config_file")
 def test_tables_have_one_unit_of_memory_and_no_time_of_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    """GB are of links and of a GPU as it was given; a step of this model lasts less than a millisecond."""
+    """GB/s are of links, as they are sold; a step of this model lasts less than a millisecond."""
     said = []
     for words in ([], ["--sweep", "nodes=1..2"]):
         assert main(["plan", "run.yaml", *words]) == 0
         said.append(capsys.readouterr().out)
         assert "0.00 s" not in said[-1]
         assert re.search(r"0\.\d+ ms", said[-1])
-    assert "8 GPUs of 80 GB (74.5 GiB)." in said[0]
-    assert re.findall(r"\S+ GB\b(?!/s)", said[0]) == ["80 GB", "GPU, GB"]
+    assert "8 GPUs of 74.5 GiB." in said[0]
+    assert re.findall(r"\S+ GB\b(?!/s)", said[0]) == []
+    assert re.search(r"│ ZeRO-2 +│ +\d+\.\d [KM]iB │", said[0])  # what it sends
     assert "GPU, GiB" in said[1]
 
 
@@ -433,7 +435,10 @@ def test_rows_are_counted_as_launch_counts_them(capsys: pytest.CaptureFixture[st
 @pytest.mark.usefixtures("config_file")
 def test_nothing_fits_is_said_and_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "run.yaml", "--gpu-memory", "1GB"]) == 1
-    assert "Nothing fits: even " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "Nothing fits: even " in said.out
+    assert said.err == "ds-sft plan: too little memory for this run\n"
+    assert "Time (as configured): " in said.out
     assert main(["plan", "run.yaml", "--gpu-memory", "1GB", "--write", "planned.yaml"]) == 1
     assert "--write planned.yaml: nothing is written, as nothing fits" in capsys.readouterr().err
     assert not Path("planned.yaml").exists()
@@ -586,11 +591,26 @@ def test_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
     """One too short is said with the number of jobs; Slurm's 0 is no limit."""
     said = []
     for limit in ("1", "30-0", "0"):
-        main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", limit])
+        code = main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", limit])
+        assert code == (limit == "1")
         said.append(capsys.readouterr().out)
     assert "Longer than the time limit of 1 min: " in said[0]
     assert "Within the time limit of 30 d 00 h." in said[1]
     assert "time limit" not in said[2]
+
+
+@pytest.mark.usefixtures("config_file")
+def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tables and what is below them are printed all the same."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", "1"]) == 1
+    said = capsys.readouterr()
+    assert "The disk is too small: set save_total_limit" in said.out
+    assert "Disk (recommended): " in said.out
+    assert "Time (recommended): " in said.out
+    assert said.err == "ds-sft plan: too little disk and time for this run\n"
+    assert main(["plan", "run.yaml", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["short"] == ["disk"]
 
 
 @pytest.mark.usefixtures("config_file")
@@ -697,6 +717,7 @@ def test_ways_to_fill_micro_batches_are_halved(
 ) -> None:
     """Tens of millions of them: a billion tokens a micro batch, rows of 128. Four layouts halve twice each."""
     (config_file.parent / "model" / "config.json").write_text(json.dumps(size), encoding="utf-8")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**15))
     planned: list[Run] = []
 
     def count_peak(run: Run, *, loading: bool = True) -> Memory:

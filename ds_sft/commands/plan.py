@@ -58,11 +58,11 @@ UNITS = {
     "TI": 2**40,
 }
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-NOTHING_FITS = 1  # exit code
+TOO_LITTLE = 1  # exit code
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan a run; `NOTHING_FITS` where nothing does, 2 (raised) for a mistake.
+    """Plan a run; `TOO_LITTLE` where nothing fits, or the disk or the time limit are short, 2 (raised) for a mistake.
 
     Raises:
         UserError: a mistake in the configuration or a flag, or a model that cannot be planned.
@@ -79,17 +79,21 @@ def main(argv: Sequence[str]) -> int:
         from ds_sft.commands.sweep import show_sweep
 
         return show_sweep(plan.base, plan.hardware, given.sweep, given.plot, as_json=given.json)
+    found = plan.to_dict()
     if given.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps(found, indent=2))
     else:
         from ds_sft.commands.plan_tables import show_plan
 
-        show_plan(plan.to_dict(), given)
+        show_plan(found, given)
     if given.write and plan.best:
         write(plan.config, plan.best, plan.configured, given.write)
     elif given.write:
         print(f"--write {given.write}: nothing is written, as nothing fits", file=sys.stderr)
-    return 0 if plan.best else NOTHING_FITS
+    if not found["short"]:
+        return 0
+    print(f"ds-sft plan: too little {' and '.join(found['short'])} for this run", file=sys.stderr)
+    return TOO_LITTLE
 
 
 def parser() -> FlagParser:
@@ -200,7 +204,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""
-        times = self.schedule()
+        times, disk = self.schedule(), self.disk()
         return {
             "model": {
                 "parameters": self.shape.parameters,
@@ -216,10 +220,21 @@ class Plan:
             "filled": self.config.fills_batches,
             "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
-            "disk": self.disk(),
+            "disk": disk,
             "schedule": vars(times),
             "time_limit": self.given.time_limit,
+            "short": self._short(disk, times),
         }
+
+    def _short(self, disk: dict[str, int | None], times: Schedule) -> list[str]:
+        """What there is too little of, as far as it is known: memory, disk, time."""
+        limit = self.given.time_limit or None  # Slurm's 0 is no limit
+        lacks = {
+            "memory": self.best is None,
+            "disk": (disk["total"] or 0) > (disk["free"] or 0),
+            "time": limit is not None and times.seconds is not None and times.seconds > limit,
+        }
+        return [name for name, lack in lacks.items() if lack]
 
     def _row(self, o: Option) -> dict[str, Any]:
         sent = traffic(o.run, self.hardware.gpus_per_node)
