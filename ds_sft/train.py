@@ -41,6 +41,7 @@ from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.runtime.quiet import quiet
 from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
+from ds_sft.runtime.size import in_units
 from ds_sft.runtime.storage import require_writable, settle_storage
 
 if TYPE_CHECKING:
@@ -451,13 +452,13 @@ def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | Non
     """The fullest rank's memory, and on a CPU how much of it training took, which is what is planned."""
     on_gpu = any("gpu_gib" in peak for peak in peaks)
     most = max(peak.get("gpu_gib", peak["host_gib"]) for peak in peaks)
-    line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {most:.2f} GiB at most"
+    line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {in_units(most * 2**30)} at most"
     if planned is None:
         return f"{line}."
-    plan = f"{planned['planned_gib']:.2f} GiB planned"
+    training, plan = (in_units(planned[name] * 2**30) for name in ("measured_gib", "planned_gib"))
     if on_gpu:
-        return f"{line} ({plan})."
-    return f"{line}: {planned['measured_gib']:.2f} for training ({plan}), the rest for Python and its libraries."
+        return f"{line} ({plan} planned)."
+    return f"{line}: {training} for training ({plan} planned), the rest for Python and its libraries."
 
 
 def describe_speed(speed: dict[str, float]) -> str:

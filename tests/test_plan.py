@@ -10,13 +10,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.plan import parser, size
+from ds_sft.commands.plan import CONFIGS, parser, size
 from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
@@ -376,15 +377,16 @@ def test_a_length_beyond_the_positions_of_the_model_is_noted(
 
 @pytest.mark.usefixtures("config_file")
 def test_tables_have_one_unit_of_memory_and_no_time_of_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    """GB are of links and of a GPU as it was given; a step of this model lasts less than a millisecond."""
+    """GB/s are of links, as they are sold; a step of this model lasts less than a millisecond."""
     said = []
     for words in ([], ["--sweep", "nodes=1..2"]):
         assert main(["plan", "run.yaml", *words]) == 0
         said.append(capsys.readouterr().out)
         assert "0.00 s" not in said[-1]
         assert re.search(r"0\.\d+ ms", said[-1])
-    assert "8 GPUs of 80 GB (74.5 GiB)." in said[0]
-    assert re.findall(r"\S+ GB\b(?!/s)", said[0]) == ["80 GB", "GPU, GB"]
+    assert "8 GPUs of 74.5 GiB." in said[0]
+    assert re.findall(r"\S+ GB\b(?!/s)", said[0]) == []
+    assert re.search(r"│ ZeRO-2 +│ +\d+\.\d [KM]iB │", said[0])  # what it sends
     assert "GPU, GiB" in said[1]
 
 
@@ -439,7 +441,10 @@ def test_rows_are_counted_as_launch_counts_them(capsys: pytest.CaptureFixture[st
 @pytest.mark.usefixtures("config_file")
 def test_nothing_fits_is_said_and_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "run.yaml", "--gpu-memory", "1GB"]) == 1
-    assert "Nothing fits: even " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "Nothing fits: even " in said.out
+    assert said.err == "ds-sft plan: too little memory for this run\n"
+    assert "Time (as configured): " in said.out
     assert main(["plan", "run.yaml", "--gpu-memory", "1GB", "--write", "planned.yaml"]) == 1
     assert "--write planned.yaml: nothing is written, as nothing fits" in capsys.readouterr().err
     assert not Path("planned.yaml").exists()
@@ -567,6 +572,25 @@ def test_steps_of_rows_that_cannot_be_counted(
     assert "How many checkpoints there will be depends on the rows of train_file" in said
 
 
+def test_the_users_file_stays_but_for_what_is_recommended(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (
+        "# my run\nmodel_name_or_path: model\ntrain_file: rows.jsonl  # all of them\noutput_dir: out\nmax_length: 128\n"
+        "save_steps: 4\nlearning_rate: 2e-5\nper_device_train_batch_size: 1  # fits?\ngradient_checkpointing: yes\n"
+        "deepspeed:\n  zero_optimization: {stage: 1}\n\n# the end\n"
+    )
+    config_file.write_text(given, encoding="utf-8")
+    best = plan(capsys, "--write", "planned.yaml", "--num_train_epochs", "3", "--learning_rate=1e-5")["recommended"]
+    assert (best["name"], best["micro_batch"], best["accumulation"], best["checkpointing"]) == ("ZeRO-2", 4, 1, False)
+    changed = given.replace("batch_size: 1 ", "batch_size: 4 ").replace("checkpointing: yes", "checkpointing: false")
+    changed = changed.replace("learning_rate: 2e-5", "learning_rate: 1.0e-05")
+    changed = changed.replace("\n  zero_optimization: {stage: 1}", f" {CONFIGS / 'zero2.json'}")
+    written = Path("planned.yaml").read_text(encoding="utf-8")
+    assert written == f"{changed}gradient_accumulation_steps: 1\nnum_train_epochs: 3\n"
+    assert load_config(["--config", "planned.yaml"]).training["save_steps"] == 4
+
+
 @pytest.mark.usefixtures("config_file")
 def test_a_limit_of_tokens_holds_for_the_rows_it_was_given_for(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--max_tokens_per_batch", "150", "--per_device_train_batch_size", "2")
@@ -592,11 +616,26 @@ def test_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
     """One too short is said with the number of jobs; Slurm's 0 is no limit."""
     said = []
     for limit in ("1", "30-0", "0"):
-        main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", limit])
+        code = main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", limit])
+        assert code == (limit == "1")
         said.append(capsys.readouterr().out)
     assert "Longer than the time limit of 1 min: " in said[0]
     assert "Within the time limit of 30 d 00 h." in said[1]
     assert "time limit" not in said[2]
+
+
+@pytest.mark.usefixtures("config_file")
+def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tables and what is below them are printed all the same."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", "1"]) == 1
+    said = capsys.readouterr()
+    assert "The disk is too small: set save_total_limit" in said.out
+    assert "Disk (recommended): " in said.out
+    assert "Time (recommended): " in said.out
+    assert said.err == "ds-sft plan: too little disk and time for this run\n"
+    assert main(["plan", "run.yaml", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["short"] == ["disk"]
 
 
 @pytest.mark.usefixtures("config_file")
@@ -703,6 +742,7 @@ def test_ways_to_fill_micro_batches_are_halved(
 ) -> None:
     """Tens of millions of them: a billion tokens a micro batch, rows of 128. Four layouts halve twice each."""
     (config_file.parent / "model" / "config.json").write_text(json.dumps(size), encoding="utf-8")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**15))
     planned: list[Run] = []
 
     def count_peak(run: Run, *, loading: bool = True) -> Memory:

@@ -32,11 +32,11 @@ def test_what_was_trained() -> None:
         (
             RUN["peak_memory"],
             PLAN,
-            "Memory of a rank: 1.50 GiB at most: 0.62 for training (0.50 GiB planned), the rest for Python and its "
-            "libraries.",
+            "Memory of a rank: 1.5 GiB at most: 640.0 MiB for training (512.0 MiB planned), the rest for Python "
+            "and its libraries.",
         ),
-        (RUN["peak_memory"], None, "Memory of a rank: 1.50 GiB at most."),
-        ([{"host_gib": 9.0, "gpu_gib": 0.625}], PLAN, "GPU memory of a rank: 0.62 GiB at most (0.50 GiB planned)."),
+        (RUN["peak_memory"], None, "Memory of a rank: 1.5 GiB at most."),
+        ([{"host_gib": 9.0, "gpu_gib": 0.625}], PLAN, "GPU memory of a rank: 640.0 MiB at most (512.0 MiB planned)."),
     ],
 )
 def test_one_sentence_about_memory(peaks: Any, plan: Any, said: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import Config, load_config
+from ds_sft.config import ALIASES, Config, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
@@ -58,11 +58,11 @@ UNITS = {
     "TI": 2**40,
 }
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-NOTHING_FITS = 1  # exit code
+TOO_LITTLE = 1  # exit code
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan a run; `NOTHING_FITS` where nothing does, 2 (raised) for a mistake.
+    """Plan a run; `TOO_LITTLE` where nothing fits, or the disk or the time limit are short, 2 (raised) for a mistake.
 
     Raises:
         UserError: a mistake in the configuration or a flag, or a model that cannot be planned.
@@ -79,17 +79,21 @@ def main(argv: Sequence[str]) -> int:
         from ds_sft.commands.sweep import show_sweep
 
         return show_sweep(plan.base, plan.hardware, given.sweep, given.plot, as_json=given.json)
+    found = plan.to_dict()
     if given.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps(found, indent=2))
     else:
         from ds_sft.commands.plan_tables import show_plan
 
-        show_plan(plan.to_dict(), given)
+        show_plan(found, given)
     if given.write and plan.best:
-        write(plan.config, plan.best, plan.configured, given.write)
+        write(plan, rest, given.write)
     elif given.write:
         print(f"--write {given.write}: nothing is written, as nothing fits", file=sys.stderr)
-    return 0 if plan.best else NOTHING_FITS
+    if not found["short"]:
+        return 0
+    print(f"ds-sft plan: too little {' and '.join(found['short'])} for this run", file=sys.stderr)
+    return TOO_LITTLE
 
 
 def parser() -> FlagParser:
@@ -205,7 +209,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""
-        times = self.schedule()
+        times, disk = self.schedule(), self.disk()
         return {
             "model": {
                 "parameters": self.shape.parameters,
@@ -224,10 +228,21 @@ class Plan:
             "filled": self.config.fills_batches,
             "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
-            "disk": self.disk(),
+            "disk": disk,
             "schedule": vars(times),
             "time_limit": self.given.time_limit,
+            "short": self._short(disk, times),
         }
+
+    def _short(self, disk: dict[str, int | None], times: Schedule) -> list[str]:
+        """What there is too little of, as far as it is known: memory, disk, time."""
+        limit = self.given.time_limit or None  # Slurm's 0 is no limit
+        lacks = {
+            "memory": self.best is None,
+            "disk": (disk["total"] or 0) > (disk["free"] or 0),
+            "time": limit is not None and times.seconds is not None and times.seconds > limit,
+        }
+        return [name for name, lack in lacks.items() if lack]
 
     def _row(self, o: Option) -> dict[str, Any]:
         sent = traffic(o.run, self.hardware.gpus_per_node)
@@ -267,10 +282,29 @@ def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, An
     return configured, {name: run for name, run in runs.items() if name == configured or not run.refused}
 
 
-def write(config: Config, best: Option, configured: str, path: Path) -> None:
-    """Save the recommended configuration; `configured` is the layout that `config` has."""
+def write(plan: Plan, words: Sequence[str], path: Path) -> None:
+    """Save the recommended configuration: the user's file, in which only changes what is recommended or was a flag.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    wanted = recommended(plan)
+    then, now = plan.config.to_dict(), wanted.to_dict()
+    flags = {ALIASES.get(name, name) for name in (word[2:].partition("=")[0] for word in words if word[:2] == "--")}
+    changes = {name: now.get(name) for name in then | now if name in flags or then.get(name) != now.get(name)}
+    text = Path(plan.given.config).read_text(encoding="utf-8")
+    try:
+        path.write_text(with_changes(text, changes), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
+    print(f"Saved the recommended configuration: {path}", file=sys.stderr)
+
+
+def recommended(plan: Plan) -> Config:
+    """The configuration with the recommended layout, micro batch, accumulation and checkpointing."""
+    best, config = plan.chosen, plan.config
     run, training = best.run, dict(config.training)
-    engine = training.get("deepspeed") if best.name == configured else None
+    engine = training.get("deepspeed") if best.name == plan.configured else None
     if engine is None and best.name in FILES:
         file = CONFIGS / FILES[best.name]
         engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
@@ -281,8 +315,4 @@ def write(config: Config, best: Option, configured: str, path: Path) -> None:
         most = run.tokens
     else:
         training["per_device_train_batch_size"] = run.micro_batch
-    try:
-        replace(config, max_tokens_per_batch=most, training=training).save(path)
-    except OSError as error:
-        raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
-    print(f"Saved the recommended configuration: {path}", file=sys.stderr)
+    return replace(config, max_tokens_per_batch=most, training=training)

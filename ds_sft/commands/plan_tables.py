@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ds_sft.runtime.size import in_units
 
-GB, GIB = 1e9, 2**30  # of links; of memory and disks
+GB, GIB = 1e9, 2**30  # of links, as they are sold; of memory, disks and what is sent
 PARTS = ("parameters", "frozen weights", "gradients", "master weights", "optimizer states", "working copy",
          "activations", "logits", "buckets", "gathered parameters", "reduction", "step buffers", "flat copy",
          "allocator margin")  # fmt: skip
@@ -22,8 +22,7 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
     model = plan["model"]
     tied = ", tied embeddings" if model["tied"] else ""
-    memory = f"{given.gpu_memory / GB:.0f} GB ({in_units(given.gpu_memory)})"
-    gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {memory}"
+    gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {in_units(given.gpu_memory)}"
     console.print(f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus}.")
     for line in trained_lines(plan):
         console.print(line)
@@ -81,11 +80,11 @@ def memory_table(plan: dict[str, Any]) -> Table:
 def cost_table(plan: dict[str, Any]) -> Table:
     """Traffic and time of a step."""
     table = Table(title=f"A step; links reached: {plan['ring_bandwidth'] / GB:.0f} GB/s sent by each GPU of a ring")
-    for name in ("", "sent by a GPU, GB", "hides behind computation above, GB/s", "computes", "lasts"):
+    for name in ("", "sent by a GPU", "hides behind computation above, GB/s", "computes", "lasts"):
         table.add_column(name, justify="left" if not name else "right")
     for option in plan["options"]:
         step = option["step_seconds"]
-        table.add_row(option["name"], f"{option['sent_per_step'] / GB:.2f}", f"{option['hiding_bandwidth'] / GB:.2f}",
+        table.add_row(option["name"], in_units(option["sent_per_step"]), f"{option['hiding_bandwidth'] / GB:.2f}",
                       in_seconds(step["compute"]), in_seconds(step["total"]))  # fmt: skip
     return table
 
@@ -136,16 +135,22 @@ def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
     return f"{option['tokens_per_micro_batch']:,} tokens" if plan["filled"] else str(option["micro_batch"])
 
 
+def _of(plan: dict[str, Any]) -> str:
+    """Which of the layouts what is below the tables is of."""
+    return "recommended" if plan["recommended"] else "as configured"
+
+
 def disk_lines(plan: dict[str, Any]) -> list[str]:
     disk = plan["disk"]
+    one = f"Disk ({_of(plan)}): {in_units(disk['checkpoint'])} a checkpoint"
     if disk["total"] is None:
-        return [f"Disk: {in_units(disk['checkpoint'])} a checkpoint, final model {in_units(disk['final_model'])}; "
+        return [f"{one}, final model {in_units(disk['final_model'])}; "
                 f"{in_units(disk['free'])} free. How many checkpoints there will be depends on the rows of "
                 "train_file, which cannot be counted from here; give --rows, or set save_total_limit."]  # fmt: skip
-    line = (f"Disk: {in_units(disk['checkpoint'])} a checkpoint x {disk['checkpoints_at_once']} + final model "
+    line = (f"{one} x {disk['checkpoints_at_once']} + final model "
             f"{in_units(disk['final_model'])} = {in_units(disk['total'])}; "
             f"{in_units(disk['free'])} free.")  # fmt: skip
-    if disk["total"] <= disk["free"]:
+    if "disk" not in plan["short"]:
         return [line]
     return [line, "The disk is too small: set save_total_limit, save less often, or choose another output_dir."]
 
@@ -155,13 +160,13 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
     if times["steps"] is None:
         return ["Time: the rows of train_file cannot be counted from here; give --rows."]
     length = "" if times["tokens_known"] else " (every row taken to be max_length long; --mean-tokens)"
-    rate = "measured" if times["rate_measured"] else f"estimated at {given.flops / 1e12:.0f} TFLOP/s a GPU"
+    rate = "measured" if times["rate_measured"] else f"estimated at {given.flops / 1e12:.3g} TFLOP/s a GPU"
     lines = [
-        f"Time: {times['steps']:,} steps, {times['tokens']:,.0f} tokens{length}, {times['flops']:.2e} FLOP: "
-        f"{duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."
+        f"Time ({_of(plan)}): {times['steps']:,} steps, {times['tokens']:,.0f} tokens{length}, "
+        f"{times['flops']:.2e} FLOP: {duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."
     ]
     limit = plan["time_limit"] or None  # Slurm's 0 is no limit
-    if limit is not None and times["seconds"] > limit:
+    if "time" in plan["short"] and limit is not None:
         lines.append(f"Longer than the time limit of {duration(limit)}: {-(-times['seconds'] // limit):.0f} jobs, "
                      "each resuming the one before; or raise the limit.")  # fmt: skip
     elif limit is not None:

@@ -32,7 +32,7 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
     else:
         console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
         console.print(table(points, hardware))
-        console.print(f"At {hardware.flops / 1e12:.0f} TFLOP/s a GPU, {hardware.inside / GB:.0f} GB/s inside a node, "
+        console.print(f"At {hardware.flops / 1e12:.3g} TFLOP/s a GPU, {hardware.inside / GB:.0f} GB/s inside a node, "
                       f"{hardware.between / GB:.0f} GB/s a GPU between nodes, all of it reached; the same rows for "
                       "each GPU. A step lasts from `step`, where all communication hides that can, to `none hidden`; "
                       "published runs are found at both ends. Arithmetic, not a measurement.")  # fmt: skip

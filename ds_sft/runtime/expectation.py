@@ -17,6 +17,7 @@ from ds_sft.plan.memory import Engine, Memory, peak, trained_weights
 from ds_sft.plan.shape import shape_of_run
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.results import peak_memory
+from ds_sft.runtime.size import in_units
 
 GIB = 2**30
 TOLERANCE = 0.15  # of the plan, or this much where models are tiny:
@@ -69,8 +70,9 @@ def expect_memory(
                   flat=not padded)  # fmt: skip
     found = Expectation(name_of(states), peak(run), on_gpu, before_gib=resident_gib())
     kind = "GPU memory" if on_gpu else "memory"
-    parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in found.memory.device.items())
-    launch.say(f"Plan ({found.layout}): {found.gib:.2f} GiB of {kind} a rank, at the {found.memory.moment}: {parts}.")
+    parts = ", ".join(f"{part} {in_units(size)}" for part, size in found.memory.device.items())
+    all_parts = in_units(found.gib * GIB)
+    launch.say(f"Plan ({found.layout}): {all_parts} of {kind} a rank, at the {found.memory.moment}: {parts}.")
     return found
 
 
@@ -88,8 +90,8 @@ def compare_with_plan(expected: Expectation | None, launch: Launch) -> dict[str,
         launch.say(f"{line}: freed blocks count that the C library keeps for later, up to {freed:.2f} GiB here.")
     elif abs(difference) > tolerance:
         launch.say(f"{line}: the plan of a longer or larger run would be as wrong; please report it with run.json.")
-    return {"layout": expected.layout, "moment": expected.memory.moment, "planned_gib": round(expected.gib, 3),
-            "measured_gib": round(measured, 3), "freed_gib": round(freed, 3)}  # fmt: skip
+    return {"layout": expected.layout, "moment": expected.memory.moment, "planned_gib": round(expected.gib, 6),
+            "measured_gib": round(measured, 6), "freed_gib": round(freed, 3)}  # fmt: skip
 
 
 class MallInfo(ctypes.Structure):

@@ -12,9 +12,16 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from ds_sft.runtime.distributed import print_line
 
+EVALUATION_LINES = 30.0  # seconds from one line of an evaluation to the next
+
 
 class ProgressLine(ProgressCallback):
     """Trainer's bars with our figures behind them; without a terminal (or with `disable_tqdm`) lines and no bars."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluated = 0  # batches of the evaluation under way
+        self.evaluating = self.said = 0.0  # since when, and when its last line was
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,6 +48,24 @@ class ProgressLine(ProgressCallback):
     ) -> None:
         if self.bars:
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        elif state.is_world_process_zero:
+            self._count_evaluated(len(eval_dataloader))
+
+    def _count_evaluated(self, batches: int) -> None:
+        """After each batch of an evaluation; a line now and then, so that a long one does not look like a hanging."""
+        now = time.monotonic()
+        if not self.evaluated:
+            self.evaluating = self.said = now
+        self.evaluated += 1
+        if self.evaluated < batches and now - self.said >= EVALUATION_LINES:
+            self.said = now
+            left = round((now - self.evaluating) / (self.evaluated - 1) * (batches - self.evaluated))
+            print_line(f"Evaluating: batch {self.evaluated:,} of {batches:,}; {timedelta(seconds=left)} left")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.evaluated = 0
+        if self.bars:
+            super().on_evaluate(args, state, control, **kwargs)
 
     def on_log(
         self,

@@ -151,7 +151,7 @@ def test_run_json(results: dict[str, Path], name: str) -> None:
     plan = record["plan"]
     assert plan["layout"] == ("no DeepSpeed" if stage is None else f"ZeRO-{stage}")
     assert abs(plan["planned_gib"] - plan["measured_gib"]) < 0.5  # of a model that itself needs next to nothing
-    assert " GiB planned)" in (results[name].parent / "log").read_text(encoding="utf-8")
+    assert "iB planned)" in (results[name].parent / "log").read_text(encoding="utf-8")
     assert set(record["versions"]) >= {"python", "torch", "transformers", "deepspeed", "swanlab"}
     assert record["eval_loss"] < record["eval_loss_first"]
     assert record["export"]["verified"] is True
