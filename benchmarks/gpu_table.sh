@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu_table.sh 1 gpu        # Qwen3-0.6B's shape beside TRL: tokens/s, memory, waiting, long rows
 #     bash benchmarks/gpu_table.sh 2 gpu        # the 4 B shape, kernels one by one, then tests/gpu
 #
-# What was measured lies in the folder gpu: tables (*.txt), figures (*.json), logs. What follows is for gpu.py:
+# What was measured lies in the folder gpu: tables (*.txt) and figures (*.json). What follows is for gpu.py:
 # `bash benchmarks/gpu_table.sh 1 gpu --shape tiny --steps 3` tries a part on a CPU. PYTHON names another python3.
 set -uo pipefail
 part=${1:?1 or 2} out=$(mkdir -p "${2:?a folder for the results}" && cd "$2" && pwd); shift 2

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from multiprocessing import Event
 from typing import Any
 
@@ -265,16 +265,21 @@ class SFTTrainer(FiniteTrainer):
 
 
 def _loader_options(args: TrainingArguments) -> dict[str, Any]:
-    ending = Event() if args.dataloader_num_workers else None
-    if ending is not None:
-        atexit.register(ending.set)  # before multiprocessing's own, which terminates the workers and waits for them
     return {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
-        "worker_init_fn": partial(_end_with_parent, ending),
+        "worker_init_fn": partial(_end_with_parent, _process_ends()) if args.dataloader_num_workers else None,
     }
+
+
+@cache
+def _process_ends() -> Any:
+    """Is set before multiprocessing terminates the workers at the end of the process, and waits for them."""
+    ending = Event()
+    atexit.register(ending.set)
+    return ending
 
 
 def _end_with_parent(ending: Any, worker: int) -> None:
