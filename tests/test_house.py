@@ -28,7 +28,7 @@ ALLOWED = {
     "data": {"errors", "config", "data", "runtime.distributed"},
     "training": {"errors", "config", "plan", "data", "runtime", "training"},
     "tracking": {"errors", "config", "runtime.distributed"},
-    "predict": {"errors", "config", "data", "runtime", "training"},
+    "predict": {"errors", "config", "plan", "data", "runtime", "training"},
     "commands": {"errors", "config", "plan", "data", "runtime", "training", "tracking", "predict", "commands"},
 }
 # These answer at once: neither library may be loaded by importing them.

@@ -100,7 +100,8 @@ FROZEN: list[dict[str, Any]] = [
 def test_a_layer_with_something_frozen(keys: dict[str, Any], family: str, kind: str, attention: str) -> None:
     """Of what is frozen no input is kept, dropout has copies of its own, DoRA keeps what it scales."""
     config = Config(model_name_or_path="m", train_file="t", training={"learning_rate": 1e-3}, **keys)
-    args = SimpleNamespace(seed=1, deepspeed={} if kind == "bf16" else None, bf16=kind != "float32", fp16=False)
+    args = SimpleNamespace(seed=1, deepspeed={} if kind == "bf16" else None, bf16=kind != "float32", fp16=False,
+                           activation_checkpointing_kwargs=None)  # fmt: skip
 
     def prepare(model: Any) -> None:
         if config.adapter != "none" and kind != "float32":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from transformers import AutoTokenizer
 
 from tests.conftest import questions_and_answers, write_rows
 from tests.crash_campaign import metrics
-from tests.distributed.harness import ROOT, listing, run
+from tests.distributed.harness import listing
 from tests.distributed.test_nonfinite import engine_file
-from tests.distributed.test_resume import NUM_ROWS, STEPS, dropout_dir, job, settings
+from tests.distributed.test_resume import NUM_ROWS, STEPS, dropout_dir, job, run_job, settings
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
 __all__ = ["dropout_dir"]  # a fixture
@@ -39,7 +38,7 @@ MARK, MARKED = "~", 3  # in a row of the third step
 
 @pytest.fixture(scope="module")
 def folder(model_dir: Path, dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, one after the other in one process."""
+    """All runs, one after the other."""
     folder = tmp_path_factory.mktemp("adapters")
     jobs = [made for name in RANKS for made in stopped_and_resumed(dropout_dir, folder, name, "lora", LORA)]
     for name in WITH_LAYERS:
@@ -85,15 +84,10 @@ def keys_of(model: Path, folder: Path, name: str, changes: Mapping[str, Any]) ->
 
 
 def run_all(folder: Path, jobs: list[dict[str, Any]]) -> None:
-    (folder / "jobs.json").write_text(json.dumps(jobs, default=str), encoding="utf-8")
-    script = str(Path(__file__).with_name("forked.py"))
-    env = {"PYTHONPATH": str(ROOT), "SWANLAB_MODE": "disabled", "DS_SFT_CACHE": str(folder / "cache")}
-    done = run([sys.executable, script, "jobs.json"], cwd=folder, timeout=2400, env=env)
-    assert done.code == 0, done.output
-    codes = json.loads((folder / "jobs.json.done").read_text(encoding="utf-8"))
-    wanted = [{1} if made.get("poison") else {0} for made in jobs]
-    failed = [made["log"] for made, ranks, code in zip(jobs, codes, wanted, strict=True) if set(ranks) != code]
-    assert failed == [], "\n".join((folder / log).read_text(encoding="utf-8")[-2500:] for log in failed)
+    for made in jobs:
+        done = run_job(folder, made)
+        expected = 1 if made.get("poison") else 0
+        assert set(done.codes) == {expected}, f"{done.codes} from {made}\n{done.output[-2500:]}"
 
 
 def tensors(folder: Path, label: str, step: int) -> dict[str, torch.Tensor]:
