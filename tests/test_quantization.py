@@ -344,6 +344,13 @@ def test_only_what_bitsandbytes_misses_for_answers_is_not_said(caplog: pytest.Lo
     assert caplog.messages == ["something else: is wrong"]
 
 
+def test_the_base_in_16_bits_is_not_kept_in_memory(copy: Path) -> None:
+    """What stays in 16 bits lies in the mapped file at first, and would keep all of it."""
+    model = in_4_bits(copy)
+    assert str(copy / "model.safetensors") not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_settling_leaves_other_layers_alone(model_dir: Path) -> None:
     plain = rounded(model_dir)
     settle(plain)

@@ -119,6 +119,10 @@ def settle(model: nn.Module) -> None:
     """Let a model that was loaded in 4 bits train as others do, whatever comes between two steps."""
     from bitsandbytes.nn.modules import Linear4bit
 
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            # Off the mapped file, whose pages, all read to be quantised, would stay in memory as long as this is used.
+            parameter.data = parameter.data.clone()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU that computes in bfloat16 its first evaluation would repack the weight for a kernel that rounds
