@@ -194,7 +194,8 @@ class Config:
     def save(self, path: Path) -> None:
         """Write YAML that `--config` reads back to an equal configuration."""
         beside = path.with_name(path.name + ".tmp")
-        text = yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False, width=1000)
+        keys = {name: _whole(value) for name, value in self.to_dict().items()}
+        text = yaml.safe_dump(keys, allow_unicode=True, sort_keys=False, width=1000)
         beside.write_text("# Every key of this run; feed it back with --config.\n" + text, encoding="utf-8")
         os.replace(beside, path)
 
@@ -343,6 +344,8 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
         name, equals, value = word[2:].partition("=")
         if name != "config":
             _known(name, "--", others)
+        elif name in flags:
+            raise UserError("--config is given twice: a run has one file, and flags beside it")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else _bare(name)
         flags[name] = Given("--", value)
@@ -410,6 +413,56 @@ def _plain(node: Any) -> Any:
 def _number(text: str) -> Any:
     """A number where YAML 1.1 sees text: it wants a dot in 2e-5."""
     return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
+
+
+# ---- Writing
+
+
+def with_changes(text: str, changes: Mapping[str, Any]) -> str:
+    """The text of a configuration with other values of some keys; None takes a key out. All else stays as written."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)  # it was read before
+    left = {name: value for name, value in changes.items() if value is not None}
+    if root.flow_style:
+        given = {str(key_node.value): _plain(node) for key_node, node in root.value}
+        return _yaml({name: _whole(value) for name, value in (given | left).items()})
+    for key_node, node in reversed(root.value):  # from the end: places before it stay
+        name = ALIASES.get(str(key_node.value), str(key_node.value))
+        if name in changes:
+            text = _exchanged(text, key_node, node, left.pop(name, None))
+    lines = [f"{name}: {_in_one_line(value)}\n" for name, value in left.items()]
+    return "".join([text if text.endswith("\n") or not text else f"{text}\n", *lines])
+
+
+def _exchanged(text: str, key_node: yaml.Node, node: yaml.Node, value: Any) -> str:
+    """The text with another value for one key, or without the key."""
+    end = len(text[: _end(node)].rstrip())
+    if value is None:
+        return text[: key_node.start_mark.index] + text[end:]
+    behind_colon = text.index(":", key_node.end_mark.index) + 1
+    return f"{text[:behind_colon]} {_in_one_line(value)}{text[max(end, behind_colon) :]}"
+
+
+def _end(node: yaml.Node) -> int:
+    """Where the text of a value ends; a block's own mark stands behind the comments that follow it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)
+
+
+def _in_one_line(value: Any) -> str:
+    return _yaml([_whole(value)], flow=True).strip()[1:-1]
+
+
+def _yaml(value: Any, *, flow: bool = False) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True, sort_keys=False, width=math.inf)
+    return text
+
+
+def _whole(value: Any) -> Any:
+    """4 for 4.0: a number of steps is read as a float, since it may be a share."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
 # ---- Meaning

@@ -22,6 +22,7 @@ from ds_sft.config import (
     load_config,
     our_keys,
     training_keys,
+    with_changes,
 )
 from ds_sft.errors import UserError
 
@@ -156,6 +157,24 @@ def test_of_a_flag_that_is_given_twice_the_last_counts() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "changes", "expected"),
+    [
+        ("a: 1  # one\nb: x\n", {"a": 2.0}, "a: 2  # one\nb: x\n"),
+        ("a: 1\nb: x", {"c": "y: z"}, "a: 1\nb: x\nc: 'y: z'\n"),
+        ("a:\nb: x\n", {"a": 3}, "a: 3\nb: x\n"),
+        ("a: 1\nb: [1,\n  2]\nc: 3\n", {"b": None}, "a: 1\n\nc: 3\n"),
+        ("a:\n- 1\n- 2\nb: x\n", {"a": [3]}, "a: [3]\nb: x\n"),
+        ("gradient_checkpointing: yes\n", {"activation_checkpointing": False}, "gradient_checkpointing: false\n"),
+        ("{a: 1, b: 2}\n", {"b": 3.0}, "a: 1\nb: 3\n"),
+        ("ж: 'я'\na: 1\n", {"a": "да"}, "ж: 'я'\na: да\n"),
+    ],
+)
+def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: str) -> None:
+    assert with_changes(text, changes) == expected
+    assert yaml.safe_load(expected).keys()
+
+
 # ---- What cannot be meant
 
 
@@ -166,6 +185,7 @@ def test_of_a_flag_that_is_given_twice_the_last_counts() -> None:
         (["--max-length", "9"], "--max-length: unknown key: did you mean --max_length?"),
         (["--zzzz", "1"], "--zzzz: unknown key: --help lists all keys"),
         (["--batch_size", "8"], "--batch_size: unknown key: did you mean --per_device_train_batch_size?"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice: a run has one file, and flags beside it"),
         (["--lr", "1e-5"], "--lr: unknown key: did you mean --learning_rate?"),
         (["--find_batch_size", "1"], "--find_batch_size: unknown key: did you mean --per_device_train_batch_size?"),
         (["--max_length", "long"], "--max_length: expected a whole number such as 2048, found 'long'"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.plan import parser, size
+from ds_sft.commands.plan import CONFIGS, parser, size
 from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
@@ -564,6 +564,25 @@ def test_steps_of_rows_that_cannot_be_counted(
     said = capsys.readouterr().out
     assert "Time: the rows of train_file cannot be counted from here; give --rows." in said
     assert "How many checkpoints there will be depends on the rows of train_file" in said
+
+
+def test_the_users_file_stays_but_for_what_is_recommended(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (
+        "# my run\nmodel_name_or_path: model\ntrain_file: rows.jsonl  # all of them\noutput_dir: out\nmax_length: 128\n"
+        "save_steps: 4\nlearning_rate: 2e-5\nper_device_train_batch_size: 1  # fits?\ngradient_checkpointing: yes\n"
+        "deepspeed:\n  zero_optimization: {stage: 1}\n\n# the end\n"
+    )
+    config_file.write_text(given, encoding="utf-8")
+    best = plan(capsys, "--write", "planned.yaml", "--num_train_epochs", "3", "--learning_rate=1e-5")["recommended"]
+    assert (best["name"], best["micro_batch"], best["accumulation"], best["checkpointing"]) == ("ZeRO-2", 4, 1, False)
+    changed = given.replace("batch_size: 1 ", "batch_size: 4 ").replace("checkpointing: yes", "checkpointing: false")
+    changed = changed.replace("learning_rate: 2e-5", "learning_rate: 1.0e-05")
+    changed = changed.replace("\n  zero_optimization: {stage: 1}", f" {CONFIGS / 'zero2.json'}")
+    written = Path("planned.yaml").read_text(encoding="utf-8")
+    assert written == f"{changed}gradient_accumulation_steps: 1\nnum_train_epochs: 3\n"
+    assert load_config(["--config", "planned.yaml"]).training["save_steps"] == 4
 
 
 @pytest.mark.usefixtures("config_file")

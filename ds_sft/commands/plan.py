@@ -23,7 +23,7 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import Config, load_config
+from ds_sft.config import ALIASES, Config, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
         show_plan(found, given)
     if given.write and plan.best:
-        write(plan.config, plan.best, plan.configured, given.write)
+        write(plan, rest, given.write)
     elif given.write:
         print(f"--write {given.write}: nothing is written, as nothing fits", file=sys.stderr)
     if not found["short"]:
@@ -273,10 +273,29 @@ def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, An
     return configured, {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}
 
 
-def write(config: Config, best: Option, configured: str, path: Path) -> None:
-    """Save the recommended configuration; `configured` is the layout that `config` has."""
+def write(plan: Plan, words: Sequence[str], path: Path) -> None:
+    """Save the recommended configuration: the user's file, in which only changes what is recommended or was a flag.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    wanted = recommended(plan)
+    then, now = plan.config.to_dict(), wanted.to_dict()
+    flags = {ALIASES.get(name, name) for name in (word[2:].partition("=")[0] for word in words if word[:2] == "--")}
+    changes = {name: now.get(name) for name in then | now if name in flags or then.get(name) != now.get(name)}
+    text = Path(plan.given.config).read_text(encoding="utf-8")
+    try:
+        path.write_text(with_changes(text, changes), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
+    print(f"Saved the recommended configuration: {path}", file=sys.stderr)
+
+
+def recommended(plan: Plan) -> Config:
+    """The configuration with the recommended layout, micro batch, accumulation and checkpointing."""
+    best, config = plan.chosen, plan.config
     run, training = best.run, dict(config.training)
-    engine = training.get("deepspeed") if best.name == configured else None
+    engine = training.get("deepspeed") if best.name == plan.configured else None
     if engine is None and best.name in FILES:
         file = CONFIGS / FILES[best.name]
         engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
@@ -287,8 +306,4 @@ def write(config: Config, best: Option, configured: str, path: Path) -> None:
         most = run.tokens
     else:
         training["per_device_train_batch_size"] = run.micro_batch
-    try:
-        replace(config, max_tokens_per_batch=most, training=training).save(path)
-    except OSError as error:
-        raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
-    print(f"Saved the recommended configuration: {path}", file=sys.stderr)
+    return replace(config, max_tokens_per_batch=most, training=training)
