@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ds_sft import __version__
 from ds_sft.config import given_twice
 from ds_sft.errors import UserError, nearest
+from ds_sft.runtime.quiet import quiet
 
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
@@ -60,5 +61,6 @@ def call(name: str, words: Sequence[str]) -> int:
     if name not in ("train", "doctor"):  # they say it on one rank
         for remark in given_twice(words):
             print(remark, file=sys.stderr)
+    quiet()
     code: int = importlib.import_module(COMMANDS[name][0]).main(words)
     return code

@@ -185,7 +185,7 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--max-length", "9"], "--max-length: unknown key: did you mean --max_length?"),
         (["--zzzz", "1"], "--zzzz: unknown key: --help lists all keys"),
         (["--batch_size", "8"], "--batch_size: unknown key: did you mean --per_device_train_batch_size?"),
-        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice: a run has one file"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice: a run has one file, and flags beside it"),
         (["--lr", "1e-5"], "--lr: unknown key: did you mean --learning_rate?"),
         (["--find_batch_size", "1"], "--find_batch_size: unknown key: did you mean --per_device_train_batch_size?"),
         (["--max_length", "long"], "--max_length: expected a whole number such as 2048, found 'long'"),

@@ -43,6 +43,7 @@ LIGHT = [
     "ds_sft.runtime.folder_lock",
     "ds_sft.runtime.identity",
     "ds_sft.runtime.preempt",
+    "ds_sft.runtime.quiet",
     "ds_sft.plan.source",
     "ds_sft.plan.layouts",
     "ds_sft.plan.schedule",
