@@ -102,6 +102,8 @@ def test_use_cpu_shows_no_gpu(
     tmp_path: Path, command: str, flag: str, launcher: dict[str, str], expected: list[str | None]
 ) -> None:
     """To torch, which looks once, nor to DeepSpeed, which would take it."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: m\ntrain_file: t\noutput_dir: o\nuse_cpu: {flag}\n")
     words = [command, *(["--config"] if command == "train" else []), str(tmp_path / "run.yaml")]
     env = {**os.environ, **launcher, "CUDA_VISIBLE_DEVICES": "4,5"}

@@ -180,7 +180,7 @@ def loss_on_disk(
     avoid_plans()
     options = {"use_cpu": use_cpu, "trust_remote_code": trust_remote_code}
     adapter, main = Path(folder) / FOLDER, exported(Path(folder))
-    dtype = "auto" if main != adapter else finest
+    dtype = finest if is_adapter(main) else "auto"
     found, remark, logits = _ask(main, rows, dtype, keep=LOGITS if is_adapter(adapter) else 0, **options)
     found |= {"remark": remark}
     if main != adapter and is_adapter(adapter):
