@@ -153,7 +153,7 @@ def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, tor
 def full_value(parameter: Any) -> torch.Tensor:
     """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
     if not parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3 has no master of what is frozen
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.data.clone()  # type: ignore[no-any-return]
