@@ -27,7 +27,6 @@ from ds_sft.runtime.distributed import (
     end_group,
     exit_after,
     exit_with,
-    gather,
     grow_segments,
     hide_gpus,
     others_wait,
@@ -40,12 +39,11 @@ from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.runtime.quiet import quiet
-from ds_sft.runtime.results import KEPT, RESULTS, git_commit, peak_memory, versions, write_json
-from ds_sft.runtime.size import in_units
+from ds_sft.runtime.results import KEPT, RESULTS, write_json
 from ds_sft.runtime.storage import require_writable, settle_storage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.micro_batches import Batching
@@ -63,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
         with watch_for_stop(launch) as stop:
-            words, program = (sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")
-            config = load_config(words, program)
-            for remark in given_twice(words):
-                launch.say(remark)
+            config = read_words(*((sys.argv[1:], "train.py") if argv is None else (argv, "ds-sft train")), launch)
             with FolderLock(config.output_dir) as lock:
                 try:
                     run(config, launch, stop, lock)
@@ -82,6 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def read_words(words: Sequence[str], program: str, launch: Launch) -> Config:
+    """The config that a command line describes, and what is to be said of it."""
+    config = load_config(words, program)
+    for remark in given_twice(words):
+        launch.say(remark)
+    return config
+
+
 def ended_by_launcher(stop: StopRequests | None) -> bool:
     """Whether a launcher ends this rank because another one has failed: not where all ranks agreed to stop."""
     return stop is not None and stop.reason == "SIGTERM" and stop.decided is None
@@ -95,7 +98,6 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     settle_devices(config, launch)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
-    from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.runtime.expectation import expect_memory
     from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.zero import engine_config
@@ -107,10 +109,8 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.training.trainer import SFTTrainer
 
     engine = engine_config(config, launch)
-    hashing = begin_to_hash_base(config, launch)
     with stop.until_ranks_meet():
-        tokenizer, served, data = prepare_data(config, launch)
-        base = hashing.result()
+        tokenizer, served, data, base = prepare_data(config, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
     avoid_plans()
     site = Site(launch, shared=settle_storage(args, launch, lock))
@@ -180,13 +180,15 @@ def settle_devices(config: Config, launch: Launch) -> None:
     grow_segments(os.environ)
 
 
-def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data]:
-    """The tokenizer, what a server will be told, and the encoded rows, which the model has room for."""
+def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data, str]:
+    """The tokenizer, what a server will be told, the encoded rows, which the model has room for, and `hash_base`."""
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.data.serving import serving
+    from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead
 
+    base = begin_to_hash_base(config, launch)
     tokenizer = load_tokenizer(config, launch)
     read_ahead(config, launch)
     served = serving(config, tokenizer)
@@ -194,7 +196,7 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     data = load_data(config, tokenizer, launch)
     print_report(data.report, launch)
     check_limits(config, tokenizer, data, launch)
-    return tokenizer, served, data
+    return tokenizer, served, data, base.result()
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
@@ -296,10 +298,9 @@ def finish(
 ) -> None:
     """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
     from ds_sft.runtime.expectation import compare_with_plan
-    from ds_sft.runtime.export import VERIFIED_ROWS, check_export, export_model
-    from ds_sft.runtime.merge import merge_as_asked
+    from ds_sft.runtime.export import VERIFIED_ROWS, export_model
     from ds_sft.runtime.release import release
-    from ds_sft.runtime.verify import require_verified
+    from ds_sft.training.report import best_checkpoint, describe_run, summary
 
     planned = compare_with_plan(expected, launch)
     if best_checkpoint(trainer):
@@ -312,16 +313,25 @@ def finish(
     release(trainer)  # of no use from here on
     with others_wait(), stop.until_ranks_meet():
         if tracker is not None:  # rank 0
-            if results["adapter"] is not None:
-                results["adapter"]["not_merged"] = merge_as_asked(config)
-            results["export"] = check_export(rows, trained_loss, config)
-            write_json(config.output_dir / RESULTS, results)
-            require_verified(results["export"], config.output_dir)
+            merge_and_verify(config, rows, trained_loss, results)
             let_it_answer(config, data, tokenizer, tracker, results)
     stop.check()
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
         print_line(summary(results))
+
+
+def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, results: dict[str, Any]) -> None:
+    """Merge an adapter as asked, and ask a fresh process for the exported model's loss; says it in `run.json`."""
+    from ds_sft.runtime.export import check_export
+    from ds_sft.runtime.merge import merge_as_asked
+    from ds_sft.runtime.verify import require_verified
+
+    if results["adapter"] is not None:
+        results["adapter"]["not_merged"] = merge_as_asked(config)
+    results["export"] = check_export(rows, trained_loss, config)
+    write_json(config.output_dir / RESULTS, results)
+    require_verified(results["export"], config.output_dir)
 
 
 def let_it_answer(
@@ -367,109 +377,6 @@ def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None
             (config.output_dir / old).unlink(missing_ok=True)
         config.save(config.output_dir / "config.yaml")
         write_json(config.output_dir / "data_report.json", report)
-
-
-def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
-    """What `run.json` says; all ranks must call it."""
-    from ds_sft.runtime.zero import stage
-    from ds_sft.training.adapters import count_parameters
-
-    history = trainer.state.log_history
-    train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
-    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    best = trainer.state.best_metric if best_checkpoint(trainer) else None
-    speed, resumed = trainer.meter.summary(), trainer.run.resumed
-    trained, parameters = count_parameters(trainer.model)
-    return {
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "launcher": launch.launcher,
-        "world_size": launch.world_size,
-        "zero_stage": stage(trainer.args.deepspeed),
-        "device": str(trainer.args.device),
-        "seed": trainer.args.seed,
-        "parameters": parameters,
-        "trained_parameters": trained,
-        "adapter": describe_adapter(trainer.model, config),
-        "steps": trainer.state.global_step,
-        "skipped_steps": trainer.skipped_steps,
-        "epochs": trainer.state.epoch,
-        "eval_loss_first": eval_losses[0] if eval_losses else None,
-        "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,
-        "best_checkpoint": best_checkpoint(trainer),
-        "tokens": speed["tokens"] + (resumed.manifest["tokens"] if resumed else 0),
-        # What follows is of this start.
-        "tokens_per_second": round(speed["tokens"] / train_seconds, 2) if speed["tokens"] else None,
-        "train_seconds": round(train_seconds, 2),
-        "seconds": round(seconds, 2),
-        "speed": speed,
-        "peak_memory": gather(peak_memory()),  # of each rank
-    }
-
-
-def describe_adapter(model: Any, config: Config) -> dict[str, Any] | None:
-    """The adapter in the model, in peft's words; None where all weights are its own."""
-    if config.adapter == "none":
-        return None
-    asked = model.adapter_config
-    targets = asked.target_modules
-    return {
-        "kind": config.adapter,
-        "base": asked.base_model_name_or_path,
-        "quantization": config.quantization,
-        "rank": asked.r,
-        "alpha": asked.lora_alpha,
-        "use_rslora": asked.use_rslora,
-        "targets": targets if isinstance(targets, str) else sorted(targets),
-        "modules_to_save": asked.modules_to_save,
-    }
-
-
-def best_checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint that `load_best_model_at_end` went back to."""
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    return Path(best).name if best else None
-
-
-def summary(results: dict[str, Any]) -> str:
-    """The last lines a user reads."""
-    all_tokens, now = results["tokens"], results["speed"]["tokens"]
-    rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
-    lines = [
-        f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
-        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}.",
-        describe_memory(results["peak_memory"], results["plan"]),
-        describe_speed(results["speed"]),
-    ]
-    first, last = results["eval_loss_first"], results["eval_loss"]
-    if last is not None:
-        which = "of the best checkpoint" if results["best_checkpoint"] else "last"
-        lines.append(f"Validation loss: {last:.4f}{'' if first == last else f' {which}, {first:.4f} first'}.")
-    return "\n".join(lines)
-
-
-def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
-    """The fullest rank's memory, and on a CPU how much of it training took, which is what is planned."""
-    on_gpu = any("gpu_gib" in peak for peak in peaks)
-    most = max(peak.get("gpu_gib", peak["host_gib"]) for peak in peaks)
-    line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {in_units(most * 2**30)} at most"
-    if planned is None:
-        return f"{line}."
-    training, plan = (in_units(planned[name] * 2**30) for name in ("measured_gib", "planned_gib"))
-    if on_gpu:
-        return f"{line} ({plan} planned)."
-    return f"{line}: {training} for training ({plan} planned), the rest for Python and its libraries."
-
-
-def describe_speed(speed: dict[str, float]) -> str:
-    """Where the time of training went."""
-    from ds_sft.training.metrics import PARTS
-
-    rates = [f"{speed['supervised_tokens_per_second']:,.0f} supervised tokens/s"]
-    rates += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
-    rates += [f"{name} {speed[f'{name}_share']:.1%}" for name in ("waiting", "padding")]
-    times = [f"{part.replace('_', ' ')} {speed[f'{part}_share']:.1%}" for part in PARTS]
-    return f"Speed: {', '.join(rates)}; time: {', '.join(times)}."
 
 
 if __name__ == "__main__":

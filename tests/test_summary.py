@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ds_sft.train import summary
 from ds_sft.training.metrics import PARTS
+from ds_sft.training.report import summary
 
 SPEED = {"tokens": 4000, "supervised_tokens_per_second": 50.0, "waiting_share": 0.0, "padding_share": 0.0,
          **{f"{part}_share": 0.1 for part in PARTS}}  # fmt: skip

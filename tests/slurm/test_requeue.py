@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import read_lines
+from tests.distributed.harness import read_lines, train
 from tests.slurm.cluster import Cluster, Job, wait_for
 from tests.slurm.conftest import SLOW, settings, wait_for_step
 
@@ -18,9 +18,10 @@ Submit = Callable[..., Job]
 PATIENT = {"DS_SFT_MAX_STALLS": "20"}  # a slow machine may need its time for the start alone
 
 
-def check_equal(output: Path, whole: Path) -> None:
+def check_equal(output: Path, whole: Path, *files: str) -> None:
     """The weights of the uninterrupted run, bit for bit, and every step logged once."""
-    assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for file in ("model.safetensors", *files):
+        assert (output / file).read_bytes() == (whole / file).read_bytes()
     steps = [row["step"] for row in read_lines(output / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -47,11 +48,13 @@ def test_time_limit(submit: Submit, model_dir: Path, tmp_path: Path, whole: Path
     check_equal(tmp_path / "out", whole)
 
 
-def test_requeue_with_node_local_scratch(
-    submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path, whole: Path
-) -> None:
-    """`scontrol requeue`; output and encoded data are on disks of the nodes' own."""
-    keys = settings(model_dir, tmp_path, output_dir=f"{cluster.scratch}/out", cache_dir=f"{cluster.scratch}/cache")
+def test_requeue_with_node_local_scratch(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path) -> None:
+    """`scontrol requeue` of a run that trains an adapter; output and encoded data are on disks of the nodes' own."""
+    adapter = settings(model_dir, tmp_path, adapter="lora", lora_rank=4, lora_dropout=0.1)
+    done = train("forked", 2, adapter, cwd=tmp_path)
+    assert done.code == 0, done.output[-4000:]
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    keys = {**adapter, "output_dir": f"{cluster.scratch}/out", "cache_dir": f"{cluster.scratch}/cache"}
     job = submit(tmp_path, keys, script=SLOW, env={"STEP_SECONDS": "5"})
     outputs = [cluster.scratch_of(name) / "out" for name in ("node1", "node2")]
     wait_for_step(job, 3, output_dir=str(outputs[0]))
@@ -63,8 +66,9 @@ def test_requeue_with_node_local_scratch(
     assert not (tmp_path / "out").exists()
     for output in outputs:
         assert (output / "checkpoint-6" / "manifest.json").exists()
+        assert (output / "checkpoint-6" / "adapter_model.safetensors").exists()
     assert sorted(path.name for path in cluster.scratch_of("node2").glob("cache/*"))
-    check_equal(outputs[0], whole)
+    check_equal(outputs[0], whole, "adapter/adapter_model.safetensors")
 
 
 def test_preemption(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path, whole: Path) -> None:

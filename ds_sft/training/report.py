@@ -1,0 +1,117 @@
+"""What a finished run says of itself: `run.json`, and the last lines a user reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_sft.config import Config
+from ds_sft.runtime.distributed import Launch, gather
+from ds_sft.runtime.results import git_commit, peak_memory, versions
+from ds_sft.runtime.size import in_units
+from ds_sft.runtime.zero import stage
+from ds_sft.training.adapters import count_parameters
+from ds_sft.training.metrics import PARTS
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ds_sft.training.trainer import SFTTrainer
+
+
+def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
+    """What `run.json` says; all ranks must call it."""
+    history = trainer.state.log_history
+    train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    best = trainer.state.best_metric if best_checkpoint(trainer) else None
+    speed, resumed = trainer.meter.summary(), trainer.run.resumed
+    trained, parameters = count_parameters(trainer.model)
+    return {
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "launcher": launch.launcher,
+        "world_size": launch.world_size,
+        "zero_stage": stage(trainer.args.deepspeed),
+        "device": str(trainer.args.device),
+        "seed": trainer.args.seed,
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "adapter": describe_adapter(trainer.model, config),
+        "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
+        "epochs": trainer.state.epoch,
+        "eval_loss_first": eval_losses[0] if eval_losses else None,
+        "eval_loss": best if best is not None else eval_losses[-1] if eval_losses else None,
+        "best_checkpoint": best_checkpoint(trainer),
+        "tokens": speed["tokens"] + (resumed.manifest["tokens"] if resumed else 0),
+        # What follows is of this start.
+        "tokens_per_second": round(speed["tokens"] / train_seconds, 2) if speed["tokens"] else None,
+        "train_seconds": round(train_seconds, 2),
+        "seconds": round(seconds, 2),
+        "speed": speed,
+        "peak_memory": gather(peak_memory()),  # of each rank
+    }
+
+
+def describe_adapter(model: Any, config: Config) -> dict[str, Any] | None:
+    """The adapter in the model, in peft's words; None where all weights are its own."""
+    if config.adapter == "none":
+        return None
+    asked = model.adapter_config
+    targets = asked.target_modules
+    return {
+        "kind": config.adapter,
+        "base": asked.base_model_name_or_path,
+        "quantization": config.quantization,
+        "rank": asked.r,
+        "alpha": asked.lora_alpha,
+        "use_rslora": asked.use_rslora,
+        "targets": targets if isinstance(targets, str) else sorted(targets),
+        "modules_to_save": asked.modules_to_save,
+    }
+
+
+def best_checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint that `load_best_model_at_end` went back to."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return Path(best).name if best else None
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The last lines a user reads."""
+    all_tokens, now = results["tokens"], results["speed"]["tokens"]
+    rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
+    lines = [
+        f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
+        f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}.",
+        describe_memory(results["peak_memory"], results["plan"]),
+        describe_speed(results["speed"]),
+    ]
+    first, last = results["eval_loss_first"], results["eval_loss"]
+    if last is not None:
+        which = "of the best checkpoint" if results["best_checkpoint"] else "last"
+        lines.append(f"Validation loss: {last:.4f}{'' if first == last else f' {which}, {first:.4f} first'}.")
+    return "\n".join(lines)
+
+
+def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
+    """The fullest rank's memory, and on a CPU how much of it training took, which is what is planned."""
+    on_gpu = any("gpu_gib" in peak for peak in peaks)
+    most = max(peak.get("gpu_gib", peak["host_gib"]) for peak in peaks)
+    line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {in_units(most * 2**30)} at most"
+    if planned is None:
+        return f"{line}."
+    training, plan = (in_units(planned[name] * 2**30) for name in ("measured_gib", "planned_gib"))
+    if on_gpu:
+        return f"{line} ({plan} planned)."
+    return f"{line}: {training} for training ({plan} planned), the rest for Python and its libraries."
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    """Where the time of training went."""
+    rates = [f"{speed['supervised_tokens_per_second']:,.0f} supervised tokens/s"]
+    rates += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
+    rates += [f"{name} {speed[f'{name}_share']:.1%}" for name in ("waiting", "padding")]
+    times = [f"{part.replace('_', ' ')} {speed[f'{part}_share']:.1%}" for part in PARTS]
+    return f"Speed: {', '.join(rates)}; time: {', '.join(times)}."
