@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 # logits, whose size does not shrink with the loss). float32: other batches, other order of summing; 1e-7 is usual.
 # bfloat16 keeps 8 bits, so one rounding is up to 2^-9 = 0.2 %; five of them in a row, none cancelled, are 1 %, and the
 # largest difference measured was 0.2 %. float16 keeps 11 bits. A merged model computes with weights that base + adapter
-# does not have, each rounded once more: 0.4 % (SmolLM2-135M, rank 16, bfloat16), where the merge in float32 is 1e-7 from
-# base + adapter, its rounding alone 0.03 %, and base + adapter in bfloat16 0.3 % from the same in float32.
+# does not have, each rounded once more: 0.4 % (SmolLM2-135M, rank 16, bfloat16). Its float32 merge is 1e-7 from base +
+# adapter in float32, the rounding of the merge alone 0.03 %, base + adapter in bfloat16 0.3 %.
 BOUNDS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
 LOGITS = 256  # tokens whose logits are compared: of 150,000 entries each they take 160 MB
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
