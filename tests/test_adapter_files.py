@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from ds_sft.runtime.disk import export_size, predict_size
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import finish_adapter
 from ds_sft.runtime.merge import merge, merge_as_asked
-from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify
+from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
 from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
 from tests.test_export import ends
@@ -215,22 +215,62 @@ def test_the_merged_model_and_the_adapter_are_asked(
     require_verified(found, tmp_path)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"Export verified: {tmp_path}, loaded in a fresh process, has loss ")
-    assert f" {adapter} on its base has {found['loss_of_adapter']:.6f}." in first
+    assert f" {adapter} on its base has {found['loss_of_adapter']:.6f} (bound 6.1e-04)." in first
     assert second.startswith("Rounding of the merge: logits of the merged model and of base + adapter differ by 0.0")
-    merge(adapter, tmp_path, torch.float32, max_shard_size="5GB", trust_remote_code=False)
-    damaged = {name: value * 9 for name, value in load_file(adapter / "adapter_model.safetensors").items()}
-    save_file(damaged, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    found = verify(tmp_path, replace(asked, dtypes=["float32"]))
+    damage(adapter)
+    found = verify(tmp_path, asked)
     assert found["difference"] < found["bound"]  # the merged model is right
+    assert found["bound_of_adapter"] < abs(found["loss_of_adapter"] - trained) < found["bound"]
     with pytest.raises(ExportError, match=f"Export NOT verified: .* {adapter} on its base has "):
         require_verified(found, tmp_path)
+
+
+def damage(adapter: Path) -> None:
+    """By less than a merge may round in bfloat16."""
+    damaged = {name: value * 1.1 for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(damaged, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def test_an_adapter_alone_is_asked(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = make_adapter(bases["untied"], tmp_path)
     trained = loss_on_disk(str(adapter), ROWS, use_cpu=True, trust_remote_code=False)["loss"]
-    require_verified(verify(tmp_path, Question(ROWS, trained, ["float32"], use_cpu=True)), tmp_path)
+    asked = Question(ROWS, trained, ["float32", "bfloat16"], use_cpu=True)  # export_dtype is of a merged model
+    require_verified(verify(tmp_path, asked), tmp_path)
     assert capsys.readouterr().out.startswith(f"Export verified: {adapter} on its base, loaded in a fresh process, has")
+    damage(adapter)
+    assert verify(tmp_path, asked)["verified"] is False
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "alone"])
+def test_verified_later(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    merged: bool,
+) -> None:  # fmt: skip
+    """`ds-sft verify` of a run with an adapter that had no memory for it; run.json keeps what else it says."""
+    adapter = make_adapter(bases["tied"], tmp_path)
+    trained = loss_on_disk(str(adapter), ROWS, use_cpu=True, trust_remote_code=False)["loss"]
+    if merged:
+        merge(adapter, tmp_path, torch.bfloat16, max_shard_size="5GB", trust_remote_code=False)
+    (tmp_path / "run.json").write_text(json.dumps({"adapter": {"kind": "lora"}, "export": None}), encoding="utf-8")
+    with monkeypatch.context() as patched:
+        killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+        patched.setattr("subprocess.run", lambda *args, **kwargs: killed)
+        verify_or_keep(tmp_path, Question(ROWS, trained, ["float32", "bfloat16"], use_cpu=True))
+        assert main(["verify", str(tmp_path)]) == 1
+    assert (tmp_path / "verify.json").is_file()
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    what = str(tmp_path) if merged else f"{adapter} on its base"
+    assert said[0].startswith(f"Export verified: {what}, loaded in a fresh process, has loss ")
+    assert [line.partition(":")[0] for line in said[1:]] == ["Rounding of the merge"] * merged
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert (record["adapter"], record["export"]["verified"]) == ({"kind": "lora"}, True)
+    assert ("merge" in record["export"]) is merged
+    assert not (tmp_path / "verify.json").exists()
+    (tmp_path / "verify.json").write_text(json.dumps(asdict(Question(ROWS, trained + 1, ["float32"], use_cpu=True))))
+    assert main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.startswith(f"Export NOT verified: {what}, loaded in a fresh process, has loss ")
 
 
 # ---- No room, and what is refused

@@ -20,7 +20,7 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, collectives, model_flops_per_token, step_flops, traffic
 from ds_sft.plan.disk import trained_checkpoint_bytes
-from ds_sft.plan.layouts import option
+from ds_sft.plan.layouts import CUDA_CONTEXT, loading_bytes, option
 from ds_sft.plan.memory import Engine, Run, gradients_before, model_states, reductions, states, trained_weights
 from ds_sft.plan.shape import shape_of
 from ds_sft.plan.weights import ALL, Choice, Weight, choice_of
@@ -295,11 +295,29 @@ def test_a_run_whose_keys_the_plan_cannot_follow_goes_on(run_file: Path, capsys:
     assert expected.memory.device["frozen weights"] == 2 * BASE
 
 
-def test_loading_takes_what_is_frozen_as_it_computes() -> None:
+@pytest.mark.parametrize(
+    ("stage", "choice", "trained", "frozen"),
+    [(2, ALL, 2 * BASE, 0), (1, Choice(only=("layers",)), 2 * (BASE - 64 - 12800), 2 * (64 + 12800)),
+     (2, Choice(adapter="lora"), 2 * LORA, 2 * BASE)],
+)  # fmt: skip
+def test_the_host_has_a_tensor_at_a_time_or_the_flat_weights_and_their_parts(
+    stage: int, choice: Choice, trained: int, frozen: int
+) -> None:
+    """Weights go to the GPU as they are read; DeepSpeed flattens on the host what has no room there twice."""
+    room = CUDA_CONTEXT + frozen + 2 * trained
+    asked = run(stage, choice=choice)
+    assert loading_bytes(asked, room) == 2 * 10240
+    assert loading_bytes(asked, room - 1) == 2 * trained
+    assert loading_bytes(run(None, choice=choice), room - 1) == 4 * 10240  # float32, and never flat
     cluster = Hardware(nodes=1, gpus_per_node=4, flops=1e12, inside=1e9, between=1e9)
-    found = option("ZeRO-2", run(2), cluster, 80e9, host_memory=4 * (2 * BASE + 2 * LORA))
-    assert found.fits_host
-    assert not option("ZeRO-2", run(2), cluster, 80e9, host_memory=4 * (2 * BASE + 2 * LORA) - 1).fits_host
+    for gpu_memory, needed in ((80e9, 2 * 10240), (room - 1, 2 * trained)):
+        found = option("ZeRO", asked, cluster, gpu_memory, host_memory=4 * needed)
+        assert (found.node_bytes, found.fits_host) == (4 * needed, True)
+        assert not option("ZeRO", asked, cluster, gpu_memory, host_memory=4 * needed - 1).fits_host
+
+
+def test_stage_3_loads_its_share_of_what_is_frozen() -> None:
+    assert loading_bytes(run(3), 80e9) == (2 * BASE + 2 * LORA) // 4 + 2 * 10240
 
 
 def test_launch_foretells_small_checkpoints(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

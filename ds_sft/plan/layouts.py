@@ -153,6 +153,7 @@ class Option:
     run: Run
     memory: Memory
     margin: int  # bytes of a GPU that the allocator and CUDA need beside
+    node_bytes: int  # host memory of a node, for all of its ranks
     step: Step
     fits_gpu: bool
     fits_host: bool
@@ -171,21 +172,26 @@ def option(name: str, run: Run, hardware: Hardware, gpu_memory: float, host_memo
     # DeepSpeed flattens the weights on the host where a GPU has no room for two copies of them.
     memory = peak(run, loading=False)
     margin = CUDA_CONTEXT + int(FRAGMENTS * memory.device_bytes)
-    needed_on_host = node_bytes(run, memory, hardware)
-    fits_host = host_memory is None or needed_on_host <= host_memory
+    node_bytes = max(memory.host_bytes, loading_bytes(run, gpu_memory)) * hardware.gpus_per_node
+    fits_host = host_memory is None or node_bytes <= host_memory
     fits_gpu = memory.device_bytes + margin <= gpu_memory
-    return Option(name, run, memory, margin, step_time(run, hardware), fits_gpu, fits_host)
+    return Option(name, run, memory, margin, node_bytes, step_time(run, hardware), fits_gpu, fits_host)
 
 
-def node_bytes(run: Run, memory: Memory, hardware: Hardware) -> int:
-    """Host memory of a node: what is offloaded, or the weights while they are loaded, of all its ranks."""
-    return max(memory.host_bytes, loading_bytes(run)) * hardware.gpus_per_node
+def loading_bytes(run: Run, gpu_memory: float) -> int:
+    """Host memory of a rank while it loads (`training/model.py`), and DeepSpeed makes its flat weights.
 
-
-def loading_bytes(run: Run) -> int:
-    """Host memory of a rank while it loads: all weights, or its share under stage 3 (`training/model.py`)."""
-    weights = run.weights.number_trained * run.weight + run.weights.frozen_bytes(run.width)
-    return -(-weights // run.ranks) + max(run.weights.sizes) * run.weight if run.engine.stage == 3 else weights
+    Weights go to the GPU a tensor at a time; under stage 3 a rank's share is counted beside it. Stages 1 and 2 copy
+    what is trained into one buffer (`stage_1_and_2.py`): on the GPU where that is free there, else on the host, from
+    copies that lie on the host, too.
+    """
+    weights, engine = run.weights, run.engine
+    tensor = max(weights.sizes) * run.weight
+    trained, frozen = weights.number_trained * run.weight, weights.frozen_bytes(run.width)
+    if engine.stage == 3:
+        return -(-(trained + frozen) // run.ranks) + tensor
+    flattened_on_gpu = engine.stage is None or CUDA_CONTEXT + frozen + 2 * trained <= gpu_memory
+    return tensor if flattened_on_gpu else max(tensor, 2 * trained)
 
 
 def micro_batches(rows: int) -> list[int]:

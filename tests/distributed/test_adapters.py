@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from ds_sft.commands.export import main as export
 from tests.conftest import questions_and_answers, write_rows
 from tests.crash_campaign import metrics
 from tests.distributed.harness import listing
@@ -70,8 +71,9 @@ def stopped_and_resumed(
 ) -> list[dict[str, Any]]:
     """A run that nobody stops, and one that is stopped in the middle of an epoch."""
     keys, ranks, label = keys_of(model, folder, name, changes), RANKS[name], f"{name}-{kind}"
+    merged = {"merge": "yes"} if "adapter" in keys else {}
     return [
-        job(keys, ranks, log=f"{label}-reference.log", output_dir=f"{label}-reference"),
+        job({**keys, **merged}, ranks, log=f"{label}-reference.log", output_dir=f"{label}-reference"),
         job(keys, ranks, "step 1 SIGTERM 0", log=f"{label}-stop.log", output_dir=label),
         job(keys, ranks, log=f"{label}-resumed.log", output_dir=label),
     ]
@@ -119,6 +121,25 @@ def test_an_adapter_goes_on_bit_equal(folder: Path, name: str) -> None:
     assert_went_on_as_if_never_stopped(folder, f"{name}-lora")
     before, after = (tensors(folder, f"{name}-lora", step) for step in (1, STEPS))
     assert [name for name, value in after.items() if torch.equal(before[name], value)] == []  # all of it learns
+
+
+OF_ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
+              "tokenizer.json", "tokenizer_config.json", "trained_on.json"]  # fmt: skip
+OF_MODEL = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_run_and_its_checkpoint_end_in_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Adapter, merged model and what is beside them, whatever engine was in the process that merged before."""
+    monkeypatch.chdir(folder)
+    run, out = folder / f"{name}-lora-reference", tmp_path / "out"
+    assert export([str(run / f"checkpoint-{STEPS}"), str(out)]) == 0
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert [file for file in files if (out / file).read_bytes() != (run / file).read_bytes()] == []
+    assert files == [f"adapter/{file}" for file in OF_ADAPTER] + OF_MODEL
 
 
 OF_A_RANK = ["rng_state_0.pth", "rng_state_1.pth"]
