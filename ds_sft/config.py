@@ -457,8 +457,9 @@ def with_changes(text: str, changes: Mapping[str, Any]) -> str:
     assert isinstance(root, yaml.MappingNode)  # it was read before
     left = {name: value for name, value in changes.items() if value is not None}
     if root.flow_style:
-        given = {str(key_node.value): _plain(node) for key_node, node in root.value}
-        return _yaml({name: _whole(value) for name, value in (given | left).items()})
+        named = ((ALIASES.get(str(key_node.value), str(key_node.value)), node) for key_node, node in root.value)
+        kept = {name: _plain(node) for name, node in named if name not in changes}
+        return _yaml({name: _whole(value) for name, value in (kept | left).items()})
     for key_node, node in reversed(root.value):  # from the end: places before it stay
         name = ALIASES.get(str(key_node.value), str(key_node.value))
         if name in changes:

@@ -166,7 +166,7 @@ def test_of_a_flag_that_is_given_twice_the_last_counts() -> None:
         ("a: 1\nb: [1,\n  2]\nc: 3\n", {"b": None}, "a: 1\n\nc: 3\n"),
         ("a:\n- 1\n- 2\nb: x\n", {"a": [3]}, "a: [3]\nb: x\n"),
         ("gradient_checkpointing: yes\n", {"activation_checkpointing": False}, "gradient_checkpointing: false\n"),
-        ("{a: 1, b: 2}\n", {"b": 3.0}, "a: 1\nb: 3\n"),
+        ("{a: 1, b: 2, gradient_checkpointing: yes}\n", {"b": 3.0, "activation_checkpointing": None}, "a: 1\nb: 3\n"),
         ("ж: 'я'\na: 1\n", {"a": "да"}, "ж: 'я'\na: да\n"),
     ],
 )
