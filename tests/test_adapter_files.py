@@ -396,6 +396,19 @@ def test_a_checkpoint_becomes_what_a_run_leaves(
     assert names(tmp_path / "alone") == ["adapter"]
 
 
+def test_an_adapter_that_peft_has_written(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It has no tokenizer, and says nothing of what it was trained beside."""
+    adapter, out = make_adapter(bases["tied"], tmp_path / "made"), tmp_path / "out"
+    for name in set(names(adapter)) - {"adapter_config.json", "adapter_model.safetensors"}:
+        (adapter / name).unlink()
+    by_peft = adapter.rename(tmp_path / "by_peft")
+    assert main(["export", str(by_peft), str(out), "--dtype", "float32"]) == 0
+    merged: Any = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    assert (logits(merged) - logits(load_on_disk(by_peft, dtype="float32"))).abs().max() < 1e-5
+    assert merged.generation_config.eos_token_id == 2  # the base's own
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(bases["tied"]).get_vocab()
+
+
 def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def said(*argv: Any) -> str:

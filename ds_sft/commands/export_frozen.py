@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
 from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
 from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.export import (
@@ -122,7 +122,9 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
 
     from ds_sft.data.serving import serving
 
-    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint, trust_remote_code=given.trust_remote_code)
+    beside = (given.checkpoint / "tokenizer_config.json").is_file() or not is_adapter(given.checkpoint)
+    source = given.checkpoint if beside else base_of(given.checkpoint)  # peft writes none
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     config = config_beside(given.checkpoint)
     try:
         if config is None:
