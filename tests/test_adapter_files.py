@@ -460,9 +460,12 @@ def test_a_run_that_left_an_adapter_is_finished(
     assert not _is_finished(asked, run, launch)
     make_adapter(bases["tied"], tmp_path)
     assert _is_finished(asked, run, launch)
-    assert capsys.readouterr().out == (
-        f"This run is finished: {tmp_path} holds its adapter. (--resume never trains it anew.)\n"
-    )
+    assert _is_finished(replace(asked, merge="no"), run, launch)
+    done = f"This run is finished: {tmp_path} holds its adapter. "
+    assert capsys.readouterr().out.splitlines() == [
+        f"{done}(ds-sft export {tmp_path}/adapter FOLDER merges it; --resume never trains it anew.)",
+        f"{done}(--resume never trains it anew.)",
+    ]
 
 
 def test_disk_for_the_adapter_and_what_must_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:
