@@ -27,7 +27,7 @@ from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.checkpoint import FACTS, Site, _is_finished
 from ds_sft.runtime.disk import export_size, predict_size
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.export import finish_adapter
+from ds_sft.runtime.export import finish_adapter, say_where_answers_end
 from ds_sft.runtime.merge import merge, merge_as_asked
 from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
 from ds_sft.training.model import load_tokenizer
@@ -168,6 +168,19 @@ def test_both_folders_say_where_an_answer_ends(bases: dict[str, Path], tmp_path:
     make_adapter(bases["tied"], tmp_path)  # another one: the merged model is not its own
     assert names(tmp_path) == ["adapter", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     assert exported(tmp_path) == adapter
+
+
+def test_a_base_that_ends_answers_elsewhere_is_said(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers and vLLM read the base's own files beside an adapter: answers would not stop at 0."""
+    adapter = make_adapter(bases["tied"], tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(adapter).generation_config.eos_token_id == 2
+    capsys.readouterr()
+    say_where_answers_end(adapter, [2])
+    assert capsys.readouterr().out == ""
+    say_where_answers_end(adapter, [0, 2])
+    assert f" gives the server {adapter}/generation_config.json, or answers do not stop.\n" in capsys.readouterr().out
 
 
 def names(folder: Path) -> list[str]:
@@ -368,6 +381,8 @@ def test_a_checkpoint_becomes_what_a_run_leaves(
     assert main(["export", str(source), str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{source} -> {out}/adapter: an adapter of {bases['tied']}.",
+        "The base ends answers at other tokens: who serves it with the adapter gives the server "
+        f"{out}/adapter/generation_config.json, or answers do not stop.",
         f"{out}: {bases['tied']} with the adapter merged in float32, in bfloat16.",
     ]
     assert json.loads((out / "adapter" / "trained_on.json").read_text(encoding="utf-8")) == {
@@ -379,6 +394,19 @@ def test_a_checkpoint_becomes_what_a_run_leaves(
         assert file.read_bytes() == (again / file.relative_to(out)).read_bytes(), file
     assert main(["export", str(source), str(tmp_path / "alone"), "--adapter-only"]) == 0
     assert names(tmp_path / "alone") == ["adapter"]
+
+
+def test_an_adapter_that_peft_has_written(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It has no tokenizer, and says nothing of what it was trained beside."""
+    adapter, out = make_adapter(bases["tied"], tmp_path / "made"), tmp_path / "out"
+    for name in set(names(adapter)) - {"adapter_config.json", "adapter_model.safetensors"}:
+        (adapter / name).unlink()
+    by_peft = adapter.rename(tmp_path / "by_peft")
+    assert main(["export", str(by_peft), str(out), "--dtype", "float32"]) == 0
+    merged: Any = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    assert (logits(merged) - logits(load_on_disk(by_peft, dtype="float32"))).abs().max() < 1e-5
+    assert merged.generation_config.eos_token_id == 2  # the base's own
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(bases["tied"]).get_vocab()
 
 
 def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -432,9 +460,12 @@ def test_a_run_that_left_an_adapter_is_finished(
     assert not _is_finished(asked, run, launch)
     make_adapter(bases["tied"], tmp_path)
     assert _is_finished(asked, run, launch)
-    assert capsys.readouterr().out == (
-        f"This run is finished: {tmp_path} holds its adapter. (--resume never trains it anew.)\n"
-    )
+    assert _is_finished(replace(asked, merge="no"), run, launch)
+    done = f"This run is finished: {tmp_path} holds its adapter. "
+    assert capsys.readouterr().out.splitlines() == [
+        f"{done}(ds-sft export {tmp_path}/adapter FOLDER merges it; --resume never trains it anew.)",
+        f"{done}(--resume never trains it anew.)",
+    ]
 
 
 def test_disk_for_the_adapter_and_what_must_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.cli import main
@@ -22,7 +25,7 @@ from ds_sft.plan.cost import Hardware, collectives, model_flops_per_token, step_
 from ds_sft.plan.disk import trained_checkpoint_bytes
 from ds_sft.plan.layouts import CUDA_CONTEXT, loading_bytes, option
 from ds_sft.plan.memory import Engine, Run, gradients_before, model_states, reductions, states, trained_weights
-from ds_sft.plan.shape import shape_of
+from ds_sft.plan.shape import FAMILIES, shape_of
 from ds_sft.plan.weights import ALL, Choice, Weight, choice_of
 from ds_sft.runtime.adapter import WEIGHTS, save_adapter
 from ds_sft.runtime.checkpoint import Site
@@ -92,6 +95,38 @@ def test_the_weights_are_those_of_the_model(family: str, tied: bool, keys: dict[
     real = [(same(name), tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
     assert sorted(ours) == sorted(real)
     assert [one for one in ours if one[2]] == [one for one in real if one[2]]
+
+
+TARGETS = ["q_proj", "self_attn.o_proj", "1.mlp.up_proj", "layers.0", "mlp", "proj", "PROJ", "lm_head", "norm", "[", "",
+           "q_pro.", ".*", r".*\.[12]\..*_proj", ".*q_proj|.*v_proj", "q_proj.weight", "all-linear"]  # fmt: skip
+WHOLE = ["lm_head", "embed_tokens", "model.embed_tokens", "norm", "q_norm", "1.input_layernorm", "layernorm", "q_proj",
+         "layers.1.mlp.up_proj", "mlp"]  # fmt: skip
+ONLY = ["layers.2.", "norm", "lm_head", "embed", "layers.*.mlp", "*", "bias", "LAYERS", "[", "layers.[01]."]
+
+
+def some(names: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)
+
+
+@given(
+    family=st.sampled_from(FAMILIES),
+    tied=st.booleans(),
+    keys=st.fixed_dictionaries({"train_only": some(ONLY)})
+    | st.fixed_dictionaries(
+        {"adapter": st.sampled_from(["lora", "dora"])},
+        optional={"lora_targets": some(TARGETS), "lora_modules_to_save": some(WHOLE)},
+    ),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_a_run_accepts_is_planned_alike(family: str, tied: bool, keys: dict[str, Any]) -> None:
+    """The plan has names and shapes alone, the run asks the model: they must not part, whatever is named."""
+    try:
+        model = trained_model(family, tied=tied, **keys)
+    except UserError:
+        return
+    shape = shape_of({"model_type": family, **KEYS, "tie_word_embeddings": tied})
+    planned = {w.name: w.shape for w in trained_weights(shape, choice_of(config(**keys))).every if w.trained}
+    assert planned == {name: tuple(p.shape) for name, p in trained_parts(model).items()}
 
 
 def test_parameters_by_hand() -> None:
@@ -318,6 +353,19 @@ def test_the_host_has_a_tensor_at_a_time_or_the_flat_weights_and_their_parts(
 
 def test_stage_3_loads_its_share_of_what_is_frozen() -> None:
     assert loading_bytes(run(3), 80e9) == (2 * BASE + 2 * LORA) // 4 + 2 * 10240
+
+
+def test_names_that_only_the_model_in_memory_has_are_not_refused(tmp_path: Path) -> None:
+    """GPT-2 is published without the first part of its names; Qwen2's shared experts have a gate that can be named."""
+    values = {"h.0.mlp.c_fc.weight": torch.zeros(2, 2), "layers.0.mlp.shared_expert_gate.weight": torch.zeros(1, 2)}
+    save_file(values, tmp_path / "model.safetensors")
+    named = Choice(only=("transformer.h",)), Choice(adapter="lora", targets=("shared_expert_gate",))
+    for choice, said in zip(named, ("train_only", "lora_targets"), strict=True):
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+        assert model_size(tmp_path, choice) is None
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            model_size(tmp_path, choice)
 
 
 def test_launch_foretells_small_checkpoints(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

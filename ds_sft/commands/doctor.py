@@ -309,7 +309,7 @@ def _check_model(nodes: Sequence[Facts], config: Config) -> Check:
         remedy = f"hf download {config.model_name_or_path} where there is a network, into an HF_HOME that all nodes see"
         return Check("model", "fail" if offline else "warn", value, remedy)
     found = nodes[0]["model"]
-    size = f"{found['size']['parameters']:,} parameters" if found["size"] else "not in safetensors files"
+    size = f"{found['size']['parameters']:,} parameters" if found["size"] else "its files do not tell how large"
     return Check("model", "pass", f"{found['folder']}: {size}")
 
 

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
 from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
 from ds_sft.runtime.base import hash_base
-from ds_sft.runtime.export import PARTIAL, end_answers_at, finish_adapter, move_into, own_ends, save_tokenizer
+from ds_sft.runtime.export import (
+    PARTIAL,
+    end_answers_at,
+    finish_adapter,
+    move_into,
+    own_ends,
+    save_tokenizer,
+    say_where_answers_end,
+)
 from ds_sft.runtime.identity import BASE
 from ds_sft.runtime.merge import NoRoom, merge, require_room
 from ds_sft.runtime.results import write_json
@@ -47,8 +55,9 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
     _require_base(given.checkpoint, base, facts.get(BASE))
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
-    _write_adapter(given, facts)
+    end_ids = _write_adapter(given, facts)
     print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
+    say_where_answers_end(given.out / FOLDER, end_ids)
     if given.adapter_only:
         return
     try:
@@ -93,7 +102,8 @@ def _require_base(checkpoint: Path, base: str, known: str | None) -> None:
         )
 
 
-def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> None:
+def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[int]:
+    """Tokens that end its answers."""
     partial = given.out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -103,6 +113,7 @@ def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> None:
         write_json(partial / FACTS, facts)
     tokenizer, end_ids, template = _served(given)
     finish_adapter(given.out, partial, tokenizer, end_ids=end_ids, chat_template=template)
+    return end_ids
 
 
 def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[int], str]:
@@ -111,7 +122,9 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
 
     from ds_sft.data.serving import serving
 
-    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint, trust_remote_code=given.trust_remote_code)
+    beside = (given.checkpoint / "tokenizer_config.json").is_file() or not is_adapter(given.checkpoint)
+    source = given.checkpoint if beside else base_of(given.checkpoint)  # peft writes none
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     config = config_beside(given.checkpoint)
     try:
         if config is None:

@@ -108,13 +108,14 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     """
     from ds_sft.runtime.checkpoint import Site
     from ds_sft.runtime.disk import export_size, predict_size
+    from ds_sft.runtime.quantized import skeleton
     from ds_sft.runtime.size import in_units
     from ds_sft.runtime.zero import engine_config, stage
     from ds_sft.training.adapters import choose_weights
-    from ds_sft.training.model import make_room, without_weights
+    from ds_sft.training.model import make_room
 
     engine, site = engine_config(config, launch), Site(launch, shared=True)
-    model = without_weights(config)
+    model = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     make_room(model, tokenizer, config)
     choose_weights(model, config, _arguments(config, engine), launch)
     wanted = config if config.merge == "no" else replace(config, merge="yes")

@@ -229,20 +229,27 @@ def weights_of(base: Shapes, choice: Choice, *, layers: int = 0) -> Weights:
     """
     if choice.adapter != "none":
         return Weights(tuple(_with_adapters(base, choice)), layers)
+    tied = _is_tied(base)
     for pattern in choice.only:
-        if not any(_contains(name, pattern) for name in base):
+        if not any(_contains(name, pattern, tied=tied) for name in base):
             raise UserError(f"train_only: {pattern!r} is in no weight's name")
     only = choice.only or ("",)
-    every = tuple(Weight(name, shape, any(_contains(name, p) for p in only)) for name, shape in base.items())
+    every = tuple(Weight(name, shape, any(_contains(name, p, tied=tied) for p in only)) for name, shape in base.items())
     return Weights(every, layers)
 
 
-def _contains(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, f"*{pattern}*")
+def _is_tied(base: Shapes) -> bool:
+    return not any(HEAD in name.split(".") for name in base)
+
+
+def _contains(name: str, pattern: str, *, tied: bool) -> bool:
+    """Whether a weight is named; a tied output projection is the embedding, under both names."""
+    names = [name, f"{HEAD}.weight"] if tied and EMBEDDING in name.split(".") else [name]
+    return any(fnmatch.fnmatchcase(one, f"*{pattern}*") for one in names)
 
 
 def _with_adapters(base: Shapes, choice: Choice) -> Iterator[Weight]:
-    tied = not any(HEAD in name.split(".") for name in base)
+    tied = _is_tied(base)
     linear = [_module(name) for name, shape in base.items() if _is_linear(name, shape)]
     for target in choice.targets:
         if not any(_is_target(module, target) for module in linear):

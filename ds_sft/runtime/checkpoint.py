@@ -456,8 +456,14 @@ def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) ->
             done = not other and any(map(any, (config.output_dir.glob(weights) for weights in FINAL)))
     other, done = gather((other, done))[0]
     if done:
-        what = "model" if any(config.output_dir.glob(FINAL[0])) else "adapter"
-        launch.say(f"This run is finished: {config.output_dir} holds its {what}. (--resume never trains it anew.)")
+        merged = any(config.output_dir.glob(FINAL[0]))
+        later = (
+            "" if merged or config.merge == "no" else f"ds-sft export {config.output_dir}/adapter FOLDER merges it; "
+        )
+        launch.say(
+            f"This run is finished: {config.output_dir} holds its {'model' if merged else 'adapter'}. ({later}--resume "
+            "never trains it anew.)"
+        )
     else:
         _refuse_another_run(config.output_dir, other, this_run, config)
     return done

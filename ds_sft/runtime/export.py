@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.config import Config
 from ds_sft.plan.adapter import base_of
 from ds_sft.runtime import adapter
-from ds_sft.runtime.distributed import Launch, barrier
+from ds_sft.runtime.distributed import Launch, barrier, print_line
 from ds_sft.runtime.identity import BASE
 from ds_sft.runtime.results import write_json
 from ds_sft.runtime.size import model_folder
@@ -80,6 +80,7 @@ def export_model(
             write_json(folder / adapter.FACTS, adapter_facts(config, base=trainer.run.identity.get(BASE, "")))
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
             launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
+            say_where_answers_end(config.output_dir / adapter.FOLDER, end_ids)
     else:
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
@@ -110,6 +111,16 @@ def finish_adapter(
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(output_dir / adapter.FOLDER, ignore_errors=True)
     folder.rename(output_dir / adapter.FOLDER)
+
+
+def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
+    """Say it where the base of the adapter in `folder` knows other ends: who serves both reads the base's files."""
+    base = model_folder(base_of(folder))
+    if base is not None and not set(end_ids) <= set(own_ends(base)):
+        print_line(
+            f"The base ends answers at other tokens: who serves it with the adapter gives the server "
+            f"{folder / GENERATION}, or answers do not stop."
+        )
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from ds_sft.runtime.export import (
     own_ends,
 )
 from ds_sft.runtime.placement import is_out_of_memory
-from ds_sft.runtime.quantized import round_base
+from ds_sft.runtime.quantized import round_base, skeleton
 from ds_sft.runtime.size import in_units
 
 if TYPE_CHECKING:
@@ -112,15 +112,10 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
 
 def merged_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool) -> int:
     """Bytes of the weights of a model, a folder or a hub id, in `dtype`; from its configuration alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = skeleton(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return int(dtype.itemsize * sum(parameter.numel() for parameter in model.parameters()))
 

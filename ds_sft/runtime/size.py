@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.plan.adapter import read_json
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
+from ds_sft.plan.shape import FAMILIES
 from ds_sft.plan.weights import ALL, Choice, weights_of
 
 MAX_HEADER = 100 << 20  # bytes; the safetensors format's own limit
@@ -45,12 +48,13 @@ def model_folder(name: str) -> Path | None:
 def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
     """Parameters of a model in safetensors files; None where it is in another format or not complete.
 
-    What `choice` trains is counted by the names in the files: of some architectures transformers joins what is apart
-    there, and a run's own count differs.
+    What `choice` trains is counted by the names in the files. Of some architectures transformers joins what is apart
+    there, and a run's own count differs; or it has other names, such as transformer.h.0 of GPT-2's h.0: None where
+    these are meant.
 
     Raises:
         OSError, ValueError: a file cannot be read, or is not what its name says.
-        UserError: `choice` names nothing in it.
+        UserError: `choice` names nothing in it, and the files have the names of the model.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -60,7 +64,12 @@ def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
         return None
     shapes = {name: shape for file in names for name, shape in tensor_shapes(folder / file).items()}
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
-    weights = weights_of({name: tuple(shape) for name, shape in shapes.items()}, choice)
+    try:
+        weights = weights_of({name: tuple(shape) for name, shape in shapes.items()}, choice)
+    except UserError:
+        if read_json(folder / "config.json").get("model_type") in FAMILIES:
+            raise
+        return None
     return ModelSize(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         embedding=0 if embedding is None else math.prod(shapes[embedding]),

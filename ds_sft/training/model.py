@@ -141,17 +141,6 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     return model
 
 
-def without_weights(config: Config) -> PreTrainedModel:
-    """The model with shapes alone, on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
-    return model
-
-
 def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """Under `resize_embeddings` let a model have a row for every token."""
     if config.resize_embeddings:
