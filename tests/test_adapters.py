@@ -219,6 +219,8 @@ WRONG_VALUES = [
     ({"lora_alpha": 0}, "--lora_alpha: expected a number above 0, found '0'"),
     ({"lora_dropout": 1}, "--lora_dropout: expected a share below 1, found '1'"),
     ({"lora_init": "pissa"}, "--lora_init: expected one of default, gaussian, orthogonal, found 'pissa'"),
+    ({"adapter": "dora", "fused_kernels": "compile"}, "--fused_kernels: compile: Dynamo breaks layers with"),
+    ({"adapter": "dora", "torch_compile": "yes"}, "--torch_compile: yes: Dynamo breaks layers with peft's DoRA"),
     ({"train_only": "norm"}, "--train_only: an adapter freezes all weights of the model"),
     ({"adapter": "none", "use_rslora": "yes"}, "--use_rslora: it is of adapters: write adapter: lora too, or leave it"),
     ({"adapter": "none", "train_only": "[]"}, "--train_only: expected a name or more"),
@@ -231,6 +233,16 @@ def test_wrong_values(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         keys(**{"adapter": "lora", **given})
     assert str(error.value).startswith(message)
+
+
+def test_peft_leaves_a_runs_keys_as_they_are() -> None:
+    """It changes the list of modules that it is given: here the output projection is the embedding."""
+    config = keys(adapter="lora", lora_targets="[v_proj, q_proj]", lora_modules_to_save="[norm, lm_head]")
+    model = make(tie_word_embeddings=True)
+    choose_weights(model, config, arguments(), ALONE)
+    assert config.lora_targets == ["v_proj", "q_proj"]
+    assert config.lora_modules_to_save == ["norm", "lm_head"]
+    assert model.adapter_config.modules_to_save == ["model.embed_tokens", "model.norm"]
 
 
 # ---- What is said, and in which dtype
