@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from ds_sft.training import loss as chunked
 from ds_sft.training.adapters import choose_weights, count_parameters, lora_config, trained_parts
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise, supervised_loss
+from ds_sft.training.model import load_model
 from ds_sft.training.targets import linear_layers, targets, whole_modules
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
 from tests.test_attention import make_rows
@@ -542,3 +544,19 @@ def test_numbers_of_parameters() -> None:
     head = SMALL["vocab_size"] * SMALL["hidden_size"]
     trained = 2 * 2 * (SMALL["hidden_size"] + 32) + head
     assert count_parameters(model) == (trained, size + trained)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16])
+def test_a_module_trained_whole_begins_as_it_was_published(published: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    """Not rounded to the dtype of forward and backward, which frozen weights are."""
+    base = make(tie_word_embeddings=tied).to(published)
+    base.save_pretrained(tmp_path)
+    config = keys(model_name_or_path=tmp_path, adapter="lora", lora_modules_to_save="lm_head")
+    args = arguments(bf16=True, device=torch.device("cpu"))
+    model = load_model(config, args)
+    choose_weights(model, config, args, ALONE)
+    trained = trained_parts(model)
+    (head,) = (value for name, value in trained.items() if ".modules_to_save." in name)
+    assert torch.equal(head, base.lm_head.weight.float())
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
