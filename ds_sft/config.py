@@ -566,6 +566,12 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     if config.lora_init == "orthogonal" and config.lora_rank % 2:
         where = given.get("lora_rank", given["lora_init"]).where
         raise UserError(f"{where}lora_rank: {config.lora_rank}: lora_init: orthogonal wants an even rank")
+    compiler = "torch_compile" if config.training.get("torch_compile") else "fused_kernels"
+    if config.adapter == "dora" and (compiler == "torch_compile" or config.fused_kernels == "compile"):
+        raise UserError(
+            f"{given[compiler].where}{compiler}: {given[compiler].value}: Dynamo breaks layers with peft's DoRA into "
+            "dozens of pieces, each compiled: leave it out, or write adapter: lora"
+        )
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from ds_sft.training import loss as chunked
 from ds_sft.training.adapters import choose_weights, count_parameters, lora_config, trained_parts
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise, supervised_loss
+from ds_sft.training.model import load_model
 from ds_sft.training.targets import linear_layers, targets, whole_modules
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
 from tests.test_attention import make_rows
@@ -219,6 +221,8 @@ WRONG_VALUES = [
     ({"lora_alpha": 0}, "--lora_alpha: expected a number above 0, found '0'"),
     ({"lora_dropout": 1}, "--lora_dropout: expected a share below 1, found '1'"),
     ({"lora_init": "pissa"}, "--lora_init: expected one of default, gaussian, orthogonal, found 'pissa'"),
+    ({"adapter": "dora", "fused_kernels": "compile"}, "--fused_kernels: compile: Dynamo breaks layers with"),
+    ({"adapter": "dora", "torch_compile": "yes"}, "--torch_compile: yes: Dynamo breaks layers with peft's DoRA"),
     ({"train_only": "norm"}, "--train_only: an adapter freezes all weights of the model"),
     ({"adapter": "none", "use_rslora": "yes"}, "--use_rslora: it is of adapters: write adapter: lora too, or leave it"),
     ({"adapter": "none", "train_only": "[]"}, "--train_only: expected a name or more"),
@@ -231,6 +235,16 @@ def test_wrong_values(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         keys(**{"adapter": "lora", **given})
     assert str(error.value).startswith(message)
+
+
+def test_peft_leaves_a_runs_keys_as_they_are() -> None:
+    """It changes the list of modules that it is given: here the output projection is the embedding."""
+    config = keys(adapter="lora", lora_targets="[v_proj, q_proj]", lora_modules_to_save="[norm, lm_head]")
+    model = make(tie_word_embeddings=True)
+    choose_weights(model, config, arguments(), ALONE)
+    assert config.lora_targets == ["v_proj", "q_proj"]
+    assert config.lora_modules_to_save == ["norm", "lm_head"]
+    assert model.adapter_config.modules_to_save == ["model.embed_tokens", "model.norm"]
 
 
 # ---- What is said, and in which dtype
@@ -530,3 +544,19 @@ def test_numbers_of_parameters() -> None:
     head = SMALL["vocab_size"] * SMALL["hidden_size"]
     trained = 2 * 2 * (SMALL["hidden_size"] + 32) + head
     assert count_parameters(model) == (trained, size + trained)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16])
+def test_a_module_trained_whole_begins_as_it_was_published(published: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    """Not rounded to the dtype of forward and backward, which frozen weights are."""
+    base = make(tie_word_embeddings=tied).to(published)
+    base.save_pretrained(tmp_path)
+    config = keys(model_name_or_path=tmp_path, adapter="lora", lora_modules_to_save="lm_head")
+    args = arguments(bf16=True, device=torch.device("cpu"))
+    model = load_model(config, args)
+    choose_weights(model, config, args, ALONE)
+    trained = trained_parts(model)
+    (head,) = (value for name, value in trained.items() if ".modules_to_save." in name)
+    assert torch.equal(head, base.lm_head.weight.float())
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

@@ -24,6 +24,7 @@ from ds_sft.training import fused
 from ds_sft.training.fused import Kernels, compile_layers, fuse, require_kernels, use_kernels
 from ds_sft.training.working_copy import WorkingCopy
 from tests.distributed.harness import check_apart
+from tests.test_adapters import choose
 
 LAYERS = 2
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": LAYERS,
@@ -90,7 +91,7 @@ def forward_backward(model: Any, tokens: int = 20) -> float:
 def learn(model: Any) -> tuple[float, torch.Tensor]:
     """Loss, and all gradients in one."""
     model.zero_grad()
-    return forward_backward(model), torch.cat([p.grad.flatten() for p in model.parameters()])
+    return forward_backward(model), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,12 +199,16 @@ def test_what_cannot_be(
         require_kernels(wanted, on_gpu=on_gpu, compiled=compiled)
 
 
-def test_layers_are_compiled_once() -> None:
-    check_apart(check_compiled_layers)
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_layers_are_compiled_once(adapter: str) -> None:
+    check_apart(check_compiled_layers, adapter)
 
 
-def check_compiled_layers() -> None:
-    """However many there are, whatever the number of tokens, with weights lent for each step; the same loss."""
+def check_compiled_layers(adapter: str) -> None:
+    """However many there are, whatever the number of tokens, with weights lent for each step; the same loss.
+
+    Beside an adapter the first layer once more: its input wants no gradient.
+    """
     graphs = 0
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -215,6 +220,8 @@ def check_compiled_layers() -> None:
         nn.Module.compile(layer, backend=backend, **given)
 
     model = make(layers=6)
+    if adapter != "none":
+        choose(model, adapter=adapter)
     loss, gradient = learn(model)
     for layer in model.model.layers:
         layer.compile = partial(compile_it, layer)
@@ -222,6 +229,7 @@ def check_compiled_layers() -> None:
     found, found_gradient = learn(model)
     assert found == pytest.approx(loss, rel=1e-6)
     assert ((found_gradient - gradient).norm() / gradient.norm()).item() < 1e-6
+    assert graphs == (1 if adapter == "none" else 2)
     made = graphs
     for tokens in (23, 31, 44):
         forward_backward(model, tokens)

@@ -101,9 +101,21 @@ def computing_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def frozen_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
-    """The dtype the model is loaded in: what is never changed needs no masters."""
-    return computing_dtype(args) if config.adapter != "none" else training_dtype(args)
+def loading_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
+    """The dtype the model is loaded in: beside an adapter that of forward and backward, as what is never changed needs
+    no masters. Modules trained whole have some, which begin as they were published, not rounded: `choose_weights`
+    rounds the others of a float32 model. (4 bits are made of what was rounded, see `runtime/quantized.py`.)
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if config.adapter == "none":
+        return training_dtype(args)
+    if config.lora_modules_to_save and config.quantization == "none":
+        published = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        if published.dtype == torch.float32:
+            return training_dtype(args)
+    return computing_dtype(args)
 
 
 def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
@@ -116,7 +128,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    options: dict[str, Any] = {"dtype": frozen_dtype(config, args), "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"dtype": loading_dtype(config, args), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if args.device.type == "cuda" and not is_deepspeed_zero3_enabled():
