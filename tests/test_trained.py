@@ -170,3 +170,20 @@ def test_a_state_has_no_frozen_weight_under_any_of_its_names(model_dir: Path, ch
     assert "lm_head.weight" in model.state_dict()
     expect_trained_only(model)
     assert list(model.state_dict()) == list(trained(model))
+
+
+def test_the_base_of_a_hub_model_in_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what transformers would load is fetched: safetensors, and where there are none PyTorch's own files."""
+    fetched: list[list[str]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        if allow_patterns[0].startswith("pytorch"):
+            (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    found = hash_base("someone/model")
+    assert fetched == [["model*.safetensors", "*.json"], ["pytorch_model*.bin", "*.json"]]
+    assert found == hash_base(str(tmp_path))
+    assert found != ""

@@ -58,6 +58,8 @@ def weight_files(name: str) -> Sequence[Path]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=[KINDS[0], "*.json"]))
+        if not any(folder.glob(KINDS[0])):
+            folder = Path(snapshot_download(name, allow_patterns=[KINDS[1], "*.json"]))
     for kind in KINDS:
         if files := sorted(folder.glob(kind)):
             return files
