@@ -168,7 +168,7 @@ def test_stops_outside_of_steps(model_dir: Path, tmp_path: Path) -> None:
     assert f"Resuming from out/checkpoint-{STEPS}, step {STEPS}" in logs[5]
     assert logs[5].count("Answered 1 of 1") == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["tokens_per_second"] is None
-    assert "tokens; 0 of them in this start, " in logs[5]
+    assert "tokens; 0 of them in this start.\n" in logs[5]
     assert logs[6].count("This run is finished: out holds its model.") == 1
     assert "Answered" not in logs[6]
 
