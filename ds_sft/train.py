@@ -40,7 +40,7 @@ from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.runtime.quiet import quiet
 from ds_sft.runtime.results import KEPT, RESULTS, write_json
-from ds_sft.runtime.storage import require_writable, settle_storage
+from ds_sft.runtime.storage import require_no_model, require_writable, settle_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -165,6 +165,7 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
     if remark := require_model(config.model_name_or_path):
         launch.say(remark)
     require_writable(config.output_dir)
+    require_no_model(config.output_dir, config.model_name_or_path)
     if launch.is_main:
         lock.take()
 

@@ -117,7 +117,8 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     engine, site = engine_config(config, launch), Site(launch, shared=True)
     model = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     make_room(model, tokenizer, config)
-    choose_weights(model, config, _arguments(config, engine), launch)
+    # What is in 4 bits has no weights here to be told of.
+    choose_weights(model, replace(config, quantization="none"), _arguments(config, engine), launch)
     wanted = config if config.merge == "no" else replace(config, merge="yes")
     sizes = predict_size(model, stage(engine), site), export_size(model, wanted, site)
     launch.say(f"A checkpoint takes about {in_units(sizes[0])}, the final weights {in_units(sizes[1])}.")

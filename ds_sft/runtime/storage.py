@@ -37,6 +37,25 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"output_dir: {folder}: cannot be written: no permission to write in {there}")
 
 
+def require_no_model(folder: Path, model: str) -> None:
+    """See that a run's end replaces no model but that of an earlier run.
+
+    Raises:
+        UserError: the output folder is the model to start from, or has a model that no run has left.
+    """
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    start = Path(model).expanduser()
+    if start.is_dir() and folder.is_dir() and start.samefile(folder):
+        raise UserError(
+            f"output_dir: {folder}: is the model to start from, which the result would replace: take another"
+        )
+    if weights and not (folder / "config.yaml").exists():  # a run writes it before it trains
+        raise UserError(
+            f"output_dir: {folder}: has a model that no run has left ({weights[0].name}), which the result would "
+            "replace: take another folder"
+        )
+
+
 def settle_storage(args: TrainingArguments, launch: Launch, lock: FolderLock) -> bool:
     """Make `output_dir` on every node and set `save_on_each_node` to what the disks say; all ranks must call it.
 
