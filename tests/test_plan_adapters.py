@@ -390,5 +390,7 @@ def test_preview_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixt
     adapters = 2 * ((32 + 96) + (32 + 32) + (32 + 64) + (64 + 32))
     assert f"Trained: {adapters:,} of " in said
     assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB, the final weights " in said
+    say_trained(replace(asked, quantization="nf4"), None, ALONE)  # whose weights are not there
+    assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB, " in capsys.readouterr().out
     with pytest.raises(UserError, match="lora_targets: 'q_proj'"):
         say_trained(replace(asked, lora_targets=["q_proj"]), None, ALONE)
