@@ -79,6 +79,13 @@ ELSEWHERE = {  # what other programs call a key of ours
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "dataset": "train_file",
+    "cutoff_len": "max_length",
+    **dict.fromkeys(("finetuning_type", "tuner_type", "use_peft", "use_dora"), "adapter"),
+    **dict.fromkeys(("lora_r", "r"), "lora_rank"),
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "lora_targets"),
+    "modules_to_save": "lora_modules_to_save",
+    "init_lora_weights": "lora_init",
+    **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
@@ -597,6 +604,8 @@ def _convert(known: Key, given: Given) -> Any:
 def _by_type(known: Key, value: Any, empty: bool) -> Any:
     """The value as the key's type. Raises ValueError saying what was expected."""
     names = set(re.findall(r"\w+", known.type))
+    if known.choices and isinstance(value, (list, dict)) and not {"list", "dict"} & names:
+        raise ValueError(_one_of(known.choices, ""))
     if isinstance(value, dict):
         return _expect("dict" in names, value, _noun(names))
     if known.name in FILES:  # a path may well begin with a bracket: [ab].jsonl

@@ -422,6 +422,14 @@ def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pyt
         f"ds-sft: error: {source}: was trained on other weights than {bases['tied']} has now (hash 01234567, found "
         f"{found}): give it its own base back\n"
     )
+    elsewhere = make_adapter(bases["tied"], tmp_path / "sent")
+    file = elsewhere / "adapter_config.json"
+    file.write_text(file.read_text(encoding="utf-8").replace(str(bases["tied"]), "/not/here"), encoding="utf-8")
+    elsewhere = elsewhere.rename(tmp_path / "received")
+    assert said(elsewhere, out) == (
+        f"ds-sft: error: {elsewhere}: its base /not/here is neither a folder here nor in the hub's cache: write into "
+        f"{elsewhere / 'adapter_config.json'} where it is, or fetch it: hf download\n"
+    )
     assert said(bases["tied"], out, "--merge") == (
         f"ds-sft: error: {bases['tied']}: has no adapter (adapter_config.json): leave out --merge\n"
     )

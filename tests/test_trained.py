@@ -17,7 +17,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.base import begin_to_hash_base, hash_base
 from ds_sft.runtime.checkpoint import _refuse_another_run
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import changes, identity
+from ds_sft.runtime.identity import changes, identity, in_words
 from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.training.adapters import choose_weights
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
@@ -153,14 +153,16 @@ def test_a_resumed_run_wants_the_same_base(model_dir: Path, tmp_path: Path) -> N
     assert "base" not in identity(config(model_dir), None, "rows")
     assert changes(then, moved) == {}
     found = changes(then, other)
-    assert found == {"base": ("abc", "def")}
+    assert found == {"base": (str(model_dir), str(model_dir))}
     with pytest.raises(UserError) as raised:
         _refuse_another_run(Path("out/checkpoint-4"), found, other, given)
     assert str(raised.value) == (
-        "out/checkpoint-4 cannot go on with the weights that model_name_or_path has now: a checkpoint has no frozen "
-        "weights, and what this one has was trained beside others. Write it as before, or take another output_dir, or "
-        "--resume never to start anew"
+        f"out/checkpoint-4 cannot go on with the weights in {model_dir}, which have changed: a checkpoint has no "
+        "frozen weights, and what this one has was trained beside others. Write it as before, or take another "
+        "output_dir, or --resume never to start anew"
     )
+    elsewhere = identity(config(tmp_path, "--adapter", "lora"), None, "rows", base="def")
+    assert in_words(changes(then, elsewhere)) == f"the weights in {tmp_path} (it began with {model_dir})"
 
 
 @pytest.mark.parametrize("choice", ["lora", "layers"])

@@ -138,11 +138,24 @@ def _dtype(given: argparse.Namespace) -> torch.dtype:
 
 
 def _folder_of_config(checkpoint: Path) -> Path:
-    """Where config.json is: an adapter has that of its base."""
-    from ds_sft.plan.adapter import base_of, is_adapter
+    """Where config.json is: an adapter has that of its base.
+
+    Raises:
+        UserError: the base is not here.
+    """
+    from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
     from ds_sft.runtime.size import model_folder
 
-    return (is_adapter(checkpoint) and model_folder(base_of(checkpoint))) or checkpoint
+    if not is_adapter(checkpoint):
+        return checkpoint
+    base = base_of(checkpoint)
+    folder = model_folder(base)
+    if folder is None:
+        raise UserError(
+            f"{checkpoint}: its base {base} is neither a folder here nor in the hub's cache: write into "
+            f"{checkpoint / CONFIG} where it is, or fetch it: hf download"
+        )
+    return folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     model = plan["model"]
     tied = ", tied embeddings" if model["tied"] else ""
     gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {in_units(given.gpu_memory)}"
-    console.print(f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus}.")
+    console.print(
+        f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus} (--nodes, --gpus-per-node, --gpu-memory)."
+    )
     for line in trained_lines(plan):
         console.print(line)
     console.print(memory_table(plan))

@@ -61,9 +61,13 @@ def expect_memory(
         shape = shape_of_run(config)
         states = Engine(stage=None) if engine is None else engine_of(engine.get("zero_optimization", {}), shape)
         run = run_of(config, shape, states, ranks, lazy=not on_gpu)
-        trained_weights(shape, run.choice)  # what its keys do not name the model itself knows better
     except UserError as error:
         launch.say(f"No memory plan: {error}")
+        return None
+    try:
+        trained_weights(shape, run.choice)
+    except UserError as error:  # the model itself knows better, and says so of what it does not know either
+        launch.say(f"No memory plan: it cannot follow {str(error).partition(':')[0]}.")
         return None
     micro = math.ceil(largest / longest)
     run = replace(run, micro_batch=micro, length=longest, max_tokens=largest, padded=padded and micro > 1,

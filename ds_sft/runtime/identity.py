@@ -58,12 +58,12 @@ REFUSED = {
             "lora_targets",
             "lora_modules_to_save",
             "use_rslora",
-            "lora_init",
             "train_only",
-            "quantization",
         ),
         "the weights that were trained are others",
     ),
+    "lora_init": "the adapter that was trained began otherwise",
+    "quantization": "what was trained was trained beside other frozen weights",
     "resize_embeddings": "weights and states have the old number of rows",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",
@@ -91,7 +91,6 @@ BASE = "base"  # the same: a hash of the files of frozen weights
 IN_WORDS = {
     DATA: "the rows of train_file, or how they are encoded",
     EVAL_DATA: "the validation rows, or how they are encoded",
-    BASE: "the weights that model_name_or_path has now",
 }
 # Engine options that follow from other keys, or say where files go.
 INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -151,7 +150,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         found[EVAL_DATA] = (then[EVAL_DATA], now.get(EVAL_DATA))
     if then.get(BASE) and now.get(BASE):
         found.pop("model_name_or_path", None)  # wherever it lies now
-        found |= {BASE: (then[BASE], now[BASE])} if then[BASE] != now[BASE] else {}
+        names = before["model_name_or_path"], after["model_name_or_path"]
+        found |= {BASE: names} if then[BASE] != now[BASE] else {}
     return found
 
 
@@ -161,7 +161,13 @@ def _value(keys: Mapping[str, Any], name: str) -> Any:
 
 def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Each as "key: then -> now"."""
-    return "; ".join(IN_WORDS.get(name) or f"{name}: {then!r} -> {now!r}" for name, (then, now) in changed.items())
+    return "; ".join(IN_WORDS.get(name) or _in_words(name, *pair) for name, pair in changed.items())
+
+
+def _in_words(name: str, then: Any, now: Any) -> str:
+    if name == BASE:
+        return f"the weights in {now}" + (", which have changed" if then == now else f" (it began with {then})")
+    return f"{name}: {then!r} -> {now!r}"
 
 
 def unchangeable(changed: Changes, now: Mapping[str, Any]) -> dict[str, str]:
