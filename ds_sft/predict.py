@@ -71,16 +71,7 @@ def generate(
     """
     import torch
 
-    from ds_sft.runtime.kernels import avoid_plans
-
-    avoid_plans()
-    model = load_on_disk(
-        model_path,
-        dtype="auto",
-        trust_remote_code=config.trust_remote_code,
-        **placement(model_path, prompts, config),
-    ).eval()
-    make_room(model, tokenizer, config)  # the model before training has its own rows
+    model = load_to_answer(model_path, tokenizer, config, prompt=max(map(len, prompts)))
     answers: list[str] = []
     torch.manual_seed(config.training.get("seed", 42))  # the same sampled answers again
     started = time.monotonic()
@@ -90,13 +81,35 @@ def generate(
     return answers
 
 
-def placement(model_path: str, prompts: Sequence[list[int]], config: Config) -> dict[str, Any]:
-    """Keywords that put the model, and the keys and values of a batch, on one GPU where they fit."""
+def load_to_answer(
+    model_path: str, tokenizer: PreTrainedTokenizerBase, config: Config, *, prompt: int, rows: int = BATCH
+) -> Any:
+    """The model in `model_path`, a folder or a hub id, on a GPU where there is one with room, ready to generate.
+
+    Args:
+        prompt: tokens of the longest prompt; an answer's are the config's.
+        rows: answered together.
+    """
+    from ds_sft.runtime.kernels import avoid_plans
+
+    avoid_plans()
+    tokens = rows * (prompt + (config.predict_max_new_tokens or config.max_length))
+    model = load_on_disk(
+        model_path,
+        dtype="auto",
+        trust_remote_code=config.trust_remote_code,
+        **placement(model_path, tokens, config),
+    ).eval()
+    make_room(model, tokenizer, config)  # the model before training has its own rows
+    return model
+
+
+def placement(model_path: str, tokens: int, config: Config) -> dict[str, Any]:
+    """Keywords that put the model, and the keys and values of so many tokens, on one GPU where they fit."""
     from transformers import AutoConfig
 
     name = base_of(Path(model_path)) if is_adapter(Path(model_path)) else model_path
     found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    tokens = BATCH * (max(map(len, prompts)) + (config.predict_max_new_tokens or config.max_length))
     placed = place(name, working=cache_size(found, tokens), use_cpu=bool(config.training.get("use_cpu")))
     if placed.remark:
         print_line(f"Predicting: {placed.remark}")

@@ -38,15 +38,25 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
     name = config.model_name_or_path
     if remark := require_model(name):
         launch.say(remark)
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     require_bitsandbytes(config.quantization)
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
     require_float(found, name, config.quantization)
+    return open_tokenizer(name, launch, trust_remote_code=config.trust_remote_code)
+
+
+def open_tokenizer(name: str, launch: Launch, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in `name`, a folder, of an adapter too, or a hub id, as `load_tokenizer` leaves it."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"model_name_or_path: {name}: has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token is None:
