@@ -19,7 +19,7 @@ from ds_sft.commands.report_runs import OF_ALL, Run, is_number
 
 COLORS = ("#4c8dd6", "#e8833a", "#3aa76d", "#d65a5a", "#9a78d1", "#a9765f", "#dd7fbd", "#8a8f98", "#b3ad2e", "#2fb3c4")
 POINTS = 1500  # of a curve; where more was logged, a point is the mean of several
-AXES = {"step": "step", "epoch": "epoch", "tokens": "tokens", "hours": "hours of training"}  # name -> label
+AXES = {"step": "step", "epoch": "epoch", "tokens": "tokens", "hours": "hours of training"}  # of `Run.places` -> label
 CURVES = {  # of metrics.jsonl -> title; the validation loss is drawn beside the loss
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -28,6 +28,7 @@ CURVES = {  # of metrics.jsonl -> title; the validation loss is drawn beside the
     "mfu": "Model FLOPs utilization",
     "peak_memory_gib": "Peak memory of a rank, GiB",
 }
+FORMATS = {"learning_rate": "~e", "mfu": "~%"}  # d3's
 COMPARED = 8  # runs, whose values are shown together below the pointer
 SMOOTHED = ("loss", "grad_norm", "tokens_per_second", "mfu")
 LOGARITHMIC = ("loss", "grad_norm")  # where the page's switch says so
@@ -76,7 +77,7 @@ def curves(runs: Sequence[Run]) -> Iterator[Picture]:
         if traces:
             drawn = figure(traces).update_layout(meta={"log": name in LOGARITHMIC}).update_xaxes(title="step")
             drawn.update_layout(hovermode="x unified" if len(runs) <= COMPARED else "closest")
-            drawn.update_yaxes(exponentformat="power" if name == "learning_rate" else "SI")
+            drawn.update_yaxes(tickformat=FORMATS.get(name))
             validated = any(trace.line.dash == "dot" for trace in traces)
             yield Picture(CURVES.get(name, name), drawn, "solid: training, dotted: validation" if validated else "")
 
@@ -86,7 +87,7 @@ def _curve(run: Run, number: int, name: str) -> Iterator[go.Scatter]:
     if name in SMOOTHED and run.values(name):
         yield _line(run, number, name).update(opacity=0.25, hoverinfo="skip")
     if run.values(name):
-        yield _line(run, number, name).update(meta={"smooth": name in SMOOTHED})
+        yield _line(run, number, name, smooth=name in SMOOTHED)
     if name == "loss":
         if run.values("eval_loss"):
             yield _line(run, number, "eval_loss").update(
@@ -95,16 +96,16 @@ def _curve(run: Run, number: int, name: str) -> Iterator[go.Scatter]:
         yield from _seams(run, number)
 
 
-def _line(run: Run, number: int, name: str) -> go.Scatter:
-    """What was logged under a name. `meta` tells the page's script of the run, and of every axis."""
-    logged = [(entry[name], where) for entry, where in zip(run.entries, along(run), strict=True) if name in entry]
+def _line(run: Run, number: int, name: str, *, smooth: bool = False) -> go.Scatter:
+    """What was logged under a name. `meta` tells the page's script: the run, every axis, whether it may be smoothed."""
+    logged = [(entry[name], where) for entry, where in zip(run.entries, run.places, strict=True) if name in entry]
     values, places = thinned(logged)
     return go.Scatter(
         name=escape(run.name),
         mode="lines" if len(values) > 1 else "markers",
         x=[place["step"] for place in places],
         y=values,
-        meta={"run": number, "x": {axis: [place[axis] for place in places] for axis in AXES}},
+        meta={"run": number, "smooth": smooth, "x": {axis: [place[axis] for place in places] for axis in AXES}},
         line={"color": color_of(number), "width": 1.6},
         marker={"color": color_of(number), "size": 6},
     )
@@ -113,7 +114,7 @@ def _line(run: Run, number: int, name: str) -> go.Scatter:
 def _seams(run: Run, number: int) -> Iterator[go.Scatter]:
     """Where a run went on with other keys, and with which."""
     height = None
-    for entry, place in zip(run.entries, along(run), strict=True):
+    for entry, place in zip(run.entries, run.places, strict=True):
         height = entry.get("loss", height)
         if isinstance(changed := entry.get("changed"), dict):
             said = [f"{name}: {' -> '.join(map(str, values))}" for name, values in changed.items()]
@@ -124,18 +125,6 @@ def _seams(run: Run, number: int) -> Iterator[go.Scatter]:
                 meta={"run": number, "x": {axis: [place[axis]] for axis in AXES}},
                 marker={"color": color_of(number), "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
             )  # fmt: skip
-
-
-def along(run: Run) -> list[dict[str, float | None]]:
-    """Where each entry is on every axis. Tokens and hours are those of training, in all starts."""
-    tokens, hours, epoch, places = 0.0, 0.0, None, []
-    for entry in run.entries:
-        if is_number(seconds := entry.get("interval_seconds")):
-            tokens += entry.get("tokens_per_second", 0.0) * seconds
-            hours += seconds / 3600
-        epoch = entry.get("epoch", epoch)
-        places.append({"step": entry["step"], "epoch": epoch, "tokens": round(tokens), "hours": round(hours, 6)})
-    return places
 
 
 def thinned(
@@ -149,7 +138,7 @@ def thinned(
     values: list[float | None] = []
     for start in range(0, len(logged), together):
         group = [value for value, _ in logged[start : start + together]]
-        values.append(sum(group) / len(group) if all(map(is_number, group)) else None)
+        values.append(float(f"{sum(group) / len(group):.6g}") if all(map(is_number, group)) else None)
     places = [logged[min(start + together, len(logged)) - 1][1] for start in range(0, len(logged), together)]
     return values, places
 

@@ -54,7 +54,9 @@ header.question { color: var(--ink); font-weight: 600; }
   .answers th, .answers td { display: block; width: auto; } .answers tr td { border-top: 0; }
 }
 @media print { .controls, .modebar { display: none !important; } .box, .row { break-inside: avoid; }
-  body { background: none; } .charts { grid-template-columns: 1fr; }
+  body { background: none; padding: 0; } .charts { grid-template-columns: 1fr; } h2 { break-after: avoid; }
+  table { font-size: 10.5px; } td, th { min-width: 0; padding-right: 8px; }
+  td:first-child, td.state { min-width: 60px; overflow-wrap: normal; }
 }
 """
 # One state for all curves: which runs are shown, over what, how smooth. `smooth` is TensorBoard's exponential mean,
@@ -73,16 +75,16 @@ function smooth(values, weight) {
 }
 function draw() {
   const axis = of('axis'), weight = Number(of('smoothing').value), scale = of('log').checked ? 'log' : 'linear';
-  const shown = new Set([...document.querySelectorAll('#runs input:checked')].map(box => Number(box.value)));
+  const hidden = new Set([...document.querySelectorAll('#runs input:not(:checked)')].map(box => Number(box.value)));
   of('weight').textContent = weight.toFixed(2);
-  for (const plot of plots) {
+  return Promise.all(plots.map(plot => {
     const metas = plot.data.map(trace => trace.meta);
-    Plotly.update(plot, {
+    return Plotly.update(plot, {
       x: metas.map(meta => meta.x[axis.value]),
       y: metas.map((meta, i) => meta.smooth ? smooth(logged.get(plot)[i], weight) : logged.get(plot)[i]),
-      visible: metas.map(meta => shown.has(meta.run)),
+      visible: metas.map(meta => !hidden.has(meta.run)),
     }, {'xaxis.title.text': axis.selectedOptions[0].text, 'yaxis.type': plot.layout.meta.log ? scale : 'linear'});
-  }
+  }));
 }
 document.querySelectorAll('.controls input, .controls select').forEach(control => {
   control.addEventListener('input', draw);
@@ -176,10 +178,10 @@ def _dot(number: int) -> str:
 
 
 def _controls(runs: Sequence[Run]) -> str:
-    """Which runs are shown, and how."""
+    """Which of several runs are shown, over what, how smooth."""
     boxes = "".join(
         f'<label><input type="checkbox" checked value="{number}">{_dot(number)}{escape(run.name)}</label>'
-        for number, run in enumerate(runs)
+        for number, run in enumerate(runs if len(runs) > 1 else [])
     )
     axes = "".join(f'<option value="{name}">{label}</option>' for name, label in AXES.items())
     return f"""<div class="controls"><span id="runs">{boxes}</span>

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -50,7 +51,19 @@ class Run:
         best = self.results.get("eval_loss")
         return best if is_number(best) else self.last("eval_loss")
 
-    @property
+    @cached_property
+    def places(self) -> list[dict[str, float | None]]:
+        """Where each entry is on every axis; tokens and hours are those of training, in all starts."""
+        tokens, hours, epoch, places = 0.0, 0.0, None, []
+        for entry in self.entries:
+            if is_number(seconds := entry.get("interval_seconds")):
+                tokens += (entry.get("tokens_per_second") or 0.0) * seconds
+                hours += seconds / 3600
+            epoch = entry.get("epoch", epoch)
+            places.append({"step": entry["step"], "epoch": epoch, "tokens": round(tokens), "hours": round(hours, 6)})
+        return places
+
+    @cached_property
     def speed(self) -> dict[str, float]:
         """Seconds of training, and rates and shares over them.
 
