@@ -129,6 +129,11 @@ def test_what_is_damaged_is_said(tmp_path: Path) -> None:
     ]
 
 
+def test_answers_of_a_run_that_goes_on_are_old(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, **{"run.json": None}), "out")
+    assert run.missing == ["run.json is not there", "predictions.jsonl has answers of an earlier end of this run"]
+
+
 def test_a_run_that_has_logged_nothing_yet(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     shown = page([read_run(tmp_path, "out")])
@@ -194,6 +199,14 @@ def test_time_memory_and_lengths(tmp_path: Path) -> None:
     assert (time_by_part([Run("c")]), memory([Run("c")]), lengths([Run("c")])) == (None, None, None)
 
 
+def test_long_names_beside_bars_keep_their_ends(tmp_path: Path) -> None:
+    long = "sweep/with-a-long-name/lr-"
+    runs = [read_run(write_run(tmp_path / name[-1]), name) for name in ("<i>a", f"{long}1", f"{long}2")]
+    axis = time_by_part(runs).figure.layout.yaxis
+    assert list(axis.ticktext) == ["&lt;i&gt;a", "…with-a-long-name/lr-1", "…with-a-long-name/lr-2"]
+    assert list(axis.tickvals) == [0, 1, 2]  # names that are cut alike are bars of their own
+
+
 def test_runs_have_colors_of_their_own() -> None:
     assert len({color_of(number) for number in range(40)}) == 40
 
@@ -219,10 +232,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(here / "runs/a")
-    write_run(here / "runs/b", **{"run.json": None})
+    write_run(here / "runs/b", **{"run.json": None, "predictions.jsonl": None})
     assert main(["report", "runs/a", "runs/b"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "b: not finished, after step 4; run.json is not there",
+        "b: not finished, after step 4; run.json is not there; predictions.jsonl is not there",
         "Wrote report.html (2 runs): open it in a browser.",
     ]
     assert main(["report", "runs/a", "--out", "a.html"]) == 0
