@@ -55,7 +55,7 @@ def figure(traces: Sequence[Any], *, height: int = 300) -> go.Figure:
     return go.Figure(
         traces,
         go.Layout(
-            template="none", height=height, margin={"l": 56, "r": 12, "t": 30, "b": 44}, font={"size": 12},
+            template="none", height=height, margin={"l": 56, "r": 20, "t": 30, "b": 44}, font={"size": 12},
             paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", showlegend=False, hovermode="closest",
             hoverlabel={"bgcolor": "#1c2430", "font": {"color": "#ffffff"}, "namelength": 24},
             legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},

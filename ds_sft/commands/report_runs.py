@@ -147,7 +147,9 @@ def read_run(folder: Path, name: str) -> Run:
     )
     if run.eval_loss is None:
         missing.append("no validation loss was logged (keys eval_file or val_size, and eval_strategy)")
-    if run.predictions and not results:  # a run that goes on takes run.json away, and answers again at its end
+    if (
+        run.predictions and not (folder / RESULTS).is_file()
+    ):  # a run that goes on takes run.json away, and answers again at its end
         missing.append(f"{PREDICTIONS} has answers of an earlier end of this run")
     if results and not results.get("plan"):
         missing.append(f"{RESULTS} has no plan of the memory")
