@@ -15,7 +15,7 @@ import pytest
 
 from ds_sft.cli import main
 from ds_sft.commands.report_figures import COLORS, color_of, curves, lengths, memory, thinned, time_by_part
-from ds_sft.commands.report_page import compare, page
+from ds_sft.commands.report_page import compare, numbers_of, page
 from ds_sft.commands.report_runs import Run, read_run, read_runs, short_names
 from tests.conftest import write_rows
 from tests.test_preview import FLAGS, read_png
@@ -108,6 +108,7 @@ def test_a_run_that_has_not_finished(tmp_path: Path, files: dict[str, Any], stat
     assert run.state == state
     assert run.parts == {"data_wait": 45.0, "optimizer": 99.0}
     assert (run.eval_loss, run.memory_gib) == (2.5, 0.75)
+    assert numbers_of(run)["tokens"] == "25,200"
     assert "predictions.jsonl is not there" in run.missing
     assert "2.0000" in page([run])
 
@@ -139,6 +140,12 @@ def test_a_run_that_has_logged_nothing_yet(tmp_path: Path) -> None:
     shown = page([read_run(tmp_path, "out")])
     assert "Nothing is logged yet." in shown
     assert "There are none: a run answers a few questions at its end" in shown
+
+
+def test_a_run_without_its_metrics(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, **{"metrics.jsonl": None, "run.json": {**RESULTS, "steps": 4}}), "out")
+    assert (run.missing, run.step, run.eval_loss) == (["metrics.jsonl is not there"], 4, 2.5)
+    assert "Nothing is logged yet." in page([run])
 
 
 def test_names_are_as_short_as_they_can_be_told_apart_by() -> None:

@@ -31,7 +31,7 @@ body { max-width: 1280px; }
 .charts .soft { margin: 0; font-size: 13px; }
 .charts + p { margin-top: 12px; }
 .controls { display: flex; flex-wrap: wrap; gap: 8px 20px; align-items: center; position: sticky; top: 0; z-index: 5;
-  background: var(--back); padding: 8px 0; margin: 0 0 8px; }
+  background: var(--back); padding: 8px 0; margin: 0 0 8px; max-height: 30vh; overflow-y: auto; }
 #runs { display: contents; }
 .controls label { white-space: nowrap; max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
 .dot { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 6px 0 2px; }
@@ -128,7 +128,7 @@ def page(runs: Sequence[Run]) -> str:
 def _results(runs: Sequence[Run]) -> str:
     """What came of each run, the lowest validation loss in bold."""
     losses = [run.eval_loss for run in runs if run.eval_loss is not None]
-    table = [figures(run) for run in runs]
+    table = [numbers_of(run) for run in runs]
     labels = [name for name in table[0] if any(found[name] for found in table)]
     head = "".join(f'<th class="{_kind(name)}">{name}</th>' for name in ("run", *labels))
     lines = []
@@ -141,15 +141,15 @@ def _results(runs: Sequence[Run]) -> str:
     return f'<div class="box"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def figures(run: Run) -> dict[str, str]:
+def numbers_of(run: Run) -> dict[str, str]:
     """Label -> value; nothing of what is not known."""
-    speed, results = run.speed, run.results
+    speed, tokens = run.speed, run.places[-1]["tokens"] if run.places else None
     found: dict[str, tuple[Any, str]] = {
         "steps": (run.step, ",.0f"),
         "epochs": (run.last("epoch"), ".2f"),
         "loss": (run.last("loss"), ".4f"),
         "validation loss": (run.eval_loss, ".4f"),
-        "tokens": (results.get("tokens"), ",.0f"),
+        "tokens": (run.results.get("tokens", tokens), ",.0f"),
         "tokens/s": (speed.get("tokens_per_second"), ",.0f"),
         "MFU": (speed.get("mfu"), ".1%"),
         "padding": (speed.get("padding_share"), ".1%"),
@@ -216,6 +216,7 @@ def _rows(runs: Sequence[Run]) -> str:
 
 
 def describe_rows(counts: Mapping[str, Any]) -> str:
+    """What `data_report.json` says of a split, in a sentence."""
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in (counts.get("rows_dropped") or {}).items())
     share = counts.get("supervised_tokens", 0) / max(1, counts.get("tokens", 0))
     return (f"{counts.get('file')}: {counts.get('rows_read', 0):,} rows read, {counts.get('rows_kept', 0):,} kept, "

@@ -36,7 +36,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        return max((int(entry["step"]) for entry in self.entries), default=0)
+        return max((int(entry["step"]) for entry in self.entries), default=self.results.get("steps", 0))
 
     def values(self, name: str) -> list[float]:
         """What was logged under a name and is a number."""
@@ -141,7 +141,9 @@ def read_run(folder: Path, name: str) -> Run:
         entries=sorted(_read_lines(folder / METRICS, missing), key=lambda entry: entry["step"]),
         results=results,
         config=_read(folder / CONFIG, yaml.safe_load, missing),
-        data=_read(folder / DATA, json.loads, missing),
+        data={
+            split: told for split, told in _read(folder / DATA, json.loads, missing).items() if isinstance(told, dict)
+        },
         predictions=list(_read_lines(folder / PREDICTIONS, missing, needs="question")),
         missing=missing,
     )
