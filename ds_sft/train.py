@@ -8,6 +8,7 @@ python ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                    
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -320,6 +321,7 @@ def finish(
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
         print_line(summary(results))
+        print_line(f"All of it on one page: ds-sft report {shlex.quote(str(config.output_dir))}")
 
 
 def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, results: dict[str, Any]) -> None:

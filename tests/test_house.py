@@ -57,6 +57,8 @@ LIGHT = [
     "ds_sft.commands.launch",
     "ds_sft.commands.rows",
     "ds_sft.commands.doctor",
+    "ds_sft.commands.report",
+    "ds_sft.commands.report_page",
 ]
 
 

@@ -88,10 +88,11 @@ def main(argv: Sequence[str]) -> int:
             for n, title in zip(numbers, titles, strict=True)
         ]
     if options["html"]:
+        from ds_sft.commands.page import write_page
         from ds_sft.commands.preview_page import page
 
         path = Path(str(options["html"]))
-        _write(path, page(config, data.report, data.rows, shown))
+        write_page(path, page(config, data.report, data.rows, shown), "--html")
         print(f"Wrote {path}: open it in a browser.")
     else:
         print_sequences(shown, launch, data.report)
@@ -292,10 +293,3 @@ def _style(token: Token) -> str:
         return "dim"
     color = "green" if token.learned else "default"
     return f"bold {'green reverse' if token.learned else 'magenta'}" if token.special else color
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ds_sft.commands.page import frame
 from ds_sft.config import Config
 
 if TYPE_CHECKING:
@@ -15,36 +16,6 @@ if TYPE_CHECKING:
 
 BARS = 40
 STYLE = """
-:root { --ink: #1c2430; --soft: #64707f; --line: #dfe4ea; --learned: #c9f0d3; --learned-ink: #0b5a28;
-  --special: #6d28d9; --paper: #ffffff; --back: #f5f7f9; --bar: #7aa7d9; --warn: #b45309; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ef; --soft: #97a3b2; --line: #333d49;
-  --learned: #14532d; --learned-ink: #bbf7d0; --special: #c4a5ff; --paper: #1a212a; --back: #11161c;
-  --bar: #4b7fb8; --warn: #fbbf24; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 24px; background: var(--back); color: var(--ink);
-  font: 15px/1.5 system-ui, "Noto Sans", "DejaVu Sans", sans-serif; }
-h1 { font-size: 22px; margin: 0 0 4px; }
-h2 { font-size: 17px; margin: 32px 0 8px; }
-h3 { font-size: 15px; margin: 8px 0 4px; }
-p, .soft { color: var(--soft); margin: 0 0 12px; }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 10px 16px;
-  min-width: 150px; }
-.card b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); }
-.two { display: grid; align-items: start; margin-top: 12px; grid-template-columns: 1fr 1fr; gap: 16px; }
-@media (max-width: 800px) { .two { grid-template-columns: 1fr; }
-}
-.box { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px;
-  overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-td { padding: 3px 8px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
-td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.warn { color: var(--warn); margin: 6px 0; }
-.row { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; margin: 0 0 16px; }
-.row header { padding: 8px 16px; border-bottom: 1px solid var(--line); color: var(--soft); font-size: 14px;
-  overflow-wrap: anywhere; }
 .text { padding: 12px 16px; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75;
   font-family: ui-monospace, "DejaVu Sans Mono", "Noto Sans Mono", "Noto Sans CJK SC", monospace;
   font-size: 13.5px; }
@@ -70,19 +41,15 @@ def page(
     sequences = "".join(_sequence(sequence) for sequence in shown)
     keys = ("template", "mask", "thinking", "max_length", "overlong", "packing")
     facts = [f"{name}: {getattr(config, name)}" for name in keys]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What the model sees</title><style>{STYLE}</style></head><body>
-<h1>What the model sees</h1>
+    body = f"""<h1>What the model sees</h1>
 <p>{escape(config.model_name_or_path)} · {escape(" · ".join(facts))}</p>
 {splits}
 <h2>Tokens</h2>
 <p class="key"><span><span class="t l">learned</span></span><span><span class="t">not learned</span></span>
 <span><span class="t s">special token</span></span><span><span class="t s l">special, learned</span></span>
 <span class="p">padding</span> <span>↵ line end; hover for the id</span></p>
-{sequences}
-</body></html>
-"""
+{sequences}"""
+    return frame("What the model sees", body, style=STYLE)
 
 
 def _split(name: str, counts: Mapping[str, Any], lengths: np.ndarray, max_length: int) -> str:

@@ -12,6 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ds_sft.commands.report_figures import CURVES, curves, lengths, memory, time_by_part
+from ds_sft.commands.report_page import numbers_of, page
+from ds_sft.commands.report_runs import read_runs
 from ds_sft.training.metrics import PARTS
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, TRAIN, listing, read_lines, run_forked, step_losses, train
@@ -107,6 +110,21 @@ def test_the_same_training(results: dict[str, Path], plain: Path, name: str) -> 
     for key, value in wanted.items():
         torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5, msg=key)
     assert read_lines(results[name] / "predictions.jsonl") == read_lines(plain / "predictions.jsonl")
+
+
+def test_the_report_knows_all_that_a_run_leaves(results: dict[str, Path]) -> None:
+    runs = read_runs(list(results.values()))
+    assert [run.name for run in runs] == [f"{folder.parent.name}/out" for folder in results.values()]
+    for run, folder in zip(runs, results.values(), strict=True):
+        assert (run.state, run.missing, run.step) == ("finished", [], 6)
+        assert list(run.parts) == list(PARTS)
+        assert sum(run.parts.values()) == pytest.approx(run.speed["seconds"], rel=1e-3)
+        assert all(numbers_of(run).values())
+        assert "All of it on one page: ds-sft report out\n" in (folder.parent / "log").read_text(encoding="utf-8")
+    titles = [picture.title for picture in curves(runs)]
+    assert titles == list(CURVES.values())
+    assert [picture is None for picture in (time_by_part(runs), memory(runs), lengths(runs))] == [False] * 3
+    assert page(runs).count('<section class="row">') == len(read_lines(results["python"] / "predictions.jsonl"))
 
 
 @pytest.mark.parametrize("name", ENTRIES)
