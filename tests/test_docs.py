@@ -38,7 +38,11 @@ COMING_PAGES = {f"docs/{name}.md" for name in ("chat", "evaluate", "install", "r
 SHELLS = ("bash", "console", "sh", "shell")
 NOT_OURS = {".", ".venv/bin/pre-commit", "curl", "findings/NAME.sh", "printf", "vllm"}  # what they take is not checked
 OF_SBATCH = {"account", "dependency", "gpus-per-node", "nodelist", "nodes", "ntasks-per-node", "partition", "time"}
-BASE = {"model_name_or_path": "MODEL", "train_file": "rows.jsonl", "output_dir": "output"}  # what a run cannot do without
+BASE = {
+    "model_name_or_path": "MODEL",
+    "train_file": "rows.jsonl",
+    "output_dir": "output",
+}  # what a run cannot do without
 
 
 class Understood(BaseException):
