@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import importlib.util
+import itertools
 import json
 import re
 import runpy
@@ -42,7 +43,7 @@ BASE = {
     "model_name_or_path": "MODEL",
     "train_file": "rows.jsonl",
     "output_dir": "output",
-}  # what a run cannot do without
+}  # what a run wants
 
 
 class Understood(BaseException):
@@ -87,7 +88,7 @@ def headings(page: str) -> list[str]:
     tokens = tokens_of(page)
     return [
         "".join(child.content for child in after.children or [])
-        for token, after in zip(tokens, tokens[1:], strict=False)
+        for token, after in itertools.pairwise(tokens)
         if token.type == "heading_open"
     ]
 
@@ -106,7 +107,7 @@ def site_slug(heading: str) -> str:
 
 
 def commands(page: str) -> list[Command]:
-    """Of blocks in a shell's language every line; of others, and of running text, what begins with a program of ours."""
+    """Of a shell's blocks every line; of others, and of running text, what begins with a program of ours."""
     found = []
     for line, language, text in blocks(page):
         lines = text.replace("\\\n", " ").splitlines()

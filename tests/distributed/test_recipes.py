@@ -16,22 +16,22 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def given(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model that has a chat template, and 100 rows of 117 tokens."""
+    """A folder with a model that has a chat template, and 150 rows of 117 tokens."""
     folder = tmp_path_factory.mktemp("recipes")
     make_model(folder / "model", tokenizer_dir)
     (folder / "model" / "chat_template.jinja").write_text(QWEN, encoding="utf-8")
     answer = "The capital of France is Paris. " * 8
-    write_rows(folder / "rows.jsonl", [{"question": f"What is {i}?", "answer": answer} for i in range(100)])
+    write_rows(folder / "rows.jsonl", [{"question": f"What is {i}?", "answer": answer} for i in range(150)])
     return folder
 
 
 @pytest.mark.parametrize(
     ("name", "ranks", "stage", "steps", "adapter"),
     [
-        ("one_gpu_24gb", None, None, 2, "lora"),  # an epoch of 11,500 tokens is one step, and there are two
+        ("one_gpu_24gb", None, None, 2, "lora"),  # an epoch of 17,000 tokens is one step, and there are two
         ("eight_gpus_80gb", 2, 2, 2, None),
-        ("two_nodes_slurm", 2, 3, 2, None),
-        ("laptop_lora", None, None, 3, "lora"),
+        ("two_nodes_slurm", 2, 3, 4, None),
+        ("laptop_lora", None, None, 5, "lora"),
     ],
 )
 def test_a_recipe_trains_as_it_is(
