@@ -49,11 +49,12 @@ format: .venv/.done
 	ruff format .
 
 # A page of the site lies where it lies here, with the files that pages show or link to, so the same links hold in both.
+# Not with --quiet: mkdocs then counts no warnings, and --strict lets all pass.
 docs: .venv/.docs
 	rm -rf $(CACHE)/docs
 	mkdir -p $(CACHE)/docs
 	cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs slurm findings ds_configs benchmarks/*.png $(CACHE)/docs
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 .venv/.docs: .venv/.done
 	pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'

@@ -263,7 +263,7 @@ def sbatch(words: Sequence[str]) -> None:
 def pip(words: Sequence[str]) -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert words[0] == "install", words
+    assert words[0] in ("install", "wheel"), words
     for word in words:
         extras = re.fullmatch(r"(?:\.|ds_sft)\[(.*)\]", word)
         unknown = {*extras[1].split(",")} - {*setup["options.extras_require"]} if extras else set()
