@@ -150,7 +150,7 @@ def yaml_blocks(page: str) -> list[tuple[int, str]]:
     return [
         (line, text)
         for line, language, text in blocks(page)
-        if language == "yaml" or (not language and re.match(r"[a-z_]+:( |$)", text))
+        if language == "yaml" or (not language and re.match(r"(?!ds_sft:)[a-z_]+:( |$)", text))
     ]
 
 
@@ -172,10 +172,21 @@ def only_understanding(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def read_yaml(path: Path) -> dict[str, Given]:
         return read_file(ROOT / path) if str(path).startswith("ds_configs/") else dict(GIVEN)
 
-    read_file = config._read_yaml
+    def parse(parser: FlagParser, words: Sequence[str]) -> None:
+        parser.keys_follow = False  # type: ignore[attr-defined]
+        read_flags(parser, words)
+
+    def parse_known_args(parser: FlagParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        given, rest = argparse.ArgumentParser.parse_known_args(parser, words)
+        if getattr(parser, "keys_follow", True):
+            load_config(["--config", "any.yaml", *rest], flags=parser.flags)
+        return given, rest
+
+    read_flags, read_file = FlagParser.parse, config._read_yaml
     with patch.context() as inside:
         inside.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
-        inside.setattr(FlagParser, "parse", stop_after(FlagParser.parse))
+        inside.setattr(FlagParser, "parse", stop_after(parse))
+        inside.setattr(FlagParser, "parse_known_args", parse_known_args, raising=False)
         inside.setattr(config, "_resolve", stop_after(resolve))
         inside.setattr(config, "_read_yaml", read_yaml)
         inside.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
@@ -265,7 +276,7 @@ def pip(words: Sequence[str]) -> None:
     setup.read(ROOT / "setup.cfg")
     assert words[0] in ("install", "wheel"), words
     for word in words:
-        extras = re.fullmatch(r"(?:\.|ds_sft)\[(.*)\]", word)
+        extras = re.fullmatch(r"(?:\.|ds_sft\S*)\[(.*)\]", word)
         unknown = {*extras[1].split(",")} - {*setup["options.extras_require"]} if extras else set()
         assert not unknown, f"setup.cfg has no extra {unknown}"
         assert not word.endswith(".txt") or (ROOT / word).is_file(), f"{word}: no such file"
@@ -291,7 +302,8 @@ def check(command: Command, patch: pytest.MonkeyPatch) -> None:
         try:
             PROGRAMS[program](words)
         except (UserError, SystemExit) as error:
-            if str(error) != "0" and not (command.inline and "arguments are required" in str(error)):
+            lacks = command.inline and re.search("arguments are required|^missing: ", str(error))
+            if str(error) != "0" and not lacks:  # 0: --help
                 raise AssertionError(f"{' '.join(command.words)}: {error}") from error
 
 
@@ -448,6 +460,9 @@ def test_what_is_found_on_a_page(tmp_path: Path) -> None:
         ("ds-sft plan my.yaml --nodez 2", "did you mean --nodes"),
         ("ds-sft plam my.yaml", "plam"),
         ("ds-sft preview my.yaml --max_lenght 5", "did you mean --max_length"),
+        ("ds-sft launch my.yaml --lerning_rate 5", "did you mean --learning_rate"),
+        ("ds-sft export checkpoint out --dtype half", "invalid choice"),
+        ("ds-sft verify output --learning_rate 5", "unknown flag"),
         ("python ds_sft/train.py --config my.yaml --learning_rat 1", "did you mean --learning_rate"),
         ("python ds_sft/train.py --config my.yaml --overlong cut", "expected one of truncate"),
         ("python ds_sft/train.py --config ds_configs/nothing.yaml", "no such file"),
