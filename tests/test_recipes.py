@@ -64,8 +64,10 @@ def row(title: str, found: dict[str, Any], memory: str, tokens: int) -> str:
     """A row of the page's table."""
     model, disk = found["model"], found["disk"]
     anchor = title.lower().replace(" ", "-")
+    number = f"{model['parameters']:,}"
+    trained = f"all {number}" if found["adapter"] == "none" else f"{model['trained']:,} beside {number}"
     return (
-        f"| [{title}](#{anchor}) | {model['trained']:,} of {model['parameters']:,} | {memory} | {tokens:,} "
+        f"| [{title}](#{anchor}) | {trained} | {memory} | {tokens:,} "
         f"| {in_units(disk['checkpoint'])} | {in_units(disk['final_model'])} |"
     )
 
