@@ -138,9 +138,11 @@ def parts(line: str, certain: bool) -> list[list[str]]:
         assert not certain, f"{line!r}: no shell can read it"
         return []
     found: list[list[str]] = [[]]
-    for word in words:
-        if set(word) <= set("&|;()<>"):
+    for before, word in itertools.pairwise(["", *words]):
+        if set(word) <= set("&|;()"):
             found.append([])
+        elif set(before) & set("<>") or set(word) <= set("<>"):
+            continue  # a file that is read or written
         elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
             found[-1].append(word)
     return [one for one in found if one]
@@ -203,6 +205,7 @@ def ds_sft(words: Sequence[str]) -> None:
         load_config(words[1:])
     elif words[0] in cli.COMMANDS and words[1:]:
         cli.call(words[0], words[1:])
+        raise AssertionError(f"{words[0]} has not stopped behind its parser, but done what it was told")
 
 
 def python(words: Sequence[str]) -> None:
@@ -221,6 +224,7 @@ def python(words: Sequence[str]) -> None:
     elif "argparse" in script.read_text(encoding="utf-8"):
         sys.argv = list(words)
         runpy.run_path(str(script), run_name="__main__")
+        raise AssertionError(f"{words[0]} has not stopped behind its parser, but done what it was told")
     else:
         assert len(words) == 1, f"{words[0]} takes no arguments"
 
@@ -428,7 +432,7 @@ NAME=value ds-sft plan my.yaml \\
 make test && sbatch slurm/train.sbatch CONFIG.yaml [--key value ...]
 ```
 
-    $ make lint
+    $ make lint >lint.txt
     All checks passed!
     make: it is done
 
