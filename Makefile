@@ -1,6 +1,7 @@
 # make demo: fine-tune a small real model on two CPU ranks.   make demo ADAPTER=lora: with an adapter.
 # make test: every test.
 # make test-gpu: what needs a CUDA device, and is skipped without one.   make lint: ruff and mypy.
+# make docs: the pages as a site, in .cache/site.
 # All of it lives in this folder: environment in .venv, caches in .cache, the demo in demo.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,7 +26,7 @@ export SWANLAB_SAVE_DIR := $(CACHE)/swanlab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu lint format docs clean
 
 demo: .venv/.done
 	ds-sft demo
@@ -46,6 +47,18 @@ lint: .venv/.done
 format: .venv/.done
 	ruff check --fix .
 	ruff format .
+
+# A page of the site lies where it lies here, with the files that pages show or link to, so the same links hold in both.
+# Not with --quiet: mkdocs then counts no warnings, and --strict lets all pass.
+docs: .venv/.docs
+	rm -rf $(CACHE)/docs
+	mkdir -p $(CACHE)/docs
+	cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs slurm findings ds_configs benchmarks/*.png $(CACHE)/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+.venv/.docs: .venv/.done
+	pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'
+	touch $@
 
 # torch first: DeepSpeed's own set-up looks for it.
 .venv/.done: setup.cfg pyproject.toml constraints.txt Makefile

@@ -1,6 +1,6 @@
 """Is `ds-sft plan` right? Train real models through `train.py` and compare each rank's memory with the plan.
 
-    python benchmarks/plan_accuracy.py                    # the cases of README and some more: half an hour, 13 GiB
+    python benchmarks/plan_accuracy.py                    # those of docs/plan.md and some more: half an hour, 13 GiB
     python benchmarks/plan_accuracy.py --full             # all models x layouts x ranks x checkpointing: a day, 56 GiB
     python benchmarks/plan_accuracy.py --only zero3 --only 2r --results results.jsonl   # cases with both words
 
@@ -102,7 +102,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def subset() -> list[Case]:
-    """Small models every way, larger ones where two ranks need less than 16 GiB; README has most of them."""
+    """Small models every way, larger ones where two ranks need less than 16 GiB; docs/plan.md has most of them."""
     every, main, offload = tuple(LAYOUTS), ("none", "zero2", "zero3"), ("zero2-offload", "zero3-offload")
     small, big, middle = "llama-30m", "qwen3-50m-big-vocab", "llama-135m"
     cases = [Case("nothing", layout, 1, True) for layout in main]

@@ -1,4 +1,4 @@
-"""The planner's formulas beside published figures: `python benchmarks/plan_papers.py` prints the table of README.
+"""The planner's formulas beside published figures: `python benchmarks/plan_papers.py` prints docs/plan.md's tables.
 
 Papers name parameters, not shapes, so bytes are counted for Llama-2-7B and scaled to the paper's number of parameters.
 """

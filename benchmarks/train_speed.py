@@ -260,7 +260,7 @@ def keep(results: Results, job: Job, given: argparse.Namespace) -> None:
 
 
 def report(results: Results, given: argparse.Namespace) -> None:
-    """Markdown, as it stands in README."""
+    """Markdown, as it stands in docs/speed.md."""
     if given.scaling:
         print_scaling(results)
         return

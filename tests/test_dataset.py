@@ -675,7 +675,7 @@ for file in sys.argv[2:]:
 
 
 def test_memory_does_not_grow_with_the_file(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Ten times the rows, 25 MiB of them encoded. The million: see the command in the README."""
+    """Ten times the rows, 25 MiB of them encoded. The million: see the command in docs/data.md."""
     files = []
     for count in (2000, 20_000):
         row = '{"question": "%d", "answer": "' + "The capital of France is Paris. " * 8 + '"}\n'
