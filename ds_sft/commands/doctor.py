@@ -242,11 +242,12 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
     """The checks that need no network."""
     nodes = [facts for facts in everyone if facts["local_rank"] == 0]
     return [
-        _same("code", nodes, lambda facts: facts["code"], _describe_code, "use one checkout, on a shared disk"),
+        _same("code", nodes, lambda facts: facts["code"], _describe_code,
+              "use one clone on a shared disk, or install one wheel on every node"),
         _same("config", nodes, lambda facts: facts["config"], lambda _: "the same on all nodes",
               "give every node the same file and flags"),
         _same("packages", nodes, lambda facts: facts["versions"], _describe_versions,
-              "pip install -c constraints.txt -e . on every node, or one environment on a shared disk"),
+              "install the same versions on every node, or one environment on a shared disk"),
         _check_devices(everyone),
         _check_model(nodes, config),
         _check_data(nodes),
