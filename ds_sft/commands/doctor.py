@@ -271,7 +271,8 @@ def _same(
 
 
 def _describe_code(code: Facts) -> str:
-    return f"{(code['commit'] or 'no git commit')[:12]}, hash {code['hash']}"
+    commit = code["commit"]
+    return f"{commit[:12] if commit else 'no git commit'}, hash {code['hash']}"
 
 
 def _describe_versions(found: Facts) -> str:

@@ -127,8 +127,8 @@ def _no_engine(value: str) -> str:
     what = "no such file" if path.suffix or len(path.parts) > 1 else "neither a name nor a file"
     if path.stem in ENGINES:
         return f"{what}; write {path.stem}, which needs none"
-    near = nearest(path.stem, ENGINES)
-    return f"{what}; {f'did you mean {near}? ' if near else ''}There are {', '.join(ENGINES)}, which need none"
+    near = nearest(path.stem, *([name] for name in ENGINES))  # of equals the first
+    return f"{what}; {f'did you mean {near}? There' if near else 'there'} are {', '.join(ENGINES)}, which need none"
 
 
 def stage(engine: dict[str, Any] | None) -> int | None:
