@@ -414,6 +414,11 @@ def test_help_has_every_key_once_ours_first() -> None:
     assert sorted(names) == sorted(set(all_keys()) - set(ALIASES))
 
 
+def test_help_names_what_deepspeed_may_be() -> None:
+    (line,) = (line for line in help_text("train.py").splitlines() if line.startswith("  --deepspeed "))
+    assert line.split(maxsplit=1)[1] == f"{', '.join(ENGINES)}, or a JSON file of DeepSpeed's options"
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--config", "none.yaml", "-h"]])
 def test_help_needs_no_torch(flags: list[str]) -> None:
     code = (

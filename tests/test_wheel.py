@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ds_sft import __version__
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import BIN, free_port, run
 from tests.installed import Installed, build
@@ -54,7 +55,7 @@ def test_commands(installed: Installed, model_dir: Path, tmp_path: Path) -> None
     where = [str(installed.bin / "python"), "-c", "import ds_sft; print(ds_sft.__file__)"]
     here = run(where, cwd=tmp_path, env=installed.env)
     assert here.output.startswith(f"{installed.folder}/lib/")
-    assert installed.ds_sft("--version", cwd=tmp_path).stdout == "ds_sft 0.1.0\n"
+    assert installed.ds_sft("--version", cwd=tmp_path).stdout == f"ds_sft {__version__}\n"
     assert installed.ds_sft("init", cwd=tmp_path).stdout.endswith(
         "torchrun --nproc_per_node gpu -m ds_sft train --config run.yaml  # all GPUs of this machine\n"
     )
@@ -104,18 +105,19 @@ def test_training(installed: Installed, model_dir: Path, tmp_path: Path) -> None
     keys = ["--config", "run.yaml", "--model_name_or_path", str(model_dir), "--train_file", "rows.jsonl",
             "--max_steps", "2", "--logging_steps", "1", "--num_predictions", "0", "--use_cpu", "yes"]  # fmt: skip
 
-    def launched(launcher: str, ranks: str, *program: str) -> None:
+    def launched(launcher: str, ranks: str, *program: str) -> dict[str, Any]:
         port = ("--master_port", str(free_port()))
         start = [str(installed.bin / "python"), str(BIN / launcher), ranks, "2", *port, *program]
         done = run([*start, *keys, "--output_dir", launcher], cwd=tmp_path, env=installed.env)
         assert done.code == 0, done.output[-4000:]
-        record = json.loads((tmp_path / launcher / "run.json").read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((tmp_path / launcher / "run.json").read_text(encoding="utf-8"))
         assert (record["launcher"], record["world_size"], record["zero_stage"]) == (launcher, 2, 2)
-        assert record["export"]["verified"] is True
-        assert (record["versions"]["ds_sft"], record["git_commit"]) == ("0.1.0", None)
+        assert (record["versions"]["ds_sft"], record["git_commit"]) == (__version__, None)
         assert "\ndeepspeed: zero2\n" in (tmp_path / launcher / "config.yaml").read_text(encoding="utf-8")
+        return record
 
-    launched("torchrun", "--nproc_per_node", "-m", "ds_sft", "train", "--deepspeed", "zero2")
-    launched("deepspeed", "--num_accelerators", "--module", "ds_sft.train")
+    found = launched("torchrun", "--nproc_per_node", "-m", "ds_sft", "train", "--deepspeed", "zero2")
+    assert found["export"]["verified"] is True  # by a fresh process, which finds the package, too
+    launched("deepspeed", "--num_accelerators", "--module", "ds_sft.train", "--verify_export", "no")
     weights = [(tmp_path / launcher / "model.safetensors").read_bytes() for launcher in ("torchrun", "deepspeed")]
     assert weights[0] == weights[1]

@@ -57,6 +57,20 @@ def test_without_a_launcher_it_is_ignored_and_said(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
+    ("root", "command"),
+    [(ROOT, "deepspeed ds_sft/train.py"), (None, "deepspeed --module ds_sft.train")],
+    ids=["in a clone", "without one"],
+)
+def test_what_would_use_it(
+    root: Path | None, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("ds_sft.runtime.shipped.clone", lambda: root)
+    assert engine_config(make("zero2"), ALONE) is None
+    assert capsys.readouterr().out.endswith(f" the deepspeed key is ignored (`{command} ...` uses it, and all GPUs).\n")
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (None, "deepspeed: {path}: no such file; did you mean zero2? There are zero2, zero3, zero2_offload, "
