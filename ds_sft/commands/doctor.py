@@ -35,6 +35,7 @@ from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
+from ds_sft.runtime.shipped import CONFIGS, PACKAGE
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
 
@@ -158,11 +159,11 @@ def _trouble_or(look: Callable[[], Facts]) -> Facts:
 
 
 def _code_hash() -> str:
-    """Of every source file of this package: a checkout can differ from its commit."""
+    """Of every source file of this package, and of what `deepspeed` has names for: a checkout can differ from its
+    commit."""
     digest = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    for file in sorted([*PACKAGE.rglob("*.py"), *CONFIGS.glob("*.json")]):
+        digest.update(f"{file.relative_to(PACKAGE)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 

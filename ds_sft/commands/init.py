@@ -48,7 +48,7 @@ def templates() -> list[Path]:
 
 
 def write(files: dict[Path, Path]) -> None:
-    """Copy files, new -> source, all or none; task.sh stays executable.
+    """Copy files, new -> source, if none of the new ones is there; task.sh stays executable.
 
     Raises:
         UserError: one is there already, or cannot be written.
