@@ -72,7 +72,7 @@ def test_commands(installed: Installed, model_dir: Path, tmp_path: Path) -> None
     rest = f"--config run.yaml --model_name_or_path {shlex.quote(str(model_dir))} --train_file rows.jsonl"
     found: dict[str, Any] = json.loads(installed.ds_sft(*launch, "--json", cwd=tmp_path).stdout)
     assert found["nodes"][0]["torchrun"].endswith(f" --max-restarts=0 -m ds_sft train {rest}")
-    assert found["deepspeed"] == f"deepspeed --hostfile hosts --master_port 29500 --module ds_sft.train {rest}"
+    assert found["deepspeed"] == f"deepspeed --hostfile hosts --master_port 29500 --module ds_sft train {rest}"
     assert found["sbatch"].startswith("sbatch --nodes=1 --gpus-per-node=1 slurm/train.sbatch run.yaml ")
     told = "With Slurm (there is no slurm/train.sbatch here: `ds-sft init --slurm` writes the templates):\n"
     assert told in installed.ds_sft(*launch, cwd=tmp_path).stdout
@@ -118,6 +118,6 @@ def test_training(installed: Installed, model_dir: Path, tmp_path: Path) -> None
 
     found = launched("torchrun", "--nproc_per_node", "-m", "ds_sft", "train", "--deepspeed", "zero2")
     assert found["export"]["verified"] is True  # by a fresh process, which finds the package, too
-    launched("deepspeed", "--num_accelerators", "--module", "ds_sft.train", "--verify_export", "no")
+    launched("deepspeed", "--num_accelerators", "--module", "ds_sft", "train", "--verify_export", "no")
     weights = [(tmp_path / launcher / "model.safetensors").read_bytes() for launcher in ("torchrun", "deepspeed")]
     assert weights[0] == weights[1]

@@ -58,7 +58,7 @@ def test_without_a_launcher_it_is_ignored_and_said(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("root", "command"),
-    [(ROOT, "deepspeed ds_sft/train.py"), (None, "deepspeed --module ds_sft.train")],
+    [(ROOT, "deepspeed ds_sft/train.py"), (None, "deepspeed --module ds_sft train")],
     ids=["in a clone", "without one"],
 )
 def test_what_would_use_it(

@@ -22,15 +22,13 @@ def shown(path: Path) -> str:
 
 
 def program(launcher: str) -> list[str]:
-    """What a command says behind its launcher to train: `torchrun ... ds_sft/train.py`, `torchrun ... -m ds_sft train`.
-
-    DeepSpeed's launcher calls `-m` otherwise, and puts `--local_rank` before what follows: it wants the module itself.
-    """
+    """What a command says behind its launcher to train: `torchrun ds_sft/train.py`, without a clone
+    `torchrun -m ds_sft train`."""
     root, short = clone(), Path("ds_sft/train.py")
     if root is not None:
         whole = PACKAGE / "train.py"
         return [str(short if short.exists() and short.samefile(whole) else whole)]
-    return ["--module", "ds_sft.train"] if launcher == "deepspeed" else ["-m", "ds_sft", "train"]
+    return ["--module" if launcher == "deepspeed" else "-m", "ds_sft", "train"]
 
 
 def command(launcher: str, *flags: str) -> str:
