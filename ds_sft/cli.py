@@ -12,6 +12,7 @@ from ds_sft.errors import UserError, nearest
 from ds_sft.runtime.quiet import quiet
 
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
+    "init": ("ds_sft.commands.init", "write a configuration to begin with, and with --slurm the templates of jobs"),
     "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
     "export": ("ds_sft.commands.export", "turn a checkpoint of any ZeRO stage into a model folder, without GPUs"),
     "verify": ("ds_sft.commands.verify", "compare a final model's loss with the trained one, where a run could not"),
@@ -28,6 +29,8 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft train` puts it before the command
+        words = words[1:]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2

@@ -42,6 +42,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": ["swanlab"],
 }
 EVAL_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 100.0}  # where there is an eval_file
+ENGINES = ("zero2", "zero3", "zero2_offload", "zero3_offload")  # values of `deepspeed` that need no file: the package's
 OUR_ORDERS = ("random", "sequential", "group_by_length")  # of train_sampling_strategy: the same on any number of ranks
 
 # transformers 5 renamed these; everybody still says the old name. And our name for what Trainer calls differently.
@@ -293,7 +294,7 @@ def training_keys() -> dict[str, Key]:
 def _transformers() -> Path:
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("transformers is not installed: pip install -e . in the folder of ds_sft")
+        raise UserError("transformers is not installed: pip install transformers")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -742,6 +743,8 @@ def _one_of(choices: Iterable[str], value: str) -> str:
 
 # ---- Help
 
+OUR_WORDS = {"deepspeed": f"{', '.join(ENGINES)}, or a JSON file of DeepSpeed's options"}
+
 
 def help_text(prog: str) -> str:
     """Ours first, then every field of TrainingArguments."""
@@ -767,7 +770,7 @@ def _help_line(known: Key) -> str:
         default = f"[+{TRAINING_DEFAULTS[known.name]}]"
     if known.name == "system_prompt":
         default = "[the reference's]"
-    text = known.help if ours else known.help.split(". ")[0][:100]
+    text = known.help if ours else OUR_WORDS.get(known.name) or known.help.split(". ")[0][:100]
     if known.choices and len(known.choices) <= 6:
         text += f" ({', '.join(known.choices)})"
     return f"  --{known.name:<34} {text} {default}".rstrip()

@@ -21,7 +21,16 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(command -v python3)
     [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$DS_SFT_HOME/.venv/bin/python" ] || PYTHON=$DS_SFT_HOME/.venv/bin/python
 fi
-export DS_SFT_HOME PYTHONPATH=$DS_SFT_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONFAULTHANDLER=1
+export DS_SFT_HOME PYTHONFAULTHANDLER=1
+if [ -f "$DS_SFT_HOME/ds_sft/train.py" ]; then  # a clone
+    package=$DS_SFT_HOME
+    program=("$DS_SFT_HOME/ds_sft/train.py")
+    export PYTHONPATH=$DS_SFT_HOME${PYTHONPATH:+:$PYTHONPATH}
+else  # `ds-sft init --slurm` has written the templates: the package is one of that Python's
+    package=$("$PYTHON" -c 'import os, ds_sft; print(os.path.dirname(ds_sft.__file__))' 2>/dev/null) ||
+        die "${PYTHON:-python3} has no ds_sft: name its environment in slurm/site.sh, or activate it before sbatch"
+    program=(-m ds_sft train)
+fi
 
 # ---- Ranks
 
@@ -41,7 +50,7 @@ set_ranks() {
 describe() {
     say "Job $job ($SLURM_JOB_NAME), start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
     say "$SLURM_NNODES nodes x $ranks ranks ($gpus GPUs a node), $cores cores a rank; rank 0 at $MASTER_ADDR:$MASTER_PORT"
-    say "Logs of the nodes: $logs/; Python: $PYTHON; code: $DS_SFT_HOME"
+    say "Logs of the nodes: $logs/; Python: $PYTHON; code: $package"
     local name
     for name in CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME HF_HUB_OFFLINE TORCH_EXTENSIONS_DIR DS_SFT_CACHE \
         NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_P2P_DISABLE GLOO_SOCKET_IFNAME SWANLAB_MODE VIRTUAL_ENV; do
@@ -104,7 +113,7 @@ train() {
         on_ranks -- -m ds_sft doctor "$@" &
         await $! || give_up $? "The doctor found what would stop this run (DS_SFT_DOCTOR=no starts it all the same)"
     fi
-    on_ranks --output="$logs/%N.log" --open-mode=append -- "$DS_SFT_HOME/ds_sft/train.py" --config "$@" &
+    on_ranks --output="$logs/%N.log" --open-mode=append -- "${program[@]}" --config "$@" &
     await $!
     code=$?
     requeue end --config "$@"
@@ -165,7 +174,7 @@ nodes_answer() { timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SL
 
 # prepare CONFIG [--key value ...]
 prepare() {
-    say "Job $job ($SLURM_JOB_NAME) on $SLURM_JOB_NODELIST, $SLURM_CPUS_ON_NODE cores; Python: $PYTHON; code: $DS_SFT_HOME"
+    say "Job $job ($SLURM_JOB_NAME) on $SLURM_JOB_NODELIST, $SLURM_CPUS_ON_NODE cores; Python: $PYTHON; code: $package"
     exec srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --mpi=none --export=ALL --kill-on-bad-exit=1 \
         "${SRUN_FLAGS[@]}" "${CONTAINER[@]}" "$PYTHON" -m ds_sft prepare "$@"
 }

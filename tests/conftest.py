@@ -8,9 +8,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.installed import Installed
 
 TEXTS = [
     "What is the capital of France? The capital of France is Paris. You are a helpful assistant.",
@@ -151,6 +154,14 @@ def make_model(folder: Path, tokenizer_dir: Path, **changes: Any) -> Path:
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """An environment with the wheel of this tree: see installed.py."""
+    from tests.installed import install
+
+    return install(tmp_path_factory.mktemp("installed"))
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:

@@ -26,6 +26,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ds_sft {__version__}\n"
 
 
+def test_the_rank_that_deepspeeds_launcher_puts_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--local_rank=1", "--version"]) == 0
+    assert capsys.readouterr().out == f"ds_sft {__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

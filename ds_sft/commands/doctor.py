@@ -35,6 +35,7 @@ from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
+from ds_sft.runtime.shipped import CONFIGS, PACKAGE
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
 
@@ -158,11 +159,11 @@ def _trouble_or(look: Callable[[], Facts]) -> Facts:
 
 
 def _code_hash() -> str:
-    """Of every source file of this package: a checkout can differ from its commit."""
+    """Of every source file of this package, and of what `deepspeed` has names for: a checkout can differ from its
+    commit."""
     digest = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    for file in sorted([*PACKAGE.rglob("*.py"), *CONFIGS.glob("*.json")]):
+        digest.update(f"{file.relative_to(PACKAGE)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -242,11 +243,12 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
     """The checks that need no network."""
     nodes = [facts for facts in everyone if facts["local_rank"] == 0]
     return [
-        _same("code", nodes, lambda facts: facts["code"], _describe_code, "use one checkout, on a shared disk"),
+        _same("code", nodes, lambda facts: facts["code"], _describe_code,
+              "use one clone on a shared disk, or install one wheel on every node"),
         _same("config", nodes, lambda facts: facts["config"], lambda _: "the same on all nodes",
               "give every node the same file and flags"),
         _same("packages", nodes, lambda facts: facts["versions"], _describe_versions,
-              "pip install -c constraints.txt -e . on every node, or one environment on a shared disk"),
+              "install the same versions on every node, or one environment on a shared disk"),
         _check_devices(everyone),
         _check_model(nodes, config),
         _check_data(nodes),
@@ -270,7 +272,8 @@ def _same(
 
 
 def _describe_code(code: Facts) -> str:
-    return f"{(code['commit'] or 'no git commit')[:12]}, hash {code['hash']}"
+    commit = code["commit"]
+    return f"{commit[:12] if commit else 'no git commit'}, hash {code['hash']}"
 
 
 def _describe_versions(found: Facts) -> str:

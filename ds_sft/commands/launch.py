@@ -26,10 +26,12 @@ from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds
 from ds_sft.plan.steps import Steps, steps_of
 from ds_sft.plan.weights import choice_of
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.shipped import clone, command, program
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
 
-ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = Path("slurm/train.sbatch")
+NO_TEMPLATE = f"there is no {TEMPLATE} here: `ds-sft init --slurm` writes the templates"
 SIGNAL_SECONDS = 600  # how long before its time limit slurm/train.sbatch saves
 PORT = 29500  # torch's own default; slurm/job.sh derives one from the job's number
 NODES_SHOWN = 4
@@ -91,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here; --dry-run prints the commands for nodes without Slurm")
+    if not template().exists():
+        raise UserError(NO_TEMPLATE)
     return subprocess.call(shlex.split(plan.sbatch))
 
 
@@ -136,7 +140,7 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         world_size=ranks,
         zero_stage=zero_stage,
         sbatch=_sbatch(given, words),
-        deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, _script(), *words),
+        deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, *program("deepspeed"), *words),
         master_addr=hosts[0],
         master_port=given.port,
         parameters=None if size is None else size.parameters,
@@ -201,25 +205,24 @@ def _hosts(given: argparse.Namespace) -> list[str]:
     return hosts
 
 
-def _script() -> str:
-    """train.py as the current folder names it: short in the clone, in full elsewhere."""
-    short, whole = Path("ds_sft/train.py"), Path(__file__).resolve().parents[1] / "train.py"
-    return str(short if short.exists() and short.samefile(whole) else whole)
+def template() -> Path:
+    """The one in this folder, which a site has edited, else the clone's."""
+    root = clone()
+    return TEMPLATE if root is None or TEMPLATE.exists() else root / TEMPLATE
 
 
 def _node(rank: int, per_node: int, hosts: Sequence[str], given: argparse.Namespace, words: Sequence[str]) -> Node:
-    command = _join(
+    torchrun = _join(
         "torchrun", f"--nnodes={given.nodes}", f"--node_rank={rank}", f"--nproc_per_node={per_node}",
-        f"--master_addr={hosts[0]}", f"--master_port={given.port}", "--max-restarts=0", _script(), *words,
+        f"--master_addr={hosts[0]}", f"--master_port={given.port}", "--max-restarts=0", *program("torchrun"), *words,
     )  # fmt: skip
-    return Node(rank=rank, ranks=(rank * per_node, rank * per_node + per_node - 1), torchrun=command)
+    return Node(rank=rank, ranks=(rank * per_node, rank * per_node + per_node - 1), torchrun=torchrun)
 
 
 def _sbatch(given: argparse.Namespace, words: Sequence[str]) -> str:
     time = [f"--time={given.time}"] if given.time else []
-    template = "slurm/train.sbatch" if Path("slurm/train.sbatch").exists() else ROOT / "slurm" / "train.sbatch"
     flags = [f"--nodes={given.nodes}", f"--gpus-per-node={given.gpus_per_node}", *time]
-    return _join("sbatch", *flags, template, *words[1:])
+    return _join("sbatch", *flags, template(), *words[1:])
 
 
 def _join(*words: Any) -> str:
@@ -247,9 +250,9 @@ def describe(plan: Plan, config: Config) -> str:
         ),
         _checkpoints(plan, config),
         "",
-        "With Slurm:",
+        "With Slurm:" if template().exists() else f"With Slurm ({NO_TEMPLATE}):",
         f"  {plan.sbatch}",
-        f"  It starts slurm/task.sh python ds_sft/train.py ... {_times(plan.ranks_per_node)} on each node, with",
+        f"  It starts slurm/task.sh {command('python')} ... {_times(plan.ranks_per_node)} on each node, with",
         "  RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
         "  MASTER_PORT 15000 + job number modulo 15000.",
         "",

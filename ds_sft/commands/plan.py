@@ -28,8 +28,8 @@ from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
 from ds_sft.plan.layouts import (
-    FILES,
     LAYOUTS,
+    NAMED,
     Option,
     engine_of,
     name_of,
@@ -56,7 +56,6 @@ UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 TOO_LITTLE = 1  # exit code
 
 
@@ -273,7 +272,7 @@ def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, An
     engines = {name: shipped_engine(name, shape) for name in LAYOUTS}
     configured = "no DeepSpeed"
     if value is not None:
-        found = value if isinstance(value, dict) else read_engine(Path(value))
+        found = value if isinstance(value, dict) else read_engine(value)
         engine = engine_of(found.get("zero_optimization") or {}, shape)
         configured = name_of(engine)
         engines[configured] = engine
@@ -304,9 +303,8 @@ def recommended(plan: Plan) -> Config:
     best, config = plan.chosen, plan.config
     run, training = best.run, dict(config.training)
     engine = training.get("deepspeed") if best.name == plan.configured else None
-    if engine is None and best.name in FILES:
-        file = CONFIGS / FILES[best.name]
-        engine = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+    if engine is None and best.name in NAMED:
+        engine = NAMED[best.name]
     training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": run.checkpointing,
                  "deepspeed": engine}  # fmt: skip
     most = run.max_tokens

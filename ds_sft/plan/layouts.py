@@ -24,9 +24,8 @@ LAYOUTS: dict[str, tuple[int | None, bool, bool]] = {  # name -> stage, optimize
     "ZeRO-2 offload": (2, True, False),
     "ZeRO-3 offload": (3, True, True),
 }
-# Those with a file in ds_configs/. ZeRO-2 never needs more than ZeRO-1, so that one is shown and never advised.
-FILES = {"ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json", "ZeRO-2 offload": "zero2_offload.json",
-         "ZeRO-3 offload": "zero3_offload.json"}  # fmt: skip
+# Those that `deepspeed` has a name for. ZeRO-2 never needs more than ZeRO-1, so that one is shown and never advised.
+NAMED = {"ZeRO-2": "zero2", "ZeRO-3": "zero3", "ZeRO-2 offload": "zero2_offload", "ZeRO-3 offload": "zero3_offload"}
 # Elements, of ds_configs/. Transformers' "auto" is hidden x hidden: 0.3 M at 135 M parameters, 200 reductions a step.
 REDUCE_BUCKET = 50_000_000
 CUDA_CONTEXT = int(1.4 * 2**30)  # of a process outside PyTorch's allocator, bytes: 1.39 GiB on an H200, driver 580
@@ -233,7 +232,7 @@ def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, ho
     Estimated times that differ by less than a quarter are taken as equal: they leave out what dividing further costs in
     latency.
     """
-    found = [best for name, run in base.items() if name in FILES or (name == "no DeepSpeed" and run.ranks == 1)
+    found = [best for name, run in base.items() if name in NAMED or (name == "no DeepSpeed" and run.ranks == 1)
              for best in _largest(name, run, hardware, gpu_memory, host, filled=filled)]  # fmt: skip
     found = [option for option in found if not option.run.engine.offload_optimizer] or found
     if not found:

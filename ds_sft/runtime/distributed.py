@@ -271,7 +271,7 @@ def exit_after(error: Exception, launch: Launch, *, told_to_end: bool = False) -
             message += (
                 "Out of memory: try a smaller per_device_train_batch_size (and a larger gradient_accumulation_steps"
             )
-            message += "), gradient_checkpointing: yes, a smaller max_length, or ds_configs/zero3.json.\n"
+            message += "), gradient_checkpointing: yes, a smaller max_length, or deepspeed: zero3.\n"
     if message:
         print_line(f"ds_sft: [rank {launch.rank} on {socket.gethostname()}] {message}", sys.stderr)
     sys.stdout.flush()

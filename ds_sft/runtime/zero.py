@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import Config, training_keys
-from ds_sft.errors import UserError
+from ds_sft.config import ENGINES, Config, training_keys
+from ds_sft.errors import UserError, nearest
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.shipped import CONFIGS, command
 
 # Keys that DeepSpeed 0.19 reads beside those its `constants.py` names: runtime/config.py, monitor/config.py,
 # elasticity/, compression/, runtime/tensor_parallel/, runtime/activation_checkpointing/ and their siblings.
@@ -77,13 +78,14 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
     value = config.training.get("deepspeed")
     if value is None:
         return None
-    found = value if isinstance(value, dict) else read_engine(Path(value))
+    found = value if isinstance(value, dict) else read_engine(value)
     for problem in _problems(found, config, launch):
-        raise UserError(f"{'deepspeed' if isinstance(value, dict) else value}: {problem}")
+        place = "deepspeed" if isinstance(value, dict) else f"deepspeed: {value}" if value in ENGINES else value
+        raise UserError(f"{place}: {problem}")
     if not launch.distributed:
         launch.say(
             "No launcher: plain Trainer in one process, the deepspeed key is ignored "
-            "(`deepspeed ds_sft/train.py ...` uses it, and all GPUs)."
+            f"(`{command('deepspeed')} ...` uses it, and all GPUs)."
         )
         return None
     return _complete(found)
@@ -95,25 +97,38 @@ def _complete(engine: Mapping[str, Any]) -> dict[str, Any]:
     return {**engine, **absent, "zero_optimization": {"stage": 0, **engine.get("zero_optimization", {})}}
 
 
-def read_engine(path: Path) -> dict[str, Any]:
-    """The options in a DeepSpeed file.
+def read_engine(value: str) -> dict[str, Any]:
+    """The options of a configuration that comes with the package, by its name, or of a DeepSpeed file.
+
+    A name wins over a file that has it, so that it means the same in every folder.
 
     Raises:
-        UserError: no such file, or not a JSON object.
+        UserError: no such name or file, or not a JSON object.
     """
+    path = CONFIGS / f"{value}.json" if value in ENGINES else Path(value)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"deepspeed: {path}: no such file; ds_configs/ has zero2.json and others") from None
+        raise UserError(f"deepspeed: {value}: {_no_engine(value)}") from None
     except OSError as error:
         raise UserError(f"deepspeed: {path}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-    if not isinstance(value, dict):
+    if not isinstance(options, dict):
         raise UserError(f"{path}: expected a JSON object of DeepSpeed options")
-    return value
+    return options
+
+
+def _no_engine(value: str) -> str:
+    """What to write instead of a name or a path that there is nothing behind."""
+    path = Path(value)
+    what = "no such file" if path.suffix or len(path.parts) > 1 else "neither a name nor a file"
+    if path.stem in ENGINES:
+        return f"{what}; write {path.stem}, which needs none"
+    near = nearest(path.stem, *([name] for name in ENGINES))  # of equals the first
+    return f"{what}; {f'did you mean {near}? There' if near else 'there'} are {', '.join(ENGINES)}, which need none"
 
 
 def stage(engine: dict[str, Any] | None) -> int | None:

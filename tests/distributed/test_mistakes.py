@@ -42,7 +42,10 @@ MISTAKES = {
     "a folder without data": ({"train_file": str(ROOT / ".ci")}, ".ci: no data in it; expected .jsonl"),
     "a device": ({"train_file": "/dev/null"}, "/dev/null: is not a regular file"),
     "no such model": ({"model_name_or_path": "./none"}, "model_name_or_path: ./none: no such folder"),
-    "no such engine": ({"deepspeed": "zero9.json"}, "deepspeed: zero9.json: no such file; ds_configs/ has zero2.json"),
+    "no such engine": (
+        {"deepspeed": "zero9.json"},
+        "deepspeed: zero9.json: no such file; did you mean zero2?",
+    ),
     "unwritable output": ({"output_dir": "/proc/none"}, "output_dir: /proc/none: cannot be written: "),
     "transformers' own": ({"optim": "adamw_nothing"}, "optim"),
 }

@@ -12,7 +12,8 @@ import yaml
 
 from ds_sft.cli import main
 from tests.distributed.harness import step_losses, train
-from tests.slurm.cluster import Cluster, Job, wait_for
+from tests.installed import Installed
+from tests.slurm.cluster import Cluster, Job, path_with_sbin, wait_for
 from tests.slurm.conftest import FAULTY, SLOW, settings, wait_for_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]
@@ -149,6 +150,33 @@ def test_one_node(submit: Submit, model_dir: Path, tmp_path: Path, whole: Path) 
     assert "1 nodes x 2 ranks (0 GPUs a node), 1 cores a rank" in job.log()
     assert len(list(tmp_path.glob(f"ds_sft-{job.id}/*.log"))) == 1
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_without_a_clone(submit: Submit, installed: Installed, model_dir: Path, tmp_path: Path, whole: Path) -> None:
+    """Templates that `ds-sft init` wrote, the package of an environment that is active, its configuration by name."""
+    assert installed.ds_sft("init", "--slurm", cwd=tmp_path).returncode == 0
+    keys = settings(model_dir, tmp_path, deepspeed="zero2")
+    path = f"{installed.bin}:{path_with_sbin()}"
+    outside = {"PYTHON": "", "PYTHONPATH": "", "PATH": path}
+    job = submit(tmp_path, keys, template=str(tmp_path / "slurm" / "train.sbatch"), env=outside)
+    assert job.wait() == "COMPLETED", job.logs()
+    (site,) = installed.folder.glob("lib/python*/site-packages")
+    assert f"Python: {installed.bin}/python3; code: {site}/ds_sft\n" in job.log()
+    run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert (run["launcher"], run["world_size"], run["zero_stage"], run["git_commit"]) == ("slurm", 2, 2, None)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_without_the_package(submit: Submit, installed: Installed, model_dir: Path, tmp_path: Path) -> None:
+    assert installed.ds_sft("init", "--slurm", cwd=tmp_path).returncode == 0
+    outside = {"PYTHON": "/usr/bin/python3", "PYTHONPATH": ""}
+    template = str(tmp_path / "slurm" / "train.sbatch")
+    job = submit(tmp_path, settings(model_dir, tmp_path), template=template, env=outside)
+    assert job.wait() == "FAILED"
+    assert job.log().endswith(
+        "/usr/bin/python3 has no ds_sft: name its environment in slurm/site.sh, or activate it before sbatch\n"
+    )
+    assert job.restarts == 0
 
 
 def test_the_debug_job(submit: Submit, model_dir: Path, tmp_path: Path) -> None:
