@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md", "findings/README.md",
          *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]  # fmt: skip
 # Announced in README and in the site's navigation, and not built yet.
-COMING_COMMANDS = {"chat", "evaluate", "init", "push", "report"}
-COMING_PAGES = {f"docs/{name}.md" for name in ("chat", "evaluate", "install", "report", "serve", "share")}
+COMING_COMMANDS = {"chat", "evaluate", "push"}
+COMING_PAGES = {f"docs/{name}.md" for name in ("chat", "evaluate", "serve", "share")}
 SHELLS = ("bash", "console", "sh", "shell")
 NOT_OURS = {".", ".venv/bin/pre-commit", "curl", "findings/NAME.sh", "printf", "vllm"}  # what they take is not checked
 OF_SBATCH = {"account", "dependency", "gpus-per-node", "nodelist", "nodes", "ntasks-per-node", "partition", "time"}
