@@ -82,6 +82,15 @@ def test_nothing_is_replaced(
     assert [path for path in folder.rglob("*") if path.is_file()] == ([] if dangling else [folder / there])
 
 
+def test_a_folder_is_no_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "runs").mkdir()
+    for words in (["runs"], ["runs", "--slurm"]):
+        assert main(["init", *words]) == 2
+        said = "ds-sft: error: runs is there already, and nothing is replaced: move it away\n"
+        assert capsys.readouterr() == ("", said)
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+
+
 def test_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "file").write_text("", encoding="utf-8")
     assert main(["init", "file/run.yaml"]) == 2

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--slurm", action="store_true", help="also write slurm/, from where `sbatch` starts runs")
     given = parser.parse(argv)
     files = {FOLDER / file.name: file for file in templates()} if given.slurm else {}
-    if given.slurm and given.file.exists():  # of an earlier `ds-sft init`
+    if given.slurm and given.file.is_file():  # of an earlier `ds-sft init`
         print(f"{given.file} stays as it is.")
     else:
         files |= {given.file: CONFIGS / "run.yaml"}
