@@ -257,6 +257,7 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["empty"], "empty: no run in it (metrics.jsonl or run.json); expected the output_dir of one"),
         (["runs"], "runs: no run in it (metrics.jsonl or run.json); there are 1 in folders of it: write runs/*/"),
         (["runs/a", "--out", "no/x.html"], "--out no/x.html: cannot be written: No such file or directory"),
+        (["runs/a", "--out", "runs/a/run.json"], "--out runs/a/run.json: is there already, and no .html: name another"),
         (["runs/a", "--html", "x.html"], "--html: unknown flag: --help lists all flags"),
     ],
 )

@@ -55,11 +55,13 @@ def frame(title: str, body: str, *, style: str = "", scripts: bool = False) -> s
 
 
 def write_page(path: Path, text: str, flag: str) -> None:
-    """Write a page where `flag` says.
+    """Write a page where `flag` says; an earlier page is replaced, any other file is not.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file is another's, or cannot be written.
     """
+    if path.is_file() and path.suffix not in (".html", ".htm"):
+        raise UserError(f"{flag} {path}: is there already, and no .html: name another")
     try:
         path.write_text(text, encoding="utf-8", errors="replace")  # halves of characters that a model wrote
     except OSError as error:
