@@ -14,7 +14,7 @@ from ds_sft.config import ENGINES, TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.identity import changes, identity
-from ds_sft.runtime.zero import engine_config, read_engine, stage
+from ds_sft.runtime.zero import _package, engine_config, read_engine, stage
 from tests.test_house import ROOT
 
 ALONE = Launch(launcher="python")
@@ -88,6 +88,12 @@ def test_unusable_files(tmp_path: Path, content: bytes | None, said: str, launch
     with pytest.raises(UserError) as caught:
         engine_config(make(str(path)), launch)
     assert str(caught.value) == said.format(path=path)
+
+
+def test_a_package_that_is_not_there() -> None:
+    """What to do works without a clone, too."""
+    with pytest.raises(UserError, match=r"^nothing_here is not installed: pip install nothing_here$"):
+        _package("nothing_here")
 
 
 @pytest.mark.parametrize("name", ENGINES)

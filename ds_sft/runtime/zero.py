@@ -363,5 +363,5 @@ def _fields(file: str, cls: str) -> frozenset[str]:
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{name} is not installed: pip install -e . in the folder of ds_sft")
+        raise UserError(f"{name} is not installed: pip install {name}")
     return Path(spec.submodule_search_locations[0])
