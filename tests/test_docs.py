@@ -415,6 +415,14 @@ def test_the_site_has_every_page_once() -> None:
     assert sorted(leaves(site["nav"])) == sorted({*PAGES, *COMING_PAGES})
 
 
+def test_the_page_of_installation_has_every_extra_of_a_user() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = {*setup["options.extras_require"]} - {"docs", "test", "dev"}  # those are for work on this package
+    table = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert {name for name in extras if f"| `{name}` |" not in table} == set()
+
+
 def test_what_is_coming_is_not_there_yet() -> None:
     """Else it belongs out of these lists, so that its links and flags are checked."""
     assert {name for name in COMING_COMMANDS if name in cli.COMMANDS} == set()
