@@ -113,3 +113,10 @@ def test_every_recipe_is_on_the_page() -> None:
     names = sorted(path.stem for path in (ROOT / "ds_configs" / "recipes").iterdir())
     assert names == sorted([*CLUSTERS, "laptop_lora"])
     assert [name for name in names if f"](../ds_configs/recipes/{name}.yaml)" not in PAGE] == []
+
+
+def test_adapters_learn_at_ten_to_twenty_times_the_rate_of_all_weights() -> None:
+    """In files that lie side by side; docs/adapters.md has where the factor comes from."""
+    configs = [load_config(["--config", recipe(name)]) for name in (*CLUSTERS, "laptop_lora")]
+    rates = {kind: {c.training["learning_rate"] for c in configs if c.adapter == kind} for kind in ("none", "lora")}
+    assert rates == {"none": {1e-5}, "lora": {2e-4}}
