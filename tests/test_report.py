@@ -160,6 +160,12 @@ def test_a_folder_that_is_named_twice_is_one_run(tmp_path: Path, monkeypatch: py
     assert [run.name for run in read_runs([Path("out"), Path("out/"), tmp_path / "out"])] == ["out"]
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "r\udcffn")])
+    assert run.name == "r\ufffdn"
+    assert "r\ufffdn" in page([run])
+
+
 # ---- Figures and tables
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -110,11 +111,13 @@ def weighted(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders, each once; their names are as short as they can be told apart by.
 
+    A name's bytes that are no UTF-8 are replaced, for nothing could show them.
+
     Raises:
         UserError: a folder has no run in it.
     """
     different = list({folder.resolve(): folder for folder in folders}.items())
-    names = short_names([path for path, _ in different])
+    names = short_names([Path(os.fsencode(path).decode(errors="replace")) for path, _ in different])
     return [read_run(folder, name) for (_, folder), name in zip(different, names, strict=True)]
 
 
