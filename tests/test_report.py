@@ -35,8 +35,8 @@ LOGGED: list[Any] = [
 RESULTS = {"versions": {"torch": "2.13.0"}, "world_size": 2, "eval_loss": 2.5, "tokens": 25200, "identity": {},
            "peak_memory": [{"host_gib": 1.25}, {"host_gib": 1.5}],
            "plan": {"layout": "ZeRO-2", "moment": "step", "planned_gib": 0.5, "measured_gib": 0.625},
-           "speed": {"seconds": 150.0, "tokens_per_second": 168.0, "data_wait_share": 0.2, "optimizer_share": 0.8,
-                     "waiting_share": 0.05, "padding_share": 0.1}}  # fmt: skip
+           "speed": {"seconds": 150.0, "tokens": 25200, "tokens_per_second": 168.0, "data_wait_share": 0.2,
+                     "optimizer_share": 0.8, "waiting_share": 0.05, "padding_share": 0.1}}  # fmt: skip
 ROWS = {"file": "rows.jsonl", "rows_read": 12, "rows_kept": 10, "rows_dropped": {"not JSON": 2}, "rows_truncated": 1,
         "tokens": 1000, "supervised_tokens": 250,
         "length_percentiles": {"p50": 60, "p90": 90, "p95": 95, "p99": 99, "max": 100}}  # fmt: skip
@@ -78,9 +78,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ]
 
 
-def test_time_is_that_of_all_starts(tmp_path: Path) -> None:
-    """`run.json` knows the last start alone: here less than was logged."""
-    last_start = {**RESULTS, "speed": {"seconds": 10.0, "data_wait_share": 1.0}}
+@pytest.mark.parametrize("seconds", [10.0, 145.0], ids=["a short one", "one longer than what was logged"])
+def test_time_is_that_of_all_starts(tmp_path: Path, seconds: float) -> None:
+    """`run.json` knows the last start alone."""
+    last_start = {**RESULTS, "speed": {"seconds": seconds, "tokens": 21600, "data_wait_share": 1.0}}
     run = read_run(write_run(tmp_path / "out", **{"run.json": last_start}), "out")
     assert run.parts == {"data_wait": 45.0, "optimizer": 99.0}
     assert run.speed["tokens_per_second"] == 175.0
