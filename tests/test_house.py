@@ -153,6 +153,28 @@ def test_every_pinned_version_satisfies_the_lower_bound() -> None:
         assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"
 
 
+def test_what_is_imported_is_a_requirement() -> None:
+    """In the wheel's own list: the environments of these tests have more than that brings."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lists = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    named = {re.split("[<>=[]", line)[0] for text in lists for line in text.splitlines()}
+    known = {name.replace("-", "_") for name in (*named, *PACKAGES)}
+    known |= {"ds_sft", "yaml", "triton"}  # yaml is pyyaml's; torch brings triton, where there is a GPU for it
+    imported = {name for file in MODULES for name in packages_of(file)}
+    assert imported - sys.stdlib_module_names - known == set()
+
+
+def packages_of(file: Path) -> set[str]:
+    """The packages that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found |= {name.partition(".")[0] for name in names}
+    return found
+
+
 def test_make_installs_what_the_demo_asks_for() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert tuple(re.search(r"^DEMO := (.*)$", makefile, re.M)[1].split()) == PACKAGES
