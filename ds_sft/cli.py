@@ -20,6 +20,7 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "preview": ("ds_sft.commands.preview", "show the tokens a model will see, and which are learned"),
     "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
     "doctor": ("ds_sft.commands.doctor", "find out what would stop a run here: devices, files, disk, network"),
+    "evaluate": ("ds_sft.commands.evaluate", "how good a model's answers are, and how much better than before"),
     "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),
 }
 
@@ -58,7 +59,7 @@ def call(name: str, words: Sequence[str]) -> int:
         near = nearest(name, COMMANDS)
         remedy = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}: {remedy}")
-    if name not in ("train", "doctor"):  # they say it on one rank
+    if name not in ("train", "doctor", "evaluate"):  # they say it on one rank
         for remark in given_twice(words):
             print(remark, file=sys.stderr)
     quiet()

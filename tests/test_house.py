@@ -29,7 +29,19 @@ ALLOWED = {
     "training": {"errors", "config", "plan", "data", "runtime", "training"},
     "tracking": {"errors", "config", "runtime.distributed"},
     "predict": {"errors", "config", "plan", "data", "runtime", "training"},
-    "commands": {"errors", "config", "plan", "data", "runtime", "training", "tracking", "predict", "commands"},
+    "evaluation": {"errors", "config", "plan", "data", "runtime", "training", "predict", "evaluation"},
+    "commands": {
+        "errors",
+        "config",
+        "plan",
+        "data",
+        "runtime",
+        "training",
+        "tracking",
+        "predict",
+        "evaluation",
+        "commands",
+    },
 }
 # These answer at once: neither library may be loaded by importing them.
 LIGHT = [
@@ -57,6 +69,8 @@ LIGHT = [
     "ds_sft.commands.launch",
     "ds_sft.commands.rows",
     "ds_sft.commands.doctor",
+    "ds_sft.commands.evaluate",
+    "ds_sft.runtime.work",
 ]
 
 

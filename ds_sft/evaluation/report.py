@@ -1,0 +1,190 @@
+"""What an evaluation found: numbers with their intervals, per source of the data and in all; JSON and a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_sft.evaluation.bootstrap import (
+    LEVEL,
+    LOWER_IS_BETTER,
+    METRICS,
+    RESAMPLES,
+    TOKENS,
+    Floats,
+    difference,
+    estimate,
+    resampled,
+)
+from ds_sft.evaluation.measure import Item, Result, Subject, numbers_of
+from ds_sft.runtime.results import versions
+
+ALL = "all"
+OF_LOSS = ("loss", "perplexity")
+NAMES = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "exact_match": "exact match %",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+}
+Found = Mapping[str, Sequence[Result]]  # name of a model -> its results, item by item
+
+
+def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, seed: int) -> dict[str, Any]:
+    """All numbers of an evaluation; of two models also their difference, the second less the first.
+
+    Args:
+        items: of the first subject; the results of all are in their order.
+    """
+    files = [item.place[0] for item in items]
+    groups = {ALL: list(range(len(items)))}
+    if len(set(files)) > 1:
+        groups |= {name: [i for i, file in enumerate(files) if file == name] for name in dict.fromkeys(files)}
+    names = [subject.name for subject in subjects]
+    return {
+        "models": {subject.name: _describe_subject(subject) for subject in subjects},
+        "data": list(dict.fromkeys(files)),
+        "seed": seed,
+        "resamples": RESAMPLES,
+        "interval": LEVEL,
+        "difference": f"{names[1]} - {names[0]}" if len(names) == 2 else None,
+        "sources": {name: _describe_group(group, names, found, seed) for name, group in groups.items()},
+        "versions": versions(),
+    }
+
+
+def _describe_subject(subject: Subject) -> dict[str, Any]:
+    config = subject.config
+    return {
+        "path": subject.path,
+        "template": config.template,
+        "system_prompt": config.system_prompt,
+        "max_new_tokens": config.predict_max_new_tokens or config.max_length,
+    }
+
+
+def _describe_group(group: Sequence[int], names: Sequence[str], found: Found, seed: int) -> dict[str, Any]:
+    """Rows of one source, or all."""
+    results = {name: [found[name][i] for i in group] for name in names}
+    numbers = {name: numbers_of(results[name]) for name in names}
+    draws = {name: resampled(numbers[name], seed) for name in names}  # of one seed: the same rows for all
+    metrics = METRICS if any(result.answer for result in results[names[0]]) else OF_LOSS
+    described: dict[str, Any] = {"rows": len(group), "models": {}}
+    for name in names:
+        estimates = {metric: asdict(estimate(metric, numbers[name], draws[name])) for metric in metrics}
+        described["models"][name] = _counts(results[name]) | estimates
+    if len(names) == 2:
+        first, second = ((numbers[name], draws[name]) for name in names)
+        comparable = same_tokens(first[0], second[0])
+        described["difference"] = {
+            metric: asdict(difference(metric, first, second))
+            for metric in metrics
+            if comparable or metric not in OF_LOSS
+        }
+    return described
+
+
+def same_tokens(first: Floats, second: Floats) -> bool:
+    """Whether two models have equally many supervised tokens in every row: else nothing compares their losses."""
+    return bool(np.array_equal(first[:, TOKENS], second[:, TOKENS]))
+
+
+def _counts(results: Sequence[Result]) -> dict[str, int]:
+    answers = [result.answer for result in results if result.answer is not None]
+    return {
+        "supervised_tokens": sum(result.tokens for result in results),
+        "answered": len(answers),
+        "cut": sum(answer["cut"] for answer in answers),
+    }
+
+
+# ---- Answers
+
+
+def answer_line(name: str, item: Item, answer: Mapping[str, Any]) -> str:
+    """One answer as a line of JSON."""
+    file, line = item.place
+    row = {"model": name, "source": f"{file}:{line}", "question": item.question, "reference": item.reference,
+           "prediction": answer["text"], "tokens": answer["tokens"], "cut": answer["cut"],
+           **{metric: round(answer[metric], 4) for metric in ("exact_match", "chrf", "rouge_l")}}  # fmt: skip
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_answers(path: Path, subjects: Sequence[Subject], items: Mapping[str, Sequence[Item]], found: Found) -> None:
+    """All answers, model by model, in the order of the data."""
+    with path.open("w", encoding="utf-8") as file:
+        for subject in subjects:
+            for item, result in zip(items[subject.name], found[subject.name], strict=True):
+                if result.answer is not None:
+                    file.write(answer_line(subject.name, item, result.answer))
+
+
+# ---- Table
+
+
+def print_table(described: Mapping[str, Any]) -> None:
+    """For each source a part of the table: metrics down, models across, their difference last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(described["models"])
+    table = Table(title="Evaluation", title_justify="left")
+    for column in ("", *names, *(["difference", "better in"] if described["difference"] else [])):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for source, part in described["sources"].items():
+        table.add_row(f"{source} ({part['rows']:,} rows)", end_section=False, style="bold")
+        for row in _table_rows(part, names):
+            table.add_row(*row)
+        table.add_section()
+    console = Console(markup=False)
+    console.print(table)
+    told = f"[..]: {described['interval']:.0f} % interval of {described['resamples']:,} bootstrap samples"
+    if described["difference"]:
+        told += f"; difference: {described['difference']}, on the same rows"
+    console.print(told, soft_wrap=True)
+
+
+def _table_rows(part: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    rows, models = [], part["models"]
+    for metric in (name for name in METRICS if name in models[names[0]]):
+        cells = [_with_interval(metric, models[name][metric]) for name in names]
+        if "difference" in part:
+            apart = part["difference"].get(metric)
+            cells += [_with_interval(metric, apart, sign="+"), f"{apart['better']:.0%}"] if apart else ["", ""]
+        rows.append([f"{NAMES[metric]} {'↓' if metric in LOWER_IS_BETTER else '↑'}", *cells])
+    if any(models[name]["answered"] for name in names):
+        rows.append(["answers cut", *(f"{models[name]['cut']:,} of {models[name]['answered']:,}" for name in names)])
+    return rows
+
+
+def _with_interval(metric: str, found: Mapping[str, float], sign: str = "") -> str:
+    value, low, high = (_short(metric, found[name], sign) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _short(metric: str, value: float, sign: str) -> str:
+    if not math.isfinite(value):
+        return "-"
+    if metric == "loss":
+        return f"{value:{sign}.3f}"
+    return f"{value:{sign}.1f}" if abs(value) < 1e5 else f"{value:{sign}.1e}"
+
+
+def summary_line(described: Mapping[str, Any]) -> str:
+    """The numbers of the answers in a line: of the last model, and of the one before it."""
+    part = described["sources"][ALL]
+    names = list(described["models"])
+    after, before = part["models"][names[-1]], part["models"][names[0]] if len(names) == 2 else None
+    parts = []
+    for metric in METRICS:
+        if metric in after:
+            was = f" ({_short(metric, before[metric]['value'], '')} before)" if before else ""
+            parts.append(f"{NAMES[metric]} {_with_interval(metric, after[metric])}{was}")
+    return f"Evaluation of {part['rows']:,} validation rows: {', '.join(parts)}."
