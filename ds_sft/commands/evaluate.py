@@ -66,7 +66,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     grow_segments(os.environ)
     from transformers.utils.logging import disable_progress_bar
 
-    from ds_sft.evaluation.report import print_table
+    from ds_sft.evaluation.report import print_tables
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.evaluation.session import common_places, evaluate
     from ds_sft.runtime.results import write_json
@@ -80,7 +80,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
         places = common_places(prepared, given.limit, launch)
         described = evaluate(prepared, places, open_work(launch, "evaluate"), answers=answers)
     if described is not None:
-        print_table(described)
+        print_tables(described)
         write_json(given.out, described)
         print_line(f"Wrote {given.out}{f' and {answers}' if answers else ''}.")
 

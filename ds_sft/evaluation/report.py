@@ -30,7 +30,7 @@ OF_LOSS = ("loss", "perplexity")
 NAMES = {
     "loss": "loss",
     "perplexity": "perplexity",
-    "exact_match": "exact match %",
+    "exact_match": "exact match",
     "chrf": "chrF",
     "rouge_l": "ROUGE-L",
 }
@@ -129,26 +129,24 @@ def write_answers(path: Path, subjects: Sequence[Subject], items: Mapping[str, S
 # ---- Table
 
 
-def print_table(described: Mapping[str, Any]) -> None:
-    """For each source a part of the table: metrics down, models across, their difference last."""
+def print_tables(described: Mapping[str, Any]) -> None:
+    """For each source a table: metrics down, models across, their difference last, intervals below the numbers."""
     from rich.console import Console
     from rich.table import Table
 
-    names = list(described["models"])
-    table = Table(title="Evaluation", title_justify="left")
-    for column in ("", *names, *(["difference", "better in"] if described["difference"] else [])):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    names, console = list(described["models"]), Console(markup=False)
     for source, part in described["sources"].items():
-        table.add_row(f"{source} ({part['rows']:,} rows)", end_section=False, style="bold")
+        table = Table(title=f"{source}: {part['rows']:,} rows", title_justify="left")
+        table.add_column("", no_wrap=True)
+        for column in (*names, *(["difference", "better in"] if "difference" in part else [])):
+            table.add_column(column, justify="right", overflow="fold")
         for row in _table_rows(part, names):
             table.add_row(*row)
-        table.add_section()
-    console = Console(markup=False)
-    console.print(table)
-    told = f"[..]: {described['interval']:.0f} % interval of {described['resamples']:,} bootstrap samples"
+        console.print(table)
+    told = f"[..] has {described['interval']:.0f} % of {described['resamples']:,} bootstrap samples"
     if described["difference"]:
-        told += f"; difference: {described['difference']}, on the same rows"
-    console.print(told, soft_wrap=True)
+        told += f", of the same rows for both; the difference is {described['difference']}"
+    console.print(f"{told}.", soft_wrap=True)
 
 
 def _table_rows(part: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
@@ -164,9 +162,9 @@ def _table_rows(part: Mapping[str, Any], names: Sequence[str]) -> list[list[str]
     return rows
 
 
-def _with_interval(metric: str, found: Mapping[str, float], sign: str = "") -> str:
+def _with_interval(metric: str, found: Mapping[str, float], sign: str = "", between: str = "\n") -> str:
     value, low, high = (_short(metric, found[name], sign) for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return f"{value}{between}[{low}, {high}]"
 
 
 def _short(metric: str, value: float, sign: str) -> str:
@@ -178,13 +176,11 @@ def _short(metric: str, value: float, sign: str) -> str:
 
 
 def summary_line(described: Mapping[str, Any]) -> str:
-    """The numbers of the answers in a line: of the last model, and of the one before it."""
-    part = described["sources"][ALL]
-    names = list(described["models"])
-    after, before = part["models"][names[-1]], part["models"][names[0]] if len(names) == 2 else None
+    """The numbers of the last model in a line, and what they were of the one before it."""
+    part, names = described["sources"][ALL], list(described["models"])
+    last, first = part["models"][names[-1]], part["models"][names[0]]
     parts = []
-    for metric in METRICS:
-        if metric in after:
-            was = f" ({_short(metric, before[metric]['value'], '')} before)" if before else ""
-            parts.append(f"{NAMES[metric]} {_with_interval(metric, after[metric])}{was}")
-    return f"Evaluation of {part['rows']:,} validation rows: {', '.join(parts)}."
+    for metric in (name for name in METRICS if name in last):
+        before = f", {_short(metric, first[metric]['value'], '')} {names[0]}" if len(names) == 2 else ""
+        parts.append(f"{NAMES[metric]} {_with_interval(metric, last[metric], between=' ')}{before}")
+    return f"Evaluation of {part['rows']:,} validation rows: {'; '.join(parts)}."
