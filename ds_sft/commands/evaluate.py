@@ -69,7 +69,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     from ds_sft.evaluation.report import print_tables
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.evaluation.session import common_places, evaluate
-    from ds_sft.runtime.results import write_json
+    from ds_sft.runtime.results import versions, write_json
     from ds_sft.runtime.work import open_work
 
     disable_progress_bar()  # of loading: every rank would show one
@@ -81,7 +81,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
         described = evaluate(prepared, places, open_work(launch, "evaluate"), answers=answers)
     if described is not None:
         print_tables(described)
-        write_json(given.out, described)
+        write_json(given.out, described | {"versions": versions()})
         print_line(f"Wrote {given.out}{f' and {answers}' if answers else ''}.")
 
 

@@ -17,7 +17,6 @@ from ds_sft.evaluation.scores import chrf_of
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 1000
 LEVEL = 95.0  # percent
-METRICS = ("loss", "perplexity", "exact_match", "chrf", "rouge_l")
 LOWER_IS_BETTER = ("loss", "perplexity")
 # Columns of the numbers of a dialogue; those of chrF's statistics follow.
 LOSS, TOKENS, ANSWERED, EXACT, ROUGE, CHRF = range(6)
@@ -37,6 +36,7 @@ class Difference(Estimate):
     """Of two models, the second less the first."""
 
     better: float  # share of the draws in which the second is better
+    worse: float  # and in which it is worse
 
 
 def resampled(numbers: Floats, seed: int) -> Floats:
@@ -71,8 +71,10 @@ def difference(name: str, first: Sequence[Floats], second: Sequence[Floats]) -> 
     """By how much a metric of the second model is above the first's; of each model its numbers and their draws."""
     value = metric(name, second[0].sum(0)[None]) - metric(name, first[0].sum(0)[None])
     apart = metric(name, second[1]) - metric(name, first[1])
-    wins = apart < 0 if name in LOWER_IS_BETTER else apart > 0
-    return Difference(float(value[0]), *_interval(apart), better=float(wins.mean()))
+    better, worse = float((apart > 0).mean()), float((apart < 0).mean())
+    if name in LOWER_IS_BETTER:
+        better, worse = worse, better
+    return Difference(float(value[0]), *_interval(apart), better=better, worse=worse)
 
 
 def _interval(values: Floats) -> tuple[float, float]:

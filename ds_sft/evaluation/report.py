@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 from ds_sft.evaluation.bootstrap import (
     LEVEL,
     LOWER_IS_BETTER,
-    METRICS,
     RESAMPLES,
     TOKENS,
     Floats,
@@ -23,17 +21,10 @@ from ds_sft.evaluation.bootstrap import (
     resampled,
 )
 from ds_sft.evaluation.measure import Item, Result, Subject, numbers_of
-from ds_sft.runtime.results import versions
+from ds_sft.training.report import METRICS, short
 
 ALL = "all"
 OF_LOSS = ("loss", "perplexity")
-NAMES = {
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "exact_match": "exact match",
-    "chrf": "chrF",
-    "rouge_l": "ROUGE-L",
-}
 Found = Mapping[str, Sequence[Result]]  # name of a model -> its results, item by item
 
 
@@ -56,7 +47,6 @@ def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, s
         "interval": LEVEL,
         "difference": f"{names[1]} - {names[0]}" if len(names) == 2 else None,
         "sources": {name: _describe_group(group, names, found, seed) for name, group in groups.items()},
-        "versions": versions(),
     }
 
 
@@ -75,7 +65,7 @@ def _describe_group(group: Sequence[int], names: Sequence[str], found: Found, se
     results = {name: [found[name][i] for i in group] for name in names}
     numbers = {name: numbers_of(results[name]) for name in names}
     draws = {name: resampled(numbers[name], seed) for name in names}  # of one seed: the same rows for all
-    metrics = METRICS if any(result.answer for result in results[names[0]]) else OF_LOSS
+    metrics = tuple(METRICS) if any(result.answer for result in results[names[0]]) else OF_LOSS
     described: dict[str, Any] = {"rows": len(group), "models": {}}
     for name in names:
         estimates = {metric: asdict(estimate(metric, numbers[name], draws[name])) for metric in metrics}
@@ -155,32 +145,18 @@ def _table_rows(part: Mapping[str, Any], names: Sequence[str]) -> list[list[str]
         cells = [_with_interval(metric, models[name][metric]) for name in names]
         if "difference" in part:
             apart = part["difference"].get(metric)
-            cells += [_with_interval(metric, apart, sign="+"), f"{apart['better']:.0%}"] if apart else ["", ""]
-        rows.append([f"{NAMES[metric]} {'↓' if metric in LOWER_IS_BETTER else '↑'}", *cells])
+            cells += [_with_interval(metric, apart, sign="+"), _share(apart)] if apart else ["", ""]
+        rows.append([f"{METRICS[metric]} {'↓' if metric in LOWER_IS_BETTER else '↑'}", *cells])
     if any(models[name]["answered"] for name in names):
         rows.append(["answers cut", *(f"{models[name]['cut']:,} of {models[name]['answered']:,}" for name in names)])
     return rows
 
 
-def _with_interval(metric: str, found: Mapping[str, float], sign: str = "", between: str = "\n") -> str:
-    value, low, high = (_short(metric, found[name], sign) for name in ("value", "low", "high"))
-    return f"{value}{between}[{low}, {high}]"
+def _with_interval(metric: str, found: Mapping[str, float], sign: str = "") -> str:
+    value, low, high = (short(metric, found[name], sign) for name in ("value", "low", "high"))
+    return f"{value}\n[{low}, {high}]"
 
 
-def _short(metric: str, value: float, sign: str) -> str:
-    if not math.isfinite(value):
-        return "-"
-    if metric == "loss":
-        return f"{value:{sign}.3f}"
-    return f"{value:{sign}.1f}" if abs(value) < 1e5 else f"{value:{sign}.1e}"
-
-
-def summary_line(described: Mapping[str, Any]) -> str:
-    """The numbers of the last model in a line, and what they were of the one before it."""
-    part, names = described["sources"][ALL], list(described["models"])
-    last, first = part["models"][names[-1]], part["models"][names[0]]
-    parts = []
-    for metric in (name for name in METRICS if name in last):
-        before = f", {_short(metric, first[metric]['value'], '')} {names[0]}" if len(names) == 2 else ""
-        parts.append(f"{NAMES[metric]} {_with_interval(metric, last[metric], between=' ')}{before}")
-    return f"Evaluation of {part['rows']:,} validation rows: {'; '.join(parts)}."
+def _share(apart: Mapping[str, float]) -> str:
+    """In how many of the draws the second model is better."""
+    return f"{apart['better']:.0%}" if apart["better"] or apart["worse"] else "equal"

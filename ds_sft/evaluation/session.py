@@ -14,9 +14,12 @@ from ds_sft.errors import UserError
 from ds_sft.evaluation.measure import Item, Place, Subject, choose, measure, places_of, read_items
 from ds_sft.evaluation.report import answer_line, describe, write_answers
 from ds_sft.plan.adapter import base_of, is_adapter
+from ds_sft.runtime.adapter import exported
 from ds_sft.runtime.distributed import Launch, print_line
 from ds_sft.runtime.work import Work
 from ds_sft.training.limits import check_limits
+
+ANSWERS = "evaluation.jsonl"  # of a run
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ def evaluate(
     if answers is not None:
         write_answers(answers, subjects, items, found)
     return describe(subjects, items[subjects[0].name], found, seed_of(subjects[0].config))
+
+
+def evaluate_run(config: Config, data: Data, tokenizer: Any) -> dict[str, Any] | None:
+    """What `describe` says of a run's exported model and, under `predict_before`, of the one it began with.
+
+    By this process alone, on `evaluate_rows` of the validation rows; None where the run has none.
+    """
+    if data.eval is None:
+        return None
+    measured = Measured(data.eval, data.rows["eval"], data.files["eval"], data.report)
+    paths = {"before": config.model_name_or_path} if config.predict_before else {}
+    paths["after"] = str(exported(config.output_dir))
+    prepared = [Prepared(Subject(name, path, config, tokenizer), measured) for name, path in paths.items()]
+    chosen = choose(list(places_of(measured)), config.evaluate_rows, seed_of(config))
+    return evaluate(prepared, chosen, Work(Launch(launcher="python")), answers=config.output_dir / ANSWERS)
 
 
 def _say_unanswered(items: Sequence[Item], launch: Launch) -> None:
