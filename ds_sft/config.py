@@ -94,7 +94,8 @@ RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("lora_dropout", "num_predictions", "evaluate_rows", "val_size", "learning_rate", "weight_decay",
-                "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
+                "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
+                "eval_delay")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
