@@ -160,6 +160,7 @@ def _measure_losses(
     numbers = [number for item in items for number in item.rows]
     stats = measured.rows[numbers]
     vocab = model.config.get_text_config().vocab_size
+    losses: dict[int, Sequence[float]] = {}  # row -> sum of its loss, supervised tokens
     batches = loss_batches(stats["tokens"].tolist(), stats["supervised"].tolist(), vocab)
 
     def compute(batch: Sequence[int]) -> list[tuple[float, int]]:
@@ -171,13 +172,14 @@ def _measure_losses(
 
     with progress(f"Loss ({subject.name})", len(numbers), work.launch) as shown:
 
-        def hear(batch: int, found: list[list[float]]) -> None:
-            for row, (loss, tokens) in zip(batches[batch], found, strict=True):
-                results[owners[row]].loss += loss
-                results[owners[row]].tokens += int(tokens)
+        def hear(batch: int, found: list[Sequence[float]]) -> None:
+            losses.update(zip(batches[batch], found, strict=True))
             shown.advance(len(found))
 
         work.share(f"loss {subject.name}", len(batches), lambda n: in_parts(compute, batches[n], refuse), hear)
+    for row in sorted(losses):  # in one order, whoever was first: sums of floats are not the same in another
+        results[owners[row]].loss += losses[row][0]
+        results[owners[row]].tokens += int(losses[row][1])
 
 
 def _ask(

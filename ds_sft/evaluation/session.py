@@ -80,6 +80,8 @@ def evaluate(
             name = one.subject.name
             items[name] = read_items(one.subject, one.measured, chosen)
             _say_unanswered(items[name], work.launch)
+            if answers is not None and (one.subject.config.generation or {}).get("do_sample"):
+                work.launch.say(f"{name}: greedy answers, so that numbers come again; generation says do_sample.")
 
             def keep(item: Item, answer: dict[str, Any], name: str = name) -> None:
                 assert file is not None
