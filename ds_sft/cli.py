@@ -28,6 +28,8 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft COMMAND` puts it there
+        del words[0]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
