@@ -156,6 +156,31 @@ def test_two_models_are_asked_as_they_were_taught(run: Path, capsys: pytest.Capt
     assert read("one.json")["sources"]["all"]["models"]["out"] == found["sources"]["all"]["models"]["out"]
 
 
+def test_a_model_and_its_copy_do_not_differ(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However far the rows are apart: both have the same draws."""
+    shutil.copytree("out", "copied")
+    assert main(["evaluate", "--compare", "out", "copied"]) == 0
+    part = read()["sources"]["all"]
+    assert part["models"]["out"] == part["models"]["copied"]
+    assert part["models"]["out"]["loss"]["low"] < part["models"]["out"]["loss"]["high"]
+    nothing = {"value": 0, "low": 0, "high": 0, "better": 0, "worse": 0}
+    assert part["difference"] == dict.fromkeys(METRICS, nothing)
+    said = capsys.readouterr().out
+    assert said.count(" equal ") == 5
+    assert "asked as it was taught" not in said
+
+
+def test_answers_are_greedy_whatever_the_run_did(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "out", "--no-before", "--limit", "4"]
+    assert main(words) == 0
+    greedy = Path("evaluation.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([*words, "--generation", "{do_sample: true, temperature: 9.0}"]) == 0
+    assert Path("evaluation.jsonl").read_bytes() == greedy
+    said = "out: greedy answers, so that numbers come again; generation says do_sample."
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_losses_of_other_tokens_are_not_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor rows that one of the two has no room for."""
     for folder, changes in (("short", {"max_length": 42}), ("short2", {"max_length": 42, "overlong": "drop"})):
