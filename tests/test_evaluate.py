@@ -17,13 +17,17 @@ from transformers import AutoModelForCausalLM
 from ds_sft.cli import main
 from ds_sft.commands.evaluate import data_words, read_words
 from ds_sft.config import load_config
+from ds_sft.data.dataset import load_data
 from ds_sft.data.files import find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.predict import predict
+from ds_sft.runtime.distributed import Launch
+from ds_sft.training.model import load_tokenizer
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import read_lines
 
+LAUNCH = Launch(launcher="python")
 METRICS = ["loss", "perplexity", "exact_match", "chrf", "rouge_l"]
 
 
@@ -228,6 +232,19 @@ def test_without_the_packages_the_loss_can_be_had(
         "--loss-only for the loss alone\n"
     )
     assert main(["evaluate", "out", "--loss-only", "--limit", "2"]) == 0
+
+
+def test_rows_that_a_run_has_set_aside_are_its_validation_rows(run: Path) -> None:
+    write_rows(run / "train.jsonl", questions_and_answers(12))
+    keys = yaml.safe_load(Path("out/config.yaml").read_text(encoding="utf-8")) | {"eval_file": None, "val_size": 4}
+    Path("out/config.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    assert main(["evaluate", "out", "--no-before"]) == 0
+    aside = [line["source"] for line in read_lines(Path("evaluation.jsonl"))]
+    config = load_config(["--config", "out/config.yaml"])
+    data = load_data(config, load_tokenizer(config, LAUNCH), LAUNCH)
+    assert aside == [data.where("eval", row) for row in range(4)]
+    assert main(["evaluate", "out", "--data", "more.jsonl", "--loss-only"]) == 0
+    assert read()["data"] == ["more.jsonl"]
 
 
 def test_a_base_that_is_gone_is_done_without(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

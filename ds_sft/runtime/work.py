@@ -37,20 +37,22 @@ class Work:
             for piece in range(pieces):
                 hear(piece, do(piece))
             return
-        missing = set(range(pieces)) if self.launch.is_main else set[int]()
+        heard = 0
         while (piece := self.store.add(f"{name}-taken", 1) - 1) < pieces:
-            self.store.set(f"{name}-{piece}", json.dumps(do(piece)))
-            self._hear(name, missing, hear)
-        while missing:
+            found = json.dumps([piece, do(piece)])
+            self.store.set(f"{name}-{self.store.add(f'{name}-done', 1)}", found)
+            heard = self._hear(name, heard, hear)
+        while self.launch.is_main and heard < pieces:
             time.sleep(POLL_SECONDS)
-            self._hear(name, missing, hear)
+            heard = self._hear(name, heard, hear)
 
-    def _hear(self, name: str, missing: set[int], hear: Callable[[int, Any], None]) -> None:
-        for piece in sorted(missing):
-            if self.store.check([f"{name}-{piece}"]):
-                hear(piece, json.loads(self.store.get(f"{name}-{piece}")))
-                self.store.delete_key(f"{name}-{piece}")
-                missing.remove(piece)
+    def _hear(self, name: str, heard: int, hear: Callable[[int, Any], None]) -> int:
+        """Hear what has been done since; how many pieces are heard then. Nothing but on rank 0."""
+        while self.launch.is_main and self.store.check([f"{name}-{heard + 1}"]):
+            heard += 1
+            hear(*json.loads(self.store.get(f"{name}-{heard}")))
+            self.store.delete_key(f"{name}-{heard}")
+        return heard
 
     def end(self) -> None:
         """Wait until rank 0 has heard everything; it goes last, for it may keep the store."""
