@@ -351,7 +351,7 @@ def let_it_answer(
     if (results["export"] or {}).get("out_of_memory"):
         print_line("No predictions: they would need the same memory.")
         return
-    with memory_permitting("predictions"):
+    with done_without("predictions"):
         predictions = predict(config, data.samples, tokenizer)
         write_predictions(predictions, file)
         print_predictions(predictions)
@@ -368,7 +368,7 @@ def score_its_answers(
     (config.output_dir / ANSWERS).unlink(missing_ok=True)  # an earlier run's
     if not config.evaluate_rows or (results["export"] or {}).get("out_of_memory"):
         return
-    with memory_permitting("scores"):
+    with done_without("scores"):
         found = results["evaluation"] = evaluate_run(config, data, tokenizer)
         if found is not None:
             print_tables(found)
@@ -378,16 +378,19 @@ def score_its_answers(
 
 
 @contextmanager
-def memory_permitting(what: str) -> Iterator[None]:
-    """Do without what there is no memory for: a run whose weights are written does not fail here."""
+def done_without(what: str) -> Iterator[None]:
+    """What a run whose weights are written does not fail for: want of memory, and rows that are no longer there."""
     from ds_sft.runtime.placement import is_out_of_memory
 
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            print_line(f"No {what}: no memory for them ({' '.join(str(error).split())[:150]}).")
+        elif isinstance(error, UserError):
+            print_line(f"No {what}: {error}")
+        else:
             raise
-        print_line(f"No {what}: no memory for them ({' '.join(str(error).split())[:150]}).")
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:

@@ -76,9 +76,10 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     if not given.loss_only:
         require_metrics(INSTEAD)
     answers = None if given.loss_only else given.out.with_suffix(".jsonl")
+    work = open_work(launch, "evaluate")  # at once: what follows takes one rank longer than another
     with open_subjects(given, words, launch) as prepared:
         places = common_places(prepared, given.limit, launch)
-        described = evaluate(prepared, places, open_work(launch, "evaluate"), answers=answers)
+        described = evaluate(prepared, places, work, answers=answers)
     if described is not None:
         print_tables(described)
         write_json(given.out, described | {"versions": versions()})
