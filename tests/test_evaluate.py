@@ -142,6 +142,17 @@ def test_each_source_and_all_of_them(run: Path, capsys: pytest.CaptureFixture[st
     assert "Weights are for learning: every row is measured once." in capsys.readouterr().out
 
 
+def test_of_many_sources_the_first_are_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"part{i:02}.jsonl" for i in range(13)]
+    for file, row in zip(files, questions_and_answers(13), strict=True):
+        write_rows(run / file, [row])
+    assert main(["evaluate", "out", "--data", "part*.jsonl", "--no-before", "--loss-only"]) == 0
+    assert list(read()["sources"]) == ["all", *files]
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [f"{file}: 1 row" in said for file in files] == [True] * 11 + [False] * 2
+    assert "2 more sources are not shown; the JSON has them." in said
+
+
 def test_two_models_are_asked_as_they_were_taught(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another system prompt is other prompts, and the same answers to learn: the losses can be compared."""
     shutil.copytree("out", "other")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ds_sft.evaluation.bootstrap import RESAMPLES, Difference, Estimate, differe
 from ds_sft.evaluation.loss import loss_batches, row_losses
 from ds_sft.evaluation.measure import Result, answer_batches, choose, counts_padding, greedy, in_parts, numbers_of
 from ds_sft.evaluation.progress import Progress
+from ds_sft.evaluation.report import same_tokens
 from ds_sft.evaluation.scores import score, words
 from ds_sft.predict import Answer, answer_batch, generation_options
 from ds_sft.runtime.distributed import Launch
@@ -154,6 +156,21 @@ def test_what_was_not_measured_is_no_number() -> None:
     assert estimate("loss", numbers, draws).value == 1
     assert np.isnan([estimate("chrf", numbers, draws).value, estimate("exact_match", numbers, draws).low]).all()
     assert estimate("loss", numbers[:1], resampled(numbers[:1], 1)) == Estimate(0.5, 0.5, 0.5)
+
+
+def test_losses_are_compared_of_the_same_tokens_alone() -> None:
+    def comparable(first: tuple[list[int], dict[str, int]], second: tuple[list[int], dict[str, int]]) -> bool:
+        vocabs = {"a": first[1], "b": second[1]}
+        subjects: Any = [
+            SimpleNamespace(name=name, tokenizer=SimpleNamespace(get_vocab=lambda vocab=vocab: vocab))
+            for name, vocab in vocabs.items()
+        ]
+        counts = {"a": first[0], "b": second[0]}
+        return same_tokens(subjects, {name: [Result(1.0, tokens) for tokens in counts[name]] for name in counts})
+
+    assert comparable(([3, 4], {"x": 1}), ([3, 4], {"x": 1}))
+    assert not comparable(([3, 4], {"x": 1}), ([4, 3], {"x": 1}))
+    assert not comparable(([3, 4], {"x": 1}), ([3, 4], {"y": 1}))
 
 
 # ---- Losses

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ds_sft.evaluation.bootstrap import (
     LEVEL,
     LOWER_IS_BETTER,
     RESAMPLES,
-    TOKENS,
-    Floats,
     difference,
     estimate,
     resampled,
@@ -24,6 +21,7 @@ from ds_sft.evaluation.measure import Item, Result, Subject, numbers_of
 from ds_sft.training.report import METRICS, short
 
 ALL = "all"
+SHOWN = 12  # tables
 OF_LOSS = ("loss", "perplexity")
 Found = Mapping[str, Sequence[Result]]  # name of a model -> its results, item by item
 
@@ -38,7 +36,11 @@ def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, s
     groups = {ALL: list(range(len(items)))}
     if len(set(files)) > 1:
         groups |= {name: [i for i, file in enumerate(files) if file == name] for name in dict.fromkeys(files)}
-    names = [subject.name for subject in subjects]
+    names, comparable = [subject.name for subject in subjects], same_tokens(subjects, found)
+    sources = {}
+    for source, group in groups.items():
+        results = {name: [found[name][i] for i in group] for name in names}
+        sources[source] = _describe_group(results, seed, comparable=comparable)
     return {
         "models": {subject.name: _describe_subject(subject) for subject in subjects},
         "data": list(dict.fromkeys(files)),
@@ -46,7 +48,7 @@ def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, s
         "resamples": RESAMPLES,
         "interval": LEVEL,
         "difference": f"{names[1]} - {names[0]}" if len(names) == 2 else None,
-        "sources": {name: _describe_group(group, names, found, seed) for name, group in groups.items()},
+        "sources": sources,
     }
 
 
@@ -60,19 +62,18 @@ def _describe_subject(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _describe_group(group: Sequence[int], names: Sequence[str], found: Found, seed: int) -> dict[str, Any]:
-    """Rows of one source, or all."""
-    results = {name: [found[name][i] for i in group] for name in names}
+def _describe_group(results: Found, seed: int, *, comparable: bool) -> dict[str, Any]:
+    """Rows of one source, or all; `comparable`: whether the losses of two models are."""
+    names = list(results)
     numbers = {name: numbers_of(results[name]) for name in names}
     draws = {name: resampled(numbers[name], seed) for name in names}  # of one seed: the same rows for all
     metrics = tuple(METRICS) if any(result.answer for result in results[names[0]]) else OF_LOSS
-    described: dict[str, Any] = {"rows": len(group), "models": {}}
+    described: dict[str, Any] = {"rows": len(results[names[0]]), "models": {}}
     for name in names:
         estimates = {metric: asdict(estimate(metric, numbers[name], draws[name])) for metric in metrics}
         described["models"][name] = _counts(results[name]) | estimates
     if len(names) == 2:
         first, second = ((numbers[name], draws[name]) for name in names)
-        comparable = same_tokens(first[0], second[0])
         described["difference"] = {
             metric: asdict(difference(metric, first, second))
             for metric in metrics
@@ -81,9 +82,11 @@ def _describe_group(group: Sequence[int], names: Sequence[str], found: Found, se
     return described
 
 
-def same_tokens(first: Floats, second: Floats) -> bool:
-    """Whether two models have equally many supervised tokens in every row: else nothing compares their losses."""
-    return bool(np.array_equal(first[:, TOKENS], second[:, TOKENS]))
+def same_tokens(subjects: Sequence[Subject], found: Found) -> bool:
+    """Whether all models learn the same tokens of every row: else nothing compares their losses."""
+    first, *others = ([result.tokens for result in found[subject.name]] for subject in subjects)
+    vocab, *vocabs = (subject.tokenizer.get_vocab() for subject in subjects)
+    return all(other == first for other in others) and all(other == vocab for other in vocabs)
 
 
 def _counts(results: Sequence[Result]) -> dict[str, int]:
@@ -125,14 +128,17 @@ def print_tables(described: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     names, console = list(described["models"]), Console(markup=False)
-    for source, part in described["sources"].items():
-        table = Table(title=f"{source}: {part['rows']:,} rows", title_justify="left")
+    for source, part in islice(described["sources"].items(), SHOWN):
+        rows = "1 row" if part["rows"] == 1 else f"{part['rows']:,} rows"
+        table = Table(title=f"{source}: {rows}", title_justify="left")
         table.add_column("", no_wrap=True)
         for column in (*names, *(["difference", "better in"] if "difference" in part else [])):
             table.add_column(column, justify="right", overflow="fold")
         for row in _table_rows(part, names):
             table.add_row(*row)
         console.print(table)
+    if len(described["sources"]) > SHOWN:
+        console.print(f"{len(described['sources']) - SHOWN:,} more sources are not shown; the JSON has them.")
     told = f"[..] has {described['interval']:.0f} % of {described['resamples']:,} bootstrap samples"
     if described["difference"]:
         told += f", of the same rows for both; the difference is {described['difference']}"
