@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,33 +230,38 @@ def test_prompts_that_are_answered_together() -> None:
     assert len(answer_batches([1000] * 400, 1000, None, alike=False)) == 25  # of 16 rows: 32,768 tokens
 
 
-def test_greedy_answers_do_not_depend_on_their_batch(model_dir: Path, tokenizer: Any) -> None:
-    """In float32, also where the model's own files ask for a penalty, for which padding would be words."""
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_greedy_answers_do_not_depend_on_their_batch(model_dir: Path, tokenizer: Any, penalty: float) -> None:
+    """In float32, also where the model's own files ask for a penalty."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model.generation_config.repetition_penalty = penalty
     config = make(model_dir, predict_max_new_tokens=8)
     prompts = [tokenizer(text).input_ids for text in ("What is", "今天天气怎么样", "x", "Привет! Как дела?", "y" * 30)]
     alone = [answer_batch(model, [prompt], tokenizer, config)[0] for prompt in prompts]
     assert answer_batch(model, prompts, tokenizer, config) == alone
-    assert not counts_padding(model, config)
-    model.generation_config.repetition_penalty = 3.0
+
+
+def test_padding_is_a_part_of_the_prompt_to_one_processor(model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """`no_repeat_ngram_size: 1` forbids the pad token, which ends this model's answers, to prompts that are padded."""
+    folder = Path(shutil.copytree(model_dir, tmp_path / "m"))
+    always_says(folder, [30, 0, 31])
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.eos_token_id = 0
+    short, long = (tokenizer(f"{text}assistant\n", add_special_tokens=False).input_ids for text in ("", "one two "))
+    config = make(folder, predict_max_new_tokens=3, generation={"no_repeat_ngram_size": 1})
+    (alone,) = answer_batch(model, [short], tokenizer, config)
+    assert alone == Answer(tokenizer.decode([30]).strip(), 2, cut=False)
+    padded, _ = answer_batch(model, [short, long], tokenizer, config)
+    assert padded != alone
     assert counts_padding(model, config)
-    penalised = [answer_batch(model, [prompt], tokenizer, config)[0] for prompt in prompts]
-    assert penalised != alone
-    found: dict[int, Answer] = {}
-    for batch in answer_batches([len(prompt) for prompt in prompts], 8, None, alike=True):
-        found |= dict(zip(batch, answer_batch(model, [prompts[i] for i in batch], tokenizer, config), strict=True))
-    assert [found[i] for i in range(5)] == penalised
-
-
-def test_padding_is_words_for_two_of_the_processors(model_dir: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    given = [{"repetition_penalty": 1.1}, {"no_repeat_ngram_size": 3}, {"repetition_penalty": 1.0}, {"num_beams": 2}]
-    assert [counts_padding(model, make(model_dir, generation=one)) for one in given] == [True, True, False, False]
+    assert answer_batches([len(short), len(long)], 3, None, alike=True) == [[1], [0]]
+    given = [{"no_repeat_ngram_size": 0}, {"repetition_penalty": 1.1}, {"num_beams": 2}, None]
+    assert [counts_padding(model, make(folder, generation=one)) for one in given] == [False] * 4
+    model.generation_config.no_repeat_ngram_size = 3
+    assert counts_padding(model, make(folder))
 
 
 def test_an_answer_is_cut_where_nothing_ended_it(model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(model_dir, tmp_path / "m"))
     always_says(folder, [30, 31, 2, 32])
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

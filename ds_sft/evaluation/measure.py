@@ -219,11 +219,12 @@ def _ask(
 
 
 def counts_padding(model: Any, config: Config) -> bool:
-    """Whether how much a prompt is padded decides its answer: these processors take padding for words of the prompt."""
-    own, given = model.generation_config, config.generation or {}
-    penalty = given.get("repetition_penalty", own.repetition_penalty) or 1.0
-    n_grams = given.get("no_repeat_ngram_size", own.no_repeat_ngram_size) or 0
-    return penalty != 1.0 or n_grams > 0
+    """Whether how much a prompt is padded decides its answer: to this processor padding is a part of the prompt.
+
+    (In transformers 5.23; `repetition_penalty` there leaves padding out.)
+    """
+    own = model.generation_config.no_repeat_ngram_size
+    return bool((config.generation or {}).get("no_repeat_ngram_size", own))
 
 
 def answer_batches(lengths: Sequence[int], most: int, left: int | None, *, alike: bool) -> list[list[int]]:
