@@ -22,6 +22,7 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "report": ("ds_sft.commands.report", "put runs on one page: curves, time, memory, keys, answers"),
     "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
     "doctor": ("ds_sft.commands.doctor", "find out what would stop a run here: devices, files, disk, network"),
+    "evaluate": ("ds_sft.commands.evaluate", "how good a model's answers are, and how much better than before"),
     "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),
 }
 
@@ -29,8 +30,8 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft train` puts it before the command
-        words = words[1:]
+    if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft COMMAND` puts it there
+        del words[0]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -62,7 +63,7 @@ def call(name: str, words: Sequence[str]) -> int:
         near = nearest(name, COMMANDS)
         remedy = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}: {remedy}")
-    if name not in ("train", "doctor"):  # they say it on one rank
+    if name not in ("train", "doctor", "evaluate"):  # they say it on one rank
         for remark in given_twice(words):
             print(remark, file=sys.stderr)
     quiet()

@@ -94,8 +94,9 @@ POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_nu
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("lora_dropout", "num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps",
-                "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
+NOT_NEGATIVE = ("lora_dropout", "num_predictions", "evaluate_rows", "val_size", "learning_rate", "weight_decay",
+                "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
+                "eval_delay")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
@@ -188,6 +189,8 @@ class Config:
         "how answers are made, such as {do_sample: true, temperature: 0.7}; default: greedy", default=None
     )
     predict_before: bool = key("also show what the model answered before training", default=False)
+    evaluate_rows: int = key("validation rows whose answers are scored at the end (exact match, chrF, ROUGE-L), under "
+                             "predict_before also those from before", default=0)  # fmt: skip
     swanlab_project: str | None = key("default: SWANLAB_PROJECT, SWANLAB_PROJ_NAME, else ds_sft", default=None)
     swanlab_mode: str | None = key("default: SWANLAB_MODE, else online", choices=MODES, default=None)
     resume: str = key("auto: from the newest usable checkpoint in output_dir; never; or the folder of one",
@@ -526,6 +529,8 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
         raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")
+    if not has_eval and ours.get("evaluate_rows"):
+        raise UserError(f"{given['evaluate_rows'].where}evaluate_rows: it needs an eval_file (or val_size)")
     defaults = TRAINING_DEFAULTS | (EVAL_DEFAULTS if has_eval else {})
     if ours.get("max_tokens_per_batch") is not None:  # then it is absent unless given, and `save` keeps it so
         defaults = {name: value for name, value in defaults.items() if name != "per_device_train_batch_size"}

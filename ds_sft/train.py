@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,10 +187,13 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     """The tokenizer, what a server will be told, the encoded rows, which the model has room for, and `hash_base`."""
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.data.serving import serving
+    from ds_sft.evaluation.scores import require_metrics
     from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead
 
+    if config.evaluate_rows:
+        require_metrics("evaluate_rows: 0")
     base = begin_to_hash_base(config, launch)
     tokenizer = load_tokenizer(config, launch)
     read_ahead(config, launch)
@@ -317,6 +321,7 @@ def finish(
         if tracker is not None:  # rank 0
             merge_and_verify(config, rows, trained_loss, results)
             let_it_answer(config, data, tokenizer, tracker, results)
+            score_its_answers(config, data, tokenizer, tracker, results)
     stop.check()
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
@@ -342,23 +347,52 @@ def let_it_answer(
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
-    from ds_sft.runtime.placement import is_out_of_memory
 
     file = config.output_dir / "predictions.jsonl"
     file.unlink(missing_ok=True)  # an earlier run's
     if (results["export"] or {}).get("out_of_memory"):
         print_line("No predictions: they would need the same memory.")
         return
-    try:
+    with done_without("predictions"):
         predictions = predict(config, data.samples, tokenizer)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print_line(f"No predictions: no memory for them ({' '.join(str(error).split())[:150]}).")
+        write_predictions(predictions, file)
+        print_predictions(predictions)
+        tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+
+
+def score_its_answers(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+) -> None:
+    """Score the exported model's answers to `evaluate_rows` validation rows; `ds-sft evaluate` does it at any time."""
+    from ds_sft.evaluation.report import print_tables
+    from ds_sft.evaluation.session import ANSWERS, evaluate_run
+
+    (config.output_dir / ANSWERS).unlink(missing_ok=True)  # an earlier run's
+    if not config.evaluate_rows or (results["export"] or {}).get("out_of_memory"):
         return
-    write_predictions(predictions, file)
-    print_predictions(predictions)
-    tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+    with done_without("scores"):
+        found = results["evaluation"] = evaluate_run(config, data, tokenizer)
+        if found is not None:
+            print_tables(found)
+            scores = found["sources"]["all"]["models"]["after"]
+            metrics = {f"eval_{name}": scores[name]["value"] for name in ("exact_match", "chrf", "rouge_l")}
+            tracker.log(metrics, step=results["steps"])
+
+
+@contextmanager
+def done_without(what: str) -> Iterator[None]:
+    """What a run whose weights are written does not fail for: want of memory, and rows that are no longer there."""
+    from ds_sft.runtime.placement import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            print_line(f"No {what}: no memory for them ({' '.join(str(error).split())[:150]}).")
+        elif isinstance(error, UserError):
+            print_line(f"No {what}: {error}")
+        else:
+            raise
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:

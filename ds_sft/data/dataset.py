@@ -22,7 +22,7 @@ from ds_sft.data.report import Report, describe, print_report
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, print_line
 
-__all__ = ["Data", "load_data", "print_report", "read_rows"]
+__all__ = ["Data", "Measured", "load_data", "load_measured", "print_report", "read_rows"]
 ROWS = np.dtype([*STATS.descr, ("file", "<i4")])
 
 
@@ -41,6 +41,16 @@ class Data:
         """FILE:LINE that a row of a data set comes from."""
         found = self.rows[split][row]
         return f"{self.files[split][found['file']].name}:{found['row']}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows to measure a model with, each once, whatever the weight of its file."""
+
+    data: datasets.Dataset  # columns input_ids, labels: [tokens] each
+    rows: np.ndarray  # [rows] of ROWS
+    files: list[DataFile]  # as `rows["file"]` counts them
+    report: dict[str, dict[str, Any]]  # "eval" -> `Report`
 
 
 @dataclass
@@ -102,6 +112,26 @@ def load_data(config: Config, tokenizer: Any, launch: Launch) -> Data:
     samples = read_rows(rows["eval"], files["eval"], config, config.num_predictions) if evaluation is not None else []
     reports = {split: asdict(found) for split, found in report.items()}
     return Data(train.select(chosen), evaluation, reports, samples, rows, files)
+
+
+def load_measured(config: Config, tokenizer: Any, launch: Launch, *, key: str = "eval_file") -> Measured | None:
+    """The validation rows of a run, alone; None where it has none. `key`: how errors call `eval_file`.
+
+    Raises:
+        UserError: a file or a row is unusable, or no row is left.
+    """
+    if config.eval_file is None:
+        data = load_data(config, tokenizer, launch) if config.val_size else None
+        if data is None or data.eval is None:
+            return None
+        return Measured(data.eval, data.rows["eval"], data.files["eval"], {"eval": data.report["eval"]})
+    encoder, settings = Encoder(tokenizer, config), settings_key(config, tokenizer)
+    if encoder.template.note:
+        launch.say(encoder.template.note)
+    held = _load(config.eval_file, key, config, settings, encoder, launch)
+    every = np.arange(len(held.rows))
+    report = {"eval": asdict(_report(held, every))}
+    return Measured(held.select(every), held.rows, [encoded.file for encoded in held.files], report)
 
 
 def _load(value: Any, key: str, config: Config, settings: str, encoder: Encoder, launch: Launch) -> Split:

@@ -18,6 +18,7 @@ INDIFFERENT = {
     "output_dir", "resume", "resume_anyway", "on_save_error", "on_nonfinite", "cache_dir", "preprocessing_num_workers",
     "train_file", "eval_file",  # their rows count, not their names
     "num_predictions", "predict_max_new_tokens", "predict_before", "generation",
+    "evaluate_rows",
     "verify_export", "export_max_shard_size",
     "run_name", "report_to", "swanlab_project", "swanlab_mode", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
