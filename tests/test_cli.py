@@ -43,11 +43,6 @@ def test_unknown_commands(capsys: pytest.CaptureFixture[str], word: str, said: s
     assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
 
 
-def test_what_the_launcher_of_deepspeed_puts_before_a_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--local_rank=1", "--version"]) == 0
-    assert capsys.readouterr().out == f"ds_sft {__version__}\n"
-
-
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [(UserError("wrong"), 2, "ds-sft: error: wrong\n"), (KeyboardInterrupt(), 130, "\nds-sft: interrupted\n")],
