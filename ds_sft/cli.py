@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "plan": ("ds_sft.commands.plan", "what a run will need: memory, disk, time; from its configuration alone"),
     "prepare": ("ds_sft.commands.prepare", "encode the data of a run, without a GPU"),
     "preview": ("ds_sft.commands.preview", "show the tokens a model will see, and which are learned"),
+    "chat": ("ds_sft.commands.chat", "talk to a trained model, or to a checkpoint, in the terminal"),
     "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
     "doctor": ("ds_sft.commands.doctor", "find out what would stop a run here: devices, files, disk, network"),
     "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),

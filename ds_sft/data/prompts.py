@@ -74,7 +74,7 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Any, config: Config, *, reasoning: bool | None = None) -> None:
-        self.encoder = Encoder(tokenizer, config)
+        self.encoder, self.system_prompt = Encoder(tokenizer, config), config.system_prompt
         if not isinstance(self.encoder.template, ChatTemplate):
             self.encoder.template = replace(self.encoder.template, allow_special_tokens=False)
         turns = self.encoder.template.turns if isinstance(self.encoder.template, ChatTemplate) else None
