@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ from hypothesis import strategies as st
 
 from ds_sft.config import Config
 from ds_sft.data.encode import Encoder
-from ds_sft.data.prompts import Prompts, Said, taught_reasoning
+from ds_sft.data.prompts import Prompts
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
-from tests.conftest import write_rows
 from tests.families import FAMILIES, family
 from tests.test_encode import config
 

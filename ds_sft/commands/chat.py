@@ -78,15 +78,28 @@ def _load(
     from ds_sft.commands.opened import open_model
 
     launch = Launch(launcher="python")
-    opened = stack.enter_context(open_model(folder, words, launch, flags=flags))
-    with _quietly(folder):
-        speakers = [_speaker(folder, opened)]
-    if beside is not None:
-        name = beside or _base(opened)
+    with _loading(folder):
+        opened = stack.enter_context(open_model(folder, words, launch, flags=flags))
+        first = _speaker(folder, opened)
+    if beside is None:
+        return [first]
+    name = beside or _base(opened)
+    with _loading(name):
         other = stack.enter_context(open_model(name, words, launch, flags=flags))
-        with _quietly(name):
-            speakers.append(_beside(name, opened, other, launch))
-    return speakers
+        return [first, _beside(name, opened, other, launch)]
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Say what is loaded, on a terminal, and nothing else: libraries have bars and remarks of their own."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"Loading {name} ..."), warnings.catch_warnings():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _speaker(label: str, opened: Opened) -> Speaker:
@@ -125,18 +138,6 @@ def _beside(name: str, first: Opened, other: Opened, launch: Launch) -> Speaker:
     else:
         launch.say(f"{name} has other tokens than {first.name}: it is asked with its own chat template.")
     return _speaker(name, other)
-
-
-@contextmanager
-def _quietly(name: str) -> Iterator[None]:
-    """Say what is loaded, on a terminal, and nothing else: libraries have bars and remarks of their own."""
-    from rich.console import Console
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with Console(stderr=True).status(f"Loading {name} ..."), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 # ---- Talking

@@ -1,4 +1,4 @@
-"""A conversation as training would have shown it: the prompt before each answer, and the message that an answer becomes.
+"""A conversation as training would have shown it: the prompt before an answer, and the message that it becomes.
 
 The encoder makes the prompts, so they are, token for token, what stood before such an answer in training. What a model
 then writes is read the other way round: reasoning and content are found by what the template writes around them.
