@@ -97,9 +97,14 @@ def _loading(name: str) -> Iterator[None]:
     with Console(stderr=True).status(f"Loading {name} ..."), warnings.catch_warnings():
         from transformers.utils import logging
 
+        had_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         warnings.simplefilter("ignore", FutureWarning)
-        yield
+        try:
+            yield
+        finally:
+            if had_bars:
+                logging.enable_progress_bar()
 
 
 def _speaker(label: str, opened: Opened) -> Speaker:

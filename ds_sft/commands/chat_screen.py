@@ -116,8 +116,8 @@ class Columns:
 
 
 def _as_text(said: Said) -> Text:
-    reasoning = Text(f"{CONTROL.sub('', said.reasoning)}\n\n" if said.reasoning else "", style="dim")
-    return reasoning + Text(CONTROL.sub("", said.content))
+    reasoning = f"{CONTROL.sub('', said.reasoning)}\n\n" if said.reasoning else ""
+    return Text.assemble((reasoning, "dim"), CONTROL.sub("", said.content))
 
 
 def screen_for(console: Console, *, labelled: bool) -> Stream | Columns:

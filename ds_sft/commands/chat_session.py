@@ -128,9 +128,11 @@ class Chat:
             kept = "what came is kept as the answer" if answer.tokens else "nothing is kept"
             self.screen.say(f"({whose}stopped: {kept}; /retry asks again)")
         elif answer.ended == "length" and answer.tokens == self.most:
-            self.screen.say(f"({whose}cut at {self.most} tokens; /params {LENGTH} {2 * self.most} lets it go on)")
+            self.screen.say(
+                f"({whose}cut at {self.most} tokens: --predict_{LENGTH}, or /params {LENGTH} {2 * self.most})"
+            )
         elif answer.ended == "length":
-            self.screen.say(f"({whose}cut: the model's positions are full; /reset begins anew)")
+            self.screen.say(f"({whose}cut: the model's {speaker.limit or self.config.max_length:,} positions are full)")
         elif not answer.message.content.strip():
             self.screen.say(f"({whose}no text)")
 

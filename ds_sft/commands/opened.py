@@ -60,6 +60,8 @@ def open_model(name: str, words: Sequence[str], launch: Launch, *, flags: Sequen
         return
     asked = _keys(name, folder.resolve().parent, words, flags)
     _require_template(folder)
+    if is_adapter(folder):
+        _require_base(folder)
     with _exported(folder, launch) as path:
         yield _open(name, path, launch, *asked)
 
@@ -112,7 +114,7 @@ def _require_base(folder: Path) -> None:
         require_model(base)
     except UserError as error:
         said = _without_key(error).removeprefix(f"{base}: ")
-        raise UserError(f"{folder}: its base {base}: {said}: write into {folder / CONFIG} where it is") from None
+        raise UserError(f"{folder}: its base {base} ({said}): write into {folder / CONFIG} where it is") from None
     require_base(folder, base, facts_of(folder).get(BASE))
 
 
