@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from ds_sft.config import Config
 from ds_sft.data.encode import Encoder
-from ds_sft.data.prompts import Prompts
+from ds_sft.data.prompts import Prompts, taught_reasoning
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
+from tests.conftest import write_rows
 from tests.families import FAMILIES, family
 from tests.test_encode import config
 
@@ -76,3 +78,78 @@ def test_a_row_is_prompt_answer_and_end(template: str, thinking: str, mask: str,
 def learned_to(labels: list[int]) -> int:
     """Where the last answer ends; a template may write more."""
     return len(labels) - next(i for i, label in enumerate(reversed(labels)) if label != -100)
+
+
+def test_an_earlier_answer_is_encoded_apart_where_it_is_learned() -> None:
+    """One token of this tokenizer is the two line ends around the border of the header and the first answer."""
+    tokenizer, talk = FAMILY["qwen"], [Message("user", "q"), Message("assistant", "\nx"), Message("user", "r")]
+    lengths = {}
+    for mask in ("all", "last"):
+        wanted = config(template="reference", system_prompt="S", mask=mask)
+        ((ids, _),) = Encoder(tokenizer, wanted).encode([Dialogue((*talk, Message("assistant", "y")))]).rows()
+        prompt = Prompts(tokenizer, wanted).prompt(talk).ids
+        assert ids[: len(prompt)] == prompt
+        lengths[mask] = len(ids) - len(prompt)
+    assert lengths == {"all": 2, "last": 2}
+    text = "<|im_start|>assistant\n\nx"
+    assert len(tokenizer(text).input_ids) < len(tokenizer(text[:22]).input_ids + tokenizer(text[22:]).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "reasoning", "written", "steps"),
+    [
+        ("qwen", True, "<think>\nhm</think>\n\nyes", ["", "|hm", "|hm", "yes|hm"]),
+        ("qwen", True, "no <think>", ["no|", "no <thi|", "no <think>|"]),
+        ("thinking", True, "hm\n</think>\n\nyes", ["|hm", "yes|hm"]),
+        (
+            "harmony",
+            True,
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes",
+            ["|", "|hm", "yes|hm"],
+        ),
+        ("harmony", False, "<|channel|>final<|message|>yes", ["|", "yes|"]),
+        ("llama", False, "<think>hm</think>yes", ["|", "|hm", "yes|hm"]),
+        ("reference", False, "<think>hm</think>yes", ["|", "|hm", "yes|hm"]),
+    ],
+)
+def test_what_is_shown_only_grows(name: str, reasoning: bool, written: str, steps: list[str]) -> None:
+    """Reasoning apart from content, marks of the template never, whatever part of it has come."""
+    prompts = Prompts(FAMILY["qwen" if name == "reference" else name], keys(name), reasoning=reasoning)
+    prompt = prompts.prompt([Message("user", "q")])
+    shown = [prompts.shown(prompt, written[:end], whole=False) for end in range(len(written) + 1)]
+    shown.append(prompts.shown(prompt, written))
+    for before, after in itertools.pairwise(shown):
+        assert after.content.startswith(before.content)
+        assert after.reasoning.startswith(before.reasoning)
+    assert f"{shown[-1].content}|{shown[-1].reasoning}" == steps[-1]
+    told = {f"{said.content}|{said.reasoning}" for said in shown}
+    assert set(steps[1:]) <= told
+
+
+def test_reasoning_that_was_stopped_is_reasoning() -> None:
+    prompts = Prompts(FAMILY["qwen"], keys("qwen"), reasoning=True)
+    prompt = prompts.prompt([Message("user", "q")])
+    assert prompts.message(prompt, "<think>\nhm, so") == Message("assistant", "", extra={"reasoning_content": "hm, so"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "thinking", "taught"),
+    [
+        ({"content": "a"}, "keep", False),
+        ({"content": "a", "reasoning": "r"}, "keep", True),
+        ({"content": "<think>r</think>a"}, "keep", True),
+        ({"content": "a", "reasoning": "r"}, "drop", False),
+    ],
+)
+def test_reasoning_is_asked_for_where_the_data_had_some(
+    tmp_path: Path, answer: dict[str, str], thinking: str, taught: bool
+) -> None:
+    """Where a template's prompt tells: Qwen3's ends with an empty block before an answer without."""
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **answer}]}]
+    wanted = keys("qwen", thinking, train_file=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    assert taught_reasoning(wanted) is taught
+    prompts = Prompts(FAMILY["qwen"], wanted)
+    assert FAMILY["qwen"].decode(prompts.prompt([Message("user", "q")]).ids).endswith("</think>\n\n") is not taught
+    (tmp_path / "rows.jsonl").unlink()
+    assert taught_reasoning(wanted) is False
+    assert not Prompts(FAMILY["llama"], keys("llama"), reasoning=True).reasoning  # one prompt for both
