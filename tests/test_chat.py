@@ -208,8 +208,8 @@ def test_heard_is_what_was_decoded(name: str) -> None:
     text = backend.encode("  a é天 👋🏽🇫🇷\n\nb  かなไทย", add_special_tokens=False).ids
     torch.manual_seed(0)
     for ids in (text, *torch.randint(0, len(tokenizer), (100, 40)).tolist()):
-        heard, told = Heard(tokenizer, 0, set()), [""]
-        heard.tell = told.append
+        told = [""]
+        heard = Heard(tokenizer, 0, set(), told.append)
         for count in range(1, len(ids) + 1):
             heard(torch.tensor([ids[:count]]), None)
         assert all(after.startswith(before) for before, after in itertools.pairwise(told))

@@ -63,7 +63,10 @@ def _question(once: str | None) -> str | None:
         raise UserError("--once: expected a question")
     if once is not None or sys.stdin.isatty():
         return once
-    text = sys.stdin.read().strip()
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise UserError("standard input: not UTF-8; the question is text") from None
     if not text:
         raise UserError("standard input is no terminal, and has no question: give --once QUESTION, or a pipe with one")
     return text

@@ -115,8 +115,8 @@ class Speaker:
         left = config.max_length if self.limit is None else self.limit - len(prompt.ids)
         most = left if most is None else most if self.limit is None else min(most, left)
         ids = torch.tensor([prompt.ids], device=self.model.device)
-        heard = Heard(self.opened.tokenizer, len(prompt.ids), self._ends())
-        heard.tell = lambda text: hear(self.prompts.shown(prompt, text, whole=False))
+        heard = Heard(self.opened.tokenizer, len(prompt.ids), self._ends(),
+                      lambda text: hear(self.prompts.shown(prompt, text, whole=False)))  # fmt: skip
         with stoppable(heard), torch.inference_mode():
             try:
                 written = self.model.generate(
@@ -158,7 +158,7 @@ class Heard:
     tokenizer: Any
     start: int  # tokens of the prompt
     ends: set[int]
-    tell: Callable[[str], None] = print
+    tell: Callable[[str], None]  # what was written so far
     ids: list[int] = field(default_factory=list)
     text: str = ""  # of the characters that are whole
     stopped: bool = False

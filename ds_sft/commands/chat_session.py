@@ -97,8 +97,10 @@ class Chat:
         if token := self.speakers[0].prompts.forges(question):
             self.screen.say(f"({token} in the question stays text: no token that ends a turn)")
         starts = [len(talk) for talk in self.talks]
-        answers = [self._ask(number, question) for number in range(len(self.speakers))]
-        self.screen.end()
+        try:
+            answers = [self._ask(number, question) for number in range(len(self.speakers))]
+        finally:
+            self.screen.end()
         for speaker, answer in zip(self.speakers, answers, strict=True):
             self._remark(speaker, answer)
         self.asked, self.starts = question, starts
