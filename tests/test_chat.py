@@ -334,6 +334,12 @@ def test_params(chat: Chat) -> None:
     assert paper(chat).lines[0].splitlines()[:2] == ["  do_sample false", "  max_new_tokens what the positions leave"]
 
 
+def test_a_question_that_is_no_text_is_not_asked(chat: Chat) -> None:
+    with pytest.raises(UserError, match=r"^not asked: the question is not UTF-8 text$"):
+        chat.do("a\udcff")
+    assert chat.talks == [[]]
+
+
 def test_reset_and_retry(chat: Chat) -> None:
     with pytest.raises(UserError, match=r"^/retry: nothing was asked yet$"):
         chat.do("/retry")

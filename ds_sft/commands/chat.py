@@ -66,7 +66,7 @@ def _question(once: str | None) -> str | None:
     try:
         text = sys.stdin.read().strip()
     except UnicodeDecodeError:
-        raise UserError("standard input: not UTF-8; the question is text") from None
+        raise UserError("not asked: the question is not UTF-8 text") from None
     if not text:
         raise UserError("standard input is no terminal, and has no question: give --once QUESTION, or a pipe with one")
     return text

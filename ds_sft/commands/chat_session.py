@@ -12,8 +12,10 @@ import yaml
 
 from ds_sft.commands.chat_answer import Answer, Speaker
 from ds_sft.config import GENERATION, check_generation
+from ds_sft.data.files import BadRow
 from ds_sft.data.prompts import Said
 from ds_sft.data.shapes import Message
+from ds_sft.data.values import check_text
 from ds_sft.errors import UserError, nearest
 
 HELP = """\
@@ -94,6 +96,10 @@ class Chat:
         Raises:
             UserError: the question is not asked.
         """
+        try:
+            check_text(question, "the question")
+        except BadRow:  # bytes of another encoding than the terminal's or the pipe's
+            raise UserError("not asked: the question is not UTF-8 text") from None
         if token := self.speakers[0].prompts.forges(question):
             self.screen.say(f"({token} in the question stays text: no token that ends a turn)")
         starts = [len(talk) for talk in self.talks]
