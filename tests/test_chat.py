@@ -382,8 +382,10 @@ def test_commands_that_there_are_not(chat: Chat) -> None:
     ]:
         with pytest.raises(UserError, match=f"^{said}$"):
             chat.do(line)
-    assert chat.do("  ")
-    assert not chat.do("/exit")
+    chat.do("  ")
+    assert (chat.talks, chat.ended) == ([[]], False)
+    chat.do("/exit")
+    assert chat.ended
     chat.do("/help")
     assert "/save FILE.jsonl" in paper(chat).lines[-1]
 

@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
@@ -30,7 +30,6 @@ from ds_sft.runtime.distributed import Launch
 
 if TYPE_CHECKING:
     from ds_sft.commands.chat_answer import Speaker
-    from ds_sft.commands.chat_session import Chat
     from ds_sft.commands.opened import Opened
 
 FIRST = "Ctrl-C again, or Ctrl-D, ends the conversation."
@@ -61,10 +60,11 @@ def _question(once: str | None) -> str | None:
     """
     if once is not None and not once.strip():
         raise UserError("--once: expected a question")
-    if once is not None or sys.stdin.isatty():
+    stdin: TextIO | None = sys.stdin  # None where it is closed
+    if once is not None or (stdin and stdin.isatty()):
         return once
     try:
-        text = sys.stdin.read().strip()
+        text = stdin.read().strip() if stdin else ""
     except UnicodeDecodeError:
         raise UserError("not asked: the question is not UTF-8 text") from None
     if not text:
@@ -179,27 +179,21 @@ def _talk(speakers: Sequence[Speaker]) -> int:
     edit_lines()
     screen.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     interrupted = False
-    while True:
+    while not chat.ended:
         try:
             line = read_line()
             interrupted = False
-            if not _do(chat, line):
-                return 0
+            chat.do(line)
+        except UserError as error:
+            screen.say(str(error))
         except EOFError:
             print()
-            return 0
+            chat.exit()
         except KeyboardInterrupt:
             print()
             if interrupted:
-                return 0
-            screen.say(FIRST)
+                chat.exit()
+            else:
+                screen.say(FIRST)
             interrupted = True
-
-
-def _do(chat: Chat, line: str) -> bool:
-    """What a line says; a mistake in it ends nothing."""
-    try:
-        return chat.do(line)
-    except UserError as error:
-        chat.screen.say(str(error))
-        return True
+    return 0

@@ -27,7 +27,6 @@ HELP = """\
   /save FILE.jsonl         add the conversation to a file, as a row to train on
   /exit                    end; so does Ctrl-D
 A question that begins with / is typed with //, one of several lines between two \"\"\". Ctrl-C stops an answer."""
-COMMANDS = ("reset", "system", "params", "retry", "save", "help", "exit")
 LENGTH, REASONING, DEFAULT = "max_new_tokens", "reasoning", "default"
 
 
@@ -57,12 +56,13 @@ class Chat:
         self.most = self.config.predict_max_new_tokens
         self.talks: list[list[Message]] = [[] for _ in speakers]
         self.dropped = [0 for _ in speakers]
+        self.ended = False
         self.taught = speakers[0].prompts.reasoning
         self.asked: str | None = None  # the last question
         self.starts = [0 for _ in speakers]  # messages of each history before it
 
-    def do(self, line: str) -> bool:
-        """What a line says; false where it ends the conversation.
+    def do(self, line: str) -> None:
+        """What a line says; `ended` where it ends the conversation.
 
         Raises:
             UserError: a command that there is not, or that cannot be done.
@@ -72,21 +72,23 @@ class Chat:
             self.ask(text[1:])
         elif text.startswith("/"):
             name, _, rest = text[1:].partition(" ")
-            return self._command(name, rest.strip())
+            self._command(name, rest.strip())
         elif text:
             self.ask(line)
-        return True
 
-    def _command(self, name: str, rest: str) -> bool:
-        if name not in COMMANDS:
-            near = nearest(name, COMMANDS)
+    def _command(self, name: str, rest: str) -> None:
+        alone = {"reset": self.reset, "retry": self.retry, "help": self.help, "exit": self.exit}
+        with_text = {"system": self.system, "params": self.params, "save": self.save}
+        if name in with_text:
+            with_text[name](rest)
+        elif name in alone and not rest:
+            alone[name]()
+        elif name in alone:
+            raise UserError(f"/{name}: takes nothing after it, found {rest!r}")
+        else:
+            near = nearest(name, alone, with_text)
             meant = f"did you mean /{near}?" if near else "/help lists them"
             raise UserError(f"/{name}: no such command: {meant} (a question that begins with /: //{name})")
-        if rest and name not in ("system", "params", "save"):
-            raise UserError(f"/{name}: takes nothing after it, found {rest!r}")
-        if name != "exit":
-            getattr(self, name)(*([rest] if name in ("system", "params", "save") else []))
-        return name != "exit"
 
     # ---- Questions
 
@@ -223,7 +225,12 @@ class Chat:
         return "\n".join([*lines, f"  (and {others})"])
 
     def help(self) -> None:
+        """List the commands."""
         self.screen.say(HELP)
+
+    def exit(self) -> None:
+        """End the conversation."""
+        self.ended = True
 
     # ---- What is kept
 

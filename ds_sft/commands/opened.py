@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RECORD = "config.yaml"  # what a run leaves of its keys
 STATE = "trainer_state.json"  # Trainer's file of every checkpoint, and of nothing else
-OF_FILES = ("reference", "tokenizer")  # templates that are no file
+NO_FILES = ("reference", "tokenizer")  # templates that are no file
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _keys(name: str, run: Path | None, words: Sequence[str], flags: Sequence[str
         return load_config([*own, "--template", "tokenizer", "--system_prompt", "", *words], flags=flags), False
     config = load_config(["--config", str(record), *words], flags=flags)
     given = any(word.partition("=")[0] == "--template" for word in words)
-    if config.template in OF_FILES or given:
+    if config.template in NO_FILES or given:
         return config, True
     return replace(config, template="tokenizer"), True  # the file may have moved; the model has what was in it
 
@@ -138,8 +138,8 @@ def _require_template(checkpoint: Path) -> None:
         UserError: it is not.
     """
     record = checkpoint.resolve().parent / RECORD
-    template = load_config(["--config", str(record)]).template if record.is_file() else OF_FILES[0]
-    if template not in OF_FILES and not Path(template).expanduser().is_file():
+    template = load_config(["--config", str(record)]).template if record.is_file() else NO_FILES[0]
+    if template not in NO_FILES and not Path(template).expanduser().is_file():
         raise UserError(
             f"{record}: template: {template}: no such file (the current directory is {Path.cwd()}): put it back, or go "
             "to the folder where the run was started"

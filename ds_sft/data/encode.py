@@ -140,7 +140,14 @@ class Encoder:
         Raises:
             BadRow: the template cannot render the dialogue, or its text becomes special tokens unseen.
         """
-        pieces = self.prompt_pieces(dialogue)
+        return self.prompt_ids(self.prompt_pieces(dialogue))
+
+    def prompt_ids(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids of `prompt_pieces`.
+
+        Raises:
+            BadRow: text becomes special tokens unseen.
+        """
         rows = self._join([pieces], np.arange(1))
         if not self.template.allow_special_tokens and self._hidden_special_tokens(rows, [pieces]):
             raise HIDDEN

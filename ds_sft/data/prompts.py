@@ -101,10 +101,10 @@ class Prompts:
             BadRow: the template cannot render them.
         """
         answer = Message("assistant", "x", extra={FIELD: "x"} if self.reasoning else {})
-        dialogue = Dialogue((*messages, answer))
-        text = "".join(str(piece.text) for piece in self.encoder.prompt_pieces(dialogue))
+        pieces = self.encoder.prompt_pieces(Dialogue((*messages, answer)))
+        text = "".join(str(piece.text) for piece in pieces)
         opened = text.rpartition(self.header)[2] if self.header and self.header in text else ""
-        return Prompt(self.encoder.prompt(dialogue), opened)
+        return Prompt(self.encoder.prompt_ids(pieces), opened)
 
     def forges(self, text: str) -> str:
         """The special token that a text has in it, if any; it stays text."""

@@ -76,3 +76,7 @@ def test_a_server_stops_where_the_model_learned_to(
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
         assert written(tmp_path / "later", name) == written(out, name), name
     assert written(tmp_path / "later", "config.json")["eos_token_id"] == [2, 0]
+    (out / "model.safetensors").unlink()  # as of a run that has not come to its end
+    assert main(["chat", str(out), "--once", "Who?"]) == 2
+    said = f"{out}: the run in it has left no final model yet; its newest checkpoint can be asked: {out}/checkpoint-30"
+    assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
