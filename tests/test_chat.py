@@ -37,7 +37,7 @@ from ds_sft.data.prompts import Said
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
-from tests.families import family
+from tests.families import FAMILIES, family
 from tests.test_predict import always_says
 
 MORE = 100_000  # positions of a model that is not to end by itself
@@ -417,6 +417,39 @@ def test_beside_the_base(
     assert main(["chat", str(base), "--template", "reference", "--once", "Who?", "--beside"]) == 2
     said = f"--beside: {base} is no run's, so nothing says what it was trained from: name a model"
     assert capfd.readouterr().err == f"ds-sft: error: {said}\n"
+
+
+def test_beside_another_model(model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One of a run is asked as that run taught it, one of other tokens with its own chat template."""
+    out, other = (run_folder(tmp_path / says, model_dir, says) for says in ("Paris.", "Rome!"))
+    strange = Path(shutil.copytree(model_dir, tmp_path / "strange"))
+    tokenizer = AutoTokenizer.from_pretrained(strange)
+    tokenizer.chat_template = FAMILIES["marked"][1]
+    tokenizer.add_tokens("zzz")
+    tokenizer.save_pretrained(strange)
+    always_says(strange, [*tokenizer("Oslo", add_special_tokens=False).input_ids, 2])
+    for beside, says, said in [
+        (other, "Rome!", f"{other} is asked as its own run taught it."),
+        (strange, "Oslo", f"{strange} has other tokens than {out}: it is asked with its own chat template."),
+    ]:
+        capfd.readouterr()
+        assert main(["chat", str(out), "--once", "Who?", "--beside", str(beside)]) == 0
+        assert capfd.readouterr() == (f"{out}:\nParis.\n{beside}:\n{says}\n", f"{said}\n")
+
+
+def test_a_template_without_a_system_turn(model_dir: Path, tmp_path: Path) -> None:
+    """It is said at once, and what was in use stays."""
+    base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusing + FAMILIES["marked"][1]
+    tokenizer.save_pretrained(base)
+    folder = run_folder(tmp_path / "out", base, "Paris.", template="tokenizer", system_prompt="")
+    chat = Chat([speaker(folder)], Paper())
+    with pytest.raises(UserError, match=r"^/system: the template refuses this dialogue: no system$"):
+        chat.do("/system Be kind.")
+    chat.do("Who?")
+    assert chat.talks[0][-1].content == "Paris."
 
 
 # ---- Screens
