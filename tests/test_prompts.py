@@ -153,3 +153,10 @@ def test_reasoning_is_asked_for_where_the_data_had_some(
     (tmp_path / "rows.jsonl").unlink()
     assert taught_reasoning(wanted) is False
     assert not Prompts(FAMILY["llama"], keys("llama"), reasoning=True).reasoning  # one prompt for both
+
+
+def test_a_system_prompt_that_the_template_refuses_is_a_mistake() -> None:
+    wanted = config(template="tokenizer", system_prompt="S")
+    said = r'^template: the template refuses this dialogue: only user and assistant; .* write system_prompt: "" to'
+    with pytest.raises(UserError, match=said):
+        Prompts(FAMILY["mistral"], wanted)

@@ -70,7 +70,7 @@ class Prompts:
         reasoning: whether answers begin with reasoning, where the prompt tells; None: as in the run's data.
 
     Raises:
-        UserError: the key `template` names none that can be used.
+        UserError: the key `template` names none that can be used, or not with this system prompt.
     """
 
     def __init__(self, tokenizer: Any, config: Config, *, reasoning: bool | None = None) -> None:
@@ -84,10 +84,17 @@ class Prompts:
         self.reasoning = self.chooses and (taught_reasoning(config) if reasoning is None else reasoning)
 
     def _chooses(self) -> bool:
-        """Whether the prompt before an answer with reasoning is another one than before one without."""
+        """Whether the prompt before an answer with reasoning is another one than before one without.
+
+        Raises:
+            UserError: the template has no form for a question, or not with this system prompt.
+        """
         question = [Message("user", "x")]
         self.reasoning = False
-        plain = self.prompt(question)
+        try:
+            plain = self.prompt(question)
+        except BadRow as error:
+            raise UserError(f"template: {error}") from None
         self.reasoning = True
         try:
             return self.prompt(question) != plain
