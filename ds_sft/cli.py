@@ -20,6 +20,7 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "prepare": ("ds_sft.commands.prepare", "encode the data of a run, without a GPU"),
     "preview": ("ds_sft.commands.preview", "show the tokens a model will see, and which are learned"),
     "report": ("ds_sft.commands.report", "put runs on one page: curves, time, memory, keys, answers"),
+    "chat": ("ds_sft.commands.chat", "talk to a trained model, or to a checkpoint, in the terminal"),
     "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
     "doctor": ("ds_sft.commands.doctor", "find out what would stop a run here: devices, files, disk, network"),
     "evaluate": ("ds_sft.commands.evaluate", "how good a model's answers are, and how much better than before"),

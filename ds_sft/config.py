@@ -702,15 +702,19 @@ def _check(known: Key, value: Any) -> None:
     if known.name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:
-        _check_generation(value)
+        check_generation(value)
     if known.name == "profile_steps" and value is not None and step_range(value) is None:
         raise ValueError("steps such as 10-12, the first 1 or more, the last not before it")
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
 
 
-def _check_generation(options: Any) -> None:
-    """`generation` is checked here because answers come last: hours after a mistake in it."""
+def check_generation(options: Any) -> None:
+    """`generation` is checked here because answers come last: hours after a mistake in it.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
     if not isinstance(options, dict):
         raise ValueError("a mapping such as {do_sample: true, temperature: 0.7}")
     for name, value in options.items():

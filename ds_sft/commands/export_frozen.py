@@ -16,7 +16,7 @@ from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
 from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
-from ds_sft.runtime.base import hash_base
+from ds_sft.runtime.base import require_base
 from ds_sft.runtime.export import (
     PARTIAL,
     end_answers_at,
@@ -52,7 +52,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         UserError: the base is another one than was trained on, or the adapter does not fit it.
     """
     base, facts = base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
-    _require_base(given.checkpoint, base, facts.get(BASE))
+    require_base(given.checkpoint, base, facts.get(BASE))
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
     end_ids = _write_adapter(given, facts)
@@ -77,29 +77,6 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     computed_in = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
     facts = {QUANTIZATION: keys.get("quantization", "none"), COMPUTED_IN: computed_in}
     return facts | ({BASE: manifest[BASE]} if BASE in manifest else {})
-
-
-def _require_base(checkpoint: Path, base: str, known: str | None) -> None:
-    """See that the base's files are those that training had, where it said which.
-
-    Raises:
-        UserError: they are others, or not there.
-    """
-    if known is None:
-        return
-    try:
-        found = hash_base(base)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        where = checkpoint / CONFIG if (checkpoint / CONFIG).is_file() else checkpoint.parent / "config.yaml"
-        raise UserError(
-            f"{checkpoint}: its base {base} is not there ({said}): write into {where} where it is"
-        ) from None
-    if found != known:
-        raise UserError(
-            f"{checkpoint}: was trained on other weights than {base} has now (hash {known[:8]}, found {found[:8]}): "
-            "give it its own base back"
-        )
 
 
 def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[int]:
@@ -160,7 +137,7 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
             f"{given.checkpoint}: has the trained weights alone, and no config.yaml beside it names the base"
         )
     base = config.model_name_or_path
-    _require_base(given.checkpoint, base, manifest.get(BASE))
+    require_base(given.checkpoint, base, manifest.get(BASE))
     computed_in = getattr(torch, _facts(manifest).get(COMPUTED_IN, "float32"))
     model = load_base(base, dtype=computed_in, trust_remote_code=given.trust_remote_code)
     weights = load_file(given.checkpoint / TRAINED)

@@ -149,6 +149,14 @@ class _Start(NamedTuple):
     surplus: str = ""  # stands in the server's prompt alone: an opened block
 
 
+def authors_template(source: str) -> str:
+    """An exported chat template without what this package put before it."""
+    source = source.removeprefix(NO_THINKING)
+    before, after = DEFAULT_SYSTEM.split("TURN")
+    line, end, rest = source.partition("\n")
+    return rest if line.startswith(before) and f"{line}{end}".endswith(after) else source
+
+
 def _start(template: ChatTemplate, tokenizer: Any, source: str, talk: list[dict[str, str]], index: int) -> _Start:
     """The difference for the answer `talk[index]`; none where the template refuses the dialogue."""
     dialogue = Dialogue(tuple(Message(turn["role"], turn["content"]) for turn in talk))

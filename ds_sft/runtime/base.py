@@ -11,6 +11,8 @@ from threading import Thread
 import xxhash
 
 from ds_sft.config import Config
+from ds_sft.errors import UserError
+from ds_sft.plan.adapter import CONFIG, is_adapter
 from ds_sft.runtime.checkpoint import HASH_THREADS, hash_file
 from ds_sft.runtime.distributed import Launch
 
@@ -45,6 +47,30 @@ def hash_base(name: str) -> str:
     files = weight_files(name)
     with ThreadPool(HASH_THREADS) as pool:  # of threads that a process does not wait for when it ends
         return xxhash.xxh3_128("".join(pool.map(hash_file, files)).encode()).hexdigest()
+
+
+def require_base(folder: Path, base: str, known: str | None) -> None:
+    """See that the base's files are those that training had, where it said which (`known`, see `hash_base`).
+
+    Args:
+        folder: the adapter or checkpoint that has no base of its own.
+
+    Raises:
+        UserError: they are others, or not there.
+    """
+    if known is None:
+        return
+    try:
+        found = hash_base(base)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        where = folder / CONFIG if is_adapter(folder) else folder.parent / "config.yaml"
+        raise UserError(f"{folder}: its base {base} is not there ({said}): write into {where} where it is") from None
+    if found != known:
+        raise UserError(
+            f"{folder}: was trained on other weights than {base} has now (hash {known[:8]}, found {found[:8]}): "
+            "give it its own base back"
+        )
 
 
 def weight_files(name: str) -> Sequence[Path]:

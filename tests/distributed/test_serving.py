@@ -48,7 +48,9 @@ def written(folder: Path, name: str) -> Any:
     return json.loads(text) if name.endswith(".json") else text
 
 
-def test_a_server_stops_where_the_model_learned_to(base_model: Path, tmp_path: Path) -> None:
+def test_a_server_stops_where_the_model_learned_to(
+    base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One answer learned by heart: without the end in generation_config.json, 40 tokens of <|im_end|> would follow."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"question": "Who?", "answer": "Paris."}] * 8)
     keys = {"model_name_or_path": str(base_model), "train_file": str(rows), "eval_file": str(rows), "output_dir": "out",
@@ -65,8 +67,16 @@ def test_a_server_stops_where_the_model_learned_to(base_model: Path, tmp_path: P
         "Paris.<|im_end|>",
     ]
     assert [row["prediction"] for row in read_lines(out / "predictions.jsonl")] == ["Paris."]
+    for folder in (out, out / "checkpoint-30"):
+        capsys.readouterr()
+        assert main(["chat", str(folder), "--once", "Who?"]) == 0
+        assert capsys.readouterr().out == "Paris.\n"
     # The last checkpoint, exported later, is the same folder.
     assert main(["export", str(out / "checkpoint-30"), str(tmp_path / "later")]) == 0
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
         assert written(tmp_path / "later", name) == written(out, name), name
     assert written(tmp_path / "later", "config.json")["eos_token_id"] == [2, 0]
+    (out / "model.safetensors").unlink()  # as of a run that has not come to its end
+    assert main(["chat", str(out), "--once", "Who?"]) == 2
+    said = f"{out}: the run in it has left no final model yet; its newest checkpoint can be asked: {out}/checkpoint-30"
+    assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
