@@ -94,8 +94,8 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
-    take_places(config, launch, lock)
     settle_devices(config, launch)
+    take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.runtime.expectation import expect_memory
@@ -172,7 +172,7 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
 
 def settle_devices(config: Config, launch: Launch) -> None:
     """Which devices and cores this process sees, and what libraries say of them, before torch is imported."""
-    quiet()
+    quiet(bars=launch.is_main and sys.stderr.isatty() and not config.training.get("disable_tqdm"))
     if config.training.get("use_cpu"):
         hide_gpus(os.environ)
     elif not launch.distributed:
