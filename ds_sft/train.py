@@ -119,6 +119,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if start.finished:
+        merge_later(config, data, launch, stop)
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
@@ -333,6 +334,21 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
     results["export"] = check_export(rows, trained_loss, config)
     write_json(config.output_dir / RESULTS, results)
     require_verified(results["export"], config.output_dir)
+
+
+def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) -> None:
+    """Merge the adapter of a finished run that was not merged, and is asked for by now; all ranks must call it."""
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.adapter import exported
+    from ds_sft.runtime.export import VERIFIED_ROWS
+
+    if config.merge != "yes" or exported(config.output_dir) == config.output_dir:
+        return
+    with others_wait(), stop.until_ranks_meet():
+        if launch.is_main:
+            results = read_json(config.output_dir / RESULTS)
+            rows = (data.eval or data.train).take(VERIFIED_ROWS)
+            merge_and_verify(config, rows, (results["export"] or {}).get("loss_trained"), results)
 
 
 def let_it_answer(

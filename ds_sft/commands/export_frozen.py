@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
-from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
+from ds_sft.runtime.adapter import (
+    COMPUTED_IN,
+    FACTS,
+    FOLDER,
+    QUANTIZATION,
+    WEIGHTS,
+    facts_of,
+    from_anywhere,
+    load_base,
+)
 from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.export import (
     PARTIAL,
@@ -26,7 +35,7 @@ from ds_sft.runtime.export import (
     save_tokenizer,
     say_where_answers_end,
 )
-from ds_sft.runtime.identity import BASE
+from ds_sft.runtime.identity import BASE, base_differs
 from ds_sft.runtime.merge import NoRoom, merge, require_room
 from ds_sft.runtime.results import write_json
 from ds_sft.runtime.trained import TRAINED
@@ -51,7 +60,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         NoRoom: --merge, and the disk has none; nothing is written.
         UserError: the base is another one than was trained on, or the adapter does not fit it.
     """
-    base, facts = base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
+    base, facts = given.base or base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
     _require_base(given.checkpoint, base, facts.get(BASE))
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
@@ -91,14 +100,13 @@ def _require_base(checkpoint: Path, base: str, known: str | None) -> None:
         found = hash_base(base)
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
-        where = checkpoint / CONFIG if (checkpoint / CONFIG).is_file() else checkpoint.parent / "config.yaml"
         raise UserError(
-            f"{checkpoint}: its base {base} is not there ({said}): write into {where} where it is"
+            f"{checkpoint}: its base {base} is not there ({said}): say where it is: --base FOLDER"
         ) from None
-    if found != known:
+    if (other := base_differs(known, found)) is not None:
         raise UserError(
-            f"{checkpoint}: was trained on other weights than {base} has now (hash {known[:8]}, found {found[:8]}): "
-            "give it its own base back"
+            f"{checkpoint}: {base} differs in its {other} from the base that it was trained on (hash {known}, found "
+            f"{found}): give its own: --base FOLDER"
         )
 
 
@@ -109,6 +117,9 @@ def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[
     partial.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         shutil.copy(given.checkpoint / name, partial)
+    if given.base:
+        keys = read_json(partial / CONFIG) | {"base_model_name_or_path": from_anywhere(given.base)}
+        write_json(partial / CONFIG, keys)
     if facts:
         write_json(partial / FACTS, facts)
     tokenizer, end_ids, template = _served(given)
@@ -123,7 +134,7 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
     from ds_sft.data.serving import serving
 
     beside = (given.checkpoint / "tokenizer_config.json").is_file() or not is_adapter(given.checkpoint)
-    source = given.checkpoint if beside else base_of(given.checkpoint)  # peft writes none
+    source = given.checkpoint if beside else given.base or base_of(given.checkpoint)  # peft writes none
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     config = config_beside(given.checkpoint)
     try:
@@ -159,7 +170,7 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         raise UserError(
             f"{given.checkpoint}: has the trained weights alone, and no config.yaml beside it names the base"
         )
-    base = config.model_name_or_path
+    base = given.base or config.model_name_or_path
     _require_base(given.checkpoint, base, manifest.get(BASE))
     computed_in = getattr(torch, _facts(manifest).get(COMPUTED_IN, "float32"))
     model = load_base(base, dtype=computed_in, trust_remote_code=given.trust_remote_code)
