@@ -99,6 +99,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.runtime.expectation import expect_memory
+    from ds_sft.runtime.export import with_template
     from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
@@ -138,7 +139,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             train_dataset=rows_in_batches,
             eval_dataset=data.eval,
             data_collator=collate,
-            processing_class=tokenizer,
+            processing_class=with_template(tokenizer, served.chat_template),  # checkpoints have it
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
@@ -152,13 +153,14 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
                 size=size,
                 identity=this_run,
                 freezes=config.freezes,
+                end_ids=served.end_ids,
             ),
         )
         del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
-        finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
+        finish(trainer, tokenizer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
 def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
@@ -288,6 +290,7 @@ def find_room(
 
 def finish(
     trainer: SFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
     tracker: Tracker | None,
     data: Data,
     served: Serving,
@@ -309,7 +312,7 @@ def finish(
         launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
     rows = (data.eval or data.train).take(VERIFIED_ROWS)
     trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-    tokenizer, run_identity = trainer.processing_class, trainer.run.identity
+    run_identity = trainer.run.identity
     export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
     results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
     release(trainer)  # of no use from here on

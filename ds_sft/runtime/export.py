@@ -191,9 +191,14 @@ def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str) -> None:
     """Save it with this chat template alone: of several, others would be taken for tools."""
+    with_template(tokenizer, chat_template).save_pretrained(folder)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with this chat template; the one given keeps its own, which answers are encoded by."""
     exported = copy.copy(tokenizer)
     exported.chat_template = chat_template
-    exported.save_pretrained(folder)
+    return exported
 
 
 def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:

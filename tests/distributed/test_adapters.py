@@ -156,7 +156,7 @@ def test_a_finished_run_is_merged_when_it_is_asked_for(folder: Path) -> None:
 
 
 OF_A_RANK = ["rng_state_0.pth", "rng_state_1.pth"]
-BESIDE = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "scheduler.pt",
+BESIDE = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json", "scheduler.pt",
           "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin"]  # fmt: skip
 OF_DEEPSPEED = ["latest", "global_step1"]
 
