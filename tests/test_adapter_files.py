@@ -29,7 +29,9 @@ from ds_sft.runtime.disk import export_size, predict_size
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import finish_adapter, say_where_answers_end
 from ds_sft.runtime.merge import merge, merge_as_asked
+from ds_sft.runtime.preempt import StopRequests
 from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
+from ds_sft.train import merge_later
 from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
 from tests.test_export import ends
@@ -515,6 +517,26 @@ def test_a_run_that_left_an_adapter_is_finished(
         f"{done}(merge: yes merges it; --resume never trains it anew.)",
         f"{done}(--resume never trains it anew.)",
     ]
+
+
+@pytest.mark.parametrize(("merge", "asked"), [("yes", True), ("auto", False), ("no", False)])
+def test_a_later_merge_is_verified_by_the_loss_that_training_had(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: str, asked: bool
+) -> None:
+    done = {"export": {"loss_trained": 2.5}, "adapter": {"not_merged": "merge: no"}}
+    (tmp_path / "run.json").write_text(json.dumps(done), encoding="utf-8")
+    make_adapter(bases["tied"], tmp_path)
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        "ds_sft.train.merge_and_verify", lambda config, rows, loss, run: calls.append((rows, loss, run))
+    )
+    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: f"{count} rows"))
+    launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)
+    merge_later(given, data, launch, StopRequests(launch))
+    assert calls == ([("8 rows", 2.5, done)] if asked else [])
+    (tmp_path / "model.safetensors").touch()
+    merge_later(given, data, launch, StopRequests(launch))
+    assert len(calls) == asked
 
 
 def test_disk_for_the_adapter_and_what_must_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:
