@@ -23,7 +23,7 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, Config, load_config, with_changes
+from ds_sft.config import ALIASES, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
@@ -42,7 +42,7 @@ from ds_sft.plan.memory import activations
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
 from ds_sft.runtime.storage import nearest
-from ds_sft.runtime.zero import read_engine
+from ds_sft.runtime.zero import configured_engine
 
 UNITS = {
     "": 1.0,
@@ -269,11 +269,9 @@ class Plan:
 
 def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, Any]]:
     """The configured layout's name, and each layout's memory question; the configured one has its own options."""
-    value = config.training.get("deepspeed")
     engines = {name: shipped_engine(name, shape) for name in LAYOUTS}
     configured = "no DeepSpeed"
-    if value is not None:
-        found = value if isinstance(value, dict) else read_engine(Path(value))
+    if (found := configured_engine(config)) is not None:
         engine = engine_of(found.get("zero_optimization") or {}, shape)
         configured = name_of(engine)
         engines[configured] = engine
@@ -291,7 +289,7 @@ def write(plan: Plan, words: Sequence[str], path: Path) -> None:
     then, now = plan.config.to_dict(), wanted.to_dict()
     flags = {ALIASES.get(name, name) for name in (word[2:].partition("=")[0] for word in words if word[:2] == "--")}
     changes = {name: now.get(name) for name in then | now if name in flags or then.get(name) != now.get(name)}
-    text = Path(plan.given.config).read_text(encoding="utf-8")
+    text = config_file(plan.given.config).read_text(encoding="utf-8")
     try:
         path.write_text(with_changes(text, changes), encoding="utf-8")
     except OSError as error:

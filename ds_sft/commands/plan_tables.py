@@ -49,9 +49,10 @@ def trained_lines(plan: dict[str, Any]) -> list[str]:
     if adapter == "none" and model["trained"] == model["parameters"]:
         return []
     base = "" if plan["quantization"] == "none" else f", in {plan['quantization']}"
-    what = "of them (train_only)" if adapter == "none" else f"beside them ({adapter})"
-    share = model["trained"] / model["parameters"]
-    return [f"Trained: {model['trained']:,} parameters {what}, {share:.2%}; the others are frozen{base}."]
+    whole = model["parameters"] + (0 if adapter == "none" else model["trained"])  # as a run says it
+    how = "train_only" if adapter == "none" else adapter
+    share = f"{model['trained'] / whole:.2%}"
+    return [f"Trained ({how}): {model['trained']:,} of {whole:,} parameters ({share}); the others are frozen{base}."]
 
 
 def memory_table(plan: dict[str, Any]) -> Table:
@@ -139,7 +140,8 @@ def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
 
 def _of(plan: dict[str, Any]) -> str:
     """Which of the layouts what is below the tables is of."""
-    return "recommended" if plan["recommended"] else "as configured"
+    best = plan["recommended"]
+    return f"recommended, {best['name']}" if best else f"as configured, {plan['configured']}"
 
 
 def disk_lines(plan: dict[str, Any]) -> list[str]:
