@@ -241,7 +241,10 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--num_train_epochs", "0"], "--num_train_epochs: expected a number above 0, found '0'"),
         (["-x"], "'-x': expected --key value"),
         (["--config", "none.yaml"], "none.yaml: no such file (the current directory is {here})"),
-        (["--config", "."], ".: a folder, and no output folder of a run, which has a config.yaml: give the YAML file of a run"),
+        (
+            ["--config", "."],
+            ".: a folder, and no output folder of a run, which has a config.yaml: give the YAML file of a run",
+        ),
         (["--warmup_ratio", "0.1"], "--warmup_ratio: warmup_ratio is not a key of today's transformers: "
          "write warmup_steps with a value below 1, which is a share of all steps"),
         ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],
