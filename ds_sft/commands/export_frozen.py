@@ -33,6 +33,7 @@ from ds_sft.runtime.export import (
     move_into,
     own_ends,
     save_tokenizer,
+    say_how_its_base_is_loaded,
     say_where_answers_end,
 )
 from ds_sft.runtime.identity import BASE, base_differs
@@ -67,6 +68,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
     end_ids = _write_adapter(given, facts)
     print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
     say_where_answers_end(given.out / FOLDER, end_ids)
+    say_how_its_base_is_loaded(given.out / FOLDER)
     if given.adapter_only:
         return
     try:
