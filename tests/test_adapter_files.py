@@ -452,6 +452,10 @@ def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     source = checkpoint(bases, tmp_path / "other")
     assert "the merged model takes about 194.8 KiB, the disk has 1,000 bytes free" in said(source, out, "--merge")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+        patched.setattr("ds_sft.runtime.merge.free_memory_here", lambda: 1000)
+        assert "a merge takes about 197.2 KiB of memory, of which 1,000 bytes are free" in said(source, out, "--merge")
     assert not out.exists()
     assert main(["export", str(source), str(out)]) == 0
     assert "Not merged: " in capsys.readouterr().out

@@ -98,7 +98,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--merge", action="store_true", help="of an adapter: fail where the disk has no room for the model"
+        "--merge",
+        action="store_true",
+        help="of an adapter: fail where the disk or the memory has no room for the model",
     )
     what.add_argument("--adapter-only", action="store_true", help="of an adapter: without the merged model")
     parser.add_argument("--base", help="of an adapter or train_only: its base, where that has moved [where it was]")

@@ -37,7 +37,7 @@ from ds_sft.runtime.export import (
     say_where_answers_end,
 )
 from ds_sft.runtime.identity import BASE, base_differs
-from ds_sft.runtime.merge import NoRoom, merge, require_room
+from ds_sft.runtime.merge import NoRoom, merge, require_memory, require_room
 from ds_sft.runtime.results import write_json
 from ds_sft.runtime.trained import TRAINED
 
@@ -58,13 +58,14 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         dtype: of the merged model.
 
     Raises:
-        NoRoom: --merge, and the disk has none; nothing is written.
+        NoRoom: --merge, and the disk or the memory has none; nothing is written.
         UserError: the base is another one than was trained on, or the adapter does not fit it.
     """
     base, facts = given.base or base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
     _require_base(given.checkpoint, base, facts.get(BASE))
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
+        require_memory(base, dtype, given.trust_remote_code)
     end_ids = _write_adapter(given, facts)
     print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
     say_where_answers_end(given.out / FOLDER, end_ids)

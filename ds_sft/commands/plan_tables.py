@@ -195,7 +195,8 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
             f"{times['flops']:.2e} FLOP")  # fmt: skip
     if times["rate"] is None:
         return [f"{work}: how long that takes on this CPU, a first run says; --flops or --tokens-per-second."]
-    rate = "measured" if times["rate_measured"] else f"estimated at {plan['flops'] / 1e12:.3g} TFLOP/s a GPU"
+    each = "" if plan["on_cpu"] else " a GPU"
+    rate = "measured" if times["rate_measured"] else f"estimated at {plan['flops'] / 1e12:.3g} TFLOP/s{each}"
     lines = [f"{work}: {duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."]
     limit = plan["time_limit"] or None  # Slurm's 0 is no limit
     if "time" in plan["short"] and limit is not None:
