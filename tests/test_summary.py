@@ -43,9 +43,15 @@ def test_what_was_trained() -> None:
         ),
         (
             RUN["peak_memory"],
-            PLAN | {"measured_gib": 0.5, "freed_gib": 0.0625},
+            PLAN | {"measured_gib": 0.5, "freed_gib": 0.0625},  # as planned
             "Memory of a rank: 1.5 GiB at most: 512.0 MiB for training (512.0 MiB planned), the rest for Python "
             "and its libraries.",
+        ),
+        (
+            RUN["peak_memory"],
+            {"planned_gib": 1 / 64, "measured_gib": 1 / 32, "freed_gib": 1 / 64},  # of a tiny model
+            "Memory of a rank: 1.5 GiB at most: 32.0 MiB for training (16.0 MiB planned), the rest for Python and its "
+            "libraries.",
         ),
         (RUN["peak_memory"], None, "Memory of a rank: 1.5 GiB at most."),
         ([{"host_gib": 9.0, "gpu_gib": 0.625}], PLAN, "GPU memory of a rank: 640.0 MiB at most (512.0 MiB planned)."),

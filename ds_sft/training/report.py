@@ -106,7 +106,7 @@ def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | Non
     if on_gpu:
         return f"{line} ({plan} planned)."
     excess = planned["measured_gib"] - planned["planned_gib"]
-    explained = excess > planned["planned_gib"] / 10 and planned["freed_gib"] > excess / 4
+    explained = excess > max(planned["planned_gib"] / 10, 0.1) and planned["freed_gib"] > excess / 4
     kept = f", up to {freed} are freed blocks that the C library keeps" if explained else ""
     return f"{line}: {training} for training ({plan} planned{kept}), the rest for Python and its libraries."
 
