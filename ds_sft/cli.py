@@ -67,6 +67,6 @@ def call(name: str, words: Sequence[str]) -> int:
     if name not in ("train", "doctor", "evaluate"):  # they say it on one rank
         for remark in given_twice(words):
             print(remark, file=sys.stderr)
-    quiet()
+    quiet(bars=sys.stderr.isatty())
     code: int = importlib.import_module(COMMANDS[name][0]).main(words)
     return code

@@ -362,8 +362,24 @@ def load_config(argv: Sequence[str], prog: str = "train.py", *, flags: Iterable[
         raise SystemExit(0)
     read = _read_flags(argv, flags)
     file = read.pop("config", None)
-    given = {} if file is None else _read_yaml(Path(str(file.value)))
+    given = {} if file is None else _read_yaml(config_file(str(file.value)))
     return _resolve(_merge(given, read))
+
+
+def config_file(given: str) -> Path:
+    """The file that `--config` names; a run's output folder stands for its config.yaml.
+
+    Raises:
+        UserError: a folder that has none.
+    """
+    path, name = Path(given), "config.yaml"
+    if not path.is_dir():
+        return path
+    if not (path / name).is_file():
+        above = path.resolve().parent  # of an adapter or a checkpoint
+        meant = f"did you mean {above / name}?" if (above / name).is_file() else "give the YAML file of a run"
+        raise UserError(f"{path}: a folder, and no output folder of a run, which has a {name}: {meant}")
+    return path / name
 
 
 def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:

@@ -96,11 +96,12 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
-    take_places(config, launch, lock)
     settle_devices(config, launch)
+    take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.runtime.expectation import expect_memory
+    from ds_sft.runtime.export import with_template
     from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
@@ -121,6 +122,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if start.finished:
+        merge_later(config, data, launch, stop)
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
@@ -139,7 +141,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             train_dataset=rows_in_batches,
             eval_dataset=data.eval,
             data_collator=collate,
-            processing_class=tokenizer,
+            processing_class=with_template(tokenizer, served.chat_template),  # checkpoints have it
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
@@ -153,13 +155,14 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
                 size=size,
                 identity=this_run,
                 freezes=config.freezes,
+                end_ids=served.end_ids,
             ),
         )
         del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
-        finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
+        finish(trainer, tokenizer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
 def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
@@ -174,7 +177,7 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
 
 def settle_devices(config: Config, launch: Launch) -> None:
     """Which devices and cores this process sees, and what libraries say of them, before torch is imported."""
-    quiet()
+    quiet(bars=launch.is_main and sys.stderr.isatty() and not config.training.get("disable_tqdm"))
     if config.training.get("use_cpu"):
         hide_gpus(os.environ)
     elif not launch.distributed:
@@ -292,6 +295,7 @@ def find_room(
 
 def finish(
     trainer: SFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
     tracker: Tracker | None,
     data: Data,
     served: Serving,
@@ -313,7 +317,7 @@ def finish(
         launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
     rows = (data.eval or data.train).take(VERIFIED_ROWS)
     trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-    tokenizer, run_identity = trainer.processing_class, trainer.run.identity
+    run_identity = trainer.run.identity
     export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
     results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
     release(trainer)  # of no use from here on
@@ -340,6 +344,21 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
     results["export"] = check_export(rows, trained_loss, config)
     write_json(config.output_dir / RESULTS, results)
     require_verified(results["export"], config.output_dir)
+
+
+def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) -> None:
+    """Merge the adapter of a finished run that was not merged, and is asked for by now; all ranks must call it."""
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.adapter import exported
+    from ds_sft.runtime.export import VERIFIED_ROWS
+
+    if config.merge != "yes" or exported(config.output_dir) == config.output_dir:
+        return
+    with others_wait(), stop.until_ranks_meet():
+        if launch.is_main:
+            results = read_json(config.output_dir / RESULTS)
+            rows = (data.eval or data.train).take(VERIFIED_ROWS)
+            merge_and_verify(config, rows, (results["export"] or {}).get("loss_trained"), results)
 
 
 def let_it_answer(

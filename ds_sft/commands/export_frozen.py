@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
-from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
+from ds_sft.runtime.adapter import (
+    COMPUTED_IN,
+    FACTS,
+    FOLDER,
+    QUANTIZATION,
+    WEIGHTS,
+    facts_of,
+    from_anywhere,
+    load_base,
+)
 from ds_sft.runtime.base import require_base
 from ds_sft.runtime.export import (
     PARTIAL,
@@ -24,16 +33,20 @@ from ds_sft.runtime.export import (
     move_into,
     own_ends,
     save_tokenizer,
+    say_how_its_base_is_loaded,
     say_where_answers_end,
 )
 from ds_sft.runtime.identity import BASE
-from ds_sft.runtime.merge import NoRoom, merge, require_room
+from ds_sft.runtime.merge import NoRoom, merge, require_memory, require_room
 from ds_sft.runtime.results import write_json
 from ds_sft.runtime.trained import TRAINED
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+
+GIVE_BASE = "--base FOLDER"
 
 
 # ---- An adapter
@@ -48,16 +61,18 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         dtype: of the merged model.
 
     Raises:
-        NoRoom: --merge, and the disk has none; nothing is written.
+        NoRoom: --merge, and the disk or the memory has none; nothing is written.
         UserError: the base is another one than was trained on, or the adapter does not fit it.
     """
-    base, facts = base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
-    require_base(given.checkpoint, base, facts.get(BASE))
+    base, facts = given.base or base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
+    require_base(given.checkpoint, base, facts.get(BASE), GIVE_BASE)
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
+        require_memory(base, dtype, given.trust_remote_code)
     end_ids = _write_adapter(given, facts)
     print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
     say_where_answers_end(given.out / FOLDER, end_ids)
+    say_how_its_base_is_loaded(given.out / FOLDER)
     if given.adapter_only:
         return
     try:
@@ -86,6 +101,9 @@ def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[
     partial.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         shutil.copy(given.checkpoint / name, partial)
+    if given.base:
+        keys = read_json(partial / CONFIG) | {"base_model_name_or_path": from_anywhere(given.base)}
+        write_json(partial / CONFIG, keys)
     if facts:
         write_json(partial / FACTS, facts)
     tokenizer, end_ids, template = _served(given)
@@ -100,7 +118,7 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
     from ds_sft.data.serving import serving
 
     beside = (given.checkpoint / "tokenizer_config.json").is_file() or not is_adapter(given.checkpoint)
-    source = given.checkpoint if beside else base_of(given.checkpoint)  # peft writes none
+    source = given.checkpoint if beside else given.base or base_of(given.checkpoint)  # peft writes none
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     config = config_beside(given.checkpoint)
     try:
@@ -136,8 +154,8 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         raise UserError(
             f"{given.checkpoint}: has the trained weights alone, and no config.yaml beside it names the base"
         )
-    base = config.model_name_or_path
-    require_base(given.checkpoint, base, manifest.get(BASE))
+    base = given.base or config.model_name_or_path
+    require_base(given.checkpoint, base, manifest.get(BASE), GIVE_BASE)
     computed_in = getattr(torch, _facts(manifest).get(COMPUTED_IN, "float32"))
     model = load_base(base, dtype=computed_in, trust_remote_code=given.trust_remote_code)
     weights = load_file(given.checkpoint / TRAINED)

@@ -115,7 +115,7 @@ def _require_base(folder: Path) -> None:
     except UserError as error:
         said = _without_key(error).removeprefix(f"{base}: ")
         raise UserError(f"{folder}: its base {base} ({said}): write into {folder / CONFIG} where it is") from None
-    require_base(folder, base, facts_of(folder).get(BASE))
+    require_base(folder, base, facts_of(folder).get(BASE), f"write it into {folder / CONFIG}")
 
 
 def _keys(name: str, run: Path | None, words: Sequence[str], flags: Sequence[str]) -> tuple[Config, bool]:

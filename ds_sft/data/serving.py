@@ -116,7 +116,8 @@ def _own_template(template: ChatTemplate, tokenizer: Any, mask: str) -> tuple[st
     source = template.renderer.source
     if template.system_prompt:
         turn = f"{{'role': 'system', 'content': {_literal(template.system_prompt)}}}"
-        source = DEFAULT_SYSTEM.replace("TURN", turn) + source
+        before = DEFAULT_SYSTEM.replace("TURN", turn)
+        source = source if before in source else before + source  # a checkpoint's tokenizer has it already
     last, remarks = _start(template, tokenizer, source, TALK[:2], 1), _policy_remarks(template)
     if template.thinking == "drop" and _renders(template, tokenizer, NO_THINKING + source, last.missing):
         source = NO_THINKING + source

@@ -81,6 +81,7 @@ def export_model(
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
             launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
             say_where_answers_end(config.output_dir / adapter.FOLDER, end_ids)
+            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER)
     else:
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
@@ -121,6 +122,19 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
             f"The base ends answers at other tokens: who serves it with the adapter gives the server "
             f"{folder / GENERATION}, or answers do not stop."
         )
+
+
+def say_how_its_base_is_loaded(folder: Path) -> None:
+    """Say it of an adapter in `folder` that was trained beside a base in 4 bits: peft's files do not."""
+    facts = adapter.facts_of(folder)
+    if facts.get(adapter.QUANTIZATION, "none") == "none":
+        return
+    dtype = facts[adapter.COMPUTED_IN]
+    print_line(
+        f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
+        f"from_pretrained({base_of(folder)!r}, dtype={dtype!r}, quantization_config=BitsAndBytesConfig(load_in_4bit="
+        f"True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype={dtype!r})). A merged model is whole by itself."
+    )
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
@@ -191,9 +205,14 @@ def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str) -> None:
     """Save it with this chat template alone: of several, others would be taken for tools."""
+    with_template(tokenizer, chat_template).save_pretrained(folder)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with this chat template; the one given keeps its own, which answers are encoded by."""
     exported = copy.copy(tokenizer)
     exported.chat_template = chat_template
-    exported.save_pretrained(folder)
+    return exported
 
 
 def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:

@@ -134,10 +134,13 @@ def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | Non
     line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {in_units(most * 2**30)} at most"
     if planned is None:
         return f"{line}."
-    training, plan = (in_units(planned[name] * 2**30) for name in ("measured_gib", "planned_gib"))
+    training, plan, freed = (in_units(planned[f"{name}_gib"] * 2**30) for name in ("measured", "planned", "freed"))
     if on_gpu:
         return f"{line} ({plan} planned)."
-    return f"{line}: {training} for training ({plan} planned), the rest for Python and its libraries."
+    excess = planned["measured_gib"] - planned["planned_gib"]
+    explained = excess > max(planned["planned_gib"] / 10, 0.1) and planned["freed_gib"] > excess / 4
+    kept = f", up to {freed} are freed blocks that the C library keeps" if explained else ""
+    return f"{line}: {training} for training ({plan} planned{kept}), the rest for Python and its libraries."
 
 
 def describe_speed(speed: dict[str, float]) -> str:

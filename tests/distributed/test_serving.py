@@ -72,6 +72,9 @@ def test_a_server_stops_where_the_model_learned_to(
         assert main(["chat", str(folder), "--once", "Who?"]) == 0
         assert capsys.readouterr().out == "Paris.\n"
     # The last checkpoint, exported later, is the same folder.
+    # The last checkpoint is served as it is, and exported later it is the same folder.
+    as_it_is = run([sys.executable, "-c", SERVER, str(out / "checkpoint-30")], cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert as_it_is.output.splitlines()[-1] == asked.output.splitlines()[-1]
     assert main(["export", str(out / "checkpoint-30"), str(tmp_path / "later")]) == 0
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
         assert written(tmp_path / "later", name) == written(out, name), name
