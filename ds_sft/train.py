@@ -167,7 +167,16 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
     require_writable(config.output_dir)
     require_no_model(config.output_dir, config.model_name_or_path)
     if launch.is_main:
+        require_hub(config)
         lock.take()
+
+
+def require_hub(config: Config) -> None:
+    """See that a run that is to push its model can: at its end nobody may be there to log in."""
+    if config.training.get("push_to_hub"):
+        from ds_sft.runtime.hub import require_place
+
+        require_place(config)
 
 
 def settle_devices(config: Config, launch: Launch) -> None:
@@ -316,6 +325,7 @@ def finish(
         if tracker is not None:  # rank 0
             merge_and_verify(config, rows, trained_loss, results)
             let_it_answer(config, data, tokenizer, tracker, results)
+            push(config, results)
     stop.check()
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
@@ -357,6 +367,14 @@ def let_it_answer(
     write_predictions(predictions, file)
     print_predictions(predictions)
     tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+
+
+def push(config: Config, results: dict[str, Any]) -> None:
+    """Push the verified model, where the run is asked to; `run.json` says where to."""
+    if config.training.get("push_to_hub"):
+        from ds_sft.runtime.hub import push_as_asked
+
+        results["pushed"] = push_as_asked(config)
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
