@@ -39,7 +39,7 @@ class Hub:
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS: sha256 -> content
-    refuses: dict[str, int] = field(default_factory=dict)  # end of a path -> status instead of an answer
+    refuses: dict[str, int] = field(default_factory=dict)  # end of a path -> status instead of an answer; 0: none, the connection breaks
     asked: list[str] = field(default_factory=list)  # "METHOD path"
 
 
@@ -63,6 +63,9 @@ def serve_hub() -> Iterator[Hub]:
                 status, found, code = 200, reply(hub, self.command, path, body, self.headers), ""
             except Refusal as refusal:
                 status, found, code = refusal.status, {"error": f"status {refusal.status}"}, refusal.code
+            if not status:  # the connection breaks
+                self.close_connection = True
+                return
             content = json.dumps(found).encode()
             self.send_response(status)
             if code:
@@ -119,7 +122,7 @@ def reply(hub: Hub, method: str, path: str, body: bytes, headers: Any) -> Any:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in hub.repos:
             raise Refusal(409)
-        hub.repos[name] = Repo(private=asked["private"])
+        hub.repos[name] = Repo(private=asked.get("visibility") == "private")
         return {"url": f"{hub.url}/{name}", "name": name}
     if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
         return _batch(hub, json.loads(body))

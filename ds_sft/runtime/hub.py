@@ -65,7 +65,7 @@ def require_place(config: Config) -> None:
     api = _api(address)
     with _in_one_line(address):
         api.whoami()
-        _look(api, address)
+        _is_there(api, address)
 
 
 def push_as_asked(config: Config) -> dict[str, str]:
@@ -91,8 +91,8 @@ def send(parcel: Parcel, address: Address, message: str | None = None) -> str:
     api = _api(address)
     sizes, seen = parcel.sizes, "public" if address.public else "private"
     with _in_one_line(address):
-        _look(api, address)
-        api.create_repo(address.repo, private=not address.public, exist_ok=True)
+        if not _is_there(api, address):
+            api.create_repo(address.repo, private=not address.public)
         if address.revision is not None:
             api.create_branch(address.repo, branch=address.revision, exist_ok=True)
         there = set(api.list_repo_files(address.repo, revision=address.revision))
@@ -126,8 +126,8 @@ def _api(address: Address) -> HfApi:
     return HfApi(token=token)
 
 
-def _look(api: HfApi, address: Address) -> None:
-    """See that the repository is not there, or is as asked.
+def _is_there(api: HfApi, address: Address) -> bool:
+    """Whether the repository is there, and then as asked.
 
     Raises:
         UserError: it has files already, or is public or private where the other was asked for.
@@ -137,7 +137,7 @@ def _look(api: HfApi, address: Address) -> None:
     try:
         found = api.model_info(address.repo)
     except RepositoryNotFoundError:
-        return
+        return False
     files = {file.rfilename for file in found.siblings or []} - {WRITTEN_BY_HUB}
     if files and not address.update:
         raise UserError(
@@ -147,6 +147,7 @@ def _look(api: HfApi, address: Address) -> None:
     if bool(found.private) == address.public:
         is_now, remedy = ("private", "leave out --public") if found.private else ("public", "--public says you mean it")
         raise UserError(f"{address.repo}: exists and is {is_now}: {remedy}, or change it in its settings on the hub")
+    return True
 
 
 @contextmanager
@@ -156,7 +157,11 @@ def _in_one_line(address: Address) -> Iterator[None]:
     Raises:
         UserError: in place of its exceptions.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
+    )
 
     try:
         yield
@@ -164,7 +169,7 @@ def _in_one_line(address: Address) -> Iterator[None]:
         raise UserError(f"{address.repo}: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         raise UserError(f"{address.repo}: {_refusal(error)}") from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{address.repo}: nothing was pushed: {_first_line(error.__cause__ or error)}") from None
 
 
