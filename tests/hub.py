@@ -24,7 +24,9 @@ TOKEN = "hf_of_a_test"
 @dataclass
 class Repo:
     private: bool
-    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {".gitattributes": b"*.safetensors"}})
+    branches: dict[str, dict[str, bytes]] = field(
+        default_factory=lambda: {"main": {".gitattributes": b"*.safetensors"}}
+    )
     messages: list[str] = field(default_factory=list)  # of commits
 
     @property
@@ -39,7 +41,9 @@ class Hub:
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS: sha256 -> content
-    refuses: dict[str, int] = field(default_factory=dict)  # end of a path -> status instead of an answer; 0: none, the connection breaks
+    refuses: dict[str, int] = field(
+        default_factory=dict
+    )  # end of a path -> status instead of an answer; 0: none, the connection breaks
     asked: list[str] = field(default_factory=list)  # "METHOD path"
 
 
@@ -57,7 +61,9 @@ def serve_hub() -> Iterator[Hub]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if not self._chunked() else self._chunks()
+            body = (
+                self.rfile.read(int(self.headers.get("Content-Length") or 0)) if not self._chunked() else self._chunks()
+            )
             hub.asked.append(f"{self.command} {path}")
             try:
                 status, found, code = 200, reply(hub, self.command, path, body, self.headers), ""

@@ -195,9 +195,7 @@ def _versions(facts: Facts) -> str:
     return _section("Versions", [(name, found[name]) for name in VERSIONS if name in found])
 
 
-def _section(
-    title: str, rows: Iterable[tuple[str, ...]], text: str = "", *, head: tuple[str, ...] = ("", "")
-) -> str:
+def _section(title: str, rows: Iterable[tuple[str, ...]], text: str = "", *, head: tuple[str, ...] = ("", "")) -> str:
     """A heading, a table and a line of text; nothing where there is neither."""
     lines = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
     if not lines and not text:

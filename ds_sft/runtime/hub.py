@@ -114,7 +114,7 @@ def send(parcel: Parcel, address: Address, message: str | None = None) -> str:
 
 def _api(address: Address) -> HfApi:
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -157,11 +157,8 @@ def _in_one_line(address: Address) -> Iterator[None]:
     Raises:
         UserError: in place of its exceptions.
     """
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HTTPError as BrokenConnection  # type: ignore[attr-defined]  # httpx's or httpx2's
 
     try:
         yield
@@ -169,7 +166,7 @@ def _in_one_line(address: Address) -> Iterator[None]:
         raise UserError(f"{address.repo}: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         raise UserError(f"{address.repo}: {_refusal(error)}") from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (BrokenConnection, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{address.repo}: nothing was pushed: {_first_line(error.__cause__ or error)}") from None
 
 

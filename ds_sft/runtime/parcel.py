@@ -121,7 +121,10 @@ def _require_verified(folder: Path, run: dict[str, Any], *, unverified: bool) ->
     if (folder / KEPT).is_file():
         why, how = "there was no memory to verify it", f"ds-sft verify {folder}"
     elif run:
-        why, how = f"it was not verified ({export.get('reason', 'verify_export: no')})", "--unverified pushes it as it is"
+        why, how = (
+            f"it was not verified ({export.get('reason', 'verify_export: no')})",
+            "--unverified pushes it as it is",
+        )
     else:
         why = f"no {RESULTS}: not a finished run's output folder, so nobody compared its weights with the trained ones"
         how = "push the run's folder; --unverified pushes this one as it is"
