@@ -198,8 +198,8 @@ def test_the_card_says_what_the_run_knows(finished: Path) -> None:
         "| validation loss, first evaluation | 2.5000 |",
         "| validation loss, last evaluation | 1.2500 |",
         "| steps | 400 |",
-        "The files were loaded in a fresh process: their loss on 8 rows is 1.250000, that of the trained model 1.250000 "
-        "(difference 1.0e-07, bound 1.0e-04).",
+        "The files were loaded in a fresh process: their loss on 8 rows is 1.250000, that of the trained model "
+        "1.250000 (difference 1.0e-07, bound 1.0e-04).",
         "| rows read | 1,234 |",
         "| rows dropped: no answer | 4 |",
         "| supervised tokens | 20,000 |",
@@ -229,6 +229,20 @@ def test_the_card_of_an_adapter(adapted: Path) -> None:
     assert "    --enable-lora --max-lora-rank 8 --lora-modules adapter=adapter" in text.splitlines()
     assert "| `lora_rank` | `8` |" in text.splitlines()
     assert "licence" not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "vllm"),
+    [({"lora_rank": 12}, "--max-lora-rank 16 "), ({"lora_rank": 64}, "--max-lora-rank 64 "),
+     ({"adapter": "dora"}, None), ({"lora_modules_to_save": ["lm_head"]}, None)],
+    ids=str,
+)  # fmt: skip
+def test_how_vllm_takes_an_adapter(adapted: Path, keys: dict[str, Any], vllm: str | None) -> None:
+    """It has room for some ranks, and takes neither DoRA nor modules that were trained whole."""
+    record = yaml.safe_load((adapted / "config.yaml").read_text(encoding="utf-8"))
+    (adapted / "config.yaml").write_text(yaml.safe_dump(record | keys), encoding="utf-8")
+    card = pack(adapted, "me/adapter", base=BASE).texts["README.md"]
+    assert vllm in card if vllm else "vllm" not in card
 
 
 def test_a_dry_run_prints_all_and_sends_nothing(
@@ -288,8 +302,8 @@ def test_an_exported_folder_is_pushed_by_who_knows_it(
     model_dir: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refused(str(model_dir), "me/model", capsys=capsys) == (
-        f"{model_dir}: no run.json: not a finished run's output folder, so nobody compared its weights with the trained "
-        "ones: push the run's folder; --unverified pushes this one as it is"
+        f"{model_dir}: no run.json: not a finished run's output folder, so nobody compared its weights with the "
+        "trained ones: push the run's folder; --unverified pushes this one as it is"
     )
     assert main(["push", str(model_dir), "me/model", "--unverified", "--base", BASE]) == 0
     card = hub.repos["me/model"].files["README.md"].decode()
@@ -421,7 +435,7 @@ def test_interrupted(
 
 
 def test_the_command_itself(finished: Path, hub: Hub) -> None:
-    """As a user starts it: the address of the hub and the token from the environment, no library's words beside ours."""
+    """As a user starts it, with address and token in the environment; no library's words beside ours."""
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "ds_sft", "push", str(finished), "me/model"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

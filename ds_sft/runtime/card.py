@@ -19,6 +19,7 @@ LICENSE_OPEN = (
     "`license: ...` at the top of this file says it."
 )
 NOT_COMPARED = "The weights were not compared with the trained ones after they were written."
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 USE_MODEL = """
 ## Use
 
@@ -57,7 +58,8 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 answer = model.generate(**prompt, generation_config=ends, max_new_tokens=256)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
-
+"""
+SERVE_ADAPTER = """
 ```bash
 hf download $repo --local-dir $name
 vllm serve $base --tokenizer $name --generation-config $name \\
@@ -138,7 +140,14 @@ def _use(facts: Facts) -> str:
     """How to load it: transformers and vLLM, an adapter through peft."""
     names = {"repo": facts.repo, "name": facts.repo.partition("/")[2], "base": facts.base}
     text = USE_ADAPTER if facts.adapter else USE_MODEL
-    return Template(text.strip()).substitute(names, rank=facts.keys.get("lora_rank", 16))
+    vllm_takes_it = facts.keys.get("adapter") == "lora" and not facts.keys.get("lora_modules_to_save")
+    text += SERVE_ADAPTER if facts.adapter and vllm_takes_it else ""
+    return Template(text.strip()).substitute(names, rank=_served_rank(facts.keys.get("lora_rank", 16)))
+
+
+def _served_rank(rank: int) -> int:
+    """The smallest of the ranks that vLLM has room for: it knows no others."""
+    return next((size for size in VLLM_RANKS if size >= rank), rank)
 
 
 def _results(facts: Facts) -> str:

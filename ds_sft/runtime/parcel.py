@@ -115,8 +115,8 @@ def _require_verified(folder: Path, run: dict[str, Any], *, unverified: bool) ->
         return
     if verified is False:
         raise UserError(
-            f"{folder}: its export was compared and is NOT the trained model ({RESULTS}): it is not pushed; make one of "
-            f"the last checkpoint: ds-sft export {folder}/checkpoint-N OUT"
+            f"{folder}: its export was compared and is NOT the trained model ({RESULTS}): it is not pushed; make one "
+            f"of the last checkpoint: ds-sft export {folder}/checkpoint-N OUT"
         )
     if (folder / KEPT).is_file():
         why, how = "there was no memory to verify it", f"ds-sft verify {folder}"
@@ -195,6 +195,7 @@ def _hub_base(source: Path, run: dict[str, Any]) -> str | None:
         return base
     if is_adapter(source):
         raise UserError(
-            f"{source}: an adapter of the folder {base}, which nobody else has: --base OWNER/NAME says where the hub has it"
+            f"{source}: an adapter of the folder {base}, which nobody else has: --base OWNER/NAME says where the hub "
+            "has it"
         )
     return None
