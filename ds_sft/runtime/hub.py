@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft import __version__
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.adapter import read_json
 from ds_sft.plan.source import is_folder, unreachable
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.parcel import OWN, Parcel, pack
+from ds_sft.runtime.results import RESULTS
 from ds_sft.runtime.size import in_units
 
 if TYPE_CHECKING:
@@ -57,6 +60,8 @@ def require_place(config: Config) -> None:
         UserError: it could not.
     """
     address = address_of(config)
+    if config.resume != "never" and _was_pushed(config.output_dir, address):
+        return  # this run has ended, and says so
     if config.adapter != "none" and is_folder(config.model_name_or_path):
         raise UserError(
             f"push_to_hub: an adapter of the folder {config.model_name_or_path}, which nobody else has: leave it out, "
@@ -66,6 +71,13 @@ def require_place(config: Config) -> None:
     with _in_one_line(address):
         api.whoami()
         _is_there(api, address)
+
+
+def _was_pushed(output_dir: Path, address: Address) -> bool:
+    """Whether the run in this folder has ended, with its model at the address."""
+    run = read_json(output_dir / RESULTS) if (output_dir / RESULTS).is_file() else {}
+    pushed = run.get("pushed") or {}
+    return "commit" in pushed and pushed["repo"] == address.repo
 
 
 def push_as_asked(config: Config) -> dict[str, str]:
