@@ -519,10 +519,9 @@ def test_a_run_that_could_not_push_is_told_before_it_trains(finished: Path, mode
     require_place(config_of(finished, *keys))  # the same command again: the run says that it is finished
     with pytest.raises(UserError, match=r"me/model: exists and has 7 files: "):
         require_place(config_of(finished, *keys, "--resume", "never"))
+    adapter = ("--resume", "never", "--adapter", "lora", "--model_name_or_path", str(model_dir))
     with pytest.raises(UserError) as caught:
-        require_place(
-            config_of(finished, *keys, "--resume", "never", "--adapter", "lora", "--model_name_or_path", str(model_dir))
-        )
+        require_place(config_of(finished, *keys, *adapter))
     assert str(caught.value) == (
         f"push_to_hub: an adapter of the folder {model_dir}, which nobody else has: leave it out, and when the run has "
         f"ended: ds-sft push {finished} me/model --base OWNER/NAME"

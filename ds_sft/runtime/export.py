@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 
 
 VERIFIED_ROWS = 8
@@ -197,11 +198,12 @@ def save_tokenizer(
     Its end of text is the first of these ends: llama.cpp's converter reads it there, and no generation_config.json. But
     where the template writes the tokenizer's own, which would then be another text.
     """
-    exported = copy.deepcopy(tokenizer)  # a copy of it shares its special tokens
+    exported = copy.copy(tokenizer)
     exported.chat_template = chat_template
-    if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in chat_template:
-        exported.eos_token = tokenizer.convert_ids_to_tokens(end_ids[0])
     exported.save_pretrained(folder)
+    if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in chat_template:
+        end = tokenizer.convert_ids_to_tokens(end_ids[0])  # in the file: the copy shares its special tokens
+        write_json(folder / TOKENIZER, _read(folder / TOKENIZER) | {"eos_token": end})
 
 
 def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:
