@@ -116,6 +116,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     site = Site(launch, shared=settle_storage(args, launch, lock))
     stop.use_group(args.ddp_timeout)
     stop.check()
+    require_hub(config, launch)
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if start.finished:
@@ -167,16 +168,7 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
     require_writable(config.output_dir)
     require_no_model(config.output_dir, config.model_name_or_path)
     if launch.is_main:
-        require_hub(config)
         lock.take()
-
-
-def require_hub(config: Config) -> None:
-    """See that a run that is to push its model can: at its end nobody may be there to log in."""
-    if config.training.get("push_to_hub"):
-        from ds_sft.runtime.hub import require_place
-
-        require_place(config)
 
 
 def settle_devices(config: Config, launch: Launch) -> None:
@@ -207,6 +199,20 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     print_report(data.report, launch)
     check_limits(config, tokenizer, data, launch)
     return tokenizer, served, data, base.result()
+
+
+def require_hub(config: Config, launch: Launch) -> None:
+    """See that a run that is to push its model can, for at its end nobody may be there to log in.
+
+    All ranks must call it.
+    """
+    from ds_sft.runtime.distributed import gather
+    from ds_sft.runtime.hub import why_not
+
+    if config.training.get("push_to_hub"):
+        trouble = gather(why_not(config) if launch.is_main else None)[0]
+        if trouble:
+            raise UserError(trouble)
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.hub import push_as_asked, require_place
+from ds_sft.runtime.hub import push_as_asked, why_not
 from ds_sft.runtime.parcel import pack
 from tests.hub import TOKEN, Hub, serve_hub
 
@@ -490,7 +490,7 @@ def test_a_run_pushes_as_its_keys_say(finished: Path, hub: Hub, monkeypatch: pyt
     monkeypatch.delenv("HF_TOKEN")
     config = config_of(finished, "--push_to_hub", "--hub_model_id", "me/model", "--hub_private_repo", "no",
                        "--hub_revision", "v1", "--hub_token", TOKEN)  # fmt: skip
-    require_place(config)
+    assert why_not(config) is None
     assert hub.repos == {}
     pushed = push_as_asked(config)
     assert pushed == {"repo": "me/model", "commit": f"{hub.url}/me/model/commit/{pushed['commit'].rpartition('/')[2]}"}
@@ -510,19 +510,22 @@ def test_a_run_does_not_fail_at_its_end_for_want_of_the_hub(
 
 def test_a_run_that_could_not_push_is_told_before_it_trains(finished: Path, model_dir: Path, hub: Hub) -> None:
     keys = ("--push_to_hub", "--hub_model_id", "me/model")
-    with pytest.raises(UserError, match=r"me/model: the hub does not accept the token: "):
-        require_place(config_of(finished, *keys, "--hub_token", "hf_wrong"))
+    login = "hf auth login, or HF_TOKEN, with a token of role write (https://huggingface.co/settings/tokens)"
+    assert why_not(config_of(finished, *keys, "--hub_token", "hf_wrong")) == (
+        f"me/model: the hub does not accept the token: {login}"
+    )
+    assert why_not(config_of(finished, *keys)) is None
     assert main(["push", str(finished), "me/model"]) == 0
-    with pytest.raises(UserError, match=r"me/model: exists and has 7 files: "):
-        require_place(config_of(finished, *keys))
+    full = (
+        "me/model: exists and has 7 files: ds-sft push --update puts a model in their place (the hub keeps the old "
+        "ones in its history), or give another name"
+    )
+    assert why_not(config_of(finished, *keys)) == full
     leave_run(finished, {"pushed": {"repo": "me/model", "commit": "c"}})
-    require_place(config_of(finished, *keys))  # the same command again: the run says that it is finished
-    with pytest.raises(UserError, match=r"me/model: exists and has 7 files: "):
-        require_place(config_of(finished, *keys, "--resume", "never"))
+    assert why_not(config_of(finished, *keys)) is None  # the same command again: the run says that it is finished
+    assert why_not(config_of(finished, *keys, "--resume", "never")) == full
     adapter = ("--resume", "never", "--adapter", "lora", "--model_name_or_path", str(model_dir))
-    with pytest.raises(UserError) as caught:
-        require_place(config_of(finished, *keys, *adapter))
-    assert str(caught.value) == (
+    assert why_not(config_of(finished, *keys, *adapter)) == (
         f"push_to_hub: an adapter of the folder {model_dir}, which nobody else has: leave it out, and when the run has "
         f"ended: ds-sft push {finished} me/model --base OWNER/NAME"
     )

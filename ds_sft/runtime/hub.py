@@ -53,24 +53,25 @@ def address_of(config: Config) -> Address:
     )
 
 
-def require_place(config: Config) -> None:
-    """See, before a run trains, that its push could succeed: the hub is reached, knows the token, has room there.
-
-    Raises:
-        UserError: it could not.
-    """
+def why_not(config: Config) -> str | None:
+    """Why the push of a run that has not trained yet could not succeed; None where it could: the hub is reached, knows
+    the token, and has nothing there."""
     address = address_of(config)
     if config.resume != "never" and _was_pushed(config.output_dir, address):
-        return  # this run has ended, and says so
+        return None  # this run has ended, and says so
     if config.adapter != "none" and is_folder(config.model_name_or_path):
-        raise UserError(
+        return (
             f"push_to_hub: an adapter of the folder {config.model_name_or_path}, which nobody else has: leave it out, "
             f"and when the run has ended: ds-sft push {config.output_dir} {address.repo} --base OWNER/NAME"
         )
-    api = _api(address)
-    with _in_one_line(address):
-        api.whoami()
-        _is_there(api, address)
+    try:
+        api = _api(address)
+        with _in_one_line(address):
+            api.whoami()
+            _is_there(api, address)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _was_pushed(output_dir: Path, address: Address) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import TRAIN, Done, run, script, write_yaml
+from tests.distributed.harness import TRAIN, Done, run, script, train, write_yaml
 from tests.hub import TOKEN, Hub, serve_hub
 
 pytestmark = pytest.mark.distributed
@@ -46,6 +46,18 @@ def test_a_run_pushes_its_final_model_once(model_dir: Path, tmp_path: Path) -> N
     assert pushed["commit"].startswith(f"{hub.url}/me/model/commit/")
     assert done.output.count(f"Pushed: {pushed['commit']}\n") == 1
     assert "The files were loaded in a fresh process" in repo.files["README.md"].decode()
+
+
+def test_a_push_that_could_not_succeed_is_said_once_and_ends_every_rank(model_dir: Path, tmp_path: Path) -> None:
+    """Before training; there is no network in tests."""
+    rows = write_rows(tmp_path / "rows.jsonl", questions_and_answers(8))
+    keys = {"model_name_or_path": str(model_dir), "train_file": str(rows), "output_dir": "out", "push_to_hub": True,
+            "hub_model_id": "me/model", "hub_token": TOKEN}  # fmt: skip
+    done = train("forked", 2, keys, cwd=tmp_path)
+    assert done.codes == (2, 2)
+    assert done.output.count("me/model: nothing was pushed: HF_HUB_OFFLINE is set") == 1
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out" / "config.yaml").exists()
 
 
 def test_a_run_whose_weights_on_disk_are_wrong_pushes_nothing(model_dir: Path, tmp_path: Path) -> None:
