@@ -15,6 +15,7 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "init": ("ds_sft.commands.init", "write a configuration to begin with, and with --slurm the templates of jobs"),
     "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
     "export": ("ds_sft.commands.export", "turn a checkpoint of any ZeRO stage into a model folder, without GPUs"),
+    "push": ("ds_sft.commands.push", "give a trained model to others: the Hugging Face hub, with a model card"),
     "verify": ("ds_sft.commands.verify", "compare a final model's loss with the trained one, where a run could not"),
     "plan": ("ds_sft.commands.plan", "what a run will need: memory, disk, time; from its configuration alone"),
     "prepare": ("ds_sft.commands.prepare", "encode the data of a run, without a GPU"),

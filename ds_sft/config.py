@@ -67,6 +67,7 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "use_liger_kernel": "it exchanges classes for the whole process, and the loss; write fused_kernels: liger",
     "ignore_data_skip": "a resumed run would learn its first rows again",
     "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
+    "hub_always_push": "a run pushes once, after its export was verified",
     "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
 # Keys that mean nothing without `adapter`.
@@ -553,6 +554,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
     _check_adapter(config, given)
+    _check_push(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
         raise UserError(f"{given['report_to'].where}report_to: {', '.join(named)}: none is said alone")
@@ -604,6 +606,20 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
+
+
+def _check_push(config: Config, given: Mapping[str, Given]) -> None:
+    """A run pushes to a repository with a name, what was verified."""
+    if not config.training.get("push_to_hub"):
+        return
+    where = given["push_to_hub"].where
+    if config.training.get("hub_model_id") is None:
+        raise UserError(f"{where}push_to_hub: to which repository? write hub_model_id: OWNER/NAME too")
+    if not config.verify_export:
+        raise UserError(
+            f"{given['verify_export'].where}verify_export: push_to_hub: yes pushes what was verified: leave it out, "
+            "or push later with ds-sft push --unverified"
+        )
 
 
 def _convert(known: Key, given: Given) -> Any:
@@ -721,6 +737,10 @@ def _check(known: Key, value: Any) -> None:
         check_generation(value)
     if known.name == "profile_steps" and value is not None and step_range(value) is None:
         raise ValueError("steps such as 10-12, the first 1 or more, the last not before it")
+    if known.name == "hub_strategy" and value != "end":
+        raise ValueError("end (a run pushes once, after its export was verified)")
+    if known.name == "hub_model_id" and value is not None and not is_repo(value):
+        raise ValueError("a repository such as me/my-model")
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
 
@@ -752,6 +772,11 @@ def step_range(text: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     return (first, last) if 1 <= first <= last else None
+
+
+def is_repo(text: str) -> bool:
+    """Whether it is OWNER/NAME, as the hub names a repository."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
 def is_size(text: str) -> bool:

@@ -119,6 +119,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     site = Site(launch, shared=settle_storage(args, launch, lock))
     stop.use_group(args.ddp_timeout)
     stop.check()
+    require_hub(config, launch)
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if start.finished:
@@ -206,6 +207,20 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     print_report(data.report, launch)
     check_limits(config, tokenizer, data, launch)
     return tokenizer, served, data, base.result()
+
+
+def require_hub(config: Config, launch: Launch) -> None:
+    """See that a run that is to push its model can, for at its end nobody may be there to log in.
+
+    All ranks must call it.
+    """
+    from ds_sft.runtime.distributed import gather
+    from ds_sft.runtime.hub import why_not
+
+    if config.training.get("push_to_hub"):
+        trouble = gather(why_not(config) if launch.is_main else None)[0]
+        if trouble:
+            raise UserError(trouble)
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
@@ -326,6 +341,7 @@ def finish(
             merge_and_verify(config, rows, trained_loss, results)
             let_it_answer(config, data, tokenizer, tracker, results)
             score_its_answers(config, data, tokenizer, tracker, results)
+            push(config, results)
     stop.check()
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
@@ -412,6 +428,14 @@ def done_without(what: str) -> Iterator[None]:
             print_line(f"No {what}: {error}")
         else:
             raise
+
+
+def push(config: Config, results: dict[str, Any]) -> None:
+    """Push the verified model, where the run is asked to; `run.json` says where to."""
+    if config.training.get("push_to_hub"):
+        from ds_sft.runtime.hub import push_as_asked
+
+        results["pushed"] = push_as_asked(config)
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:

@@ -295,5 +295,5 @@ def _tell_servers(given: argparse.Namespace, tokenizer: Any, folder: Path) -> No
     except UserError as error:
         print(f"{error}: the end of an answer and the chat template in {given.out} are those of the model before")
         return
-    save_tokenizer(tokenizer, folder, served.chat_template)
+    save_tokenizer(tokenizer, folder, served.chat_template, served.end_ids)
     end_answers_at(served.end_ids, folder)

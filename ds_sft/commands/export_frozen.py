@@ -188,6 +188,6 @@ def _write_model(given: argparse.Namespace, model: Any, state: dict[str, torch.T
     model.config.dtype = dtype
     model.save_pretrained(partial, state_dict=state | buffers, max_shard_size=given.max_shard_size)
     tokenizer, end_ids, template = _served(given)
-    save_tokenizer(tokenizer, partial, template)
+    save_tokenizer(tokenizer, partial, template, end_ids)
     end_answers_at(end_ids, partial)
     move_into(given.out, partial)

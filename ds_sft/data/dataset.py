@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from ds_sft.config import Config
+from ds_sft.config import Config, is_repo
 from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
 from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
 from ds_sft.data.encode import Encoder
@@ -168,6 +169,8 @@ def _report(split: Split, rows: np.ndarray, *, set_aside: bool = False) -> Repor
     counts = Counts(rows_read=len(rows)) if set_aside else split.counts
     report = describe(split.title, counts, split.rows[rows], split.names, None if set_aside else split.lost)
     if not set_aside:
+        named = {encoded.file.name for encoded in split.files if encoded.file.hub and is_repo(encoded.file.name)}
+        report.hub_datasets = sorted(name for name in named if not Path(name).exists())  # hub:FOLDER is a folder
         report.fields_not_read = _fields([(e.file.name, e.counts.unread) for e in split.files])
         report.left_out_by_template = _fields([(e.file.name, e.counts.left_out) for e in split.files])
     if len(split.files) > 1:

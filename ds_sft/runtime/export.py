@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 
 
 VERIFIED_ROWS = 8
@@ -86,7 +87,7 @@ def export_model(
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
             _save(trainer.model, weights, config, folder)
-            save_tokenizer(tokenizer, folder, chat_template)
+            save_tokenizer(tokenizer, folder, chat_template, end_ids)
             end_answers_at(end_ids, folder)
             move_into(config.output_dir, folder)
             shutil.rmtree(config.output_dir / adapter.FOLDER, ignore_errors=True)  # an earlier run's
@@ -101,7 +102,7 @@ def finish_adapter(
 
     A merged model that is in `output_dir` is another adapter's, and goes.
     """
-    save_tokenizer(tokenizer, folder, chat_template)
+    save_tokenizer(tokenizer, folder, chat_template, end_ids)
     base = model_folder(base_of(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
@@ -203,9 +204,18 @@ def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: 
     exported.save_pretrained(folder)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str) -> None:
-    """Save it with this chat template alone: of several, others would be taken for tools."""
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str, end_ids: Sequence[int]
+) -> None:
+    """Save it with this chat template alone: of several, others would be taken for tools.
+
+    Its end of text is the first of these ends: llama.cpp's converter reads it there, and no generation_config.json. But
+    where the template writes the tokenizer's own, which would then be another text.
+    """
     with_template(tokenizer, chat_template).save_pretrained(folder)
+    if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in chat_template:
+        end = tokenizer.convert_ids_to_tokens(end_ids[0])  # in the file: the copy shares its special tokens
+        write_json(folder / TOKENIZER, _read(folder / TOKENIZER) | {"eos_token": end})
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> PreTrainedTokenizerBase:

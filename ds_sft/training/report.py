@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
+from ds_sft.runtime.adapter import from_anywhere
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.results import git_commit, peak_memory, versions
 from ds_sft.runtime.size import in_units
@@ -39,6 +40,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
     return {
         "versions": versions(),
         "git_commit": git_commit(),
+        "base_model": from_anywhere(config.model_name_or_path),
         "launcher": launch.launcher,
         "world_size": launch.world_size,
         "zero_stage": stage(trainer.args.deepspeed),
