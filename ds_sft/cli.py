@@ -15,13 +15,16 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "init": ("ds_sft.commands.init", "write a configuration to begin with, and with --slurm the templates of jobs"),
     "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
     "export": ("ds_sft.commands.export", "turn a checkpoint of any ZeRO stage into a model folder, without GPUs"),
+    "push": ("ds_sft.commands.push", "give a trained model to others: the Hugging Face hub, with a model card"),
     "verify": ("ds_sft.commands.verify", "compare a final model's loss with the trained one, where a run could not"),
     "plan": ("ds_sft.commands.plan", "what a run will need: memory, disk, time; from its configuration alone"),
     "prepare": ("ds_sft.commands.prepare", "encode the data of a run, without a GPU"),
     "preview": ("ds_sft.commands.preview", "show the tokens a model will see, and which are learned"),
     "report": ("ds_sft.commands.report", "put runs on one page: curves, time, memory, keys, answers"),
+    "chat": ("ds_sft.commands.chat", "talk to a trained model, or to a checkpoint, in the terminal"),
     "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
     "doctor": ("ds_sft.commands.doctor", "find out what would stop a run here: devices, files, disk, network"),
+    "evaluate": ("ds_sft.commands.evaluate", "how good a model's answers are, and how much better than before"),
     "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),
 }
 
@@ -29,8 +32,8 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft train` puts it before the command
-        words = words[1:]
+    if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft COMMAND` puts it there
+        del words[0]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -62,9 +65,9 @@ def call(name: str, words: Sequence[str]) -> int:
         near = nearest(name, COMMANDS)
         remedy = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}: {remedy}")
-    if name not in ("train", "doctor"):  # they say it on one rank
+    if name not in ("train", "doctor", "evaluate"):  # they say it on one rank
         for remark in given_twice(words):
             print(remark, file=sys.stderr)
-    quiet()
+    quiet(bars=sys.stderr.isatty())
     code: int = importlib.import_module(COMMANDS[name][0]).main(words)
     return code

@@ -67,6 +67,7 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "use_liger_kernel": "it exchanges classes for the whole process, and the loss; write fused_kernels: liger",
     "ignore_data_skip": "a resumed run would learn its first rows again",
     "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
+    "hub_always_push": "a run pushes once, after its export was verified",
     "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
 # Keys that mean nothing without `adapter`.
@@ -94,8 +95,9 @@ POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_nu
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("lora_dropout", "num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps",
-                "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
+NOT_NEGATIVE = ("lora_dropout", "num_predictions", "evaluate_rows", "val_size", "learning_rate", "weight_decay",
+                "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
+                "eval_delay")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
@@ -188,6 +190,8 @@ class Config:
         "how answers are made, such as {do_sample: true, temperature: 0.7}; default: greedy", default=None
     )
     predict_before: bool = key("also show what the model answered before training", default=False)
+    evaluate_rows: int = key("validation rows whose answers are scored at the end (exact match, chrF, ROUGE-L), under "
+                             "predict_before also those from before", default=0)  # fmt: skip
     swanlab_project: str | None = key("default: SWANLAB_PROJECT, SWANLAB_PROJ_NAME, else ds_sft", default=None)
     swanlab_mode: str | None = key("default: SWANLAB_MODE, else online", choices=MODES, default=None)
     resume: str = key("auto: from the newest usable checkpoint in output_dir; never; or the folder of one",
@@ -359,8 +363,24 @@ def load_config(argv: Sequence[str], prog: str = "train.py", *, flags: Iterable[
         raise SystemExit(0)
     read = _read_flags(argv, flags)
     file = read.pop("config", None)
-    given = {} if file is None else _read_yaml(Path(str(file.value)))
+    given = {} if file is None else _read_yaml(config_file(str(file.value)))
     return _resolve(_merge(given, read))
+
+
+def config_file(given: str) -> Path:
+    """The file that `--config` names; a run's output folder stands for its config.yaml.
+
+    Raises:
+        UserError: a folder that has none.
+    """
+    path, name = Path(given), "config.yaml"
+    if not path.is_dir():
+        return path
+    if not (path / name).is_file():
+        above = path.resolve().parent  # of an adapter or a checkpoint
+        meant = f"did you mean {above / name}?" if (above / name).is_file() else "give the YAML file of a run"
+        raise UserError(f"{path}: a folder, and no output folder of a run, which has a {name}: {meant}")
+    return path / name
 
 
 def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:
@@ -526,12 +546,15 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
         raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")
+    if not has_eval and ours.get("evaluate_rows"):
+        raise UserError(f"{given['evaluate_rows'].where}evaluate_rows: it needs an eval_file (or val_size)")
     defaults = TRAINING_DEFAULTS | (EVAL_DEFAULTS if has_eval else {})
     if ours.get("max_tokens_per_batch") is not None:  # then it is absent unless given, and `save` keeps it so
         defaults = {name: value for name, value in defaults.items() if name != "per_device_train_batch_size"}
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
     _check_adapter(config, given)
+    _check_push(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
         raise UserError(f"{given['report_to'].where}report_to: {', '.join(named)}: none is said alone")
@@ -583,6 +606,20 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
+
+
+def _check_push(config: Config, given: Mapping[str, Given]) -> None:
+    """A run pushes to a repository with a name, what was verified."""
+    if not config.training.get("push_to_hub"):
+        return
+    where = given["push_to_hub"].where
+    if config.training.get("hub_model_id") is None:
+        raise UserError(f"{where}push_to_hub: to which repository? write hub_model_id: OWNER/NAME too")
+    if not config.verify_export:
+        raise UserError(
+            f"{given['verify_export'].where}verify_export: push_to_hub: yes pushes what was verified: leave it out, "
+            "or push later with ds-sft push --unverified"
+        )
 
 
 def _convert(known: Key, given: Given) -> Any:
@@ -697,15 +734,23 @@ def _check(known: Key, value: Any) -> None:
     if known.name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:
-        _check_generation(value)
+        check_generation(value)
     if known.name == "profile_steps" and value is not None and step_range(value) is None:
         raise ValueError("steps such as 10-12, the first 1 or more, the last not before it")
+    if known.name == "hub_strategy" and value != "end":
+        raise ValueError("end (a run pushes once, after its export was verified)")
+    if known.name == "hub_model_id" and value is not None and not is_repo(value):
+        raise ValueError("a repository such as me/my-model")
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
 
 
-def _check_generation(options: Any) -> None:
-    """`generation` is checked here because answers come last: hours after a mistake in it."""
+def check_generation(options: Any) -> None:
+    """`generation` is checked here because answers come last: hours after a mistake in it.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
     if not isinstance(options, dict):
         raise ValueError("a mapping such as {do_sample: true, temperature: 0.7}")
     for name, value in options.items():
@@ -727,6 +772,11 @@ def step_range(text: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     return (first, last) if 1 <= first <= last else None
+
+
+def is_repo(text: str) -> bool:
+    """Whether it is OWNER/NAME, as the hub names a repository."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
 def is_size(text: str) -> bool:

@@ -76,7 +76,8 @@ def generate(
     torch.manual_seed(config.training.get("seed", 42))  # the same sampled answers again
     started = time.monotonic()
     for start in range(0, len(prompts), BATCH):
-        answers += _generate_batch(model, prompts[start : start + BATCH], tokenizer, config)
+        batch = answer_batch(model, prompts[start : start + BATCH], tokenizer, config)
+        answers += [answer.text for answer in batch]
         print_line(f"Answered {len(answers)} of {len(prompts)} ({time.monotonic() - started:.0f} s, {model_path})")
     return answers
 
@@ -116,7 +117,17 @@ def placement(model_path: str, tokens: int, config: Config) -> dict[str, Any]:
     return placed.options
 
 
-def _generate_batch(model: Any, prompts: Sequence[list[int]], tokenizer: Any, config: Config) -> list[str]:
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    text: str  # without special tokens
+    tokens: int  # that were generated, the one that ends it among them
+    cut: bool  # where no more were allowed, before the model ended it
+
+
+def answer_batch(model: Any, prompts: Sequence[list[int]], tokenizer: Any, config: Config) -> list[Answer]:
+    """Answers to prompts that are generated together, padded on the left."""
     import torch
 
     most = config.predict_max_new_tokens or config.max_length
@@ -131,8 +142,19 @@ def _generate_batch(model: Any, prompts: Sequence[list[int]], tokenizer: Any, co
             **generation_options(config),
             pad_token_id=tokenizer.pad_token_id,
         )
-    new = output[:, inputs["input_ids"].shape[1] :]
-    return [answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    new, ends = output[:, inputs["input_ids"].shape[1] :].tolist(), end_ids(model)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in new]
+    return [
+        Answer(text.strip(), length or len(row), cut=length is None)
+        for text, length, row in zip(texts, lengths, new, strict=True)
+    ]
+
+
+def end_ids(model: Any) -> set[int]:
+    """The tokens that end an answer, by the model's own files."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
 
 
 def generation_options(config: Config) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,11 +96,12 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
-    take_places(config, launch, lock)
     settle_devices(config, launch)
+    take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
     from ds_sft.runtime.expectation import expect_memory
+    from ds_sft.runtime.export import with_template
     from ds_sft.runtime.kernels import avoid_plans
     from ds_sft.runtime.zero import engine_config
     from ds_sft.tracking import TrackerCallback, open_tracker
@@ -117,9 +119,11 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     site = Site(launch, shared=settle_storage(args, launch, lock))
     stop.use_group(args.ddp_timeout)
     stop.check()
+    require_hub(config, launch)
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if start.finished:
+        merge_later(config, data, launch, stop)
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
@@ -138,7 +142,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             train_dataset=rows_in_batches,
             eval_dataset=data.eval,
             data_collator=collate,
-            processing_class=tokenizer,
+            processing_class=with_template(tokenizer, served.chat_template),  # checkpoints have it
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
@@ -152,13 +156,14 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
                 size=size,
                 identity=this_run,
                 freezes=config.freezes,
+                end_ids=served.end_ids,
             ),
         )
         del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         stop.check()
-        finish(trainer, tracker, data, served, config, launch, stop, expected=expected, started=started)
+        finish(trainer, tokenizer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
 def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
@@ -173,7 +178,7 @@ def take_places(config: Config, launch: Launch, lock: FolderLock) -> None:
 
 def settle_devices(config: Config, launch: Launch) -> None:
     """Which devices and cores this process sees, and what libraries say of them, before torch is imported."""
-    quiet()
+    quiet(bars=launch.is_main and sys.stderr.isatty() and not config.training.get("disable_tqdm"))
     if config.training.get("use_cpu"):
         hide_gpus(os.environ)
     elif not launch.distributed:
@@ -186,10 +191,13 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     """The tokenizer, what a server will be told, the encoded rows, which the model has room for, and `hash_base`."""
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.data.serving import serving
+    from ds_sft.evaluation.scores import require_metrics
     from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead
 
+    if config.evaluate_rows:
+        require_metrics("evaluate_rows: 0")
     base = begin_to_hash_base(config, launch)
     tokenizer = load_tokenizer(config, launch)
     read_ahead(config, launch)
@@ -199,6 +207,20 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     print_report(data.report, launch)
     check_limits(config, tokenizer, data, launch)
     return tokenizer, served, data, base.result()
+
+
+def require_hub(config: Config, launch: Launch) -> None:
+    """See that a run that is to push its model can, for at its end nobody may be there to log in.
+
+    All ranks must call it.
+    """
+    from ds_sft.runtime.distributed import gather
+    from ds_sft.runtime.hub import why_not
+
+    if config.training.get("push_to_hub"):
+        trouble = gather(why_not(config) if launch.is_main else None)[0]
+        if trouble:
+            raise UserError(trouble)
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
@@ -288,6 +310,7 @@ def find_room(
 
 def finish(
     trainer: SFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
     tracker: Tracker | None,
     data: Data,
     served: Serving,
@@ -309,7 +332,7 @@ def finish(
         launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
     rows = (data.eval or data.train).take(VERIFIED_ROWS)
     trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-    tokenizer, run_identity = trainer.processing_class, trainer.run.identity
+    run_identity = trainer.run.identity
     export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
     results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
     release(trainer)  # of no use from here on
@@ -317,6 +340,8 @@ def finish(
         if tracker is not None:  # rank 0
             merge_and_verify(config, rows, trained_loss, results)
             let_it_answer(config, data, tokenizer, tracker, results)
+            score_its_answers(config, data, tokenizer, tracker, results)
+            push(config, results)
     stop.check()
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
@@ -337,28 +362,80 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
     require_verified(results["export"], config.output_dir)
 
 
+def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) -> None:
+    """Merge the adapter of a finished run that was not merged, and is asked for by now; all ranks must call it."""
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.adapter import exported
+    from ds_sft.runtime.export import VERIFIED_ROWS
+
+    if config.merge != "yes" or exported(config.output_dir) == config.output_dir:
+        return
+    with others_wait(), stop.until_ranks_meet():
+        if launch.is_main:
+            results = read_json(config.output_dir / RESULTS)
+            rows = (data.eval or data.train).take(VERIFIED_ROWS)
+            merge_and_verify(config, rows, (results["export"] or {}).get("loss_trained"), results)
+
+
 def let_it_answer(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
     from ds_sft.predict import as_text, predict, print_predictions, write_predictions
-    from ds_sft.runtime.placement import is_out_of_memory
 
     file = config.output_dir / "predictions.jsonl"
     file.unlink(missing_ok=True)  # an earlier run's
     if (results["export"] or {}).get("out_of_memory"):
         print_line("No predictions: they would need the same memory.")
         return
-    try:
+    with done_without("predictions"):
         predictions = predict(config, data.samples, tokenizer)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print_line(f"No predictions: no memory for them ({' '.join(str(error).split())[:150]}).")
+        write_predictions(predictions, file)
+        print_predictions(predictions)
+        tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+
+
+def score_its_answers(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+) -> None:
+    """Score the exported model's answers to `evaluate_rows` validation rows; `ds-sft evaluate` does it at any time."""
+    from ds_sft.evaluation.report import print_tables
+    from ds_sft.evaluation.session import ANSWERS, evaluate_run
+
+    (config.output_dir / ANSWERS).unlink(missing_ok=True)  # an earlier run's
+    if not config.evaluate_rows or (results["export"] or {}).get("out_of_memory"):
         return
-    write_predictions(predictions, file)
-    print_predictions(predictions)
-    tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+    with done_without("scores"):
+        found = results["evaluation"] = evaluate_run(config, data, tokenizer)
+        if found is not None:
+            print_tables(found)
+            scores = found["sources"]["all"]["models"]["after"]
+            metrics = {f"eval_{name}": scores[name]["value"] for name in ("exact_match", "chrf", "rouge_l")}
+            tracker.log(metrics, step=results["steps"])
+
+
+@contextmanager
+def done_without(what: str) -> Iterator[None]:
+    """What a run whose weights are written does not fail for: want of memory, and rows that are no longer there."""
+    from ds_sft.runtime.placement import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            print_line(f"No {what}: no memory for them ({' '.join(str(error).split())[:150]}).")
+        elif isinstance(error, UserError):
+            print_line(f"No {what}: {error}")
+        else:
+            raise
+
+
+def push(config: Config, results: dict[str, Any]) -> None:
+    """Push the verified model, where the run is asked to; `run.json` says where to."""
+    if config.training.get("push_to_hub"):
+        from ds_sft.runtime.hub import push_as_asked
+
+        results["pushed"] = push_as_asked(config)
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:

@@ -29,7 +29,9 @@ from ds_sft.runtime.disk import export_size, predict_size
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import finish_adapter, say_where_answers_end
 from ds_sft.runtime.merge import merge, merge_as_asked
+from ds_sft.runtime.preempt import StopRequests
 from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
+from ds_sft.train import merge_later
 from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
 from tests.test_export import ends
@@ -308,6 +310,12 @@ def test_without_room_the_adapter_stays(
         with pytest.raises(UserError, match=re.escape(f"merge: yes: {why}; {later}")):
             merge_as_asked(config(bases, tmp_path, merge="yes"))
 
+    with monkeypatch.context() as patched:
+        patched.setattr("ds_sft.runtime.merge.free_memory_here", lambda: 100_000)
+        assert merge_as_asked(config(bases, tmp_path)) == (
+            "a merge takes about 197.2 KiB of memory, of which 97.7 KiB are free"
+        )
+
     def full(*given: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -417,29 +425,68 @@ def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pyt
         return capsys.readouterr().err
 
     source, out = checkpoint(bases, tmp_path / "run", base="0123456789"), tmp_path / "out"
-    found = hash_base(str(bases["tied"]))[:8]
+    found = hash_base(str(bases["tied"]))
     assert said(source, out) == (
-        f"ds-sft: error: {source}: was trained on other weights than {bases['tied']} has now (hash 01234567, found "
-        f"{found}): give it its own base back\n"
+        f"ds-sft: error: {source}: {bases['tied']} differs in its weights from the base that it was trained on (hash "
+        f"0123456789, found {found}): give its own: --base FOLDER\n"
     )
     elsewhere = make_adapter(bases["tied"], tmp_path / "sent")
     file = elsewhere / "adapter_config.json"
     file.write_text(file.read_text(encoding="utf-8").replace(str(bases["tied"]), "/not/here"), encoding="utf-8")
     elsewhere = elsewhere.rename(tmp_path / "received")
     assert said(elsewhere, out) == (
-        f"ds-sft: error: {elsewhere}: its base /not/here is neither a folder here nor in the hub's cache: write into "
-        f"{elsewhere / 'adapter_config.json'} where it is, or fetch it: hf download\n"
+        f"ds-sft: error: {elsewhere}: its base /not/here is neither a folder here nor in the hub's cache: say "
+        "where it is, --base FOLDER, or fetch it: hf download\n"
     )
     assert said(bases["tied"], out, "--merge") == (
         f"ds-sft: error: {bases['tied']}: has no adapter (adapter_config.json): leave out --merge\n"
     )
+    assert said(bases["tied"], out, "--merge=no").endswith(": leave out --adapter-only\n")
+    assert said(bases["tied"], out, "--base", bases["untied"]) == (
+        f"ds-sft: error: {bases['tied']}: has all its weights: leave out --base\n"
+    )
+    assert said(source, out, "--base", tmp_path / "no") == (
+        f"ds-sft: error: --base: {tmp_path / 'no'}: no such folder (the current directory is {Path.cwd()}), and not a "
+        "hub id such as Qwen/Qwen3-0.6B\n"
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     source = checkpoint(bases, tmp_path / "other")
     assert "the merged model takes about 194.8 KiB, the disk has 1,000 bytes free" in said(source, out, "--merge")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+        patched.setattr("ds_sft.runtime.merge.free_memory_here", lambda: 1000)
+        assert "a merge takes about 197.2 KiB of memory, of which 1,000 bytes are free" in said(source, out, "--merge")
     assert not out.exists()
     assert main(["export", str(source), str(out)]) == 0
     assert "Not merged: " in capsys.readouterr().out
     assert names(out) == ["adapter"]
+
+
+def test_the_key_of_a_run_is_understood(bases: dict[str, Path], tmp_path: Path) -> None:
+    source = checkpoint(bases, tmp_path / "run")
+    for number, words in enumerate((["--merge", "no"], ["--merge", "auto"], ["--merge"])):
+        assert main(["export", *words, str(source), str(tmp_path / str(number))]) == 0
+    assert names(tmp_path / "0") == ["adapter"]
+    assert names(tmp_path / "1") == names(tmp_path / "2")
+    assert "model.safetensors" in names(tmp_path / "1")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "layers"])
+def test_a_base_that_has_moved(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    moved, gone = shutil.copytree(bases["tied"], tmp_path / "moved"), "/not/here"
+    source = checkpoint(bases, tmp_path / "run", base=hash_base(str(moved)))
+    record, asked = source.parent / "config.yaml", source / "adapter_config.json"
+    for file in (record, asked):
+        file.write_text(file.read_text(encoding="utf-8").replace(str(bases["tied"]), gone), encoding="utf-8")
+    if kind == "layers":
+        asked.unlink()
+        save_file({"model.norm.weight": torch.full([64], 1.5)}, source / "trained.safetensors")
+    assert main(["export", str(source), str(tmp_path / "out")]) == 2
+    assert main(["export", str(source), str(tmp_path / "out"), "--base", str(moved)]) == 0
+    assert "model.safetensors" in names(tmp_path / "out")
+    if kind == "adapter":
+        assert base_of(tmp_path / "out" / "adapter") == str(moved)  # so it loads: by transformers, by peft
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
 
 
 def test_trained_layers_and_the_frozen_ones_of_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -471,9 +518,29 @@ def test_a_run_that_left_an_adapter_is_finished(
     assert _is_finished(replace(asked, merge="no"), run, launch)
     done = f"This run is finished: {tmp_path} holds its adapter. "
     assert capsys.readouterr().out.splitlines() == [
-        f"{done}(ds-sft export {tmp_path}/adapter FOLDER merges it; --resume never trains it anew.)",
+        f"{done}(merge: yes merges it; --resume never trains it anew.)",
         f"{done}(--resume never trains it anew.)",
     ]
+
+
+@pytest.mark.parametrize(("merge", "asked"), [("yes", True), ("auto", False), ("no", False)])
+def test_a_later_merge_is_verified_by_the_loss_that_training_had(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: str, asked: bool
+) -> None:
+    done = {"export": {"loss_trained": 2.5}, "adapter": {"not_merged": "merge: no"}}
+    (tmp_path / "run.json").write_text(json.dumps(done), encoding="utf-8")
+    make_adapter(bases["tied"], tmp_path)
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        "ds_sft.train.merge_and_verify", lambda config, rows, loss, run: calls.append((rows, loss, run))
+    )
+    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: f"{count} rows"))
+    launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)
+    merge_later(given, data, launch, StopRequests(launch))
+    assert calls == ([("8 rows", 2.5, done)] if asked else [])
+    (tmp_path / "model.safetensors").touch()
+    merge_later(given, data, launch, StopRequests(launch))
+    assert len(calls) == asked
 
 
 def test_disk_for_the_adapter_and_what_must_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -250,6 +250,25 @@ def test_peft_leaves_a_runs_keys_as_they_are() -> None:
 # ---- What is said, and in which dtype
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"learning_rate": "5e-4"}, True),
+        ({"learning_rate": "1e-3", "train_only": "[norm]"}, True),
+        ({"learning_rate": "4e-4"}, False),
+        ({"learning_rate": "1e-3", "optim": "adafactor"}, False),
+        ({"learning_rate": "1e-3", "adapter": "lora"}, False),
+    ],
+)
+def test_a_rate_of_adapters_without_one(capsys: pytest.CaptureFixture[str], given: dict[str, str], said: bool) -> None:
+    choose_weights(make(), keys(**given), arguments(), ALONE)
+    line = (
+        f"learning_rate {float(given['learning_rate']):g} is high where the model's own weights are trained, and usual "
+        "for adapters: 0.0001 is the default. Small models bear it; or was adapter: lora meant?"
+    )
+    assert (line in capsys.readouterr().out.splitlines()) == said
+
+
 def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     given = {"lora_targets": "[q_proj, v_proj]", "lora_modules_to_save": "lm_head", "use_rslora": "yes"}
     choose(make(tie_word_embeddings=True), adapter="lora", **given)

@@ -47,6 +47,17 @@ def said_of(*flags: str) -> str:
     return str(caught.value)
 
 
+def test_a_runs_output_folder_stands_for_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_config([*NEEDED, "--max_length", "77"]).save(tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path)]).max_length == 77
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").mkdir()
+    Path("elsewhere/model").mkdir(parents=True)
+    wanted = "a folder, and no output folder of a run, which has a config.yaml"
+    assert said_of("--config", "adapter") == f"adapter: {wanted}: did you mean {tmp_path / 'config.yaml'}?"
+    assert said_of("--config", "elsewhere/model") == f"elsewhere/model: {wanted}: give the YAML file of a run"
+
+
 # ---- What is meant
 
 MEANT = [
@@ -231,7 +242,10 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--num_train_epochs", "0"], "--num_train_epochs: expected a number above 0, found '0'"),
         (["-x"], "'-x': expected --key value"),
         (["--config", "none.yaml"], "none.yaml: no such file (the current directory is {here})"),
-        (["--config", "."], ".: cannot be read: Is a directory"),
+        (
+            ["--config", "."],
+            ".: a folder, and no output folder of a run, which has a config.yaml: give the YAML file of a run",
+        ),
         (["--warmup_ratio", "0.1"], "--warmup_ratio: warmup_ratio is not a key of today's transformers: "
          "write warmup_steps with a value below 1, which is a share of all steps"),
         ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],

@@ -80,6 +80,7 @@ def test_rows_and_report(make: Any, tokenizer: Any) -> None:
         "fields_not_read": {},
         "left_out_by_template": {},
         "files": {},
+        "hub_datasets": [],
     }
     file = data.report["train"]["file"]
     assert data.report["train"]["longest"] == [
@@ -396,6 +397,7 @@ def test_a_node_without_network_finds_what_was_prepared(
     assert "already encoded" in said
     assert "its rows are not shown with the model's answers" in said
     assert after.train.to_dict() == before.train.to_dict()
+    assert after.report["train"]["hub_datasets"] == ["owner/name"]
     assert (len(before.samples), len(after.samples)) == (1, 0)
     with pytest.raises(UserError, match="hub data set 'owner/other': ConnectionError: offline"):
         load_data(make([], train_file="hub:owner/other"), tokenizer, ALONE)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from ds_sft.errors import UserError
 from ds_sft.runtime import distributed
@@ -196,3 +197,14 @@ def test_a_line_is_written_at_once() -> None:
 
     print_line("two\nlines", io.TextIOWrapper(File(), encoding="utf-8", write_through=True))  # as PYTHONUNBUFFERED
     assert [content for content in writes if content] == [b"two\nlines\n"]
+
+
+def test_a_bar_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with tqdm(total=2, ncols=20, bar_format="{n}/{total}", file=screen):
+        print_line("a line")
+        before, _, after = screen.getvalue().partition("a line\n")
+    assert before == "\r0/2\r   \r"
+    assert after == "\r0/2"

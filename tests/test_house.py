@@ -31,7 +31,19 @@ ALLOWED = {
     "training": {"errors", "config", "plan", "data", "runtime", "training"},
     "tracking": {"errors", "config", "runtime.distributed"},
     "predict": {"errors", "config", "plan", "data", "runtime", "training"},
-    "commands": {"errors", "config", "plan", "data", "runtime", "training", "tracking", "predict", "commands"},
+    "evaluation": {"errors", "config", "plan", "data", "runtime", "training", "predict", "evaluation"},
+    "commands": {
+        "errors",
+        "config",
+        "plan",
+        "data",
+        "runtime",
+        "training",
+        "tracking",
+        "predict",
+        "evaluation",
+        "commands",
+    },
 }
 # These answer at once: neither library may be loaded by importing them.
 LIGHT = [
@@ -62,6 +74,8 @@ LIGHT = [
     "ds_sft.commands.report",
     "ds_sft.commands.report_page",
     "ds_sft.commands.init",
+    "ds_sft.commands.evaluate",
+    "ds_sft.runtime.work",
 ]
 
 

@@ -291,8 +291,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_plan_says_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "run.yaml"]) == 0
     said = capsys.readouterr().out
-    share = f"{LORA / BASE:.2%}"
-    assert f"Trained: {LORA:,} parameters beside them (lora), {share}; the others are frozen.\n" in said
+    assert f"Trained (lora): {LORA:,} of {LORA + BASE:,} parameters ({LORA / (LORA + BASE):.2%}); the others" in said
     assert "frozen weights" in said
     assert main(["plan", "run.yaml", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -308,7 +307,7 @@ def test_plan_says_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "run.yaml", "--lora_targets", "x_proj"]) == 2
     assert "lora_targets: 'x_proj' matches no linear layer of this model" in capsys.readouterr().err
     assert main(["plan", "run.yaml", "--adapter", "none", "--train_only", "layers.2."]) == 0
-    assert "of them (train_only)" in capsys.readouterr().out
+    assert "Trained (train_only): 43" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("run_file")
@@ -389,8 +388,11 @@ def test_preview_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     adapters = 2 * ((32 + 96) + (32 + 32) + (32 + 64) + (64 + 32))
     assert f"Trained: {adapters:,} of " in said
-    assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB, the final weights " in said
+    assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB without DeepSpeed, the final weights " in said
+    engine = {"zero_optimization": {"stage": 2}}
+    say_trained(replace(asked, training={**asked.training, "bf16": True, "deepspeed": engine}), None, ALONE)
+    assert f"about {18 * adapters / 1024:.1f} KiB under ZeRO-2, " in capsys.readouterr().out  # as `plan` says
     say_trained(replace(asked, quantization="nf4"), None, ALONE)  # whose weights are not there
-    assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB, " in capsys.readouterr().out
+    assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB without" in capsys.readouterr().out
     with pytest.raises(UserError, match="lora_targets: 'q_proj'"):
         say_trained(replace(asked, lora_targets=["q_proj"]), None, ALONE)

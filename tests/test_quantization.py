@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import validate_quantization_for_training
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.runtime import quantized
+from ds_sft.runtime.adapter import load_on_disk, save_adapter
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.export import say_how_its_base_is_loaded
 from ds_sft.runtime.quantized import as_trained, elements, nf4_config, quantised_layers, round_base, settle, skeleton
 from ds_sft.runtime.zero import engine_config
-from ds_sft.training.adapters import choose_weights, count_parameters
+from ds_sft.training.adapters import choose_weights, count_parameters, trained_parts
 from ds_sft.training.metrics import count_flops
 from ds_sft.training.model import load_model, load_tokenizer
 from tests.conftest import make_model
@@ -259,6 +262,34 @@ def test_merged_into_the_rounded_weights_it_has_the_trained_loss(model_dir: Path
         trained, found = (m.eval()(input_ids=IDS, labels=IDS).loss.item() for m in (model, merged))
     assert found == pytest.approx(trained, rel=1e-6)
     assert trained < losses[0] - 0.1
+
+
+def test_how_the_base_under_an_adapter_is_loaded_is_said(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a line that whoever has transformers and peft alone can use."""
+    model = with_adapter(in_4_bits(model_dir), model_dir, "bf16")
+    save_adapter(model, trained_parts(model), tmp_path)
+    capsys.readouterr()
+    say_how_its_base_is_loaded(tmp_path)  # not known to be in 4 bits
+    write(tmp_path / "trained_on.json", {"quantization": "nf4", "computed_in": "bfloat16"})
+    say_how_its_base_is_loaded(tmp_path)
+    (said,) = capsys.readouterr().out.splitlines()
+    start, end = said.index("AutoModel"), said.index(". A merged")
+    base = eval(
+        said[start:end], {"AutoModelForCausalLM": AutoModelForCausalLM, "BitsAndBytesConfig": BitsAndBytesConfig}
+    )
+    wanted, found = (dict(m.named_parameters()) for m in (in_4_bits(model_dir), base))
+    packed = {name: value for name, value in found.items() if value.dtype == torch.uint8}
+    assert packed.keys() == {f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in OF_A_LAYER}
+    assert [name for name, value in packed.items() if not torch.equal(value, wanted[name])] == []
+    PeftModel.from_pretrained(base, tmp_path)  # changes the base itself
+    in_16_bits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    with torch.no_grad():
+        loaded, trained, other = (
+            m.eval()(input_ids=IDS).logits for m in (base, load_on_disk(tmp_path, trust_remote_code=False), in_16_bits)
+        )
+    assert 4 * (loaded - trained).abs().max() < (other - trained).abs().max()
 
 
 # ---- What is refused

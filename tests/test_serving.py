@@ -40,7 +40,8 @@ def dialogue(turns: list[tuple[str, str]]) -> Dialogue:
 
 def exported(tokenizer: Any, folder: Path, **keys: Any) -> Any:
     """The tokenizer of the exported folder, as anything else than this package finds it."""
-    save_tokenizer(tokenizer, folder, serving(config(**keys), tokenizer).chat_template)
+    served = serving(config(**keys), tokenizer)
+    save_tokenizer(tokenizer, folder, served.chat_template, served.end_ids)
     assert (folder / "chat_template.jinja").is_file()
     return AutoTokenizer.from_pretrained(folder)
 
@@ -301,3 +302,33 @@ def test_nothing_is_known_to_end_an_answer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     end_answers_at([], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("template", ["reference", "tokenizer"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_converter_to_gguf_reads_what_was_learned_first(kind: str, template: str, tmp_path: Path) -> None:
+    """It reads one end, of tokenizer_config.json, and no generation_config.json; of other tokens llama.cpp knows a few
+    by their text. The template is the exported one."""
+    from gguf.vocab import SpecialVocab
+
+    keys = {"template": template, "system_prompt": ""}
+    own, before = FAMILY[kind], FAMILY[kind].eos_token
+    served = serving(config(**keys), own)
+    exported(own, tmp_path, **keys)
+    found = SpecialVocab(tmp_path, load_merges=False)
+    assert found.special_token_ids["eos"] == served.end_ids[0]
+    assert found.chat_template == served.chat_template
+    assert own.eos_token == before  # the run goes on with its own
+
+
+def test_a_template_that_writes_the_end_of_text_keeps_it(tokenizer: Any, tmp_path: Path) -> None:
+    """Another one would change what it renders."""
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ eos_token }}" + FAMILIES["marked"][1], encoding="utf-8")
+    text = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    text.eos_token = "<|endoftext|>"
+    keys = {"template": str(file), "system_prompt": ""}
+    assert serving(config(**keys), text).end_ids == [2]
+    found = exported(text, tmp_path / "out", **keys)
+    assert found.eos_token == "<|endoftext|>"
+    check(found, Encoder(text, config(**keys)), TALKS["several turns"])

@@ -14,7 +14,7 @@ SPEED = {"tokens": 4000, "supervised_tokens_per_second": 50.0, "waiting_share": 
 RUN = {"steps": 8, "tokens": 4000, "train_seconds": 20.0, "tokens_per_second": 200.0, "speed": SPEED,
        "peak_memory": [{"host_gib": 1.25}, {"host_gib": 1.5}], "eval_loss_first": None, "eval_loss": None,
        "best_checkpoint": None, "plan": None}  # fmt: skip
-PLAN = {"planned_gib": 0.5, "measured_gib": 0.625}
+PLAN = {"planned_gib": 0.5, "measured_gib": 0.625, "freed_gib": 0.0}
 
 
 def lines(**changes: Any) -> list[str]:
@@ -34,6 +34,24 @@ def test_what_was_trained() -> None:
             PLAN,
             "Memory of a rank: 1.5 GiB at most: 640.0 MiB for training (512.0 MiB planned), the rest for Python "
             "and its libraries.",
+        ),
+        (
+            RUN["peak_memory"],
+            PLAN | {"freed_gib": 0.0625},
+            "Memory of a rank: 1.5 GiB at most: 640.0 MiB for training (512.0 MiB planned, up to 64.0 MiB are freed "
+            "blocks that the C library keeps), the rest for Python and its libraries.",
+        ),
+        (
+            RUN["peak_memory"],
+            PLAN | {"measured_gib": 0.5, "freed_gib": 0.0625},  # as planned
+            "Memory of a rank: 1.5 GiB at most: 512.0 MiB for training (512.0 MiB planned), the rest for Python "
+            "and its libraries.",
+        ),
+        (
+            RUN["peak_memory"],
+            {"planned_gib": 1 / 64, "measured_gib": 1 / 32, "freed_gib": 1 / 64},  # of a tiny model
+            "Memory of a rank: 1.5 GiB at most: 32.0 MiB for training (16.0 MiB planned), the rest for Python and its "
+            "libraries.",
         ),
         (RUN["peak_memory"], None, "Memory of a rank: 1.5 GiB at most."),
         ([{"host_gib": 9.0, "gpu_gib": 0.625}], PLAN, "GPU memory of a rank: 640.0 MiB at most (512.0 MiB planned)."),

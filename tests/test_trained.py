@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime.base import begin_to_hash_base, hash_base
 from ds_sft.runtime.checkpoint import _refuse_another_run
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import changes, identity, in_words
+from ds_sft.runtime.identity import base_differs, changes, identity, in_words
 from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.training.adapters import choose_weights
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
@@ -122,6 +123,26 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(model_dir: Path, tmp_pa
     assert hash_base(str(copied)) != hash_base(str(model_dir))
 
 
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({"rope_theta": 5e5}, False),
+        ({"text_config": {"rms_norm_eps": 1e-3, "use_cache": False}}, False),
+        ({"transformers_version": "9.9", "torch_dtype": "float16", "eos_token_id": [1, 2], "rope_scaling": None}, True),
+    ],
+)
+def test_a_base_is_known_by_what_its_config_computes(
+    model_dir: Path, tmp_path: Path, changed: dict[str, Any], same: bool
+) -> None:
+    """The same weights with another base of rotations are another model, under which an adapter is of no use."""
+    copied = shutil.copytree(model_dir, tmp_path / "copied")
+    config_file = copied / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text(encoding="utf-8")) | changed), encoding="utf-8")
+    then, now = hash_base(str(model_dir)), hash_base(str(copied))
+    assert base_differs(then, now) == (None if same else "config.json")
+    assert base_differs(then.partition("-")[0], now) is None  # a checkpoint from before config.json counted
+
+
 def change_a_weight(folder: Path) -> None:
     values = load_file(folder / "model.safetensors")
     values["model.norm.weight"][0] += 1
@@ -157,12 +178,13 @@ def test_a_resumed_run_wants_the_same_base(model_dir: Path, tmp_path: Path) -> N
     with pytest.raises(UserError) as raised:
         _refuse_another_run(Path("out/checkpoint-4"), found, other, given)
     assert str(raised.value) == (
-        f"out/checkpoint-4 cannot go on with the weights in {model_dir}, which have changed: a checkpoint has no "
-        "frozen weights, and what this one has was trained beside others. Write it as before, or take another "
-        "output_dir, or --resume never to start anew"
+        f"out/checkpoint-4 cannot go on with the weights or the config.json in {model_dir}, which have changed: "
+        "a checkpoint has no frozen weights, and what this one has was trained beside others. Write it as before, or "
+        "take another output_dir, or --resume never to start anew"
     )
     elsewhere = identity(config(tmp_path, "--adapter", "lora"), None, "rows", base="def")
-    assert in_words(changes(then, elsewhere)) == f"the weights in {tmp_path} (it began with {model_dir})"
+    said = in_words(changes(then, elsewhere))
+    assert said == f"the weights or the config.json in {tmp_path} (it began with {model_dir})"
 
 
 @pytest.mark.parametrize("choice", ["lora", "layers"])
@@ -182,6 +204,7 @@ def test_the_base_of_a_hub_model_in_another_format(tmp_path: Path, monkeypatch: 
         fetched.append(allow_patterns)
         if allow_patterns[0].startswith("pytorch"):
             (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+            (tmp_path / "config.json").write_text("{}", encoding="utf-8")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

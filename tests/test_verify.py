@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_sft.cli import main
 from ds_sft.config import Config
+from ds_sft.errors import UserError
 from ds_sft.runtime.placement import is_out_of_memory
 from ds_sft.runtime.verify import (
     ExportError,
@@ -28,7 +29,7 @@ from ds_sft.runtime.verify import (
     verify,
     verify_or_keep,
 )
-from ds_sft.train import let_it_answer
+from ds_sft.train import let_it_answer, score_its_answers
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
@@ -190,3 +191,27 @@ def test_predictions_that_find_no_memory_do_not_fail_the_run(
     with pytest.raises(ValueError, match="another"):
         answers({"verified": True}, ValueError("another"))
     assert list(tmp_path.iterdir()) == []  # not an earlier run's answers either
+
+
+def test_scores_without_their_rows_or_memory_do_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are written, and `ds-sft evaluate` can be called later."""
+    results: dict[str, Any] = {"export": {"verified": True}}
+
+    def scores(error: Exception) -> str:
+        def fail(*given: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("ds_sft.evaluation.session.evaluate_run", fail)
+        config = Config(model_name_or_path="m", train_file="t", evaluate_rows=3, training={"output_dir": str(tmp_path)})
+        score_its_answers(config, *[cast("Any", None)] * 3, results)
+        return capsys.readouterr().out
+
+    (tmp_path / "evaluation.jsonl").write_text("{}", encoding="utf-8")
+    assert scores(UserError("eval.jsonl: no such file")) == "No scores: eval.jsonl: no such file\n"
+    assert scores(MemoryError("out of memory")) == "No scores: no memory for them (out of memory).\n"
+    with pytest.raises(ValueError, match="another"):
+        scores(ValueError("another"))
+    assert "evaluation" not in results
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ to 3. Tensors are read, converted and written one file of weights at a time: mem
 
 Of a run with an adapter CHECKPOINT is one of its checkpoints, or its folder `adapter`; OUT then has what such a run
 leaves: the adapter in OUT/adapter and, where the disk has room, the merged model. Memory is then that of the base, as
-under train_only, whose checkpoints have the trained weights alone.
+under train_only, whose checkpoints have the trained weights alone. `--base` says where the base lies now.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.commands.flags import FlagParser
 from ds_sft.config import is_size, load_config
 from ds_sft.errors import UserError
+from ds_sft.plan.source import is_folder
 
 if TYPE_CHECKING:
     import torch
 
     from ds_sft.runtime.consolidate import Weight
+
+MERGE = {"yes": "--merge", "no": "--adapter-only", "auto": ""}  # the key of a run -> our flag
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,10 +45,13 @@ def main(argv: Sequence[str]) -> int:
     from ds_sft.runtime.trained import TRAINED
 
     with_adapter = is_adapter(given.checkpoint)
+    frozen = with_adapter or (given.checkpoint / TRAINED).is_file()
     if (given.merge or given.adapter_only) and not with_adapter:
         flag = "--merge" if given.merge else "--adapter-only"
         raise UserError(f"{given.checkpoint}: has no adapter (adapter_config.json): leave out {flag}")
-    if with_adapter or (given.checkpoint / TRAINED).is_file():
+    if given.base and not frozen:
+        raise UserError(f"{given.checkpoint}: has all its weights: leave out --base")
+    if frozen:
         _export_frozen(given)
         return 0
     checkpoint = open_checkpoint(given.checkpoint)
@@ -92,15 +98,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--merge", action="store_true", help="of an adapter: fail where the disk has no room for the model"
+        "--merge",
+        action="store_true",
+        help="of an adapter: fail where the disk or the memory has no room for the model",
     )
     what.add_argument("--adapter-only", action="store_true", help="of an adapter: without the merged model")
-    given = parser.parse(argv)
+    parser.add_argument("--base", help="of an adapter or train_only: its base, where that has moved [where it was]")
+    given = parser.parse(_merge_as_flags(argv))
+    if given.base:
+        is_folder(given.base, "--base")
     if not is_size(given.max_shard_size):
         raise UserError(f"--max_shard_size: expected a size such as 5GB or 500MB, found {given.max_shard_size!r}")
     if given.out.exists() and (not given.out.is_dir() or {path.name for path in given.out.iterdir()} - {".export"}):
         raise UserError(f"{given.out}: exists and is not empty; give a new folder")
     return given
+
+
+def _merge_as_flags(argv: Sequence[str]) -> list[str]:
+    """`--merge no`, as a run's key is written, in the flags of this command; `--merge` alone is yes."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--merge=") else [word])]
+    for index in [index for index, word in enumerate(words) if word == "--merge"]:
+        value = "".join(words[index + 1 : index + 2])
+        if value in MERGE:
+            words[index : index + 2] = [MERGE[value], ""]
+    return [word for word in words if word]
 
 
 def _require_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -132,28 +153,28 @@ def _dtype(given: argparse.Namespace) -> torch.dtype:
         name = keys.get("export_dtype", "auto")
         name = trained if name == "auto" else name
     if name == "auto":
-        config = _read_config(_folder_of_config(given.checkpoint))
+        config = _read_config(_folder_of_config(given))
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def _folder_of_config(checkpoint: Path) -> Path:
+def _folder_of_config(given: argparse.Namespace) -> Path:
     """Where config.json is: an adapter has that of its base.
 
     Raises:
         UserError: the base is not here.
     """
-    from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
+    from ds_sft.plan.adapter import base_of, is_adapter
     from ds_sft.runtime.size import model_folder
 
-    if not is_adapter(checkpoint):
-        return checkpoint
-    base = base_of(checkpoint)
+    if not is_adapter(given.checkpoint):
+        return Path(given.checkpoint)
+    base = given.base or base_of(given.checkpoint)
     folder = model_folder(base)
     if folder is None:
         raise UserError(
-            f"{checkpoint}: its base {base} is neither a folder here nor in the hub's cache: write into "
-            f"{checkpoint / CONFIG} where it is, or fetch it: hf download"
+            f"{given.checkpoint}: its base {base} is neither a folder here nor in the hub's cache: say where it is, "
+            "--base FOLDER, or fetch it: hf download"
         )
     return folder
 
@@ -274,5 +295,5 @@ def _tell_servers(given: argparse.Namespace, tokenizer: Any, folder: Path) -> No
     except UserError as error:
         print(f"{error}: the end of an answer and the chat template in {given.out} are those of the model before")
         return
-    save_tokenizer(tokenizer, folder, served.chat_template)
+    save_tokenizer(tokenizer, folder, served.chat_template, served.end_ids)
     end_answers_at(served.end_ids, folder)

@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
-from ds_sft.runtime.adapter import COMPUTED_IN, FACTS, FOLDER, QUANTIZATION, WEIGHTS, facts_of, load_base
-from ds_sft.runtime.base import hash_base
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
+from ds_sft.runtime.adapter import (
+    COMPUTED_IN,
+    FACTS,
+    FOLDER,
+    QUANTIZATION,
+    WEIGHTS,
+    facts_of,
+    from_anywhere,
+    load_base,
+)
+from ds_sft.runtime.base import require_base
 from ds_sft.runtime.export import (
     PARTIAL,
     end_answers_at,
@@ -24,16 +33,20 @@ from ds_sft.runtime.export import (
     move_into,
     own_ends,
     save_tokenizer,
+    say_how_its_base_is_loaded,
     say_where_answers_end,
 )
 from ds_sft.runtime.identity import BASE
-from ds_sft.runtime.merge import NoRoom, merge, require_room
+from ds_sft.runtime.merge import NoRoom, merge, require_memory, require_room
 from ds_sft.runtime.results import write_json
 from ds_sft.runtime.trained import TRAINED
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+
+GIVE_BASE = "--base FOLDER"
 
 
 # ---- An adapter
@@ -48,16 +61,18 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         dtype: of the merged model.
 
     Raises:
-        NoRoom: --merge, and the disk has none; nothing is written.
+        NoRoom: --merge, and the disk or the memory has none; nothing is written.
         UserError: the base is another one than was trained on, or the adapter does not fit it.
     """
-    base, facts = base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
-    _require_base(given.checkpoint, base, facts.get(BASE))
+    base, facts = given.base or base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
+    require_base(given.checkpoint, base, facts.get(BASE), GIVE_BASE)
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
+        require_memory(base, dtype, given.trust_remote_code)
     end_ids = _write_adapter(given, facts)
     print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
     say_where_answers_end(given.out / FOLDER, end_ids)
+    say_how_its_base_is_loaded(given.out / FOLDER)
     if given.adapter_only:
         return
     try:
@@ -79,29 +94,6 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     return facts | ({BASE: manifest[BASE]} if BASE in manifest else {})
 
 
-def _require_base(checkpoint: Path, base: str, known: str | None) -> None:
-    """See that the base's files are those that training had, where it said which.
-
-    Raises:
-        UserError: they are others, or not there.
-    """
-    if known is None:
-        return
-    try:
-        found = hash_base(base)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        where = checkpoint / CONFIG if (checkpoint / CONFIG).is_file() else checkpoint.parent / "config.yaml"
-        raise UserError(
-            f"{checkpoint}: its base {base} is not there ({said}): write into {where} where it is"
-        ) from None
-    if found != known:
-        raise UserError(
-            f"{checkpoint}: was trained on other weights than {base} has now (hash {known[:8]}, found {found[:8]}): "
-            "give it its own base back"
-        )
-
-
 def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[int]:
     """Tokens that end its answers."""
     partial = given.out / PARTIAL
@@ -109,6 +101,9 @@ def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[
     partial.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         shutil.copy(given.checkpoint / name, partial)
+    if given.base:
+        keys = read_json(partial / CONFIG) | {"base_model_name_or_path": from_anywhere(given.base)}
+        write_json(partial / CONFIG, keys)
     if facts:
         write_json(partial / FACTS, facts)
     tokenizer, end_ids, template = _served(given)
@@ -123,7 +118,7 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
     from ds_sft.data.serving import serving
 
     beside = (given.checkpoint / "tokenizer_config.json").is_file() or not is_adapter(given.checkpoint)
-    source = given.checkpoint if beside else base_of(given.checkpoint)  # peft writes none
+    source = given.checkpoint if beside else given.base or base_of(given.checkpoint)  # peft writes none
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     config = config_beside(given.checkpoint)
     try:
@@ -159,8 +154,8 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         raise UserError(
             f"{given.checkpoint}: has the trained weights alone, and no config.yaml beside it names the base"
         )
-    base = config.model_name_or_path
-    _require_base(given.checkpoint, base, manifest.get(BASE))
+    base = given.base or config.model_name_or_path
+    require_base(given.checkpoint, base, manifest.get(BASE), GIVE_BASE)
     computed_in = getattr(torch, _facts(manifest).get(COMPUTED_IN, "float32"))
     model = load_base(base, dtype=computed_in, trust_remote_code=given.trust_remote_code)
     weights = load_file(given.checkpoint / TRAINED)
@@ -193,6 +188,6 @@ def _write_model(given: argparse.Namespace, model: Any, state: dict[str, torch.T
     model.config.dtype = dtype
     model.save_pretrained(partial, state_dict=state | buffers, max_shard_size=given.max_shard_size)
     tokenizer, end_ids, template = _served(given)
-    save_tokenizer(tokenizer, partial, template)
+    save_tokenizer(tokenizer, partial, template, end_ids)
     end_answers_at(end_ids, partial)
     move_into(given.out, partial)

@@ -7,17 +7,19 @@ asked for as it was taught, by its config.yaml; other models are asked by their 
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, is_adapter
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
+from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import newest_complete
 from ds_sft.runtime.distributed import Launch
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 RECORD = "config.yaml"  # what a run leaves of its keys
 STATE = "trainer_state.json"  # Trainer's file of every checkpoint, and of nothing else
+NO_FILES = ("reference", "tokenizer")  # templates that are no file
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,37 @@ def open_model(name: str, words: Sequence[str], launch: Launch, *, flags: Sequen
         flags: names of the command's own flags, see `load_config`.
 
     Raises:
-        UserError: there is no such model, or it is not complete.
+        UserError: there is no such model, or it is not complete; or a key is wrong.
     """
     folder = Path(name).expanduser()
-    if (folder / STATE).is_file():
-        with _exported(folder) as path:
-            yield _open(name, path, folder.resolve().parent, words, launch, flags)
+    if not (folder / STATE).is_file():
+        path, run = _place(name)
+        yield _open(name, path, launch, *_keys(name, run, words, flags))
         return
-    if not (folder / RECORD).is_file():
-        run = folder.resolve().parent if is_adapter(folder) else None
-        yield _open(name, str(folder) if folder.is_dir() else name, run, words, launch, flags)
-        return
-    yield _open(name, str(_final(folder)), folder, words, launch, flags)
+    asked = _keys(name, folder.resolve().parent, words, flags)
+    _require_template(folder)
+    if is_adapter(folder):
+        _require_base(folder)
+    with _exported(folder, launch) as path:
+        yield _open(name, path, launch, *asked)
+
+
+def _place(name: str) -> tuple[str, Path | None]:
+    """Where the model is that is no checkpoint, and the output folder of its run, if it has one.
+
+    Raises:
+        UserError: the run is not finished, or the base of an adapter is not there.
+    """
+    folder = Path(name).expanduser()
+    if (folder / RECORD).is_file():
+        found, run = _final(folder), folder
+    elif is_adapter(folder):
+        found, run = folder, folder.resolve().parent
+    else:
+        return str(folder) if folder.is_dir() else name, None
+    if is_adapter(found):
+        _require_base(found)
+    return str(found), run
 
 
 def _final(output_dir: Path) -> Path:
@@ -78,40 +100,93 @@ def _final(output_dir: Path) -> Path:
     raise UserError(f"{output_dir}: the run in it has left no final model yet; {instead}")
 
 
+def _require_base(folder: Path) -> None:
+    """See that the base of an adapter is there, and the one that it was trained on.
+
+    Raises:
+        UserError: it is not.
+    """
+    from ds_sft.runtime.adapter import BASE, facts_of
+    from ds_sft.runtime.base import require_base
+
+    base = base_of(folder)
+    try:
+        require_model(base)
+    except UserError as error:
+        said = _without_key(error).removeprefix(f"{base}: ")
+        raise UserError(f"{folder}: its base {base} ({said}): write into {folder / CONFIG} where it is") from None
+    require_base(folder, base, facts_of(folder).get(BASE), f"write it into {folder / CONFIG}")
+
+
+def _keys(name: str, run: Path | None, words: Sequence[str], flags: Sequence[str]) -> tuple[Config, bool]:
+    """The keys of a run, or of a model that none of ours has trained; and whether one has."""
+    record = run / RECORD if run else None
+    if record is None or not record.is_file():  # the first three must be given, and are not read
+        own = ["--model_name_or_path", name, "--train_file", "-", "--output_dir", "-"]
+        return load_config([*own, "--template", "tokenizer", "--system_prompt", "", *words], flags=flags), False
+    config = load_config(["--config", str(record), *words], flags=flags)
+    given = any(word.partition("=")[0] == "--template" for word in words)
+    if config.template in NO_FILES or given:
+        return config, True
+    return replace(config, template="tokenizer"), True  # the file may have moved; the model has what was in it
+
+
+def _require_template(checkpoint: Path) -> None:
+    """See that the file is there which a run's chat template is in: a checkpoint has none of its own.
+
+    Raises:
+        UserError: it is not.
+    """
+    record = checkpoint.resolve().parent / RECORD
+    template = load_config(["--config", str(record)]).template if record.is_file() else NO_FILES[0]
+    if template not in NO_FILES and not Path(template).expanduser().is_file():
+        raise UserError(
+            f"{record}: template: {template}: no such file (the current directory is {Path.cwd()}): put it back, or go "
+            "to the folder where the run was started"
+        )
+
+
 @contextmanager
-def _exported(checkpoint: Path) -> Iterator[str]:
+def _exported(checkpoint: Path, launch: Launch) -> Iterator[str]:
     """The folder of a checkpoint's model, beside it or, where that cannot be written, in the system's folder."""
     from ds_sft.commands.export import main as export
     from ds_sft.runtime.adapter import FOLDER
 
-    beside = checkpoint.resolve().parent
+    launch.say(f"Exporting {checkpoint.name} first, into a folder that is removed afterwards.")
     try:
-        made = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}-", dir=beside))
+        made = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}-", dir=checkpoint.resolve().parent))
     except OSError:
         made = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-"))
     try:
-        alone = ["--adapter-only"] if (checkpoint / CONFIG).is_file() else []
-        export([str(checkpoint), str(made), *alone])
+        alone = ["--adapter-only"] if is_adapter(checkpoint) else []
+        with redirect_stdout(io.StringIO()):  # its lines name the folder, and what to do with it
+            export([str(checkpoint), str(made), *alone])
         yield str(made / FOLDER if alone else made)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _open(name: str, path: str, run: Path | None, words: Sequence[str], launch: Launch, flags: Sequence[str]) -> Opened:
-    """Config and tokenizer of the model in `path`; `run`: the output folder that it comes from, if any."""
+def _open(name: str, path: str, launch: Launch, config: Config, trained: bool) -> Opened:
+    """The model in `path` with its tokenizer, whose chat template is the one that training had.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    from ds_sft.data.serving import authors_template
     from ds_sft.training.model import load_tokenizer, open_tokenizer
 
-    record = run / RECORD if run else None
-    trained = record is not None and record.is_file()
-    if trained:
-        config = load_config(["--config", str(record), *words], flags=flags)
-    else:  # the first three must be given, and are not read
-        own = ["--model_name_or_path", name, "--train_file", "-", "--output_dir", "-"]
-        config = load_config([*own, "--template", "tokenizer", "--system_prompt", "", *words], flags=flags)
-    if is_adapter(Path(path)):
-        tokenizer = open_tokenizer(path, launch, trust_remote_code=config.trust_remote_code)
-    else:
-        tokenizer = load_tokenizer(replace(config, model_name_or_path=path, quantization="none"), launch)
-    # The file that `template` named may have moved: the model's own chat template is made of it.
-    template = "reference" if config.template == "reference" else "tokenizer"
-    return Opened(name, path, replace(config, template=template), tokenizer, trained)
+    try:
+        if is_adapter(Path(path)):
+            tokenizer = open_tokenizer(path, launch, trust_remote_code=config.trust_remote_code)
+        else:
+            tokenizer = load_tokenizer(replace(config, model_name_or_path=path, quantization="none"), launch)
+    except UserError as error:
+        raise UserError(_without_key(error)) from None
+    if trained and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = authors_template(tokenizer.chat_template)
+    return Opened(name, path, config, tokenizer, trained)
+
+
+def _without_key(error: UserError) -> str:
+    """What is wrong with a model that no key has named."""
+    return str(error).removeprefix("model_name_or_path: ")

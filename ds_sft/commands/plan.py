@@ -3,6 +3,7 @@
 ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80GB
 ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
 ds-sft plan ds_configs/qwen3_dialog.yaml --write planned.yaml            # the recommended configuration
+ds-sft plan ds_configs/demo.yaml --gpus-per-node 0                       # this machine's CPU, one process
 ds-sft plan ds_configs/qwen3_dialog.yaml --sweep nodes=1..128 --plot sweep.png
 
 The exit code is 1 if nothing fits, 2 for a mistake.
@@ -23,7 +24,7 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, Config, load_config, with_changes
+from ds_sft.config import ALIASES, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
@@ -38,11 +39,12 @@ from ds_sft.plan.layouts import (
     run_of,
     shipped_engine,
 )
-from ds_sft.plan.memory import activations
+from ds_sft.plan.memory import Engine, activations
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
+from ds_sft.runtime.host import memory_here
 from ds_sft.runtime.storage import nearest
-from ds_sft.runtime.zero import read_engine
+from ds_sft.runtime.zero import configured_engine
 
 UNITS = {
     "": 1.0,
@@ -57,6 +59,7 @@ UNITS = {
     "TI": 2**40,
 }
 TOO_LITTLE = 1  # exit code
+RATE = 150e12  # floating-point operations a second that a GPU reaches, where nobody says it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,6 +74,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--plot: draws a sweep: give --sweep nodes=1..128 as well")
     if given.write and given.sweep:
         raise UserError("--write: a sweep recommends nothing: leave out --sweep or --write")
+    if not given.gpus_per_node and (given.sweep or given.nodes > 1):
+        flag = "--sweep" if given.sweep else "--nodes"
+        raise UserError(f"--gpus-per-node 0: a plan for a CPU is of one process: leave out {flag}")
     config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG", flags=flags.flags)
     plan = Plan(config, given)
     if given.sweep:
@@ -98,9 +104,11 @@ def parser() -> FlagParser:
     made = FlagParser("plan", __doc__)
     made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
-    made.add_argument("--gpus-per-node", type=count, default=8, help="[%(default)s]")
+    made.add_argument("--gpus-per-node", type=count_or_none, default=8, help="0: one process on a CPU [%(default)s]")
     made.add_argument("--gpu-memory", type=with_unit, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
-    made.add_argument("--host-memory", type=with_unit, metavar="512GB", help="of one node [not checked]")
+    made.add_argument(
+        "--host-memory", type=with_unit, metavar="512GB", help="of one node [not checked; of a CPU: what is here]"
+    )
     made.add_argument("--interconnect", type=with_unit, default=25e9, metavar="25GB",
                       help="bytes a second and GPU between nodes, reached: its card's, or its part of a shared one's; "
                            "what `ds-sft doctor` measures, divided by a node's GPUs [25GB: 200 Gbit/s]")  # fmt: skip
@@ -108,8 +116,8 @@ def parser() -> FlagParser:
                       help="bytes a second and GPU inside a node, reached [200GB]")  # fmt: skip
     made.add_argument("--host-link", type=with_unit, default=20e9, metavar="20GB",
                       help="bytes a second and GPU to host memory [20GB]")  # fmt: skip
-    made.add_argument("--flops", type=flops, default=150e12, metavar="150T",
-                      help="floating-point operations a second that a GPU reaches [150T]")  # fmt: skip
+    made.add_argument("--flops", type=flops, metavar="150T",
+                      help="floating-point operations a second that a GPU or this CPU reaches [GPU: 150T]")  # fmt: skip
     made.add_argument(
         "--tokens-per-second", type=size, help="of all GPUs, measured [run.json of output_dir, else --flops]"
     )
@@ -127,6 +135,10 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
     return int(text)
+
+
+def count_or_none(text: str) -> int:
+    return 0 if text == "0" else count(text)
 
 
 def size(text: str) -> float:
@@ -161,10 +173,14 @@ class Plan:
     def __init__(self, config: Config, given: argparse.Namespace) -> None:
         self.config, self.given = config, given
         self.shape = shape_of_run(config)
-        self.hardware = Hardware(nodes=given.nodes, gpus_per_node=given.gpus_per_node, flops=given.flops,
+        self.on_cpu = given.gpus_per_node == 0
+        self.host_memory = given.host_memory or (memory_here() if self.on_cpu else None)
+        self.hardware = Hardware(nodes=given.nodes, gpus_per_node=given.gpus_per_node or 1, flops=given.flops or RATE,
                                  inside=given.nvlink, between=given.interconnect, host=given.host_link)  # fmt: skip
-        self.configured, self.base = layouts(config, self.shape, self.hardware.ranks)
-        limits = (self.hardware, given.gpu_memory, given.host_memory)
+        self.configured, self.base = (
+            on_cpu(config, self.shape) if self.on_cpu else layouts(config, self.shape, self.hardware.ranks)
+        )
+        limits = (self.hardware, given.gpu_memory, self.host_memory)
         self.options = options(self.base, *limits)
         self.best = recommend(self.base, *limits, filled=config.fills_batches)
 
@@ -183,9 +199,11 @@ class Plan:
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
-        return schedule(self.config, best.run, self.hardware, rows=given.rows or self.rows,
-                        mean_tokens=given.mean_tokens,
-                        rate=given.tokens_per_second or measured_rate(self.config, self.hardware.ranks))  # fmt: skip
+        rate = given.tokens_per_second or measured_rate(self.config, self.hardware.ranks)
+        found = schedule(self.config, best.run, self.hardware, rows=given.rows or self.rows,
+                         mean_tokens=given.mean_tokens, rate=rate)  # fmt: skip
+        unknown = self.on_cpu and not (rate or given.flops)
+        return replace(found, seconds=None, rate=None) if unknown else found
 
     def disk(self) -> dict[str, int | None]:
         """Bytes that the run writes, and what is free; None where only its rows would tell."""
@@ -220,6 +238,9 @@ class Plan:
             "quantization": self.config.quantization,
             "max_length": self.config.max_length,
             "ranks": self.hardware.ranks,
+            "on_cpu": self.on_cpu,
+            "flops": self.hardware.flops,
+            "host_memory": self.host_memory,
             "ring_bandwidth": self.hardware.ring if self.hardware.nodes > 1 else self.hardware.inside,
             "configured": self.configured,
             "options": [self._row(o) for o in self.options],
@@ -250,7 +271,7 @@ class Plan:
             "accumulation": o.run.accumulation,
             "checkpointing": o.run.checkpointing,
             "fullest_moment": o.memory.moment,
-            "gpu": {**o.memory.device, "allocator margin": o.margin},
+            "gpu": {**o.memory.device, "Python and its libraries" if self.on_cpu else "allocator margin": o.margin},
             "gpu_total": o.gpu_bytes,
             "activations": {
                 "checkpointing": activations(o.run, checkpointing=True),
@@ -268,16 +289,20 @@ class Plan:
 
 def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, Any]]:
     """The configured layout's name, and each layout's memory question; the configured one has its own options."""
-    value = config.training.get("deepspeed")
     engines = {name: shipped_engine(name, shape) for name in LAYOUTS}
     configured = "no DeepSpeed"
-    if value is not None:
-        found = value if isinstance(value, dict) else read_engine(value)
+    if (found := configured_engine(config)) is not None:
         engine = engine_of(found.get("zero_optimization") or {}, shape)
         configured = name_of(engine)
         engines[configured] = engine
     runs = {name: run_of(config, shape, engine, ranks) for name, engine in engines.items()}
     return configured, {name: run for name, run in runs.items() if name == configured or not run.refused}
+
+
+def on_cpu(config: Config, shape: Shape) -> tuple[str, dict[str, Any]]:
+    """As `layouts`, for one process on a CPU, which no launcher starts and DeepSpeed has no part in."""
+    name = "no DeepSpeed"
+    return name, {name: run_of(config, shape, Engine(stage=None), 1, lazy=True)}
 
 
 def write(plan: Plan, words: Sequence[str], path: Path) -> None:
@@ -290,7 +315,7 @@ def write(plan: Plan, words: Sequence[str], path: Path) -> None:
     then, now = plan.config.to_dict(), wanted.to_dict()
     flags = {ALIASES.get(name, name) for name in (word[2:].partition("=")[0] for word in words if word[:2] == "--")}
     changes = {name: now.get(name) for name in then | now if name in flags or then.get(name) != now.get(name)}
-    text = Path(plan.given.config).read_text(encoding="utf-8")
+    text = config_file(plan.given.config).read_text(encoding="utf-8")
     try:
         path.write_text(with_changes(text, changes), encoding="utf-8")
     except OSError as error:

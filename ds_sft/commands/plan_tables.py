@@ -22,6 +22,13 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
     model = plan["model"]
     tied = ", tied embeddings" if model["tied"] else ""
+    if plan["on_cpu"]:
+        here = "" if plan["host_memory"] is None else f" with {in_units(plan['host_memory'])} of memory"
+        console.print(f"{model['family']}, {model['parameters']:,} parameters{tied}; one process on a CPU{here}.")
+        for line in (*trained_lines(plan), *cpu_lines(plan), *position_lines(plan), *disk_lines(plan),
+                     *time_lines(plan, given)):  # fmt: skip
+            console.print(line)
+        return
     gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {in_units(given.gpu_memory)}"
     console.print(
         f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus} (--nodes, --gpus-per-node, --gpu-memory)."
@@ -49,9 +56,10 @@ def trained_lines(plan: dict[str, Any]) -> list[str]:
     if adapter == "none" and model["trained"] == model["parameters"]:
         return []
     base = "" if plan["quantization"] == "none" else f", in {plan['quantization']}"
-    what = "of them (train_only)" if adapter == "none" else f"beside them ({adapter})"
-    share = model["trained"] / model["parameters"]
-    return [f"Trained: {model['trained']:,} parameters {what}, {share:.2%}; the others are frozen{base}."]
+    whole = model["parameters"] + (0 if adapter == "none" else model["trained"])  # as a run says it
+    how = "train_only" if adapter == "none" else adapter
+    share = f"{model['trained'] / whole:.2%}"
+    return [f"Trained ({how}): {model['trained']:,} of {whole:,} parameters ({share}); the others are frozen{base}."]
 
 
 def memory_table(plan: dict[str, Any]) -> Table:
@@ -116,6 +124,26 @@ def recommendation(plan: dict[str, Any], *, host_checked: bool) -> str:
     )
 
 
+def cpu_lines(plan: dict[str, Any]) -> list[str]:
+    """Memory of a process on a CPU: as configured, in the words of a run, and what is recommended."""
+    (asked,), best = plan["options"], plan["recommended"]
+    parts = ", ".join(f"{part} {in_units(size)}" for part, size in asked["gpu"].items())
+    fits = "" if plan["host_memory"] is None else " It fits." if asked["fits"] else " It does not fit."
+    lines = [f"As configured ({_on_cpu(asked, plan)}): {in_units(asked['node_total'])} of memory, at the "
+             f"{asked['fullest_moment']}: {parts}.{fits}"]  # fmt: skip
+    if best is None:
+        lines.append("Nothing fits: take a smaller max_length, a smaller model, or adapter: lora.")
+    elif best != asked:
+        lines.append(f"Recommended: {_on_cpu(best, plan)}: {in_units(best['node_total'])} of memory.")
+    return lines
+
+
+def _on_cpu(option: dict[str, Any], plan: dict[str, Any]) -> str:
+    checkpointing = "on" if option["checkpointing"] else "off"
+    return (f"micro batch {_micro(option, plan)} x accumulation {option['accumulation']}, checkpointing "
+            f"{checkpointing}, {option['tokens_per_micro_batch']:,} tokens at once")  # fmt: skip
+
+
 def position_lines(plan: dict[str, Any]) -> list[str]:
     positions, longest = plan["model"]["positions"], plan["max_length"]
     if positions is None or longest <= positions:
@@ -139,7 +167,8 @@ def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
 
 def _of(plan: dict[str, Any]) -> str:
     """Which of the layouts what is below the tables is of."""
-    return "recommended" if plan["recommended"] else "as configured"
+    best = plan["recommended"]
+    return f"recommended, {best['name']}" if best else f"as configured, {plan['configured']}"
 
 
 def disk_lines(plan: dict[str, Any]) -> list[str]:
@@ -162,11 +191,13 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
     if times["steps"] is None:
         return ["Time: the rows of train_file cannot be counted from here; give --rows."]
     length = "" if times["tokens_known"] else " (every row taken to be max_length long; --mean-tokens)"
-    rate = "measured" if times["rate_measured"] else f"estimated at {given.flops / 1e12:.3g} TFLOP/s a GPU"
-    lines = [
-        f"Time ({_of(plan)}): {times['steps']:,} steps, {times['tokens']:,.0f} tokens{length}, "
-        f"{times['flops']:.2e} FLOP: {duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."
-    ]
+    work = (f"Time ({_of(plan)}): {times['steps']:,} steps, {times['tokens']:,.0f} tokens{length}, "
+            f"{times['flops']:.2e} FLOP")  # fmt: skip
+    if times["rate"] is None:
+        return [f"{work}: how long that takes on this CPU, a first run says; --flops or --tokens-per-second."]
+    each = "" if plan["on_cpu"] else " a GPU"
+    rate = "measured" if times["rate_measured"] else f"estimated at {plan['flops'] / 1e12:.3g} TFLOP/s{each}"
+    lines = [f"{work}: {duration(times['seconds'])} at {times['rate']:,.0f} tokens/s, {rate}."]
     limit = plan["time_limit"] or None  # Slurm's 0 is no limit
     if "time" in plan["short"] and limit is not None:
         lines.append(f"Longer than the time limit of {duration(limit)}: {-(-times['seconds'] // limit):.0f} jobs, "

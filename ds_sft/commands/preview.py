@@ -111,18 +111,19 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     from ds_sft.runtime.disk import export_size, predict_size
     from ds_sft.runtime.quantized import skeleton
     from ds_sft.runtime.size import in_units
-    from ds_sft.runtime.zero import engine_config, stage
+    from ds_sft.runtime.zero import configured_engine, stage
     from ds_sft.training.adapters import choose_weights
     from ds_sft.training.model import make_room
 
-    engine, site = engine_config(config, launch), Site(launch, shared=True)
+    engine, site = configured_engine(config), Site(launch, shared=True)
     model = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     make_room(model, tokenizer, config)
     # What is in 4 bits has no weights here to be told of.
     choose_weights(model, replace(config, quantization="none"), _arguments(config, engine), launch)
     wanted = config if config.merge == "no" else replace(config, merge="yes")
     sizes = predict_size(model, stage(engine), site), export_size(model, wanted, site)
-    launch.say(f"A checkpoint takes about {in_units(sizes[0])}, the final weights {in_units(sizes[1])}.")
+    under = "without DeepSpeed" if engine is None else f"under ZeRO-{stage(engine)}"
+    launch.say(f"A checkpoint takes about {in_units(sizes[0])} {under}, the final weights {in_units(sizes[1])}.")
 
 
 def _arguments(config: Config, engine: dict[str, Any] | None) -> Any:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from ds_sft.config import Config
+from ds_sft.config import Config, is_repo
 from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
 from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
 from ds_sft.data.encode import Encoder
@@ -22,7 +23,7 @@ from ds_sft.data.report import Report, describe, print_report
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, print_line
 
-__all__ = ["Data", "load_data", "print_report", "read_rows"]
+__all__ = ["Data", "Measured", "load_data", "load_measured", "print_report", "read_rows"]
 ROWS = np.dtype([*STATS.descr, ("file", "<i4")])
 
 
@@ -41,6 +42,16 @@ class Data:
         """FILE:LINE that a row of a data set comes from."""
         found = self.rows[split][row]
         return f"{self.files[split][found['file']].name}:{found['row']}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows to measure a model with, each once, whatever the weight of its file."""
+
+    data: datasets.Dataset  # columns input_ids, labels: [tokens] each
+    rows: np.ndarray  # [rows] of ROWS
+    files: list[DataFile]  # as `rows["file"]` counts them
+    report: dict[str, dict[str, Any]]  # "eval" -> `Report`
 
 
 @dataclass
@@ -104,6 +115,26 @@ def load_data(config: Config, tokenizer: Any, launch: Launch) -> Data:
     return Data(train.select(chosen), evaluation, reports, samples, rows, files)
 
 
+def load_measured(config: Config, tokenizer: Any, launch: Launch, *, key: str = "eval_file") -> Measured | None:
+    """The validation rows of a run, alone; None where it has none. `key`: how errors call `eval_file`.
+
+    Raises:
+        UserError: a file or a row is unusable, or no row is left.
+    """
+    if config.eval_file is None:
+        data = load_data(config, tokenizer, launch) if config.val_size else None
+        if data is None or data.eval is None:
+            return None
+        return Measured(data.eval, data.rows["eval"], data.files["eval"], {"eval": data.report["eval"]})
+    encoder, settings = Encoder(tokenizer, config), settings_key(config, tokenizer)
+    if encoder.template.note:
+        launch.say(encoder.template.note)
+    held = _load(config.eval_file, key, config, settings, encoder, launch)
+    every = np.arange(len(held.rows))
+    report = {"eval": asdict(_report(held, every))}
+    return Measured(held.select(every), held.rows, [encoded.file for encoded in held.files], report)
+
+
 def _load(value: Any, key: str, config: Config, settings: str, encoder: Encoder, launch: Launch) -> Split:
     files = [encode_file(file, config, settings, encoder, launch) for file in find_files(value, key)]
     counts = Counts()
@@ -138,6 +169,8 @@ def _report(split: Split, rows: np.ndarray, *, set_aside: bool = False) -> Repor
     counts = Counts(rows_read=len(rows)) if set_aside else split.counts
     report = describe(split.title, counts, split.rows[rows], split.names, None if set_aside else split.lost)
     if not set_aside:
+        named = {encoded.file.name for encoded in split.files if encoded.file.hub and is_repo(encoded.file.name)}
+        report.hub_datasets = sorted(name for name in named if not Path(name).exists())  # hub:FOLDER is a folder
         report.fields_not_read = _fields([(e.file.name, e.counts.unread) for e in split.files])
         report.left_out_by_template = _fields([(e.file.name, e.counts.left_out) for e in split.files])
     if len(split.files) > 1:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -138,15 +138,39 @@ class Encoder:
         """What stands before the last answer, in training and in prediction.
 
         Raises:
+            BadRow: the template cannot render the dialogue, or its text becomes special tokens unseen.
+        """
+        return self.prompt_ids(self.prompt_pieces(dialogue))
+
+    def prompt_ids(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids of `prompt_pieces`.
+
+        Raises:
+            BadRow: text becomes special tokens unseen.
+        """
+        rows = self._join([pieces], np.arange(1))
+        if not self.template.allow_special_tokens and self._hidden_special_tokens(rows, [pieces]):
+            raise HIDDEN
+        return [int(i) for i in rows.input_ids]
+
+    def prompt_pieces(self, dialogue: Dialogue) -> list[Piece]:
+        """The prompt, cut where training cuts it: around each answer that is learned, as no token spans such a border.
+
+        Raises:
             BadRow: the template cannot render the dialogue.
         """
-        learned = [i == dialogue.last_answer for i in range(len(dialogue.messages))]
-        before: list[Piece] = []
-        for piece in self._rendered(dialogue, learned):
-            if piece.learned:
-                break
-            before.append(piece)
-        return [int(i) for ids in self._ids(before) for i in ids]
+        last, learned = dialogue.last_answer, learned_messages(dialogue, self.mask)
+        alone = [i == last for i in range(len(learned))]
+        before = list(takewhile(lambda piece: not piece.learned, self._rendered(dialogue, alone)))
+        learned[last] = True
+        if learned == alone:
+            return before
+        try:
+            whole = self._rendered(dialogue, learned)
+        except BadRow:  # an earlier answer that the template rewrites: no row could teach it
+            return before
+        ends = np.cumsum([_length(piece) for piece in whole])
+        return whole[: int(np.searchsorted(ends, sum(map(_length, before)))) + 1]
 
     def _pieces(
         self, dialogue: Dialogue, bad: dict[int, BadRow], missing: dict[int, set[str]], index: int
@@ -311,6 +335,11 @@ def has_textless_answer(dialogue: Dialogue, mask: str, thinking: str) -> bool:
 
 def _begins_exchange(messages: Sequence[Message], index: int) -> bool:
     return messages[index].role == "user" and messages[index - 1].role == "assistant"
+
+
+def _length(piece: Piece) -> int:
+    """Letters of a piece; 1 for one that is a token."""
+    return 1 if isinstance(piece.text, int) else len(piece.text)
 
 
 def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:

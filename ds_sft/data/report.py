@@ -49,6 +49,7 @@ class Report:
     fields_not_read: dict[str, list[Any]] = field(default_factory=dict)  # name -> [rows that hold some, FILE:LINE]
     left_out_by_template: dict[str, list[Any]] = field(default_factory=dict)  # likewise: "user name", as an example
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # where there are several
+    hub_datasets: list[str] = field(default_factory=list)  # OWNER/NAME of those that rows come from
 
 
 def describe(

@@ -116,7 +116,8 @@ def _own_template(template: ChatTemplate, tokenizer: Any, mask: str) -> tuple[st
     source = template.renderer.source
     if template.system_prompt:
         turn = f"{{'role': 'system', 'content': {_literal(template.system_prompt)}}}"
-        source = DEFAULT_SYSTEM.replace("TURN", turn) + source
+        before = DEFAULT_SYSTEM.replace("TURN", turn)
+        source = source if before in source else before + source  # a checkpoint's tokenizer has it already
     last, remarks = _start(template, tokenizer, source, TALK[:2], 1), _policy_remarks(template)
     if template.thinking == "drop" and _renders(template, tokenizer, NO_THINKING + source, last.missing):
         source = NO_THINKING + source
@@ -147,6 +148,14 @@ class _Start(NamedTuple):
 
     missing: str = ""  # stands before the answer that was learned alone: an empty block of reasoning
     surplus: str = ""  # stands in the server's prompt alone: an opened block
+
+
+def authors_template(source: str) -> str:
+    """An exported chat template without what this package put before it."""
+    source = source.removeprefix(NO_THINKING)
+    before, after = DEFAULT_SYSTEM.split("TURN")
+    line, end, rest = source.partition("\n")
+    return rest if line.startswith(before) and f"{line}{end}".endswith(after) else source
 
 
 def _start(template: ChatTemplate, tokenizer: Any, source: str, talk: list[dict[str, str]], index: int) -> _Start:

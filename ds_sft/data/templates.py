@@ -89,6 +89,17 @@ def special_tokens(tokenizer: Any, written: str) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
+def mark_special(text: str, special: re.Pattern[str]) -> str:
+    """Wrap special-token text in OPEN and CLOSE.
+
+    Raises:
+        BadRow: the text has these two itself.
+    """
+    if OPEN in text or CLOSE in text:
+        raise BadRow("not Unicode text", "holds U+FDD0 or U+FDD1, which are no characters; expected text")
+    return special.sub(lambda match: OPEN + match[0] + CLOSE, text)
+
+
 def with_thinking(messages: Sequence[Message], policy: str) -> list[Message]:
     """The messages as the key `thinking` wants them: reasoning kept, dropped, or replaced by an empty block."""
     return list(messages) if policy == "keep" else [_rethink(message, policy) for message in messages]
@@ -121,14 +132,11 @@ class Reference:
     tokenizer: Any
     system_prompt: str
     thinking: str = "keep"
+    allow_special_tokens: bool = True  # as in the reference; `forged` counts them
 
     @property
     def end(self) -> str:
         return str(self.tokenizer.pad_token)
-
-    @property
-    def allow_special_tokens(self) -> bool:
-        return True  # as in the reference; `forged` counts them
 
     @property
     def note(self) -> str:
@@ -159,12 +167,20 @@ class Reference:
             text = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n"
         for message, is_learned in zip(with_thinking(dialogue.messages, self.thinking), learned, strict=True):
             if message.role != "assistant":
-                text += f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n"
+                text += f"<|im_start|>{message.role}\n{self._said(message.content)}<|im_end|>\n"
                 continue
-            pieces.append(Piece(text + "<|im_start|>assistant\n", False))
-            pieces += [Piece(full_content(message), is_learned), Piece(self.tokenizer.pad_token_id, is_learned)]
+            pieces += self._pieces(text + "<|im_start|>assistant\n", False)
+            pieces += self._pieces(self._said(full_content(message)), is_learned)
+            pieces.append(Piece(self.tokenizer.pad_token_id, is_learned))
             text = "\n"
         return [*pieces, Piece(text, False)] if text != "\n" else pieces
+
+    def _said(self, text: str) -> str:
+        """Text of a message, with its special-token text marked where that must stay text."""
+        return text if self.allow_special_tokens else mark_special(text, self.special)
+
+    def _pieces(self, text: str, learned: bool) -> list[Piece]:
+        return [Piece(text, learned)] if self.allow_special_tokens else _split(text, learned)
 
     def lost_calls(self, dialogue: Dialogue, learned: Sequence[bool]) -> set[int]:
         """None: rows with calls are refused."""
@@ -337,9 +353,7 @@ class ChatTemplate:
     def _mark(self, value: Any) -> Any:
         """Wrap special-token text in whatever a row says, so that it can be told from the template's own."""
         if isinstance(value, str):
-            if OPEN in value or CLOSE in value:
-                raise BadRow("not Unicode text", "holds U+FDD0 or U+FDD1, which are no characters; expected text")
-            return self.special.sub(lambda match: OPEN + match[0] + CLOSE, value)
+            return mark_special(value, self.special)
         if isinstance(value, dict):
             return {self._mark(key): self._mark(item) for key, item in value.items()}
         return [self._mark(item) for item in value] if isinstance(value, list) else value

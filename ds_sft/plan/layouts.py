@@ -29,6 +29,7 @@ NAMED = {"ZeRO-2": "zero2", "ZeRO-3": "zero3", "ZeRO-2 offload": "zero2_offload"
 # Elements, of ds_configs/. Transformers' "auto" is hidden x hidden: 0.3 M at 135 M parameters, 200 reductions a step.
 REDUCE_BUCKET = 50_000_000
 CUDA_CONTEXT = int(1.4 * 2**30)  # of a process outside PyTorch's allocator, bytes: 1.39 GiB on an H200, driver 580
+PYTHON = int(0.6 * 2**30)  # of a process on a CPU beside what training takes, bytes: 0.55 GiB with DeepSpeed imported
 FRAGMENTS = 0.05  # of what is allocated, lost between blocks (ZeRO paper, section 3.2); not measured here
 
 
@@ -167,7 +168,12 @@ class Option:
 
 
 def option(name: str, run: Run, hardware: Hardware, gpu_memory: float, host_memory: float | None) -> Option:
-    """Judge one layout. `host_memory` is a node's, for all of its ranks."""
+    """Judge one layout. `host_memory` is a node's, for all of its ranks; on a CPU (`run.lazy`) all is in there."""
+    if run.lazy:
+        memory = peak(run)
+        node_bytes = (memory.device_bytes + memory.host_bytes + PYTHON) * hardware.gpus_per_node
+        fits = host_memory is None or node_bytes <= host_memory
+        return Option(name, run, memory, PYTHON, node_bytes, step_time(run, hardware), fits_gpu=True, fits_host=fits)
     # DeepSpeed flattens the weights on the host where a GPU has no room for two copies of them.
     memory = peak(run, loading=False)
     margin = CUDA_CONTEXT + int(FRAGMENTS * memory.device_bytes)

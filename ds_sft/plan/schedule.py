@@ -29,7 +29,7 @@ class Schedule:
     tokens: float | None
     flops: float | None  # of the model: recomputation is not counted
     seconds: float | None
-    rate: float  # tokens a second of all GPUs
+    rate: float | None  # tokens a second of all GPUs; None: nothing tells
     rate_measured: bool
     checkpoints: int | None  # written in all
 

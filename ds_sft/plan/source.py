@@ -40,8 +40,8 @@ def require_model(name: str) -> str | None:
     return None if _stay_offline() else f"{name} comes from the hub's cache: {trouble}."
 
 
-def is_folder(name: str) -> bool:
-    """Whether `name` is the folder of a model; else it may be a hub id.
+def is_folder(name: str, key: str = "model_name_or_path") -> bool:
+    """Whether `name`, the value of `key`, is the folder of a model; else it may be a hub id.
 
     Raises:
         UserError: a folder without a model, a file, or what looks like a path and is not there.
@@ -50,16 +50,16 @@ def is_folder(name: str) -> bool:
     if path.is_dir():
         if is_adapter(path):
             raise UserError(
-                f"model_name_or_path: {name}: is an adapter of {base_of(path)}, not a model: write "
-                f"model_name_or_path: {base_of(path)}, or a folder that it is merged into: ds-sft export {name} FOLDER"
+                f"{key}: {name}: is an adapter of {base_of(path)}, not a model: write "
+                f"{key}: {base_of(path)}, or a folder that it is merged into: ds-sft export {name} FOLDER"
             )
         if not (path / "config.json").is_file():
-            raise UserError(f"model_name_or_path: {name}: this folder has no config.json, so it is not a model")
+            raise UserError(f"{key}: {name}: this folder has no config.json, so it is not a model")
         return True
     if path.exists():
-        raise UserError(f"model_name_or_path: {name}: is a file; give the folder of a model, or a hub id")
+        raise UserError(f"{key}: {name}: is a file; give the folder of a model, or a hub id")
     if looks_like_path(name):
-        raise UserError(f"model_name_or_path: {name}: {no_such_folder(name)}")
+        raise UserError(f"{key}: {name}: {no_such_folder(name)}")
     return False
 
 

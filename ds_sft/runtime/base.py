@@ -1,19 +1,30 @@
-"""The model that frozen weights are of, known again by a hash of its files: checkpoints have none of these weights."""
+"""The model that frozen weights are of, known again by a hash of its files: checkpoints have none of these weights.
+
+Its config.json counts as well: another base of rotations, window or number of heads is another model with the same
+weights.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import xxhash
 
 from ds_sft.config import Config
+from ds_sft.errors import UserError
 from ds_sft.runtime.checkpoint import HASH_THREADS, hash_file
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.identity import base_differs
 
+# Of config.json: what says where a model is from, which tokens end a text and how it is stored, not what it computes.
+IDLE = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
+        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")  # fmt: skip
 KINDS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
@@ -37,14 +48,48 @@ def _answer(found: Future[str], name: str) -> None:
 
 
 def hash_base(name: str) -> str:
-    """A hash of the weight files of a model: a folder, or the id of one in the hub, which is fetched if need be.
+    """Hashes of a model's weight files and of its config.json (`identity.base_differs`): of a folder, or the id of one
+    in the hub, which is fetched if need be.
 
     Raises:
         OSError, ValueError: a file cannot be read, or there is no such model.
     """
     files = weight_files(name)
     with ThreadPool(HASH_THREADS) as pool:  # of threads that a process does not wait for when it ends
-        return xxhash.xxh3_128("".join(pool.map(hash_file, files)).encode()).hexdigest()
+        weights = xxhash.xxh3_128("".join(pool.map(hash_file, files)).encode()).hexdigest()
+    config = json.loads((files[0].parent / "config.json").read_text(encoding="utf-8"))
+    return f"{weights}-{xxhash.xxh3_64(json.dumps(_computing(config), sort_keys=True).encode()).hexdigest()}"
+
+
+def _computing(config: Any) -> Any:
+    """What of a configuration decides the model's outputs; a key that is null is as one that is not there."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _computing(value) for name, value in config.items() if name not in IDLE and value is not None}
+
+
+def require_base(folder: Path, base: str, known: str | None, remedy: str) -> None:
+    """See that the base's files are those that training had, where it said which (`known`, see `hash_base`).
+
+    Args:
+        folder: the adapter or checkpoint that has no base of its own.
+        remedy: how its own is given.
+
+    Raises:
+        UserError: they are others, or not there.
+    """
+    if known is None:
+        return
+    try:
+        found = hash_base(base)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: its base {base} is not there ({said}): say where it is: {remedy}") from None
+    if (other := base_differs(known, found)) is not None:
+        raise UserError(
+            f"{folder}: {base} differs in its {other} from the base that it was trained on (hash {known}, found "
+            f"{found}): give its own: {remedy}"
+        )
 
 
 def weight_files(name: str) -> Sequence[Path]:

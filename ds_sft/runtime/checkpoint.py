@@ -457,9 +457,7 @@ def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) ->
     other, done = gather((other, done))[0]
     if done:
         merged = any(config.output_dir.glob(FINAL[0]))
-        later = (
-            "" if merged or config.merge == "no" else f"ds-sft export {config.output_dir}/adapter FOLDER merges it; "
-        )
+        later = "" if merged or config.merge != "auto" else "merge: yes merges it; "
         launch.say(
             f"This run is finished: {config.output_dir} holds its {'model' if merged else 'adapter'}. ({later}--resume "
             "never trains it anew.)"

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -61,8 +61,13 @@ class Launch:
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:
-    """Print in one write: where output is unbuffered `print` makes two, and ranks get into each other's lines."""
-    print(f"{text}\n", end="", file=file, flush=True)
+    """Print in one write: where output is unbuffered `print` makes two, and ranks get into each other's lines.
+
+    A bar in a terminal makes way and comes back below.
+    """
+    bars = sys.modules.get("tqdm.std")  # none where it was not imported
+    with nullcontext() if bars is None else bars.tqdm.external_write_mode(file):
+        print(f"{text}\n", end="", file=file, flush=True)
 
 
 def read_launch(env: Mapping[str, str] | None = None) -> Launch:

@@ -81,19 +81,19 @@ def expect_memory(
 
 
 def compare_with_plan(expected: Expectation | None, launch: Launch) -> dict[str, float | str] | None:
-    """What training took beside what was planned; says it at once where they part. All ranks must call it."""
+    """What training took beside what was planned; says it at once where they part and freed blocks, which the summary
+    of the run names, do not explain it. All ranks must call it.
+    """
     if expected is None:
         return None
     now = peak_memory()
     mine = (now["gpu_gib"], 0.0) if expected.on_gpu else (now["host_gib"] - expected.before_gib, freed_gib())
     measured, freed = max(gather(mine))
     difference = measured - expected.gib
-    line = f"Training took {measured:.2f} GiB of a rank's memory, {expected.gib:.2f} were planned"
     tolerance = max(TOLERANCE * expected.gib, FLOOR)
-    if freed and tolerance < difference <= tolerance + freed:
-        launch.say(f"{line}: freed blocks count that the C library keeps for later, up to {freed:.2f} GiB here.")
-    elif abs(difference) > tolerance:
-        launch.say(f"{line}: the plan of a longer or larger run would be as wrong; please report it with run.json.")
+    if not -tolerance <= difference <= tolerance + freed:
+        launch.say(f"Training took {measured:.2f} GiB of a rank's memory, {expected.gib:.2f} were planned: the plan of "
+                   "a longer or larger run would be as wrong; please report it with run.json.")  # fmt: skip
     return {"layout": expected.layout, "moment": expected.memory.moment, "planned_gib": round(expected.gib, 6),
             "measured_gib": round(measured, 6), "freed_gib": round(freed, 3)}  # fmt: skip
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".export"  # files are written here, then renamed into the output folder
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 
 
 VERIFIED_ROWS = 8
@@ -81,11 +82,12 @@ def export_model(
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
             launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
             say_where_answers_end(config.output_dir / adapter.FOLDER, end_ids)
+            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER)
     else:
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
             _save(trainer.model, weights, config, folder)
-            save_tokenizer(tokenizer, folder, chat_template)
+            save_tokenizer(tokenizer, folder, chat_template, end_ids)
             end_answers_at(end_ids, folder)
             move_into(config.output_dir, folder)
             shutil.rmtree(config.output_dir / adapter.FOLDER, ignore_errors=True)  # an earlier run's
@@ -100,7 +102,7 @@ def finish_adapter(
 
     A merged model that is in `output_dir` is another adapter's, and goes.
     """
-    save_tokenizer(tokenizer, folder, chat_template)
+    save_tokenizer(tokenizer, folder, chat_template, end_ids)
     base = model_folder(base_of(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
@@ -121,6 +123,19 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
             f"The base ends answers at other tokens: who serves it with the adapter gives the server "
             f"{folder / GENERATION}, or answers do not stop."
         )
+
+
+def say_how_its_base_is_loaded(folder: Path) -> None:
+    """Say it of an adapter in `folder` that was trained beside a base in 4 bits: peft's files do not."""
+    facts = adapter.facts_of(folder)
+    if facts.get(adapter.QUANTIZATION, "none") == "none":
+        return
+    dtype = facts[adapter.COMPUTED_IN]
+    print_line(
+        f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
+        f"from_pretrained({base_of(folder)!r}, dtype={dtype!r}, quantization_config=BitsAndBytesConfig(load_in_4bit="
+        f"True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype={dtype!r})). A merged model is whole by itself."
+    )
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:
@@ -189,11 +204,25 @@ def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: 
     exported.save_pretrained(folder)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str) -> None:
-    """Save it with this chat template alone: of several, others would be taken for tools."""
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str, end_ids: Sequence[int]
+) -> None:
+    """Save it with this chat template alone: of several, others would be taken for tools.
+
+    Its end of text is the first of these ends: llama.cpp's converter reads it there, and no generation_config.json. But
+    where the template writes the tokenizer's own, which would then be another text.
+    """
+    with_template(tokenizer, chat_template).save_pretrained(folder)
+    if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in chat_template:
+        end = tokenizer.convert_ids_to_tokens(end_ids[0])  # in the file: the copy shares its special tokens
+        write_json(folder / TOKENIZER, _read(folder / TOKENIZER) | {"eos_token": end})
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with this chat template; the one given keeps its own, which answers are encoded by."""
     exported = copy.copy(tokenizer)
     exported.chat_template = chat_template
-    exported.save_pretrained(folder)
+    return exported
 
 
 def end_answers_at(end_ids: Sequence[int], folder: Path) -> None:

@@ -18,6 +18,7 @@ INDIFFERENT = {
     "output_dir", "resume", "resume_anyway", "on_save_error", "on_nonfinite", "cache_dir", "preprocessing_num_workers",
     "train_file", "eval_file",  # their rows count, not their names
     "num_predictions", "predict_max_new_tokens", "predict_before", "generation",
+    "evaluate_rows",
     "verify_export", "export_max_shard_size",
     "run_name", "report_to", "swanlab_project", "swanlab_mode", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
@@ -151,8 +152,14 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     if then.get(BASE) and now.get(BASE):
         found.pop("model_name_or_path", None)  # wherever it lies now
         names = before["model_name_or_path"], after["model_name_or_path"]
-        found |= {BASE: names} if then[BASE] != now[BASE] else {}
+        found |= {BASE: names} if base_differs(then[BASE], now[BASE]) else {}
     return found
+
+
+def base_differs(then: str, now: str) -> str | None:
+    """What of a base has changed between two hashes of it, "weights" or "config.json"; older hashes are of weights."""
+    parts = zip(("weights", "config.json"), then.split("-"), now.split("-"), strict=False)
+    return next((part for part, before, after in parts if before != after), None)
 
 
 def _value(keys: Mapping[str, Any], name: str) -> Any:
@@ -166,7 +173,9 @@ def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 def _in_words(name: str, then: Any, now: Any) -> str:
     if name == BASE:
-        return f"the weights in {now}" + (", which have changed" if then == now else f" (it began with {then})")
+        return f"the weights or the config.json in {now}" + (
+            ", which have changed" if then == now else f" (it began with {then})"
+        )
     return f"{name}: {then!r} -> {now!r}"
 
 

@@ -35,16 +35,18 @@ from ds_sft.runtime.export import (
     move_into,
     own_ends,
 )
-from ds_sft.runtime.placement import is_out_of_memory
+from ds_sft.runtime.host import free_memory_here
+from ds_sft.runtime.placement import is_out_of_memory, weights_size
 from ds_sft.runtime.quantized import round_base, skeleton
 from ds_sft.runtime.size import in_units
+from ds_sft.runtime.storage import nearest
 
 if TYPE_CHECKING:
     import torch
 
 
 class NoRoom(UserError):
-    """The merged model does not fit on the disk."""
+    """The merged model does not fit: on the disk, or in memory while it is made."""
 
 
 def merge_as_asked(config: Config) -> str | None:
@@ -81,13 +83,14 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
     """Write the adapter's base with the adapter merged, the tokenizer and what a server must know into `out`.
 
     Raises:
-        NoRoom: the disk has no room for it; nothing is written.
+        NoRoom: the disk or the memory has no room for it; nothing is written.
         UserError: the adapter does not fit the base, or cannot be merged.
     """
     import torch
 
     base, facts = base_of(adapter), facts_of(adapter)
     require_room(out, base, dtype, trust_remote_code)
+    require_memory(base, dtype, trust_remote_code)
     in_4_bits = facts.get(QUANTIZATION, "none") != "none"
     published = facts[COMPUTED_IN] if in_4_bits else "auto"  # the rounded weights have the dtype that they computed in
     model = load_base(base, dtype=published, trust_remote_code=trust_remote_code)
@@ -126,9 +129,21 @@ def require_room(out: Path, base: str, dtype: torch.dtype, trust_remote_code: bo
     Raises:
         NoRoom: it does not.
     """
-    needed, free = merged_bytes(base, dtype, trust_remote_code), shutil.disk_usage(out).free
+    needed, free = merged_bytes(base, dtype, trust_remote_code), shutil.disk_usage(nearest(out)).free
     if free < needed:
         raise NoRoom(f"{out}: the merged model takes about {in_units(needed)}, the disk has {in_units(free)} free")
+
+
+def require_memory(base: str, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """See that there is memory for a merge: a process that takes too much is killed, and says nothing.
+
+    Raises:
+        NoRoom: there is not.
+    """
+    needed = max(weights_size(base), merged_bytes(base, dtype, trust_remote_code))
+    free = free_memory_here()
+    if free is not None and free < needed:
+        raise NoRoom(f"a merge takes about {in_units(needed)} of memory, of which {in_units(free)} are free")
 
 
 def merge_into(model: Any, adapter: Path, dtype: torch.dtype) -> Any:

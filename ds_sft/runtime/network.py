@@ -99,8 +99,8 @@ class Ranks:
         return decided
 
 
-def connect(launch: Launch) -> Ranks:
-    """Reach rank 0's address and port from every rank.
+def connect(launch: Launch, purpose: str = "doctor") -> Ranks:
+    """Reach rank 0's address and port from every rank; `purpose`: what names in the store begin with.
 
     Raises:
         Unreachable: this rank cannot.
@@ -131,7 +131,7 @@ def connect(launch: Launch) -> Ranks:
             f"{here} {reason} {address}:{port}: {' '.join(str(error).split())[:160]}",
             "a firewall between the nodes, another program on that port, or the wrong network card",
         ) from None
-    return Ranks(dist.PrefixStore("doctor", store), launch, address, port)  # type: ignore[attr-defined]
+    return Ranks(dist.PrefixStore(purpose, store), launch, address, port)  # type: ignore[attr-defined]
 
 
 def measure_network(ranks: Ranks, output_dir: Path) -> Network:

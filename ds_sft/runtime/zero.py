@@ -75,10 +75,9 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
     Raises:
         UserError: the file is missing, not a JSON object, or contradicts the run.
     """
-    value = config.training.get("deepspeed")
-    if value is None:
+    value, found = config.training.get("deepspeed"), configured_engine(config)
+    if found is None:
         return None
-    found = value if isinstance(value, dict) else read_engine(value)
     for problem in _problems(found, config, launch):
         place = "deepspeed" if isinstance(value, dict) else f"deepspeed: {value}" if value in ENGINES else value
         raise UserError(f"{place}: {problem}")
@@ -89,6 +88,16 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
         )
         return None
     return _complete(found)
+
+
+def configured_engine(config: Config) -> dict[str, Any] | None:
+    """What the key `deepspeed` names, as it is written there; None without the key.
+
+    Raises:
+        UserError: the file is missing, or not a JSON object.
+    """
+    value = config.training.get("deepspeed")
+    return value if value is None or isinstance(value, dict) else read_engine(value)
 
 
 def _complete(engine: Mapping[str, Any]) -> dict[str, Any]:

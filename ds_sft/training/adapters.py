@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # thinkingmachines.ai/blog/lora) finds LoRA's best rate about ten times that of full fine-tuning, whatever the rank, and
 # that it learns what full fine-tuning does with adapters on all linear layers, the MLP's above all; alpha 32 is theirs.
 RATE_OF_ADAPTERS = 10
+HIGH_RATE = 5 * TRAINING_DEFAULTS["learning_rate"]  # from here on a rate looks like one of adapters
 
 
 def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch) -> None:
@@ -42,13 +43,15 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
     """
     if config.quantization != "none":
         launch.say(describe(model))
+    if config.adapter == "none":
+        _question_rate(config, launch)
+    if not config.freezes:
+        return
     if config.adapter != "none":
         _inject(model, config, args)
         _describe_adapter(model, config, launch)
-    elif config.train_only:
-        launch.say(_freeze(model, config))
     else:
-        return
+        launch.say(_freeze(model, config))
     _settle_dtypes(model, args)
     _leave_inputs_alone(model, args)
     trained, whole = count_parameters(model)
@@ -176,6 +179,16 @@ def _describe_adapter(model: nn.Module, config: Config, launch: Launch) -> None:
         launch.say(
             f"learning_rate {config.training['learning_rate']:g} is the default of full fine-tuning: adapters learn as "
             f"much at about {RATE_OF_ADAPTERS} times that ({RATE_OF_ADAPTERS * config.training['learning_rate']:g})."
+        )
+
+
+def _question_rate(config: Config, launch: Launch) -> None:
+    """Say it where weights of the model itself are trained at a rate of adapters; other optimizers have other rates."""
+    rate, usual = config.training["learning_rate"], TRAINING_DEFAULTS["learning_rate"]
+    if rate >= HIGH_RATE and config.training.get("optim", "adamw").startswith("adamw"):
+        launch.say(
+            f"learning_rate {rate:g} is high where the model's own weights are trained, and usual for adapters: "
+            f"{usual:g} is the default. Small models bear it; or was adapter: lora meant?"
         )
 
 

@@ -35,6 +35,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys["deepspeed"] = engine
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]
+    keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
     keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
     keys.setdefault("ddp_timeout", 1800)

@@ -154,9 +154,14 @@ def table_of_positions(model: PreTrainedModel | None, limit: int) -> bool:
     return any(limit <= m.num_embeddings < limit + OFFSET for m in learned) or any(True for _ in computed)
 
 
+def made_for(model: PreTrainedModel) -> int | None:
+    """Tokens that a model was made to read at once, be it by a table or rotary; None where it does not say."""
+    return positions_of(_plain_config(model.config))
+
+
 def positions_left(model: PreTrainedModel) -> int | None:
     """Tokens that a prompt and its answer may have together; None where positions have no table."""
-    limit = positions_of(_plain_config(model.config))
+    limit = made_for(model)
     return limit if limit is not None and table_of_positions(model, limit) else None
 
 

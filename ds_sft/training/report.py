@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
+from ds_sft.runtime.adapter import from_anywhere
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.results import git_commit, peak_memory, versions
 from ds_sft.runtime.size import in_units
@@ -17,6 +19,14 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from ds_sft.training.trainer import SFTTrainer
+
+METRICS = {  # of an evaluation -> how they are called
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "exact_match": "exact match",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+}
 
 
 def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
@@ -30,6 +40,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
     return {
         "versions": versions(),
         "git_commit": git_commit(),
+        "base_model": from_anywhere(config.model_name_or_path),
         "launcher": launch.launcher,
         "world_size": launch.world_size,
         "zero_stage": stage(trainer.args.deepspeed),
@@ -92,7 +103,30 @@ def summary(results: dict[str, Any]) -> str:
     if last is not None:
         which = "of the best checkpoint" if results["best_checkpoint"] else "last"
         lines.append(f"Validation loss: {last:.4f}{'' if first == last else f' {which}, {first:.4f} first'}.")
+    if results.get("evaluation"):
+        lines.append(describe_evaluation(results["evaluation"]))
     return "\n".join(lines)
+
+
+def describe_evaluation(found: dict[str, Any]) -> str:
+    """The numbers of the last model with their intervals, and what they were of the first."""
+    part, names = found["sources"]["all"], list(found["models"])
+    last, first = part["models"][names[-1]], part["models"][names[0]]
+    parts = []
+    for metric in (name for name in METRICS if name in last and name != "perplexity"):
+        value, low, high = (short(metric, last[metric][end]) for end in ("value", "low", "high"))
+        before = f", {short(metric, first[metric]['value'])} {names[0]}" if len(names) == 2 else ""
+        parts.append(f"{METRICS[metric]} {value} [{low}, {high}]{before}")
+    return f"Evaluation of {part['rows']:,} validation rows: {'; '.join(parts)}."
+
+
+def short(metric: str, value: float, sign: str = "") -> str:
+    """A number of an evaluation as it is shown; `sign`: "+" shows it also above 0."""
+    if not math.isfinite(value):
+        return "-"
+    if metric == "loss":
+        return f"{value:{sign}.3f}"
+    return f"{value:{sign}.1f}" if abs(value) < 1e5 else f"{value:{sign}.1e}"
 
 
 def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
@@ -102,10 +136,13 @@ def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | Non
     line = f"{'GPU memory' if on_gpu else 'Memory'} of a rank: {in_units(most * 2**30)} at most"
     if planned is None:
         return f"{line}."
-    training, plan = (in_units(planned[name] * 2**30) for name in ("measured_gib", "planned_gib"))
+    training, plan, freed = (in_units(planned[f"{name}_gib"] * 2**30) for name in ("measured", "planned", "freed"))
     if on_gpu:
         return f"{line} ({plan} planned)."
-    return f"{line}: {training} for training ({plan} planned), the rest for Python and its libraries."
+    excess = planned["measured_gib"] - planned["planned_gib"]
+    explained = excess > max(planned["planned_gib"] / 10, 0.1) and planned["freed_gib"] > excess / 4
+    kept = f", up to {freed} are freed blocks that the C library keeps" if explained else ""
+    return f"{line}: {training} for training ({plan} planned{kept}), the rest for Python and its libraries."
 
 
 def describe_speed(speed: dict[str, float]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -38,6 +38,7 @@ from ds_sft.runtime.checkpoint import (
 )
 from ds_sft.runtime.disk import no_room
 from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
+from ds_sft.runtime.export import end_answers_at
 from ds_sft.runtime.identity import EVAL_DATA, Changes
 from ds_sft.runtime.preempt import Stopped, StopRequests
 from ds_sft.runtime.quantized import elements
@@ -61,6 +62,7 @@ class Continuity:
     size: int = 0  # bytes of a checkpoint, as predicted
     identity: dict[str, Any] = field(default_factory=dict)  # what was trained on what; goes into the manifest
     freezes: bool = False  # whether weights are frozen: checkpoints have those that are trained alone
+    end_ids: Sequence[int] = ()  # tokens that end an answer, for whoever takes a checkpoint for a model
 
 
 @dataclass(frozen=True)
@@ -359,7 +361,12 @@ class ResumableTrainer(Trainer):
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._record(lambda: super(ResumableTrainer, self)._save(output_dir, state_dict))
+        self._record(lambda: self._save_with_ends(Path(output_dir or self.args.output_dir), state_dict))
+
+    def _save_with_ends(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """As Trainer's; who takes a checkpoint for a model finds where its answers end."""
+        super()._save(str(folder), state_dict)
+        end_answers_at(self.run.end_ids, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         self._record(lambda: super(ResumableTrainer, self)._save_rng_state(output_dir))

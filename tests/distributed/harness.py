@@ -238,3 +238,17 @@ def listing(folder: Path) -> list[str]:
 def step_losses(folder: Path) -> list[float]:
     """The training loss of every logged step."""
     return [row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
+
+
+def asked(folder: Path, capture: Any) -> str:
+    """What `ds-sft chat` answers, in this process, to a model that a run has left or a checkpoint of it.
+
+    Args:
+        capture: pytest's capsys.
+    """
+    from ds_sft.cli import main
+
+    capture.readouterr()
+    assert main(["chat", str(folder), "--once", "What is 1?", "--predict_max_new_tokens", "8", "--use_cpu", "yes"]) == 0
+    answer: str = capture.readouterr().out
+    return answer

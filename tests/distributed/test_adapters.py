@@ -34,6 +34,7 @@ RECOMPUTED = {  # what the other runs do is recomputing without reentrance
     "whole": (["plain", "zero3"], {"activation_checkpointing": False}),
     "reentrant": (["plain", "ddp", "zero2", "zero3"], {"activation_checkpointing_kwargs": '{"use_reentrant": true}'}),
 }
+LATER = "zero2"  # merged by a start after the last step
 MARK, MARKED = "~", 3  # in a row of the third step
 
 
@@ -53,6 +54,8 @@ def folder(model_dir: Path, dropout_dir: Path, tmp_path_factory: pytest.TempPath
         for name in names:
             keys = keys_of(dropout_dir, folder, name, {**LORA, **changes, "max_steps": 2, "save_strategy": "no"})
             jobs.append(job(keys, RANKS[name], log=f"{name}-{kind}.log", output_dir=f"{name}-{kind}"))
+    keys = keys_of(dropout_dir, folder, LATER, {**LORA, "merge": "yes"})
+    jobs.append(job(keys, RANKS[LATER], log="later.log", output_dir=f"{LATER}-lora"))
     (token,) = AutoTokenizer.from_pretrained(model_dir).encode(MARK, add_special_tokens=False)
     for name in SPOILT:
         keys = keys_of(dropout_dir, folder, name, {**LORA, "save_steps": 1})
@@ -142,8 +145,18 @@ def test_a_run_and_its_checkpoint_end_in_the_same_bytes(
     assert files == [f"adapter/{file}" for file in OF_ADAPTER] + OF_MODEL
 
 
+def test_a_finished_run_is_merged_when_it_is_asked_for(folder: Path) -> None:
+    log = (folder / "later.log").read_text(encoding="utf-8")
+    assert f"This run is finished: {LATER}-lora holds its adapter. (--resume never trains it anew.)\n" in log
+    assert f"Merged model is in {LATER}-lora (bfloat16).\n" in log
+    merged, wanted = (folder / f"{LATER}-lora{run}" / "model.safetensors" for run in ("", "-reference"))
+    assert merged.read_bytes() == wanted.read_bytes()
+    results = json.loads((folder / f"{LATER}-lora" / "run.json").read_text(encoding="utf-8"))
+    assert results["adapter"]["not_merged"] is None
+
+
 OF_A_RANK = ["rng_state_0.pth", "rng_state_1.pth"]
-BESIDE = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "scheduler.pt",
+BESIDE = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json", "scheduler.pt",
           "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin"]  # fmt: skip
 OF_DEEPSPEED = ["latest", "global_step1"]
 

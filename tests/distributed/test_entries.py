@@ -234,6 +234,7 @@ def test_what_was_decided_is_said_once(results: dict[str, Path]) -> None:
     assert log.count("Batch: 2 rows x 2 accumulated x 2 ranks = 8 rows a step; 24 rows => 3 steps an epoch, 6") == 1
     assert log.count("│ supervised tokens ") == 1
     assert "No launcher" not in log
+    assert "it/s]" not in plain_log + log  # no bars where nobody sees them move
 
 
 def test_the_written_config_repeats_the_run(results: dict[str, Path], plain: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.harness import run_forked, script, train, write_yaml
+from tests.distributed.harness import asked, listing, run_forked, script, train, write_yaml
 from tests.distributed.test_trajectory import settings, untied_dir
 
 pytestmark = pytest.mark.distributed
@@ -26,9 +26,15 @@ def check_record(out: Path, *, rows: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["none", "zero2", "zero3"])
-def test_a_fresh_process_finds_the_trained_loss(untied_dir: Path, tmp_path: Path, name: str) -> None:
-    """In shards, an untied model, float32; the trained loss is that of the last evaluation, to the last digit."""
+def test_a_fresh_process_finds_the_trained_loss(
+    untied_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """In shards, an untied model, float32; the trained loss is that of the last evaluation, to the last digit.
+
+    The checkpoint is asked as the model is, exported on the way.
+    """
     keys = settings(untied_dir, tmp_path, name, 2, 2, verify_export=True, export_max_shard_size="100KB", max_steps=2)
+    keys |= {"save_strategy": "steps", "save_steps": 2}
     done = train("forked", 2, keys, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     out = tmp_path / "out"
@@ -44,6 +50,9 @@ def test_a_fresh_process_finds_the_trained_loss(untied_dir: Path, tmp_path: Path
     assert set(files) == set(AutoModelForCausalLM.from_pretrained(untied_dir).state_dict())  # lm_head is its own here
     assert all((out / file).is_file() for file in files.values())
     assert not (out / "model.safetensors").exists()
+    before = listing(out)
+    assert asked(out / "checkpoint-2", capsys) == asked(out, capsys) != ""
+    assert listing(out) == before
 
 
 def test_rounded_to_bfloat16_within_its_bound(model_dir: Path, tmp_path: Path) -> None:

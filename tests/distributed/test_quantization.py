@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.harness import listing
+from tests.distributed.harness import asked, listing
 from tests.distributed.test_adapters import (
     LORA,
     RANKS,
@@ -17,7 +17,7 @@ from tests.distributed.test_adapters import (
     stopped_and_resumed,
     tensors,
 )
-from tests.distributed.test_resume import dropout_dir
+from tests.distributed.test_resume import STEPS, dropout_dir
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
 __all__ = ["dropout_dir"]  # a fixture
@@ -42,6 +42,16 @@ def test_it_goes_on_beside_the_same_4_bits(folder: Path, name: str) -> None:
         text = (folder / f"{name}-nf4-{log}.log").read_text(encoding="utf-8")
         assert text.count(SAID) == 1  # by rank 0
         assert "kernels-community" not in text
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_it_is_asked_beside_the_same_4_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The adapter that a run has left, and its last checkpoint."""
+    monkeypatch.chdir(folder)
+    run = Path(f"{name}-nf4")
+    assert asked(run, capsys) == asked(run / f"checkpoint-{STEPS}", capsys) != ""
 
 
 @pytest.mark.parametrize("name", ENGINES)
