@@ -13,18 +13,18 @@ from ds_sft.runtime.quiet import quiet
 
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "init": ("ds_sft.commands.init", "write a configuration to begin with, and with --slurm the templates of jobs"),
-    "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
-    "export": ("ds_sft.commands.export", "turn a checkpoint of any ZeRO stage into a model folder, without GPUs"),
-    "push": ("ds_sft.commands.push", "give a trained model to others: the Hugging Face hub, with a model card"),
-    "verify": ("ds_sft.commands.verify", "compare a final model's loss with the trained one, where a run could not"),
-    "plan": ("ds_sft.commands.plan", "what a run will need: memory, disk, time; from its configuration alone"),
-    "prepare": ("ds_sft.commands.prepare", "encode the data of a run, without a GPU"),
     "preview": ("ds_sft.commands.preview", "show the tokens a model will see, and which are learned"),
-    "report": ("ds_sft.commands.report", "put runs on one page: curves, time, memory, keys, answers"),
-    "chat": ("ds_sft.commands.chat", "talk to a trained model, or to a checkpoint, in the terminal"),
-    "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
+    "plan": ("ds_sft.commands.plan", "what a run will need: memory, disk, time; from its configuration alone"),
+    "train": ("ds_sft.train", "fine-tune a model; the same as `python ds_sft/train.py`"),
+    "prepare": ("ds_sft.commands.prepare", "encode the data of a run, without a GPU"),
     "doctor": ("ds_sft.commands.doctor", "find out what would stop a run here: devices, files, disk, network"),
+    "launch": ("ds_sft.commands.launch", "say what a run on a cluster will be, and submit it to Slurm"),
+    "chat": ("ds_sft.commands.chat", "talk to a trained model, or to a checkpoint, in the terminal"),
     "evaluate": ("ds_sft.commands.evaluate", "how good a model's answers are, and how much better than before"),
+    "report": ("ds_sft.commands.report", "put runs on one page: curves, time, memory, keys, answers"),
+    "push": ("ds_sft.commands.push", "give a trained model to others: the Hugging Face hub, with a model card"),
+    "export": ("ds_sft.commands.export", "turn a checkpoint of any ZeRO stage into a model folder, without GPUs"),
+    "verify": ("ds_sft.commands.verify", "compare a final model's loss with the trained one, where a run could not"),
     "demo": ("ds_sft.commands.demo", "build the demo's model and dialogues from installed packages"),
 }
 
