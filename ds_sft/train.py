@@ -250,7 +250,7 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 def load_model_to_train(
     config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
 ) -> PreTrainedModel:
-    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, our loss."""
+    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss."""
     from ds_sft.training.adapters import choose_weights
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels

@@ -2,11 +2,15 @@
 
 A model's load balancing loss is N x sum over experts of f_e x P_e: the share of tokens that goes to expert e, times
 the mean of its probabilities (Switch Transformer, arXiv 2101.03961). Models compute it of one micro batch on one rank.
-`LoadBalancing` does it of a step: P_e is a sum over tokens and can be divided by those of the step; f_e is all-reduced
-between the ranks, and summed over the step's micro batches so far, as in Qwen's global-batch balancing (arXiv
-2501.11873) and Megatron's `global_aux_loss`. So with one micro batch a step the gradient is that of the whole step on
-however many ranks; with more, the first ones have the f_e of fewer tokens. The loss that is logged is the whole step's
-either way.
+`LoadBalancing` does it of a step, as Qwen's global-batch balancing (arXiv 2501.11873): both are sums over the tokens of
+all micro batches and ranks, and the loss of a step is the same however its rows are split.
+
+So is its gradient on any number of ranks. It is that of P_e alone, as nothing flows through a count: the sum over pairs
+of micro batches of one's counts times the gradient of the other's probabilities. Of a pair the first micro batch has
+lost its graph when the second one's counts come. So the counts of the first with the gradient of the second stand for
+both, twice: each pair once, and over all orders of the micro batches the mean is the gradient of the step. With one
+micro batch a step and rank there are no pairs, and the gradient is exact. (The counts so far over the tokens so far,
+as Qwen and Megatron have them, count the first micro batches' own pairs for too much: twice the error, measured.)
 """
 
 from __future__ import annotations
@@ -157,40 +161,40 @@ class LoadBalancing:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
         self.tokens: torch.Tensor | None = None  # of the step under way; None: none was announced
-        self.so_far = self.value = torch.zeros(())  # of that step: see `loss`
+        self.so_far = torch.zeros(2, self.model.num_experts)  # its `sums_over_tokens` until now, over all ranks
+        self.value = torch.zeros(())  # their loss
         self.total, self.steps = torch.zeros(()), 0  # sum of the steps' losses since the last log entry
 
     def begin(self, tokens: torch.Tensor) -> None:
         """A step begins; tokens: of the rows of all its micro batches and ranks."""
         self.tokens = tokens
-        self.so_far = torch.zeros(2 * self.model.num_experts + 1, device=tokens.device)
+        self.so_far = torch.zeros(2, self.model.num_experts, device=tokens.device)
         self.value = self.so_far.new_zeros(())
         self.total, self.steps = self.total.to(tokens.device), self.steps + 1
 
     def loss(self, router_logits: tuple[torch.Tensor, ...], counted: torch.Tensor | None) -> torch.Tensor:
         """This micro batch's and rank's part of the step's loss, times its coefficient; all ranks must call it.
 
-        The parts sum to the loss of the step. Their gradients are those of f_e x P_e in P_e, f_e as it is so far.
+        The parts sum to the loss of the step; each is what the micro batch adds to that of those before it.
 
         Args:
             router_logits: [tokens, experts] of each layer.
             counted: [tokens], as `counted_tokens` has it.
         """
         assert self.tokens is not None
-        assigned, probability, rows = sums_over_tokens(router_logits, self.model.num_experts_per_tok, counted)
-        experts, told = len(assigned), torch.cat([assigned, probability.detach(), rows[None]])
+        assigned, probability = sums_over_tokens(router_logits, self.model.num_experts_per_tok, counted)
+        told = torch.stack([assigned, probability.detach()])
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks > 1:
             dist.all_reduce(told)
+        scale = len(assigned) / (self.tokens * len(router_logits)).clamp(min=1) ** 2
+        learned = scale * ((told[0] + 2 * self.so_far[0]) * probability).sum()
         self.so_far = self.so_far + told
-        all_rows = (self.tokens * len(router_logits)).clamp(min=1)
-        share = self.so_far[:experts] / self.so_far[-1].clamp(min=1)  # f_e
-        learned = experts * (share * probability).sum() / all_rows
-        value = experts * (share * self.so_far[experts:-1]).sum() / all_rows
+        value = scale * (self.so_far[0] * self.so_far[1]).sum()
         added, self.value = value - self.value, value
         self.total = self.total + added
-        part: torch.Tensor = learned + (added / ranks - learned).detach()
-        return self.model.router_aux_loss_coef * part
+        part: torch.Tensor = self.model.router_aux_loss_coef * (learned + (added / ranks - learned).detach())
+        return part
 
     def logged(self) -> dict[str, float]:
         """Mean over the steps since the last call, without the coefficient; the same on all ranks."""
@@ -203,8 +207,8 @@ class LoadBalancing:
 
 def sums_over_tokens(
     router_logits: tuple[torch.Tensor, ...], k: int, counted: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Over tokens and layers: how many chose each expert, the experts' probabilities, [experts] each; and how many.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over tokens and layers: how many chose each expert, and the experts' probabilities, [experts] each.
 
     Args:
         router_logits: [tokens, experts] of each layer.
@@ -218,7 +222,7 @@ def sums_over_tokens(
     assigned = logits.new_zeros(logits.shape[-1]).scatter_add_(
         0, chosen.flatten(), weights[..., None].expand_as(chosen).flatten()
     )
-    return assigned, (probabilities * weights[..., None]).sum((0, 1)), weights.sum()
+    return assigned, (probabilities * weights[..., None]).sum((0, 1))
 
 
 def balancing_of(model: PreTrainedModel, coefficient: float | None) -> LoadBalancing | None:
@@ -234,9 +238,7 @@ def balancing_of(model: PreTrainedModel, coefficient: float | None) -> LoadBalan
     if not _balances(model):
         if coefficient is not None:
             name = type(model).__name__
-            raise UserError(
-                f"router_aux_loss_coef: {name} adds no load balancing loss that it could weigh; leave it out"
-            )
+            raise UserError(f"router_aux_loss_coef: {name} adds no load balancing loss to its own; leave it out")
         return None
     if coefficient is not None:
         model.router_aux_loss_coef = coefficient
@@ -252,7 +254,7 @@ def _balances(model: PreTrainedModel) -> bool:
     """Whether a model's forward adds the loss that Mixtral's file defines, as that does."""
     from transformers.models.mixtral import modeling_mixtral
 
-    function = getattr(sys.modules[type(model).__module__], BALANCING, None)
+    function: Any = getattr(sys.modules[type(model).__module__], BALANCING, None)
     try:
         forward = inspect.getsource(inspect.unwrap(type(model).forward))
         known = inspect.getsource(function) == inspect.getsource(modeling_mixtral.load_balancing_loss_func)
