@@ -53,10 +53,9 @@ def counted_tokens(kwargs: dict[str, Any]) -> torch.Tensor | None:
     counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if layout is None or min(layout.lengths) > 1:
         return counted.flatten()
-    lengths = torch.tensor(layout.lengths, device=ids.device)
-    if mask is None:
-        return (lengths > 1).repeat_interleave(lengths, output_size=ids.numel())
-    return (counted & (lengths > 1)[:, None]).flatten()
+    lengths = torch.tensor(layout.lengths)  # on the host, which does not wait for the device to get what follows
+    rows = (lengths > 1).repeat_interleave(lengths)[None] if mask is None else (lengths > 1)[:, None]
+    return (counted & rows.to(ids.device, non_blocking=True)).flatten()
 
 
 class Routing:
