@@ -83,7 +83,7 @@ def make_step(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     launch = Launch(launcher="python")
     keep_rows_apart(model, None, launch)
-    prepare_experts(model, launch, on_gpu=False)
+    prepare_experts(model, launch, device=torch.device("cpu"))
     if implementation is not None:
         model.set_experts_implementation(implementation)
     supervise(model, launch)

@@ -269,7 +269,7 @@ def load_model_to_train(
     elif not args.torch_compile:
         know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
-    prepare_experts(model, launch, on_gpu=on_gpu, aux_loss_coef=config.router_aux_loss_coef)
+    prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef)
     supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
     return model
 

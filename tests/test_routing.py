@@ -17,7 +17,7 @@ from ds_sft.training.loss import supervise
 from ds_sft.training.routing import Routing, counted_tokens, prepare_experts, routing_of
 from tests.test_loss import SMALL, apart
 
-ALONE = Launch(launcher="python")
+ALONE, CPU = Launch(launcher="python"), torch.device("cpu")
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21, 22]]
 # Each defines or imports its own copy of Mixtral's function.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def batch_of(rows: list[list[int]]) -> dict[str, Any]:
 
 
 def prepared(model: Any, **keys: Any) -> Any:
-    prepare_experts(model, ALONE, on_gpu=False, **keys)
+    prepare_experts(model, ALONE, device=CPU, **keys)
     supervise(model, ALONE)
     model.register_forward_pre_hook(lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "layout"}),
                                     with_kwargs=True)  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_coefficient_of_nothing(family: str, own: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1, **own))
     with pytest.raises(UserError) as caught:
-        prepare_experts(model, ALONE, on_gpu=False, aux_loss_coef=0.1)
+        prepare_experts(model, ALONE, device=CPU, aux_loss_coef=0.1)
     assert str(caught.value) == (
         f"router_aux_loss_coef: {type(model).__name__} adds no load balancing loss to its own; leave it out"
     )
@@ -151,7 +151,7 @@ def test_which_tokens_count() -> None:
 def test_the_fullest_and_the_emptiest_expert_of_any_layer() -> None:
     """Of 4 tokens with 2 experts each; the second layer's have but two of four."""
     model = make("qwen3_moe")
-    routing = Routing(model, None)
+    routing = Routing(model, None, CPU)
     chosen = [torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]), torch.tensor([[0, 1]] * 4)]
     for _ in range(2):  # as gradient checkpointing has it
         for experts, index in zip(experts_of(model), chosen, strict=True):
@@ -166,5 +166,5 @@ def test_the_fullest_and_the_emptiest_expert_of_any_layer() -> None:
 
 def test_a_dense_model_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SMALL))
-    prepare_experts(model, ALONE, on_gpu=False)
+    prepare_experts(model, ALONE, device=CPU)
     assert (routing_of(model), capsys.readouterr().out) == (None, "")

@@ -61,9 +61,8 @@ def counted_tokens(kwargs: dict[str, Any]) -> torch.Tensor | None:
 class Routing:
     """Counts the tokens of each expert of each layer, on the device, until they are read; `balancing`: see there."""
 
-    def __init__(self, model: nn.Module, balancing: LoadBalancing | None) -> None:
+    def __init__(self, model: nn.Module, balancing: LoadBalancing | None, device: torch.device) -> None:
         layers: list[Any] = experts_of(model)
-        device = next(model.parameters()).device
         self.balancing = balancing
         self.counted: torch.Tensor | None = None  # of the batch under way, as `counted_tokens` has it
         self.counts = [torch.zeros(layer.num_experts, dtype=torch.int64, device=device) for layer in layers]
@@ -129,14 +128,14 @@ def routing_of(model: Any) -> Routing | None:
 
 
 def prepare_experts(
-    model: PreTrainedModel, launch: Launch, *, on_gpu: bool, aux_loss_coef: float | None = None
+    model: PreTrainedModel, launch: Launch, *, device: torch.device, aux_loss_coef: float | None = None
 ) -> None:
     """Let a mixture of experts compute fast, count its tokens, and balance them over a step; nothing for dense models.
 
     Args:
         model: before DeepSpeed or DistributedDataParallel wrap it.
         launch: says how.
-        on_gpu: where the model computes.
+        device: on which the model computes.
         aux_loss_coef: what its load balancing loss counts, 0: nothing; None: as the model's configuration says.
 
     Raises:
@@ -150,8 +149,8 @@ def prepare_experts(
         )
     balancing = balancing_of(model, aux_loss_coef)
     if balancing is not None or experts_of(model):
-        group_experts(model, launch, on_gpu=on_gpu)
-        model.routing = Routing(model, balancing)
+        group_experts(model, launch, on_gpu=device.type == "cuda")
+        model.routing = Routing(model, balancing, device)
 
 
 class LoadBalancing:

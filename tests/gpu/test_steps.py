@@ -43,9 +43,10 @@ def test_between_two_logging_steps_nothing_waits_for_the_device(
     """Steps 4 and 8 are logged: in 5 to 7 no batch, forward, backward, clipping, optimizer or schedule waits."""
     monkeypatch.setenv("STRICT_STEPS", "4 7")
     rows = write_rows(tmp_path / "rows.jsonl", ROWS * 2)
+    mixture = make_mixture(tmp_path / "mixture-model", tokenizer_dir)
     changes = {"end_to_end": {}, "recomputed": {"gradient_checkpointing": True}, "liger": {"fused_kernels": "liger"},
                "filled": {"max_tokens_per_batch": 600}, "padded": {"batching": "padded"},
-               "mixture": {"model_name_or_path": str(make_mixture(tmp_path / "mixture", tokenizer_dir))}}  # fmt: skip
+               "mixture": {"model_name_or_path": str(mixture)}}  # fmt: skip
     asked = {
         name: settings(model, rows, max_steps=8, logging_steps=4, **change)
         for name, change in changes.items()
