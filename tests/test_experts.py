@@ -121,11 +121,15 @@ def test_a_working_copy_has_gradients_of_every_expert() -> None:
 
 def test_what_is_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A saved configuration names no function that another program would not have."""
+    families = {name: FAMILIES.get(name, {}) for name in ("qwen3_moe", "qwen3", "deepseek_v3")}
     made = [AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **own}))
-            for family, own in (("qwen3_moe", FAMILIES["qwen3_moe"]), ("qwen3", {}))]  # fmt: skip
+            for family, own in families.items()]  # fmt: skip
     for model in made:
         group_experts(model, ALONE, on_gpu=False)
-    assert capsys.readouterr().out == "Experts: 8 in each of 1 layers, by one product an expert (ds_sft's).\n"
+    how = "Experts: 8 a layer, in 1 of them, by one product an expert (ds_sft's)"
+    assert capsys.readouterr().out == (
+        f"{how}.\n{how}; e_score_correction_bias, which balances them, stays as it is.\n"
+    )
     made[0].save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
     assert not [key for key in json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) if "implem" in key]
@@ -134,4 +138,4 @@ def test_what_is_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_on_a_gpu_transformers_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **{**SMALL, **FAMILIES["mixtral"]}))
     group_experts(model, ALONE, on_gpu=True)
-    assert capsys.readouterr().out == "Experts: 8 in each of 1 layers, by grouped_mm (transformers').\n"
+    assert capsys.readouterr().out == "Experts: 8 a layer, in 1 of them, by grouped_mm (transformers').\n"

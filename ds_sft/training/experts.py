@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Pairs of a token and an expert. For 16 bits oneDNN compiles a product for each new number of rows, which takes three
 # times as long as the product: 2.4 ms the first time and 0.8 then (128 rows, 512 x 512, torch 2.13).
 BLOCK = 16
+BIAS = "e_score_correction_bias"  # DeepSeek-V3's way to balance experts; transformers has no update of it
 NAME = "ds_sft_experts"  # as experts_implementation; transformers does not write it into a saved config
 
 
@@ -46,7 +47,9 @@ def group_experts(model: PreTrainedModel, launch: Launch, *, on_gpu: bool) -> No
     first: Any = layers[0]
     name = first.config._experts_implementation
     how = "one product an expert (ds_sft's)" if name == NAME else f"{name} (transformers')"
-    launch.say(f"Experts: {first.num_experts} in each of {len(layers)} layers, by {how}.")
+    biased = any(name.endswith(f".{BIAS}") for name, _ in model.named_buffers())
+    kept = f"; {BIAS}, which balances them, stays as it is" if biased else ""
+    launch.say(f"Experts: {first.num_experts} a layer, in {len(layers)} of them, by {how}{kept}.")
 
 
 def keep_experts_together(model: nn.Module) -> list[str]:
