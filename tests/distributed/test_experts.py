@@ -119,22 +119,25 @@ def check(out: Path, losses: list[float], weights: dict[str, torch.Tensor]) -> N
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_one_trajectory(model_dir: Path, tmp_path: Path, ranks: int | None) -> None:
-    """Every family under every engine, with gradient checkpointing and without.
+    """Every family under every engine, with gradient checkpointing and without; one resumed under each engine.
 
     A step has one micro batch on each rank where there is a load balancing loss, whose gradient is then exact.
     """
     engines = (
         [("none", True)] if ranks is None else [("none", False), ("zero2", True), ("zero3", False), ("zero3", True)]
     )
-    runs, wanted = {}, {}
-    for family in FAMILIES:
-        source = make_mixture(family, tmp_path / family, model_dir)
-        wanted[family] = bare_pytorch(source)
-        micro = GLOBAL_BATCH // (ranks or 1) // (1 if "router_aux_loss_coef" in FAMILIES[family] else 2)
-        for name, checkpointing in engines:
+    sources = {family: make_mixture(family, tmp_path / family, model_dir) for family in FAMILIES}
+    wanted = {family: bare_pytorch(source) for family, source in sources.items()}
+    runs: dict[str, dict[str, Any]] = {}
+    for name, checkpointing in engines:  # those without DeepSpeed first: it leaves its mark on a process
+        for family, source in sources.items():
+            micro = GLOBAL_BATCH // (ranks or 1) // (1 if "router_aux_loss_coef" in FAMILIES[family] else 2)
             out = f"{family}-{name}-{checkpointing}"
             runs[out] = run_of(source, tmp_path, name, micro, GLOBAL_BATCH // (ranks or 1) // micro, output_dir=out,
                                gradient_checkpointing=checkpointing)  # fmt: skip
+        first = f"qwen3_moe-{name}-{checkpointing}"
+        runs[first] |= {"save_strategy": "steps", "save_steps": 1}
+        runs[f"{first}-resumed"] = runs[first] | {"output_dir": f"{first}-resumed", "resume": f"{first}/checkpoint-1"}
     files = [str(write_yaml(tmp_path / f"{out}.yaml", keys)) for out, keys in runs.items()]
     done = run_forked([script("routed"), *files], ranks, cwd=tmp_path, timeout=1400)
     assert done.code == 0, done.output[-6000:]
