@@ -55,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {**QWEN3, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000},
 }  # fmt: skip
+# A mixture's layers instead of a dense one's: each token meets as many parameters.
+CHOSEN, EXPERTS = 8, 64  # of a token, of a layer
 TINY = 32  # lengths of the tiny shape are divided by it
 ANSWERS = 3, 256  # predictions, and tokens of each
 MAX_LENGTH = 2048  # tokens of a dialogue, at most; ours cuts longer ones, as TRL is told to
@@ -78,6 +80,7 @@ class Run:
     less: int = 1  # part of `--steps`
     keys: dict[str, Any] = field(default_factory=dict)
     predicts: bool = False
+    mixture: bool = False  # of experts, with the active parameters of the shape
     target: str = ""
 
     @property
@@ -106,6 +109,8 @@ RUNS = [
     Run("16k-none", "ours, 16,384 tokens, fused_kernels: none", tokens=16_384, keys={"fused_kernels": "none"}),
     Run("16k-compile", "ours, 16,384 tokens, fused_kernels: compile", tokens=16_384,
         keys={"fused_kernels": "compile"}),
+    Run("16k-mixture", f"ours, 16,384 tokens, {CHOSEN} of {EXPERTS} experts", tokens=16_384, mixture=True,
+        target=">= 60 % of 16k; unmeasured"),
     Run("reference", "the reference's settings, single rows", program="reference", layout="single"),
 ]  # fmt: skip
 PACKAGES = {"trl": "trl", "trl-liger": "liger_kernel"}  # what a run needs besides torch and transformers
@@ -143,7 +148,7 @@ class Found:
 
 def main() -> None:
     given, started = arguments(), time.monotonic()
-    wanted = [run for run in RUNS if not given.only or run.name in given.only]
+    wanted = wanted_of(given)
     with tempfile.TemporaryDirectory(prefix="ds_sft-gpu-") as name:
         folder = (given.keep or Path(name)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +157,10 @@ def main() -> None:
         print(card.describe(), flush=True)
         results = list(measure(wanted, given, folder, card, started))
     print("\n" + table(results, card, given.shape))
+
+
+def wanted_of(given: argparse.Namespace) -> list[Run]:
+    return [run for run in RUNS if not given.only or run.name in given.only]
 
 
 def arguments() -> argparse.Namespace:
@@ -180,6 +189,9 @@ def prepare(given: argparse.Namespace, folder: Path) -> Card:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = make_model(given, folder / "model", device)
+    if any(run.mixture for run in wanted_of(given)):
+        make_mixture(SHAPES[given.shape], folder / "mixture", device)
+        tokenizer.save_pretrained(folder / "mixture")
     rows = read_rows(given.train_file) if given.train_file else dialogues(random.Random(0))
     rendered = [render(row, tokenizer.pad_token) for row in rows]
     write_lines(folder / "rows.jsonl", rows)
@@ -223,6 +235,20 @@ def make_model(given: argparse.Namespace, folder: Path, device: str) -> Any:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def make_mixture(shape: dict[str, Any], folder: Path, device: str) -> None:
+    """A mixture of experts, of random weights in bfloat16, with the active parameters of a shape."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=CHOSEN,
+                           moe_intermediate_size=shape["intermediate_size"] // CHOSEN)
+        ).to(torch.bfloat16)  # fmt: skip
+    model.save_pretrained(folder)
 
 
 def make_tokenizer() -> Any:
@@ -320,7 +346,8 @@ def job_of(run: Run, given: argparse.Namespace, folder: Path, device: str) -> Jo
     if run.predicts:
         keys |= {"eval_file": folder / "eval.jsonl", "eval_strategy": "no", "num_predictions": ANSWERS[0],
                  "predict_max_new_tokens": ANSWERS[1], "verify_export": True}  # fmt: skip
-    return Job(folder=folder, model=folder / "model", system=SYSTEM, batch=run.rows, steps=steps, longest=0, tokens=0,
+    model = folder / ("mixture" if run.mixture else "model")
+    return Job(folder=folder, model=model, system=SYSTEM, batch=run.rows, steps=steps, longest=0, tokens=0,
                stage=run.stage, threads=os.cpu_count() or 1, device=device, logging=steps // 3, more=keys)  # fmt: skip
 
 
@@ -371,7 +398,7 @@ def read_ours(run: Run, job: Job, out: Path, said: list[Any]) -> Found:
     return Found(
         run.name,
         tokens_per_second=last["tokens_per_second"],
-        flops=last["tokens_per_second"] * flop_of_a_token(job, lengths),
+        flops=None if run.mixture else last["tokens_per_second"] * flop_of_a_token(job, lengths),
         peak_gib=peaks.get("gpu_gib", peaks["host_gib"]),
         planned_gib=plan.get("planned_gib"),
         data_wait=last["data_wait_share"],

@@ -42,7 +42,14 @@ from ds_sft.runtime.export import end_answers_at
 from ds_sft.runtime.identity import EVAL_DATA, Changes
 from ds_sft.runtime.preempt import Stopped, StopRequests
 from ds_sft.runtime.quantized import elements
-from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
+from ds_sft.runtime.trained import (
+    expect_trained_only,
+    is_converted,
+    load_converted,
+    load_trained,
+    save_trained,
+    trained_weights,
+)
 from ds_sft.training.hyperparameters import Asked
 from ds_sft.training.metrics import factors
 
@@ -118,15 +125,22 @@ class ResumableTrainer(Trainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.run.freezes:
-            load_trained(self.model, Path(resume_from_checkpoint))
-        else:
+        if not self._load_ourselves(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        if self.run.freezes and not self.is_deepspeed_enabled:
-            load_trained(self.model, Path(str(self.state.best_model_checkpoint)))
+    def _load_ourselves(self, folder: Path) -> bool:
+        """Load weights that Trainer would not find in a checkpoint; False: it would."""
+        if self.run.freezes:
+            load_trained(self.model, folder)
+        elif is_converted(self.model):
+            load_converted(self.model, folder)
         else:
+            return False
+        return True
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled or not self._load_ourselves(best):
             super()._load_best_model()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

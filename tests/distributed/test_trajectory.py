@@ -25,6 +25,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.commands.export import main as export
+from ds_sft.data.layout import collate_padded
 from tests.conftest import write_rows
 from tests.distributed.harness import ROOT, read_lines, run_forked, script, step_losses, train, write_yaml
 from tests.test_encode import reference_row
@@ -319,15 +320,21 @@ MIXTURE = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 
 
 
 def test_a_mixture_of_experts_has_one_loss_however_it_is_started(model_dir: Path, tmp_path: Path) -> None:
-    """Its load balancing loss counts once a step, for any number of micro batches and ranks, under any engine."""
+    """That of all rows of a step in one batch, load balancing included, however they are split, under any engine."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=400, **MIXTURE)).train()
     model.save_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.save_pretrained(tmp_path / "model")
-    ids, labels = reference_row(tokenizer, ROWS[3]["question"], ROWS[3]["answer"], SYSTEM, 512)
-    whole = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
-    assert whole.aux_loss.item() > 2
+    rows = [reference_row(tokenizer, row["question"], row["answer"], SYSTEM, 512) for row in ROWS[: 2 * GLOBAL_BATCH]]
+    made = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+    wanted = []
+    for start in (0, GLOBAL_BATCH):
+        batch = collate_padded(made[start : start + GLOBAL_BATCH], pad_token_id=0)
+        del batch["layout"]
+        whole = model(**batch)
+        assert whole.aux_loss.item() > 2
+        wanted.append(whole.loss.item())
     splits = [("none", 4, 1), ("none", 1, 4), ("zero2", 2, 2), ("zero3", 1, 4)]
     files = []
     for number, (name, micro, accumulation) in enumerate(splits):
@@ -335,11 +342,11 @@ def test_a_mixture_of_experts_has_one_loss_however_it_is_started(model_dir: Path
                         learning_rate=0, eval_strategy="no", export_dtype="float32")  # fmt: skip
         keys |= {"deepspeed": str(ROOT / "ds_configs" / f"{name}.json")} if name != "none" else {}
         files.append(str(write_yaml(tmp_path / f"{number}.yaml", keys)))
-    write_rows(tmp_path / "train.jsonl", [ROWS[3]] * 16)
+    write_rows(tmp_path / "train.jsonl", ROWS[: 2 * GLOBAL_BATCH])
     done = run_forked([script("splits"), *files], 2, cwd=tmp_path)
     assert done.code == 0, done.output[-6000:]
     for number in range(len(splits)):
-        assert step_losses(tmp_path / f"out{number}") == pytest.approx([whole.loss.item()] * 2, rel=1e-5)
+        assert step_losses(tmp_path / f"out{number}") == pytest.approx(wanted, rel=1e-5)
 
 
 def leave_a_lock(folder: Path) -> Path:

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "long": ("long", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": LONG},
              ONE_KERNEL),
     "window": ("window", {}, ONE_KERNEL),
+    "mixture": ("mixture", {}, "by grouped_mm (transformers')"),
     "liger": ("end_to_end", {"fused_kernels": "liger"}, "Fused kernels: 9 norms, 2 gates, 2 rotations (Liger"),
     "compiled_layers": ("end_to_end", {"fused_kernels": "compile"}, "Fused kernels: 2 layers, each compiled"),
     "compiled": ("end_to_end", {"torch_compile": True}, ""),
@@ -39,7 +40,10 @@ def keys(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Of each case."""
     folder = tmp_path_factory.mktemp("learned")
     qwen3 = make(folder / "qwen3", tokenizer_dir)
-    models = {"window": make(folder / "mistral", tokenizer_dir, "mistral", sliding_window=40)}
+    models = {
+        "window": make(folder / "mistral", tokenizer_dir, "mistral", sliding_window=40),
+        "mixture": make_mixture(folder / "mixture", tokenizer_dir),
+    }
     answers = [" ".join(str(n * i % 997) for n in range(LONG)) for i in range(4)]  # more tokens than fit
     long = write_rows(folder / "long.jsonl", [{"question": "Count", "answer": answer} for answer in answers])
     rows = {"long": long}
@@ -48,6 +52,11 @@ def keys(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         name: settings(models.get(name, qwen3), rows.get(name, short), **changes)
         for name, (_, changes, _) in CASES.items()
     }
+
+
+def make_mixture(folder: Path, tokenizer_dir: Path) -> Path:
+    return make(folder, tokenizer_dir, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                output_router_logits=True)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

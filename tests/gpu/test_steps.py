@@ -15,7 +15,7 @@ from tests.conftest import write_rows
 from tests.distributed.harness import step_losses
 from tests.distributed.test_trajectory import BF16_LOSS, ROWS
 from tests.gpu.lane import DEVICE, GPU, ON_GPU, Ran, make, run_all, settings
-from tests.gpu.test_losses import runs
+from tests.gpu.test_losses import make_mixture, runs
 
 pytestmark = GPU
 
@@ -38,13 +38,15 @@ def test_pytorch_raises_where_the_host_waits() -> None:
 
 
 def test_between_two_logging_steps_nothing_waits_for_the_device(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 4 and 8 are logged: in 5 to 7 no batch, forward, backward, clipping, optimizer or schedule waits."""
     monkeypatch.setenv("STRICT_STEPS", "4 7")
     rows = write_rows(tmp_path / "rows.jsonl", ROWS * 2)
+    mixture = make_mixture(tmp_path / "mixture-model", tokenizer_dir)
     changes = {"end_to_end": {}, "recomputed": {"gradient_checkpointing": True}, "liger": {"fused_kernels": "liger"},
-               "filled": {"max_tokens_per_batch": 600}, "padded": {"batching": "padded"}}  # fmt: skip
+               "filled": {"max_tokens_per_batch": 600}, "padded": {"batching": "padded"},
+               "mixture": {"model_name_or_path": str(mixture)}}  # fmt: skip
     asked = {
         name: settings(model, rows, max_steps=8, logging_steps=4, **change)
         for name, change in changes.items()
