@@ -18,18 +18,31 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 EXPERTS = 4
 SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
-         "num_experts_per_tok": 2, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 2,
+         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 2,
          "bos_token_id": None, "torch_dtype": "bfloat16"}  # fmt: skip
-GROUPED = {"n_routed_experts": EXPERTS, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
+TWO = {"num_experts_per_tok": 2}
+GROUPED = {**TWO, "n_routed_experts": EXPERTS, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
            "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16},
-    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen3_moe": {**TWO, "num_experts": EXPERTS, "moe_intermediate_size": 16},
+    "mixtral": {**TWO, "num_local_experts": EXPERTS},
     "glm4_moe": GROUPED,
-    "gpt_oss": {"num_local_experts": EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "deepseek_v3": {**GROUPED, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-                    "qk_nope_head_dim": 8, "v_head_dim": 8},
-}  # fmt: skip
+    "gpt_oss": {
+        **TWO,
+        "num_local_experts": EXPERTS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        **GROUPED,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 4,
+    },
+}
 PARTS = {"mixtral": ("w1", "w3", "w2")}  # gate, up, down
 
 
@@ -59,6 +72,8 @@ def published(family: str, weights: dict[str, torch.Tensor]) -> Iterator[tuple[s
             yield name, value.contiguous()
             continue
         for number, matrix in enumerate(value):
-            halves = zip((gate, up), matrix.chunk(2), strict=True) if name.endswith("gate_up_proj") else [(down, matrix)]
+            halves = (
+                zip((gate, up), matrix.chunk(2), strict=True) if name.endswith("gate_up_proj") else [(down, matrix)]
+            )
             for part, half in halves:
                 yield f"{block}.{number}.{part}.weight", half.contiguous()

@@ -176,7 +176,7 @@ def _named(model: PreTrainedModel, asked: Sequence[str], layers: Sequence[str]) 
     for name in asked:
         found = {layer for layer in layers if _matches(layer, name)}
         if not found and not any(_matches(tensor, name) for tensor in experts):
-            raise UserError(f"lora_targets: {_why_no_layer(model, name, _for_all_linear(model, layers))}")
+            raise UserError(f"lora_targets: {_why_no_layer(model, name, [*_for_all_linear(model, layers), *experts])}")
         chosen |= found
     return [layer for layer in layers if layer in chosen]
 
