@@ -159,6 +159,7 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> 
         inject_adapter_in_model(asked, model, adapter_name=ADAPTER)
     if asked.ensure_weight_tying:
         _mend_tied(model, asked)
+    _gather_experts_whole(model)
     for layer in (module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")):
         # To the dtype of the master, and autocast back to that of its copy: activations in float32 for nothing.
         layer.cast_input_dtype_enabled = False
@@ -168,6 +169,22 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> 
     model.adapter_config = asked
     if config.quantization != "none":
         model._hf_peft_config_loaded = True  # what Trainer asks of a quantised model: something in it can be trained
+
+
+def _gather_experts_whole(model: PreTrainedModel) -> None:
+    """Under ZeRO-3 let experts and the adapters on them be gathered before any of them is called, and at once.
+
+    peft takes a tensor out of the experts' module for the time of its forward, so where that has biases, too, DeepSpeed
+    finds other parameters in it than it remembers from between steps (0.19.8: "tracing error").
+    """
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    inner = {id(wrapper.base_layer) for wrapper in wrappers}
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        from deepspeed.utils import set_z3_leaf_module
+
+        for wrapper in wrappers:
+            if id(wrapper) not in inner:
+                set_z3_leaf_module(wrapper, True)
 
 
 def _mend_tied(model: PreTrainedModel, asked: LoraConfig) -> None:
