@@ -164,7 +164,7 @@ class Config:
     lora_alpha: float = key("an adapter's product counts lora_alpha / lora_rank", default=32.0)
     lora_dropout: float = key("share of an adapter's inputs left out", default=0.0)
     lora_targets: list[str] | None = key("what gets adapters: names such as [q_proj, v_proj], regular expressions of "
-                                         "whole names; default: all-linear, all but the output projection",
+                                         "whole names, experts; default: all-linear, all but the output projection",
                                          default=None)  # fmt: skip
     lora_modules_to_save: list[str] | None = key("modules trained whole beside the adapters, such as [lm_head]",
                                                  default=None)  # fmt: skip

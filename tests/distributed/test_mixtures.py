@@ -24,6 +24,9 @@ NOTHING = {**SAVED, "learning_rate": 0, "max_steps": 1, "save_steps": 1, "eval_s
 # Adapters on experts. In bfloat16 layers are computed again in backward.
 WITH_ADAPTERS = ["qwen3_moe", "gpt_oss"]
 LORA = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_targets": ["q_proj", "experts"]}
+# How far bfloat16 may be off, as in test_trajectory.py: twice what peft has in bare PyTorch under autocast, 0.041 and
+# 0.177. A rounding before a router chooses another expert, and gpt-oss's biases make these differ more.
+BF16_UPDATE = {"qwen3_moe": 0.082, "gpt_oss": 0.354}
 WHOLE = {**SAVED, **LORA, "save_steps": 2, "merge": "no"}
 ADAPTED = {"float32": WHOLE, "resumed": WHOLE, "bf16": {**LORA, "bf16": True, "gradient_checkpointing": True}}
 
@@ -87,7 +90,8 @@ def adapt(model: Any) -> Any:
 @pytest.mark.parametrize("family", WITH_ADAPTERS)
 def test_adapters_on_experts_have_the_trajectory_of_peft(folder: Path, family: str, name: str) -> None:
     check(folder / f"{family}-{name}-float32", reference(folder / family, torch.float32))
-    check_bf16(folder / f"{family}-{name}-bf16", reference(folder / family, torch.bfloat16))
+    bf16 = folder / f"{family}-{name}-bf16"
+    check_bf16(bf16, reference(folder / family, torch.bfloat16), bound=BF16_UPDATE[family])
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -95,7 +99,7 @@ def test_adapters_on_experts_have_the_trajectory_of_peft(folder: Path, family: s
 def test_adapters_on_experts_go_on_bit_equal(folder: Path, tmp_path: Path, family: str, name: str) -> None:
     """From the second step; and the last checkpoint exports to the adapter that the run left, and merges into it."""
     whole, resumed = (folder / f"{family}-{name}-{kind}" for kind in ("float32", "resumed"))
-    assert step_losses(resumed) == step_losses(whole)[2:]
+    assert step_losses(resumed) == step_losses(whole)
     file = Path("adapter") / "adapter_model.safetensors"
     left = (whole / file).read_bytes()
     assert (resumed / file).read_bytes() == left
