@@ -442,7 +442,7 @@ def test_a_checkpoint_becomes_what_a_run_leaves(
         "quantization": "none", "computed_in": "bfloat16", "base": hash_base(str(bases["tied"])),
     }  # fmt: skip
     assert "system_turn" in AutoTokenizer.from_pretrained(out).chat_template  # the run's own, of its config.yaml
-    assert main(["export", str(out / "adapter"), str(again), "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(out / "adapter"), str(again), "--dtype", "bfloat16", "--merge"]) == 0
     for file in (path for path in out.rglob("*") if path.is_file()):
         assert file.read_bytes() == (again / file.relative_to(out)).read_bytes(), file
     assert main(["export", str(source), str(tmp_path / "alone"), "--adapter-only"]) == 0

@@ -38,6 +38,7 @@ from ds_sft.runtime.export import (
 from ds_sft.runtime.placement import is_out_of_memory
 from ds_sft.runtime.quantized import round_base, skeleton
 from ds_sft.runtime.size import in_units
+from ds_sft.runtime.storage import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ def require_room(out: Path, base: str, dtype: torch.dtype, trust_remote_code: bo
     Raises:
         NoRoom: it does not.
     """
-    needed, free = merged_bytes(base, dtype, trust_remote_code), shutil.disk_usage(out).free
+    needed, free = merged_bytes(base, dtype, trust_remote_code), shutil.disk_usage(nearest(out)).free
     if free < needed:
         raise NoRoom(f"{out}: the merged model takes about {in_units(needed)}, the disk has {in_units(free)} free")
 
