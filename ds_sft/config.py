@@ -84,7 +84,7 @@ ELSEWHERE = {  # what other programs call a key of ours
     "cutoff_len": "max_length",
     **dict.fromkeys(("finetuning_type", "tuner_type", "use_peft", "use_dora"), "adapter"),
     **dict.fromkeys(("lora_r", "r"), "lora_rank"),
-    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "lora_targets"),
+    **dict.fromkeys(("target_modules", "target_parameters", "lora_target_modules", "lora_target"), "lora_targets"),
     "modules_to_save": "lora_modules_to_save",
     "init_lora_weights": "lora_init",
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
@@ -169,7 +169,7 @@ class Config:
     lora_alpha: float = key("an adapter's product counts lora_alpha / lora_rank", default=32.0)
     lora_dropout: float = key("share of an adapter's inputs left out", default=0.0)
     lora_targets: list[str] | None = key("what gets adapters: names such as [q_proj, v_proj], regular expressions of "
-                                         "whole names; default: all-linear, all but the output projection",
+                                         "whole names, experts; default: all-linear, all but the output projection",
                                          default=None)  # fmt: skip
     lora_modules_to_save: list[str] | None = key("modules trained whole beside the adapters, such as [lm_head]",
                                                  default=None)  # fmt: skip
