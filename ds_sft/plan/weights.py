@@ -16,11 +16,9 @@ from functools import cached_property
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 
-Learned = Mapping[str, bool]  # of the parts of a layer that are trained: whole, not by an adapter?
+# Of the parts of a layer that are trained, such as self_attn.q_proj: whole, not by an adapter?
+Learned = Mapping[str, bool]
 Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by their names in it; tied ones once
-# Parts of a layer whose names say what autograd keeps for them (plan/memory.py).
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "q_norm", "k_norm",
-         "input_layernorm", "post_attention_layernorm")  # fmt: skip
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 # Modules with a matrix that has no adapter, beside those with "emb" in their name: routers, ends of other models.
 NO_LINEAR = (HEAD, "wte", "wpe", "gate", "router", "shared_expert_gate")
@@ -70,6 +68,25 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether hidden states are multiplied with a parameter: of experts one tensor has the matrices of all."""
+    return len(shape) in (2, 3) and not name.endswith("bias")
+
+
+def met_by_token(name: str, met: float) -> float:
+    """Share of a parameter that a token meets, where it meets a share `met` of a layer's experts."""
+    return met if ".experts." in name else 1.0
+
+
+def part_of(name: str) -> str:
+    """The part of a layer that a parameter belongs to, its own or an adapter's: self_attn.q_proj, input_layernorm.
+
+    Of a parameter that is no module's `weight` or `bias` its own name: mlp.experts.down_proj.
+    """
+    inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1].replace(".modules_to_save.default", "")
+    return re.sub(r"\.(lora_.*|weight|bias)$", "", inside)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter as it is in the model that is trained."""
@@ -101,6 +118,7 @@ class Weights:
 
     every: tuple[Weight, ...]
     layers: int
+    met: float = 1.0  # share of a layer's experts that a token meets
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -188,29 +206,34 @@ class Weights:
         return self._by_layer[layer]
 
     def learned(self, layer: int) -> Learned:
-        """Which `PARTS` of a layer are trained, whole or by an adapter."""
+        """Which parts of a layer are trained, whole or by an adapter."""
         return self._learned[layer]
 
     @cached_property
     def _learned(self) -> list[Learned]:
-        return [{part: "lora_" not in weight.name for weight in weights if weight.trained
-                 for part in weight.name.split(".") if part in PARTS} for weights in self._by_layer]  # fmt: skip
+        return [{part_of(weight.name): "lora_" not in weight.name for weight in weights if weight.trained}
+                for weights in self._by_layer]  # fmt: skip
 
     def flops(self) -> tuple[float, float]:
         """A token's floating-point operations in forward and backward: of the layers' matrices, and of the projection.
 
-        2 forward, 2 for the gradient of what comes in, where backward goes on, 2 for that of a trained weight.
+        2 forward, 2 for the gradient of what comes in, where backward goes on, 2 for that of a trained weight; of
+        experts those that a token chooses.
         """
-        layers = sum(self._factor(w) * w.size for w in self.every if w.layer is not None and len(w.shape) == 2)
+        layers = sum(self._factor(w) * self._multiplied(w) for w in self.every)
         heads = [w for w in self.every if w.used and self._is_projection(w)]
         return float(layers), float(sum((6 if w.trained else 4) * w.size for w in heads))
 
     @cached_property
-    def multiplied_again(self) -> int:
-        """Elements of the matrices in the layers that backward reaches."""
-        return sum(
-            w.size for w in self.every if w.used and len(w.shape) == 2 and w.layer is not None and w.layer >= self.first
-        )
+    def multiplied_again(self) -> float:
+        """Elements of the matrices that a token is multiplied with in the layers that backward reaches."""
+        return sum(self._multiplied(w) for w in self.every if w.used and (w.layer or 0) >= self.first)
+
+    def _multiplied(self, weight: Weight) -> float:
+        """Elements that a token is multiplied with in the layers."""
+        if weight.layer is None or not is_matrix(weight.name, weight.shape):
+            return 0
+        return weight.size * met_by_token(weight.name, self.met)
 
     def _factor(self, weight: Weight) -> int:
         if not weight.used:
@@ -218,24 +241,28 @@ class Weights:
         return 6 if weight.trained else 4 if (weight.layer or 0) >= self.first else 2
 
 
-def weights_of(base: Shapes, choice: Choice, *, layers: int = 0) -> Weights:
+def weights_of(
+    base: Shapes, choice: Choice, *, layers: int = 0, met: float = 1.0, taken: tuple[str, ...] = ()
+) -> Weights:
     """The parameters of a model as a run trains it.
 
     Args:
         base: of the model alone.
+        met: share of a layer's experts that a token meets.
+        taken: ends of names of linear layers that have no adapter.
 
     Raises:
         UserError: a key names nothing in it.
     """
     if choice.adapter != "none":
-        return Weights(tuple(_with_adapters(base, choice)), layers)
+        return Weights(tuple(_with_adapters(base, choice, taken)), layers, met)
     tied = _is_tied(base)
     for pattern in choice.only:
         if not any(_contains(name, pattern, tied=tied) for name in base):
             raise UserError(f"train_only: {pattern!r} is in no weight's name")
     only = choice.only or ("",)
     every = tuple(Weight(name, shape, any(_contains(name, p, tied=tied) for p in only)) for name, shape in base.items())
-    return Weights(every, layers)
+    return Weights(every, layers, met)
 
 
 def _is_tied(base: Shapes) -> bool:
@@ -248,9 +275,10 @@ def _contains(name: str, pattern: str, *, tied: bool) -> bool:
     return any(fnmatch.fnmatchcase(one, f"*{pattern}*") for one in names)
 
 
-def _with_adapters(base: Shapes, choice: Choice) -> Iterator[Weight]:
+def _with_adapters(base: Shapes, choice: Choice, taken: tuple[str, ...]) -> Iterator[Weight]:
     tied = _is_tied(base)
     linear = [_module(name) for name, shape in base.items() if _is_linear(name, shape)]
+    linear = [module for module in linear if module.rpartition(".")[2] not in taken]
     for target in choice.targets:
         if not any(_is_target(module, target) for module in linear):
             raise UserError(f"lora_targets: {target!r} matches no linear layer of this model")
