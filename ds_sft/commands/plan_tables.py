@@ -23,10 +23,10 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
     model = plan["model"]
     tied = ", tied embeddings" if model["tied"] else ""
     gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {in_units(given.gpu_memory)}"
-    console.print(
-        f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus} (--nodes, --gpus-per-node, --gpu-memory)."
-    )
-    for line in trained_lines(plan):
+    active = f", {model['active']:,} of them active" if model["active"] < model["parameters"] else ""
+    number = f"{model['parameters']:,} parameters{active}"
+    console.print(f"{model['family']}, {number}{tied}; {gpus} (--nodes, --gpus-per-node, --gpu-memory).")
+    for line in (*expert_lines(plan), *trained_lines(plan)):
         console.print(line)
     console.print(memory_table(plan))
     console.print(
@@ -42,6 +42,15 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         *time_lines(plan, given),
     ):
         console.print(line)
+
+
+def expert_lines(plan: dict[str, Any]) -> list[str]:
+    experts = plan["model"]["experts"]
+    if experts is None:
+        return []
+    return [f"Experts: a token meets {experts['chosen']} of {experts['number']} in {experts['layers']} layers. Memory and "
+            "traffic are those of all experts, FLOP of the active ones; activations are the same whichever tokens choose."
+            ]  # fmt: skip
 
 
 def trained_lines(plan: dict[str, Any]) -> list[str]:

@@ -375,7 +375,8 @@ def _attention(run: Run, learned: Learned) -> int:
 def _latent_attention(run: Run, learned: Learned) -> int:
     """The short vectors and their norms, then whole queries, keys and values, a token.
 
-    These stand for themselves but for values, a view of what they were made of with the keys' part without positions.
+    These stand for themselves but for values: a view of what was made with the keys' part without positions, which
+    eager attention copies.
     Where keys are larger than values a CPU has no kernel: it keeps float32 copies and the scores (`_scores`).
     """
     s, latent, w = run.shape, run.shape.latent, run.width
@@ -391,7 +392,7 @@ def _latent_attention(run: Run, learned: Learned) -> int:
     behind = _inputs(run, learned, "self_attn.o_proj") * s.v_size * w
     if run.lazy and run.way != "eager":
         return kept + (2 * s.q_size + s.v_size) * FP32 + behind
-    made = s.heads * (latent.plain + latent.value)
+    made = s.v_size if run.way == "eager" else s.heads * (latent.plain + latent.value)
     outputs = 0 if run.way == "eager" else s.v_size * w + s.heads * FP32
     return kept + (2 * s.q_size + made) * w + outputs + (behind if run.row_by_row or run.way == "eager" else 0)
 

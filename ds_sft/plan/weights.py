@@ -70,12 +70,17 @@ def layer_of(name: str) -> int | None:
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether hidden states are multiplied with a parameter: of experts one tensor has the matrices of all."""
-    return len(shape) in (2, 3) and not name.endswith("bias")
+    return len(shape) == (3 if _of_experts(name) and "lora_" not in name else 2) and not name.endswith("bias")
 
 
 def met_by_token(name: str, met: float) -> float:
     """Share of a parameter that a token meets, where it meets a share `met` of a layer's experts."""
-    return met if ".experts." in name else 1.0
+    return met if _of_experts(name) else 1.0
+
+
+def _of_experts(name: str) -> bool:
+    """Whether a parameter has a part for each expert, as transformers has them in memory."""
+    return ".experts." in name
 
 
 def part_of(name: str) -> str:
@@ -302,8 +307,13 @@ def _module(name: str) -> str:
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     end = _module(name).rpartition(".")[2]
-    fused = ".experts." in name  # transformers has them in one tensor
-    return len(shape) == 2 and name.endswith(".weight") and end not in NO_LINEAR and "emb" not in end and not fused
+    return (
+        len(shape) == 2
+        and name.endswith(".weight")
+        and end not in NO_LINEAR
+        and "emb" not in end
+        and not _of_experts(name)
+    )
 
 
 def _is_target(module: str, target: str) -> bool:

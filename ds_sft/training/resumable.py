@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 from ds_sft.config import OUR_ORDERS
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
+from ds_sft.plan.weights import met_by_token
 from ds_sft.runtime.checkpoint import (
     Checkpoint,
     Site,
@@ -43,7 +44,7 @@ from ds_sft.runtime.preempt import Stopped, StopRequests
 from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.training.hyperparameters import Asked
-from ds_sft.training.metrics import factors
+from ds_sft.training.metrics import factors, share_of_experts
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
@@ -242,8 +243,9 @@ class ResumableTrainer(Trainer):
         """Trainer's estimate; its own counts the parameters that ZeRO-3 has gathered at the moment."""
         if not self.flops_per_token:
             embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
-            counted = (found for found in factors(self.model) if id(found[0]) not in embeddings)
-            self.flops_per_token = sum(factor * elements(parameter) for parameter, factor in counted)
+            met = share_of_experts(self.model) or 1.0
+            counted = (found for found in factors(self.model) if id(found[1]) not in embeddings)
+            self.flops_per_token = sum(factor * elements(p) * met_by_token(name, met) for name, p, factor in counted)
         return int(inputs["input_ids"].numel() * self.flops_per_token)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
