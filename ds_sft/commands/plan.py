@@ -238,7 +238,9 @@ class Plan:
     def _experts(self) -> dict[str, int] | None:
         """Of a mixture: how many a layer has, how many a token chooses, and how many layers have them."""
         found = self.shape.experts
-        return found and {"number": found.number, "chosen": found.chosen, "layers": len(found.layers)}
+        if found is None:
+            return None
+        return {"number": found.number, "chosen": found.chosen, "layers": len(found.layers)}
 
     def _short(self, disk: dict[str, int | None], times: Schedule) -> list[str]:
         """What there is too little of, as far as it is known: memory, disk, time."""

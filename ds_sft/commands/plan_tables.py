@@ -48,9 +48,9 @@ def expert_lines(plan: dict[str, Any]) -> list[str]:
     experts = plan["model"]["experts"]
     if experts is None:
         return []
-    return [f"Experts: a token meets {experts['chosen']} of {experts['number']} in {experts['layers']} layers. Memory and "
-            "traffic are those of all experts, FLOP of the active ones; activations are the same whichever tokens choose."
-            ]  # fmt: skip
+    met = f"a token meets {experts['chosen']} of {experts['number']} in each of {experts['layers']} layers"
+    return [f"Experts: {met}. Memory and traffic are those of all, FLOP of the active ones; activations are the same "
+            "wherever tokens go."]  # fmt: skip
 
 
 def trained_lines(plan: dict[str, Any]) -> list[str]:

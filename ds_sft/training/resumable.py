@@ -99,7 +99,7 @@ class ResumableTrainer(Trainer):
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
         self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
-        self.flops_per_token = 0  # of all parameters but embeddings, once counted
+        self.flops_per_token = 0.0  # of all parameters but embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
         self.frozen: list[tuple[str, torch.nn.Parameter]] = []  # those that no optimizer has, once there is one
