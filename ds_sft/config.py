@@ -93,8 +93,9 @@ POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_nu
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
-NOT_NEGATIVE = ("lora_dropout", "num_predictions", "val_size", "learning_rate", "weight_decay", "warmup_steps",
-                "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "eval_delay")  # fmt: skip
+NOT_NEGATIVE = ("lora_dropout", "router_aux_loss_coef", "num_predictions", "val_size", "learning_rate", "weight_decay",
+                "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
+                "eval_delay")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
@@ -158,6 +159,8 @@ class Config:
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
     fused_kernels: str = key("norms, rotations, gates: Liger's (auto: on a GPU that has them), or compiled layers",
                              choices=("auto", "liger", "compile", "none"), default="auto")  # fmt: skip
+    router_aux_loss_coef: float | None = key("what the load balancing loss of a mixture of experts counts, 0: none; "
+                                             "default: as the model's configuration says", default=None)  # fmt: skip
     adapter: str = key("train small matrices beside the frozen model's: LoRA, or DoRA; none: all weights",
                        choices=("none", "lora", "dora"), default="none")  # fmt: skip
     lora_rank: int = key("columns of an adapter's matrices", default=16)

@@ -251,13 +251,14 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 def load_model_to_train(
     config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
 ) -> PreTrainedModel:
-    """The model and the choice of what is trained, our attention where rows are not padded, fused kernels, our loss."""
+    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss."""
     from ds_sft.training.adapters import choose_weights
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
     from ds_sft.training.model import computing_dtype, load_model, make_room
     from ds_sft.training.padding import know_padding
+    from ds_sft.training.routing import prepare_experts
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -269,6 +270,7 @@ def load_model_to_train(
     elif not args.torch_compile:
         know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
+    prepare_experts(model, launch, on_gpu=on_gpu, aux_loss_coef=config.router_aux_loss_coef)
     supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
     return model
 

@@ -121,6 +121,7 @@ LEGITIMATE = {
     "data_efficiency": {"enabled": False},
     "data_types": {"grad_accum_dtype": "fp32"},
     "dump_state": False,
+    "expert_parallel": {"enabled": False, "autoep_size": 2},
     "flops_profiler": {"enabled": True},
     "gradient_predivide_factor": 1.0,
     "hybrid_engine": {"enabled": False},
@@ -178,6 +179,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         {"wandb": {"enabled": True}},
         {"report_to": ["none"]},
         "wandb.enabled: true: the run has report_to: none; delete one of the two",
+    ),
+    "expert parallelism": (
+        {"expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "qwen3_moe"}},
+        {},
+        "expert_parallel.enabled: true: DeepSpeed's AutoEP fails with this transformers or with Trainer's optimizer; "
+        "delete the block: under ZeRO-3 experts are partitioned like all weights",
     ),
     "no ZeRO": (
         {"zero_optimization": None},

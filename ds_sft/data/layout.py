@@ -38,6 +38,11 @@ class Layout:
         return sum(self.lengths)
 
     @property
+    def tokens_of_rows(self) -> int:
+        """As `tokens`, without those that stand in for a missing row: one each, from which no row learns."""
+        return sum(length for length in self.lengths if length > 1)
+
+    @property
     def supervised(self) -> int:
         return len(self.targets)
 

@@ -131,6 +131,11 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _zero_block(engine, training)
     yield from _unsound_steps(engine, training, config.on_nonfinite)
     yield from _contradictions(engine, training)
+    if _get(engine, "expert_parallel.enabled"):  # with DeepSpeed 0.19.8 and transformers 5.23: docs/experts.md
+        yield (
+            "expert_parallel.enabled: true: DeepSpeed's AutoEP fails with this transformers or with Trainer's "
+            "optimizer; delete the block: under ZeRO-3 experts are partitioned like all weights"
+        )
     if not config.trackers:
         yield from _monitors(engine)
     yield from _optimizer_block(engine)

@@ -29,6 +29,7 @@ from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.plan.memory import CHUNK_BYTES
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.precision import autocast_dtype, without_autocast
+from ds_sft.training.routing import routing_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -198,10 +199,7 @@ class SharedAuxiliary:
     while the cross-entropy is divided by the tokens of the step. The sum of a step then grew with its micro batches and
     ranks. The shares of a step are 1 in all, so its auxiliary loss is a mean, weighted like the cross-entropy.
 
-    What remains of the split: balancing is N x sum over experts of f_e x P_e, the share of a micro batch's tokens that
-    goes to e times e's mean probability. The mean of such products over micro batches differs from the product over
-    all tokens by the covariance of f_e and P_e between micro batches: by nothing where they route alike, and by less
-    the more tokens each has. The product over a step would take a pass before the one that learns.
+    In a step that a trainer has announced, a load balancing loss is that of the step instead (training/routing.py).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -218,6 +216,10 @@ class SharedAuxiliary:
         """The model's output, whose loss comes first."""
         known, self.cross_entropy = self.cross_entropy, None
         count = kwargs.get("num_items_in_batch")
+        routing, router_logits = routing_of(model), getattr(output, "router_logits", None)
+        if known is not None and model.training and routing is not None and routing.balances_step and router_logits:
+            output["loss"] = known + routing.part_of_step(router_logits)
+            return output
         if known is None or count is None:
             return output
         supervised = (kwargs["labels"][..., 1:] != IGNORE_INDEX).sum().to(known.device)

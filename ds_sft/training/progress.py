@@ -110,4 +110,6 @@ def describe(logs: Mapping[str, float]) -> str:
         parts += [f"{logs['tokens_per_second']:,.0f} tokens/s"]
         parts += [f"MFU {logs['mfu']:.1%}"] if "mfu" in logs else []
         parts += [f"{name} {logs[f'{name}_share']:.0%}" for name in ("waiting", "padding")]
+    if "expert_share_max" in logs:
+        parts += [f"experts {logs['expert_share_min']:.1%} to {logs['expert_share_max']:.1%} of tokens"]
     return ", ".join(parts)

@@ -41,6 +41,7 @@ from ds_sft.training.model import computing_dtype
 from ds_sft.training.nonfinite import FiniteTrainer
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
+from ds_sft.training.routing import routing_of
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 
@@ -104,6 +105,7 @@ class SFTTrainer(FiniteTrainer):
             world_size=self.args.world_size,
         )
         self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
+        self.routing = routing_of(self.model)
         self.ahead: Ahead | None = None
         # What is compiled would be compiled again for other weights: autocast casts them there.
         alone = self.args.world_size == 1
@@ -151,10 +153,17 @@ class SFTTrainer(FiniteTrainer):
         if not (batch_samples and self.model_accepts_loss_kwargs):
             return None
         with self.meter.clock.part(self.meter.talking):
-            count = torch.full((), sum(batch[LAYOUT].supervised for batch in batch_samples), device=device)
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                dist.all_reduce(count)
-            return count
+            supervised, tokens = (
+                torch.full((), sum(getattr(batch[LAYOUT], name) for batch in batch_samples), device=device)
+                for name in ("supervised", "tokens_of_rows")
+            )
+            counts = torch.stack([supervised, tokens])
+            alone = self.args.world_size == 1
+            if self.args.average_tokens_across_devices and not alone:
+                dist.all_reduce(counts)
+            if self.routing is not None and (self.args.average_tokens_across_devices or alone):
+                self.routing.begin_step(counts[1])
+            return counts[0]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
@@ -191,7 +200,7 @@ class SFTTrainer(FiniteTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # what all ranks log, at the same steps
-            logs |= self.meter.logged()
+            logs |= self.meter.logged() | (self.routing.logged() if self.routing is not None else {})
         elif "train_loss" in logs:  # the end
             self.meter.interval()
         super().log(logs, start_time)

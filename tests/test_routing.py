@@ -1,0 +1,170 @@
+"""Where tokens go: counted without padding, and balanced over a step as the model's own loss does over a batch."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_sft.data.layout import collate_flat, collate_padded
+from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
+from ds_sft.training.experts import experts_of
+from ds_sft.training.loss import supervise
+from ds_sft.training.routing import Routing, counted_tokens, prepare_experts, routing_of
+from tests.test_loss import SMALL, apart
+
+ALONE = Launch(launcher="python")
+ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21, 22]]
+# Each defines or imports its own copy of Mixtral's function.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def make(family: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    own = {"output_router_logits": True, "router_aux_loss_coef": 1.0, **FAMILIES[family], **changes}
+    config = AutoConfig.for_model(family, **{**SMALL, **own}, bos_token_id=None, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate.weight" in name or "router" in name:
+                parameter.normal_()
+    return model
+
+
+def batch_of(rows: list[list[int]]) -> dict[str, Any]:
+    return collate_padded([{"input_ids": row, "labels": row} for row in rows], pad_token_id=0)
+
+
+def prepared(model: Any, **keys: Any) -> Any:
+    prepare_experts(model, ALONE, on_gpu=False, **keys)
+    supervise(model, ALONE)
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "layout"}),
+                                    with_kwargs=True)  # fmt: skip
+    return model
+
+
+def learn(model: Any, micro_batches: list[list[list[int]]], *, announced: bool = True) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a step of these micro batches."""
+    model.zero_grad()
+    rows = [row for micro_batch in micro_batches for row in micro_batch]
+    count = torch.tensor(sum(len(row) - 1 for row in rows))
+    if announced:
+        routing_of(model).begin_step(torch.tensor(sum(map(len, rows))))
+    losses = [model(**batch_of(rows), num_items_in_batch=count, use_cache=False).loss for rows in micro_batches]
+    total = torch.stack(losses).sum()
+    total.backward()
+    return total.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_micro_batch_has_the_loss_and_the_gradient_of_the_model(family: str) -> None:
+    model = make(family)
+    batch = batch_of(ROWS)
+    del batch["layout"]
+    wanted = model(**batch, use_cache=False)
+    assert wanted.aux_loss > 1
+    wanted.loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    loss, found = learn(prepared(make(family)), [ROWS])
+    assert loss == pytest.approx(wanted.loss.item(), rel=1e-6)
+    assert apart(found, gradient) < 1e-5
+
+
+def test_a_step_has_one_loss_and_on_average_one_gradient_however_it_is_split() -> None:
+    """The mean over all orders of four micro batches; that of each by itself is another one."""
+    model = prepared(make("qwen3_moe"))
+    loss, gradient = learn(model, [ROWS])
+    found = [learn(model, [[row] for row in order]) for order in permutations(ROWS)]
+    assert [one for one, _ in found] == pytest.approx([loss] * 24, rel=1e-6)
+    assert apart(torch.stack([one for _, one in found]).mean(0), gradient) < 1e-5
+    assert max(apart(one, gradient) for _, one in found) > 0.1
+    assert routing_of(model).logged()["aux_loss"] == pytest.approx(loss - cross_entropy(model), rel=1e-5)
+
+
+def cross_entropy(model: Any) -> float:
+    """Of ROWS, a mean over supervised tokens, without what the model adds."""
+    total: float = model.eval()(**batch_of(ROWS), num_items_in_batch=torch.tensor(14), output_router_logits=False,
+                                use_cache=False).loss.item()  # fmt: skip
+    return total
+
+
+def test_a_step_that_nobody_announced_is_weighed_by_its_tokens() -> None:
+    """For who calls the model: the shares of two halves of the same tokens are a half each."""
+    model = prepared(make("mixtral"))
+    whole, _ = learn(model, [ROWS[:1] * 4], announced=False)
+    halves, _ = learn(model, [ROWS[:1] * 2, ROWS[:1] * 2], announced=False)
+    assert halves == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_coefficient_of_the_run() -> None:
+    """It turns the loss on, also where the model's configuration does not have it, or off; and is not saved."""
+    batch = batch_of(ROWS)
+    del batch["layout"]
+    own = make("mixtral", router_aux_loss_coef=0.3)(**batch, use_cache=False).loss.item()
+    model = prepared(make("mixtral", output_router_logits=False), aux_loss_coef=0.3)
+    assert learn(model, [ROWS])[0] == pytest.approx(own, rel=1e-6)
+    assert (model.config.output_router_logits, model.config.router_aux_loss_coef) == (False, 1.0)
+    model = prepared(make("mixtral"), aux_loss_coef=0)
+    assert learn(model, [ROWS])[0] == pytest.approx(cross_entropy(model), rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "own"), [("qwen3", {}), ("deepseek_v3", {"n_routed_experts": 4})])
+def test_a_coefficient_of_nothing(family: str, own: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1, **own))
+    with pytest.raises(UserError) as caught:
+        prepare_experts(model, ALONE, on_gpu=False, aux_loss_coef=0.1)
+    assert str(caught.value) == (
+        f"router_aux_loss_coef: {type(model).__name__} adds no load balancing loss to its own; leave it out"
+    )
+
+
+def test_which_tokens_count() -> None:
+    """No padding, and no row of one token, which stands in for a missing one."""
+    rows = [{"input_ids": row, "labels": row} for row in ([1, 2, 3], [4, 5], [0])]
+    flat = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in rows]
+    assert counted_tokens(collate_flat(flat[:2])) is None
+    found = counted_tokens(collate_flat(flat))
+    assert found is not None
+    assert found.int().tolist() == [1, 1, 1, 1, 1, 0]
+    found = counted_tokens(collate_padded(rows, pad_token_id=0))
+    assert found is not None
+    assert found.int().tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert collate_flat(flat)["layout"].tokens_of_rows == 5
+    bare = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 0]])}
+    found = counted_tokens(bare)
+    assert found is not None
+    assert found.int().tolist() == [1, 0]
+
+
+def test_the_fullest_and_the_emptiest_expert_of_any_layer() -> None:
+    """Of 4 tokens with 2 experts each; the second layer's have but two of four."""
+    model = make("qwen3_moe")
+    routing = Routing(model, None)
+    chosen = [torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]), torch.tensor([[0, 1]] * 4)]
+    for _ in range(2):  # as gradient checkpointing has it
+        for experts, index in zip(experts_of(model), chosen, strict=True):
+            experts(torch.zeros(4, 32), index, torch.ones(4, 2))
+    assert [counts.tolist() for counts in routing.counts] == [[4, 4, 4, 4], [8, 8, 0, 0]]
+    assert routing.logged() == {"expert_share_max": 1.0, "expert_share_min": 0.0}
+    model.eval()
+    experts_of(model)[0](torch.zeros(4, 32), chosen[0], torch.ones(4, 2))
+    assert [counts.tolist() for counts in routing.counts] == [[0, 0, 0, 0]] * 2
+    assert routing.logged() == {"expert_share_max": 0.0, "expert_share_min": 0.0}
+
+
+def test_a_dense_model_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SMALL))
+    prepare_experts(model, ALONE, on_gpu=False)
+    assert (routing_of(model), capsys.readouterr().out) == (None, "")
