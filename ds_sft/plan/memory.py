@@ -24,6 +24,9 @@ MOMENTS = 8  # Adam's two, in float32
 CHUNK_BYTES = 256 * 2**20
 EXPERT_BLOCK = 16  # tokens of an expert are filled up to it on a CPU in 16 bits (`training/experts.py`)
 INDEX = 8  # an int64
+# oneDNN keeps what it compiled for products of each number of rows, up to so many: 0.55 MiB each (a CPU in bfloat16,
+# torch 2.13, 256 x 384 to 512 x 384).
+PRIMITIVE, PRIMITIVES = 576 * 1024, 1024
 NORM = 8  # DeepSpeed sums squares of gradients in float64 (runtime/zero/utils.py, get_norm_dtype)
 
 
@@ -141,7 +144,7 @@ class Memory:
 def peak(run: Run, *, loading: bool = True) -> Memory:
     """The fullest moment of the fullest rank; `loading`: also before the first step."""
     on_host = host(run)
-    fixed = states(run)
+    fixed = states(run) | {"compiled products": compiled_products(run)}
     moments = ((name, {**fixed, **parts}) for name, parts in _moments(run) if loading or name != "loading")
     name, device = max(moments, key=lambda moment: sum(moment[1].values()))
     return Memory(name, {part: size for part, size in device.items() if size}, on_host)
@@ -292,6 +295,19 @@ def _experts(run: Run, learned: Learned, experts: Experts) -> int:
         shared += (h + 1) * w  # what it weights, and the factor
     own_copy = experts.number * h * FP32 if experts.sigmoid and run.half else 0  # of the router's weight
     return routed(run, experts) * pairs + run.tokens * (_router(run, learned, experts) + shared) + own_copy
+
+
+def compiled_products(run: Run) -> int:
+    """What a CPU keeps of experts' products in 16 bits, at most: one for each number of blocks that an expert can have.
+
+    Of two matrices forward, for the gradient of what comes in, and for their own where they are trained.
+    """
+    experts = run.shape.experts
+    if experts is None or not (run.lazy and run.half):
+        return 0
+    learned = run.weights.learned(experts.layers[-1])
+    kinds = 4 + sum(f"mlp.experts.{name}_proj" in learned for name in ("gate_up", "down"))
+    return PRIMITIVE * min(PRIMITIVES, kinds * -(-run.tokens // EXPERT_BLOCK))
 
 
 def _router(run: Run, learned: Learned, experts: Experts) -> int:
