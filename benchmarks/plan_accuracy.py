@@ -58,8 +58,6 @@ MODELS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> family, SIZES
 }
 # Name -> family, SIZES, what a mixture of experts has beside them.
 MIXTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    "nothing-moe": ("qwen3_moe", (64, 128, 1, 2, 1, 32, 320, True),
-                    {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}),
     "qwen3-moe-60m": ("qwen3_moe", (384, 1024, 6, 6, 2, 64, 32000, False),
                       {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256}),
     "qwen2-moe-50m": ("qwen2_moe", (384, 1024, 6, 6, 2, 64, 32000, False),
@@ -168,7 +166,6 @@ def mixture_cases() -> Iterator[Case]:
     """What has experts."""
     main = "qwen3-moe-60m"
     for layout in ("none", "zero2", "zero3"):
-        yield Case("nothing-moe", layout, 1, True)
         yield Case(main, layout, 2, True)
     yield Case(main, "none", 1, False)
     yield Case(main, "zero3", 2, False)

@@ -37,6 +37,7 @@ class Experts:
     shared_name: str = "mlp.shared_experts"
     shared_gate: bool = False  # a factor for what it computes (Qwen2)
     router: str = "mlp.gate"
+    experts_first: bool = False  # before the router
     biased: bool = False  # gpt-oss: router and experts have biases, and the router's softmax is over the chosen
     sigmoid: bool = False  # GLM, DeepSeek: the router computes in float32, each score by itself
     float_weights: bool = False  # what a token's experts count stays float32
@@ -48,18 +49,20 @@ class Experts:
         return self.chosen / self.number
 
     def shapes(self, hidden: int) -> Shapes:
-        """In the layer's order, but for the router, which Qwen3 has last."""
+        """In the layer's order."""
         number, inner, name = self.number, self.intermediate, "mlp.experts"
-        found = {
-            **linear(self.router, number, hidden, bias=self.biased),
-            f"{name}.gate_up_proj": (number, hidden, 2 * inner) if self.biased else (number, 2 * inner, hidden),
-            f"{name}.down_proj": (number, inner, hidden) if self.biased else (number, hidden, inner),
-        }
+        first = (number, hidden, 2 * inner) if self.biased else (number, 2 * inner, hidden)
+        second = (number, inner, hidden) if self.biased else (number, hidden, inner)
+        experts: Shapes = {f"{name}.gate_up_proj": first, f"{name}.down_proj": second}
         if self.biased:
-            found |= {f"{name}.gate_up_proj_bias": (number, 2 * inner), f"{name}.down_proj_bias": (number, hidden)}
-        if self.shared:
-            found |= gated_mlp(self.shared_name, hidden, self.shared)
-        return found | (linear("mlp.shared_expert_gate", 1, hidden) if self.shared_gate else {})
+            experts = {f"{name}.gate_up_proj": first, f"{name}.gate_up_proj_bias": (number, 2 * inner),
+                       f"{name}.down_proj": second, f"{name}.down_proj_bias": (number, hidden)}  # fmt: skip
+        router = linear(self.router, number, hidden, bias=self.biased)
+        return {
+            **(experts | router if self.experts_first else router | experts),
+            **(gated_mlp(self.shared_name, hidden, self.shared) if self.shared else {}),
+            **(linear("mlp.shared_expert_gate", 1, hidden) if self.shared_gate else {}),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

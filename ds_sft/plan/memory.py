@@ -22,6 +22,8 @@ MOMENTS = 8  # Adam's two, in float32
 # time is the same from 128 tokens on; a GPU reads the weight three times and its gradient once a chunk, which takes as
 # long as the products of some 300 tokens (H100: 3.3 TB/s, 800 TFLOP/s).
 CHUNK_BYTES = 256 * 2**20
+# Tokens of a row up to which attention on a CPU in 16 bits computes its scores again: 4 MiB a head, for a moment.
+SHORT_ROW = 1024
 EXPERT_BLOCK = 16  # tokens of an expert are filled up to it on a CPU in 16 bits (`training/experts.py`)
 INDEX = 8  # an int64
 # oneDNN keeps what it compiled for products of each number of rows, up to so many: 0.55 MiB each (a CPU in bfloat16,
@@ -393,7 +395,7 @@ def _latent_attention(run: Run, learned: Learned) -> int:
 
     These stand for themselves but for values: a view of what was made with the keys' part without positions, which
     eager attention copies.
-    Where keys are larger than values a CPU has no kernel: it keeps float32 copies and the scores (`_scores`).
+    Where keys are larger than values a CPU has no kernel: but for short rows it keeps float32 copies and the scores.
     """
     s, latent, w = run.shape, run.shape.latent, run.width
     assert latent is not None
@@ -406,11 +408,17 @@ def _latent_attention(run: Run, learned: Learned) -> int:
     if not run.half:
         kept += latent.rotated * w  # in one with the vector of keys and values
     behind = _inputs(run, learned, "self_attn.o_proj") * s.v_size * w
-    if run.lazy and run.way != "eager":
+    if _keeps_scores(run):
         return kept + (2 * s.q_size + s.v_size) * FP32 + behind
     made = s.v_size if run.way == "eager" else s.heads * (latent.plain + latent.value)
-    outputs = 0 if run.way == "eager" else s.v_size * w + s.heads * FP32
+    outputs = 0 if run.way == "eager" or run.lazy else s.v_size * w + s.heads * FP32
     return kept + (2 * s.q_size + made) * w + outputs + (behind if run.row_by_row or run.way == "eager" else 0)
+
+
+def _keeps_scores(run: Run) -> bool:
+    """Whether a CPU keeps the scores of latent attention."""
+    short = run.row_by_row and run.half and run.length <= SHORT_ROW
+    return run.shape.latent is not None and run.lazy and run.way != "eager" and not short
 
 
 def _groups_inside(run: Run) -> bool:
@@ -424,7 +432,7 @@ def _scores(run: Run) -> int:
     if run.way == "eager":  # softmax in float32, and cast; gpt-oss has it in the dtype that computes
         return run.pairs * s.heads * (run.width if s.sinks else FP32 + (2 if run.half else 0))
     mask = run.pairs * run.width if run.masked and run.sdpa else 0
-    if s.latent is not None and run.lazy:
+    if _keeps_scores(run):
         pairs = run.tokens * run.length if run.row_by_row else run.pairs
         return mask + pairs * s.heads * FP32
     return mask

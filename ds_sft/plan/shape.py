@@ -302,6 +302,7 @@ def _experts(found: Mapping[str, Any], family: str, where: str) -> Experts | Non
         chosen=_number(found, "num_experts_per_tok", where=where),
         intermediate=_number(found, inner, where=where),
         layers=layers,
+        experts_first=family in ("qwen3_moe", "glm4_moe", "deepseek_v3"),
         normalised=bool(found.get("norm_topk_prob", own.get("sigmoid", False))) or family == "mixtral",
         **{"float_weights": family == "mixtral"} | own,
     )
