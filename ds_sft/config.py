@@ -82,7 +82,7 @@ ELSEWHERE = {  # what other programs call a key of ours
     "cutoff_len": "max_length",
     **dict.fromkeys(("finetuning_type", "tuner_type", "use_peft", "use_dora"), "adapter"),
     **dict.fromkeys(("lora_r", "r"), "lora_rank"),
-    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "lora_targets"),
+    **dict.fromkeys(("target_modules", "target_parameters", "lora_target_modules", "lora_target"), "lora_targets"),
     "modules_to_save": "lora_modules_to_save",
     "init_lora_weights": "lora_init",
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),

@@ -32,6 +32,8 @@ from ds_sft.runtime.merge import merge, merge_as_asked
 from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
 from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
+from tests.mixtures import FAMILIES as MIXTURES
+from tests.mixtures import make_mixture, published
 from tests.test_export import ends
 from tests.test_verify import ROWS
 
@@ -151,6 +153,57 @@ WHOLE = {"head trained whole": ["lm_head.weight"], "tied ends trained whole": ["
 
 
 # ---- What is in the folders
+
+
+ON_EXPERTS = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path: Path) -> tuple[str, Path, Path]:
+    """A family's name, a model of it as published, an adapter on its experts."""
+    base = make_mixture(tmp_path / "base", request.param, tokenizer_dir)
+    return request.param, base, make_adapter(base, tmp_path / "out", **ON_EXPERTS)
+
+
+def with_adapters(family: str, name: str, weight: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor of all experts, [experts, out, in], gpt-oss's [experts, in, out], and each expert's B A, times 2."""
+    block, _, tensor = name.rpartition(".")
+    inner = "base_layer." if tensor == "gate_up_proj" else ""  # the first of two has the second around it
+    a, b = (values[f"base_model.model.{block}.{inner}lora_{part}.weight"] for part in "AB")
+    rank, merged = 4, weight.float().clone()
+    for number in range(len(weight)):
+        product = b[:, number :: len(weight)] @ a[number * rank : (number + 1) * rank]
+        merged[number] += 2 * (product.T if family == "gpt_oss" else product)
+    return merged
+
+
+def test_experts_of_peft_and_of_transformers_are_the_same(mixture: tuple[str, Path, Path]) -> None:
+    _, base, adapter = mixture
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    before = logits(model)
+    by_peft = logits(PeftModel.from_pretrained(model, str(adapter)))
+    assert (by_peft - before).abs().max() > 0.01
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter, dtype="float32")), by_peft)
+    assert torch.equal(logits(load_on_disk(adapter, dtype="float32")), by_peft)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_experts_are_merged_and_published_as_before(mixture: tuple[str, Path, Path], dtype: torch.dtype) -> None:
+    """In the tensors of the base's files, in float32, rounded once; as peft merges them in float32."""
+    family, base, adapter = mixture
+    merge(adapter, adapter.parent, dtype, max_shard_size="5GB", trust_remote_code=False)
+    found, names = load_file(adapter.parent / "model.safetensors"), load_file(base / "model.safetensors").keys()
+    assert found.keys() == names
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    values = load_file(adapter / "adapter_model.safetensors")
+    experts = {n: with_adapters(family, n, v, values) for n, v in model.state_dict().items() if v.dim() == 3}
+    assert len(experts) == 2 * sum("experts.base_layer.lora_A" in name for name in values)
+    for name, value in published(family, experts):
+        torch.testing.assert_close(found[name], value.to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    by_peft: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    for name, value in published(family, by_peft.state_dict()):
+        if "e_score_correction_bias" not in name:
+            assert torch.equal(found[name], value.to(dtype)), name
 
 
 def test_both_folders_say_where_an_answer_ends(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from ds_sft.training.adapters import choose_weights, count_parameters, lora_conf
 from ds_sft.training.attention import keep_rows_apart
 from ds_sft.training.loss import supervise, supervised_loss
 from ds_sft.training.model import load_model
-from ds_sft.training.targets import linear_layers, targets, whole_modules
+from ds_sft.training.targets import expert_tensors, linear_layers, targets, whole_modules
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
+from tests.mixtures import FAMILIES as MIXTURES
 from tests.test_attention import make_rows
 from tests.test_loss import SMALL, apart, make_batch
 
@@ -44,6 +45,10 @@ def make(family: str = "qwen3", **changes: Any) -> Any:
     keys = {**SMALL, **OWN.get(family, {}), **changes}
     config = AutoConfig.for_model(family, **keys, bos_token_id=None, eos_token_id=None)
     return AutoModelForCausalLM.from_config(config).train()
+
+
+def mixture(family: str) -> Any:
+    return make(family, **MIXTURES[family])
 
 
 def keys(**given: Any) -> Config:
@@ -124,11 +129,13 @@ def test_a_vision_tower_gets_no_adapters() -> None:
     assert all(name.startswith("model.language_model.layers.") for name in adapted(model))
 
 
+MATRICES = ["down_proj", "gate_up_proj", *ATTENTION]  # of a mixture
 WRONG_TARGETS = [
     ("qwen3", "q_prj", "'q_prj' matches no layer of this model; near it: q_proj, v_proj, o_proj"),
     ("qwen3", "xyz", "'xyz' matches no layer of this model; near it: " + ", ".join(DENSE)),
     ("qwen3", "q_proj,v_proj", "'q_proj,v_proj' is one text: write a list, [q_proj, v_proj]"),
-    ("qwen3", "[all-linear, lm_head]", "all-linear is said alone"),
+    ("qwen3", "[all-linear, lm_head]", "all-linear is said alone, or with experts"),
+    ("qwen3", "[all-linear, experts]", "experts: Qwen3ForCausalLM has no tensors of experts: leave it out"),
     (
         "qwen3",
         "(q",
@@ -155,19 +162,17 @@ WRONG_TARGETS = [
     ),
     (
         "qwen3_moe",
-        "gate_up_proj",
-        "'gate_up_proj' is a tensor (model.layers.1.mlp.experts.gate_up_proj), no linear layer: adapters can be on "
-        "v_proj, q_proj, o_proj",
+        "gate_proj.weight",
+        "'gate_proj.weight' is a tensor (model.layers.0.mlp.gate_proj.weight), no linear layer: adapters can be on "
+        + ", ".join(MATRICES),
     ),
-    (
-        "qwen3_moe",
-        "experts",
-        "'experts' is no linear layer (Qwen3MoeExperts): adapters can be on k_proj, o_proj, q_proj, v_proj",
-    ),
+    ("qwen3_moe", "[k_proj, xyz]", "'xyz' matches no layer of this model; near it: " + ", ".join(MATRICES)),
+    ("mixtral", "w1", "'w1' matches no layer of this model; near it: " + ", ".join(MATRICES)),
     (
         "qwen3_moe",
         "up_proj",
-        "up_proj of Qwen3MoeForCausalLM cannot have adapters: peft takes this name for the model's fused experts",
+        "up_proj of Qwen3MoeForCausalLM cannot have adapters: peft takes this name for the model's fused "
+        "experts: write experts for these",
     ),
 ]
 
@@ -263,8 +268,14 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     choose(make("qwen3_moe"), adapter="dora", lora_rank=4, lora_alpha=4, learning_rate="1e-3")
     assert capsys.readouterr().out.splitlines() == [
         "Adapter: dora, rank 4, its product times 1, on k_proj x 2, o_proj x 2, q_proj x 2, v_proj x 2.",
-        "Adapter: none on the experts (down_proj, gate_up_proj), each a tensor and no linear layer.",
+        "Adapter: none on the experts (down_proj, gate_up_proj); lora_targets can name them: experts.",
         "Trained: 1,984 of 29,440 parameters (6.74%); the others are frozen.",
+    ]
+    choose(make("qwen3_moe"), adapter="lora", lora_targets="[q_proj, gate_up_proj]", learning_rate="1e-3")
+    assert capsys.readouterr().out.splitlines() == [
+        "Adapter: lora, rank 16, its product times 2, on q_proj x 2, every expert of gate_up_proj x 1.",
+        "Adapter: none on the experts (down_proj); lora_targets can name them: experts.",
+        "Trained: 6,144 of 33,600 parameters (18.29%); the others are frozen.",
     ]
     choose(make(tie_word_embeddings=True), train_only="[layers.1.mlp, lm_head]")
     assert capsys.readouterr().out.splitlines() == [
@@ -361,6 +372,115 @@ def test_nothing_is_computed_below_the_first_trained_layer(reentrant: bool | Non
     assert computed == {None: [], False: [3, 2], True: [3, 2, 1, 0]}[reentrant]
     assert all(p.grad is not None for p in trained_parts(model).values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+# ---- Experts
+
+
+FIRST, SECOND = "experts.gate_up_proj", "experts.down_proj"
+EXPERTS: list[tuple[str, list[str], list[str], list[str]]] = [  # asked -> target_modules, target_parameters
+    ("qwen3_moe", ["experts"], [], [SECOND, FIRST]),
+    ("qwen3_moe", ["all-linear", "experts"], ATTENTION, [SECOND, FIRST]),
+    ("qwen3_moe", ["q_proj", "gate_up_proj"], ["q_proj"], [FIRST]),
+    ("qwen3_moe", [r".*\.(v_proj|experts\..*)"], ["v_proj"], [SECOND, FIRST]),
+    ("gpt_oss", ["experts"], [], [SECOND, FIRST]),
+    ("gpt_oss", [r"model\.layers\.1\..*down_proj"], [], ["model.layers.1.mlp.experts.down_proj"]),
+    ("deepseek_v3", ["experts.down_proj"], [], [SECOND]),
+    ("deepseek_v3", ["o_proj", "experts"], ["o_proj"], [SECOND, FIRST]),
+]
+
+
+@pytest.mark.parametrize(("family", "asked", "modules", "tensors"), EXPERTS)
+def test_experts_are_named_as_peft_takes_them(
+    family: str, asked: list[str], modules: list[str], tensors: list[str]
+) -> None:
+    """Every expert that is named has A and B of its own; nothing else has."""
+    model = mixture(family)
+    layers, experts = linear_layers(model), expert_tensors(model)
+    choose(model, adapter="lora", lora_targets=asked)
+    assert (model.adapter_config.target_modules, model.adapter_config.target_parameters) == (modules, tensors or None)
+    wrappers = {name: module for name, module in model.named_modules() if hasattr(module, "parameter_name")}
+    found = [f"{name.replace('.base_layer', '')}.{module.parameter_name}" for name, module in wrappers.items()]
+    assert sorted(found) == sorted(name for name in experts if name.endswith(tuple(tensors)))
+    others = [name for name in adapted(model) if name not in wrappers]
+    assert others == [name for name in layers if name.rpartition(".")[2] in modules]
+    for module in wrappers.values():
+        shape = getattr(module.get_base_layer(), module.parameter_name).shape
+        adapters = [getattr(module, part)["default"].weight.numel() for part in ("lora_A", "lora_B")]
+        assert sum(adapters) == 16 * shape[0] * (shape[1] + shape[2])
+
+
+AGAINST_EXPERTS = [
+    ({"adapter": "dora"}, "peft has no DoRA for tensors of experts: write adapter: lora"),
+    ({"lora_dropout": 0.1}, "peft has no dropout for adapters on tensors of experts: write lora_dropout: 0"),
+    ({"lora_init": "orthogonal"},
+     "peft cannot begin adapters on tensors of experts orthogonal: write lora_init: gaussian, or leave it out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "why"), AGAINST_EXPERTS, ids=["dora", "dropout", "orthogonal"])
+def test_what_peft_cannot_do_on_experts(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError) as error:
+        choose(make("qwen3_moe"), **{"adapter": "lora", **given}, lora_targets="[q_proj, experts]")
+    assert str(error.value) == f"lora_targets: experts.down_proj: {why}"
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("start", ["default", "gaussian"])
+def test_experts_learn_as_with_peft(family: str, start: str) -> None:
+    """Loss and gradients, from the same values."""
+    known, model = mixture(family), mixture(family)
+    targets = {"target_modules": ["o_proj"], "target_parameters": [FIRST, SECOND]}
+    asked = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets,
+                       init_lora_weights={"default": True}.get(start, start))  # type: ignore[arg-type]  # fmt: skip
+    torch.manual_seed(SEED)
+    known = get_peft_model(known, asked)
+    choose(model, adapter="lora", lora_rank=4, lora_alpha=8, lora_targets=["o_proj", "experts"], lora_init=start)
+    keep_rows_apart(model, None, ALONE)
+    supervise(model, ALONE)
+    mine, theirs = (
+        {n.removeprefix("base_model.model."): p for n, p in trained_parts(m).items()} for m in (model, known)
+    )
+    assert mine.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, value in mine.items():
+            assert torch.equal(value, theirs[name]), name
+            value += 0.05 * torch.randn_like(value)
+            theirs[name].copy_(value)
+    batch = make_batch()
+    loss = model(**batch, use_cache=False).loss
+    expected = known(**batch, use_cache=False).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    for name, value in mine.items():
+        assert apart(value.grad, theirs[name].grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", [WorkingCopy, LentCopy])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_copies_of_adapters_on_experts(kind: Any, reentrant: bool | None) -> None:
+    """As for other adapters, though nothing calls the layers that A and B are in."""
+    made = [choose(mixture("qwen3_moe"), adapter="lora", bf16=True, lora_targets="experts") for _ in range(2)]
+    model, half = made
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for one in made:
+        supervise(one, ALONE)
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            type(model).enable_input_require_grads(model)
+    half(**make_batch(), use_cache=False).loss.backward()
+    with kind(model).lent():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**make_batch(), use_cache=False).loss
+        loss.backward()
+    found = trained_parts(model)
+    assert len(found) == 4
+    for name, parameter in trained_parts(half).items():
+        assert found[name].grad.dtype == torch.float32
+        assert torch.equal(found[name].grad, parameter.grad.float()), name
 
 
 # ---- The model half

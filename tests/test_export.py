@@ -295,6 +295,24 @@ def test_memory_is_that_of_one_file_of_weights(sharded: Path, tmp_path: Path) ->
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) >= 9
 
 
+def test_memory_of_experts_is_that_of_one_layer(sharded: Path, tmp_path: Path) -> None:
+    """The model is 96 MiB, a layer 12, of which all is read, joined and cut into experts, and a file of 10."""
+    config = Qwen3MoeConfig(
+        vocab_size=400, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=8, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, num_experts=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    model, big = Qwen3MoeForCausalLM(config), tmp_path / "big" / "checkpoint-4"
+    assert 96 < sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20 < 100
+    big.mkdir(parents=True)
+    config.save_pretrained(big)
+    write_shards(big, dict(model.named_parameters()))
+    del model
+    assert export([str(sharded), str(tmp_path / "small")]) == 0  # everything is imported
+    arguments = [str(big), str(tmp_path / "out"), "--dtype", "float32", "--max_shard_size"]
+    assert peak_above_now(lambda: export([*arguments, "10MB"])) < 75
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) >= 9
+
+
 def test_help_is_answered_at_once() -> None:
     code = (
         "import sys; from ds_sft.cli import main\n"

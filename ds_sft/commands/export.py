@@ -3,7 +3,8 @@
     ds-sft export output/checkpoint-400 exported --dtype bfloat16
 
 From Trainer's own checkpoints and from those of ZeRO-0 to 3, of any number of ranks; with the float32 masters of ZeRO-1
-to 3. Tensors are read, converted and written one file of weights at a time: memory is that of one such file.
+to 3. Tensors are read, converted and written one file of weights at a time: memory is that of one such file, and of
+one layer where published files have other tensors than the model in memory (mixtures of experts).
 
 Of a run with an adapter CHECKPOINT is one of its checkpoints, or its folder `adapter`; OUT then has what such a run
 leaves: the adapter in OUT/adapter and, where the disk has room, the merged model. Memory is then that of the base, as
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,9 +193,6 @@ def _named(
         UserError: a parameter of the model is missing, or has another shape.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import revert_weight_conversion
-
-    from ds_sft.runtime.consolidate import Weight
 
     model.tie_weights()
     persistent = set(model.state_dict())
@@ -201,15 +201,46 @@ def _named(
     if wrong:
         found = f"has shape {list(weights[wrong[0]].shape)}" if wrong[0] in weights else "is missing"
         raise UserError(f"{given.checkpoint}: {wrong[0]} {found}: the weights are not those of its config.json")
+    named = {name: weights[name] for name in wanted}
     if not get_model_conversion_mapping(model, add_legacy=False):
-        return {name: weights[name] for name in wanted}
-    # transformers holds some models (mixtures of experts) in other tensors than are published: all are needed at once.
-    dtypes = _dtypes({name: weights[name] for name in wanted}, model, dtype)
-    whole = revert_weight_conversion(model, {name: weights[name].read().to(dtypes[name]) for name in wanted})
-    return {
-        name: Weight(tuple(value.shape), lambda v=value: v, value.dtype)  # type: ignore[misc]
-        for name, value in whole.items()
-    }
+        return named
+    return _as_published(named, model, _dtypes(named, model, dtype))
+
+
+def _as_published(weights: Mapping[str, Weight], model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Weight]:
+    """The weights of a model that transformers holds in other tensors than are published, as mixtures of experts.
+
+    No published tensor is of two layers: one is converted at a time, when the first tensor of it is read.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from ds_sft.runtime.consolidate import Weight
+
+    layers: dict[str, list[str]] = {}
+    for name in weights:
+        layers.setdefault(_layer_of(name), []).append(name)
+
+    @lru_cache(maxsize=1)
+    def convert(layer: str) -> dict[str, torch.Tensor]:
+        whole = {name: weights[name].read().to(dtypes[name]) for name in layers[layer]}
+        return revert_weight_conversion(model, whole)  # type: ignore[no-any-return]
+
+    def read(layer: str, name: str) -> torch.Tensor:
+        return convert(layer)[name]
+
+    found = {}
+    for layer, names in layers.items():
+        empty = {name: torch.empty(weights[name].shape, dtype=dtypes[name], device="meta") for name in names}
+        for name, value in revert_weight_conversion(model, empty).items():
+            found[name] = Weight(tuple(value.shape), partial(read, layer, name), value.dtype)
+    return found
+
+
+def _layer_of(name: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.gate.weight`; empty for what is in no layer."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
 
 
 def _dtypes(weights: Mapping[str, Weight], model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

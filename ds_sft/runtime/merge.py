@@ -135,7 +135,7 @@ def merge_into(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
     """Merge the adapter in its folder into the base, which is changed, and round all parameters to `dtype`."""
     put_on(model, adapter)
     refuse_tied(model, adapter)
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # the inner one of two around the same experts first
         if hasattr(module, "lora_A"):
             model.set_submodule(name, _merged(module, dtype))
         elif hasattr(module, "modules_to_save"):
@@ -197,7 +197,7 @@ def refuse_tied(model: Any, adapter: Path) -> None:
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and uses[id(module.get_base_layer().weight)] > 1:
+        if hasattr(module, "lora_A") and uses[id(getattr(module.get_base_layer(), _adapted(module)))] > 1:
             raise UserError(
                 f"{adapter}: cannot be merged: the weight of {name} is another module's, too (tie_word_embeddings), "
                 "which would change with it: use base + adapter"
@@ -207,10 +207,16 @@ def refuse_tied(model: Any, adapter: Path) -> None:
 def _merged(layer: Any, dtype: torch.dtype) -> Any:
     """The layer below the adapter with the adapter merged, its weight rounded once."""
     base = layer.get_base_layer()
-    base.weight.data = base.weight.data.float()
+    weight = getattr(base, _adapted(layer))
+    weight.data = weight.data.float()
     layer.merge(safe_merge=True)
-    base.weight.data = base.weight.data.to(dtype)
+    weight.data = weight.data.to(dtype)
     return base
+
+
+def _adapted(layer: Any) -> str:
+    """The name, in the layer below, of the weight that an adapter is for: of experts there are several."""
+    return getattr(layer, "parameter_name", "weight")
 
 
 def _tie_what_is_equal(model: Any) -> None:

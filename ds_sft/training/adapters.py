@@ -21,7 +21,15 @@ from ds_sft.runtime.adapter import ADAPTER
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.quantized import describe, elements
 from ds_sft.training.model import computing_dtype, training_dtype
-from ds_sft.training.targets import count_by_end, last, shape_of, targets, whole_modules
+from ds_sft.training.targets import (
+    EXPERTS,
+    count_by_end,
+    expert_tensors,
+    last,
+    target_parameters,
+    targets,
+    whole_modules,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -94,11 +102,15 @@ def lora_config(model: PreTrainedModel, config: Config) -> LoraConfig:
     """What peft is asked for, and writes beside the adapter.
 
     Raises:
-        UserError: `lora_targets` or `lora_modules_to_save` name nothing in this model.
+        UserError: `lora_targets` or `lora_modules_to_save` name nothing in this model, or experts are among them and
+            another key asks for what peft does not do on these.
     """
     from peft import LoraConfig
 
     whole = whole_modules(model, config.lora_modules_to_save or [])
+    experts = target_parameters(model, config.lora_targets)
+    if experts and (why := _against_experts(config)):
+        raise UserError(f"lora_targets: {experts[0]}: {why}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.model_name_or_path,
@@ -106,12 +118,24 @@ def lora_config(model: PreTrainedModel, config: Config) -> LoraConfig:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=targets(model, config.lora_targets, apart_from=whole),
+        target_parameters=experts or None,
         modules_to_save=whole or None,
         ensure_weight_tying=_trains_tied(model, whole),
         use_rslora=config.use_rslora,
         use_dora=config.adapter == "dora",
         init_lora_weights={"default": True}.get(config.lora_init, config.lora_init),  # type: ignore[arg-type]
     )
+
+
+def _against_experts(config: Config) -> str | None:
+    """Why experts cannot have adapters: peft adds B A to a tensor of experts itself, and sees nothing of its inputs."""
+    if config.adapter == "dora":
+        return "peft has no DoRA for tensors of experts: write adapter: lora"
+    if config.lora_dropout:
+        return "peft has no dropout for adapters on tensors of experts: write lora_dropout: 0"
+    if config.lora_init == "orthogonal":
+        return "peft cannot begin adapters on tensors of experts orthogonal: write lora_init: gaussian, or leave it out"
+    return None
 
 
 def _trains_tied(model: PreTrainedModel, whole: Sequence[str]) -> bool:
@@ -138,8 +162,9 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> 
     for layer in (module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")):
         # To the dtype of the master, and autocast back to that of its copy: activations in float32 for nothing.
         layer.cast_input_dtype_enabled = False
-    for names in ("target_modules", "modules_to_save"):  # sets have another order in every process
+    for names in ("target_modules", "target_parameters", "modules_to_save"):  # sets have another order everywhere
         setattr(asked, names, sorted(getattr(asked, names) or []) or None)
+    asked.target_modules = asked.target_modules or []  # None would be peft's own choice for the kind of model
     model.adapter_config = asked
     if config.quantization != "none":
         model._hf_peft_config_loaded = True  # what Trainer asks of a quantised model: something in it can be trained
@@ -163,25 +188,25 @@ def _mend_tied(model: PreTrainedModel, asked: LoraConfig) -> None:
 
 
 def _describe_adapter(model: nn.Module, config: Config, launch: Launch) -> None:
-    reached = count_by_end(name for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    on_experts = [module.parameter_name for module in adapted.values() if hasattr(module, "parameter_name")]
+    reached = count_by_end(name for name, module in adapted.items() if not hasattr(module, "parameter_name"))
+    reached += (", " if reached and on_experts else "") + (
+        f"every expert of {count_by_end(on_experts)}" if on_experts else ""
+    )
     whole = [name for name, module in model.named_modules() if ADAPTER in getattr(module, "modules_to_save", ())]
     scale = config.lora_alpha / (config.lora_rank**0.5 if config.use_rslora else config.lora_rank)
     launch.say(
         f"Adapter: {config.adapter}, rank {config.lora_rank}, its product times {scale:g}, on {reached}"
         + (f"; trained whole: {', '.join(whole)}." if whole else ".")
     )
-    if experts := _fused_experts(model):
-        launch.say(f"Adapter: none on the experts ({', '.join(experts)}), each a tensor and no linear layer.")
+    if frozen := sorted({last(name) for name in expert_tensors(model)} - set(on_experts)):
+        launch.say(f"Adapter: none on the experts ({', '.join(frozen)}); lora_targets can name them: {EXPERTS}.")
     if config.training["learning_rate"] == TRAINING_DEFAULTS["learning_rate"]:
         launch.say(
             f"learning_rate {config.training['learning_rate']:g} is the default of full fine-tuning: adapters learn as "
             f"much at about {RATE_OF_ADAPTERS} times that ({RATE_OF_ADAPTERS * config.training['learning_rate']:g})."
         )
-
-
-def _fused_experts(model: nn.Module) -> list[str]:
-    """Names of the tensors that hold the matrices of all experts of a layer."""
-    return sorted({last(name) for name, p in model.named_parameters() if len(shape_of(p)) == 3 and ".experts." in name})
 
 
 # ---- Without adapters

@@ -3,6 +3,9 @@
 peft matches names by their ends, whatever they belong to: `gate_proj` is in a dense layer and in a shared expert,
 `q_proj` in the language model and in a vision tower that no text reaches. Here the layers are chosen first; then they
 are named, by short names where these say exactly the same, else in full.
+
+The experts of a layer are no linear layers but tensors of all of them, which peft takes as `target_parameters`: each
+expert gets A and B of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"  # all tensors of experts
+FUSED = f"peft takes this name for the model's fused experts: write {EXPERTS} for these"
 # Parts of names that choose experts for a token. An adapter there would be larger than they are, and move tokens to
 # experts that have not changed.
 ROUTERS = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*)(\.|$)")
@@ -32,27 +37,45 @@ def targets(model: PreTrainedModel, asked: Sequence[str] | None, *, apart_from: 
     """`target_modules` as peft takes them, of the layers that `lora_targets` names.
 
     Args:
-        asked: ends of names, regular expressions of whole names, or `all-linear`, which is the default.
+        asked: ends of names, regular expressions of whole names, or `all-linear`, which is the default; what names
+            tensors of experts alone is for `target_parameters`.
         apart_from: `lora_modules_to_save`.
 
     Raises:
-        UserError: one names no linear layer, or one that cannot have an adapter.
+        UserError: one names neither linear layer nor experts, or a layer that cannot have an adapter.
     """
     layers = linear_layers(model)
-    if list(asked or [ALL_LINEAR]) == [ALL_LINEAR]:
+    if EXPERTS in (asked or []) and not expert_tensors(model):
+        raise UserError(f"lora_targets: {EXPERTS}: {type(model).__name__} has no tensors of experts: leave it out")
+    asked = [name for name in asked or [ALL_LINEAR] if name != EXPERTS]
+    if asked == [ALL_LINEAR]:
         chosen = [
             name for name in _for_all_linear(model, layers) if not any(_ends_with(name, end) for end in apart_from)
         ]
         if not chosen:
             raise UserError(f"lora_targets: {ALL_LINEAR}: {_no_linear_layer(model)}")
     else:
-        chosen = _named(model, asked or [], layers)
+        chosen = _named(model, asked, layers)
         if both := [name for name in apart_from if any(_ends_with(layer, name) for layer in chosen)]:
             raise UserError(f"lora_targets: {both[0]} is in lora_modules_to_save, too: leave it out of one of them")
         if refused := why_refused(model, chosen):
             name, why = next(iter(refused.items()))
             raise UserError(f"lora_targets: {name} of {type(model).__name__} cannot have adapters: {why}")
     return _as_named(chosen, [name for name, _ in model.named_modules()])
+
+
+def target_parameters(model: PreTrainedModel, asked: Sequence[str] | None) -> list[str]:
+    """`target_parameters` as peft takes them: the tensors of experts that `lora_targets` names, as layers are named."""
+    tensors = expert_tensors(model)
+    chosen = [t for t in tensors if any(name == EXPERTS or _matches(t, name) for name in asked or [])]
+    short = sorted({f"{EXPERTS}.{last(name)}" for name in chosen})
+    alone = [name for name, _ in model.named_parameters() if any(_ends_with(name, end) for end in short)] == chosen
+    return short if alone else chosen
+
+
+def expert_tensors(model: nn.Module) -> list[str]:
+    """Names of the tensors that hold one matrix of all experts of a layer each, adapters around them or not."""
+    return [name for name, p in model.named_parameters() if len(shape_of(p)) == 3 and f".{EXPERTS}." in name]
 
 
 def whole_modules(model: PreTrainedModel, asked: Sequence[str]) -> list[str]:
@@ -134,9 +157,9 @@ def _why_no_adapter(model: PreTrainedModel, end: str) -> str | None:
     try:
         convert_peft_config_for_transformers(probe, model, get_model_conversion_mapping(model))
     except ValueError:  # one half of what is one tensor now
-        return "peft takes this name for the model's fused experts"
+        return FUSED
     if probe.target_parameters:
-        return "peft takes this name for the model's fused experts"
+        return FUSED
     source = inspect.getsource(sys.modules[type(model).__module__])
     if re.search(rf"\bself\.{re.escape(end)}\.weight(?=[\s,)]|\.(type|to|t|T)\b)", source):
         return "the model reads its weight and does not call it"
@@ -149,10 +172,11 @@ def _why_no_adapter(model: PreTrainedModel, end: str) -> str | None:
 def _named(model: PreTrainedModel, asked: Sequence[str], layers: Sequence[str]) -> list[str]:
     """The layers that are named, in the order of the model."""
     chosen: set[str] = set()
+    experts = expert_tensors(model)
     for name in asked:
         found = {layer for layer in layers if _matches(layer, name)}
-        if not found:
-            raise UserError(f"lora_targets: {_why_no_layer(model, name, _for_all_linear(model, layers))}")
+        if not found and not any(_matches(tensor, name) for tensor in experts):
+            raise UserError(f"lora_targets: {_why_no_layer(model, name, [*_for_all_linear(model, layers), *experts])}")
         chosen |= found
     return [layer for layer in layers if layer in chosen]
 
@@ -173,7 +197,7 @@ def _why_no_layer(model: PreTrainedModel, name: str, layers: Sequence[str]) -> s
     if not layers:
         return f"{name!r}: {_no_linear_layer(model)}"
     if name == ALL_LINEAR:
-        return f"{ALL_LINEAR} is said alone"
+        return f"{ALL_LINEAR} is said alone, or with {EXPERTS}"
     if "," in name and all(any(_matches(layer, part.strip()) for layer in layers) for part in name.split(",")):
         return f"{name!r} is one text: write a list, [{', '.join(part.strip() for part in name.split(','))}]"
     others = [(known, module) for known, module in model.named_modules() if known and _matches(known, name)]
