@@ -84,6 +84,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "head": {"adapter": "lora", "lora_modules_to_save": ["lm_head"]},
     "dora": {"adapter": "dora"},
     "nf4": {"adapter": "lora", "quantization": "nf4"},
+    "experts": {"adapter": "lora", "lora_targets": ["all-linear", "experts"]},
     "mlp": {"train_only": ["mlp"]},
     "upper": {"train_only": ["layers.4.", "layers.5.", "norm"]},
 }
@@ -170,6 +171,8 @@ def mixture_cases() -> Iterator[Case]:
     yield Case(main, "none", 1, False)
     yield Case(main, "zero3", 2, False)
     yield Case(main, "zero2", 2, False, trained="lora")
+    yield Case(main, "none", 1, False, trained="experts")
+    yield Case(main, "zero3", 2, True, trained="experts")
     for model in MIXTURES:
         if model != main:
             yield Case(model, "none", 1, False)

@@ -182,6 +182,7 @@ def test_a_layer_of_experts_on_a_cpu(family: str, kind: str) -> None:
 
 FROZEN_EXPERTS: list[dict[str, Any]] = [
     {"adapter": "lora"},
+    {"adapter": "lora", "lora_targets": ["all-linear", "experts"]},
     {"train_only": ["self_attn"]},
     {"train_only": ["experts"]},
     {"train_only": ["experts.down_proj"]},

@@ -64,6 +64,8 @@ def run(stage: int | None, ranks: int = 4, **keys: Any) -> Run:
 CHOICES: list[dict[str, Any]] = [
     {"adapter": "none"},
     {"adapter": "lora"},
+    {"adapter": "lora", "lora_targets": ["all-linear", "experts"]},
+    {"adapter": "lora", "lora_targets": ["o_proj", "experts.down_proj"]},
     {"train_only": ["layers.2."]},
     {"train_only": ["experts"]},
 ]

@@ -296,7 +296,15 @@ def _experts(run: Run, learned: Learned, experts: Experts) -> int:
     if experts.shared_gate:
         shared += (h + 1) * w  # what it weights, and the factor
     own_copy = experts.number * h * FP32 if experts.sigmoid and run.half else 0  # of the router's weight
+    own_copy += sum(adapted_experts(run, learned, experts))
     return routed(run, experts) * pairs + run.tokens * (_router(run, learned, experts) + shared) + own_copy
+
+
+def adapted_experts(run: Run, learned: Learned, experts: Experts) -> list[int]:
+    """Bytes of each tensor of experts with an adapter: peft adds the product to a copy of it, which backward needs."""
+    matrix = experts.number * experts.intermediate * run.shape.hidden * run.width
+    sizes = {"mlp.experts.gate_up_proj": 2 * matrix, "mlp.experts.down_proj": matrix}
+    return [size for name, size in sizes.items() if learned.get(name, True) is False]
 
 
 def compiled_products(run: Run) -> int:
@@ -333,6 +341,8 @@ def _adapters(run: Run, layer: int) -> int:
     """What adapters keep of a token: what lies between their matrices, and what dropout leaves of their input."""
     w, kept = run.width, 0
     for weight in run.weights.of_layer(layer):
+        if weight.beside is not None:
+            continue  # see `adapted_experts`
         if ".lora_A." in weight.name:
             rank, inputs = weight.shape
             mask = w if run.lazy else 1  # a CPU keeps it as numbers
@@ -460,7 +470,8 @@ def layer_backward(run: Run, layer: int) -> int:
     residual, experts = run.tokens * 2 * run.shape.hidden * FP32, run.shape.experts_in(layer)
     if experts is None:
         return residual + run.tokens * 3 * run.shape.intermediate * run.width + unpacked * run.width
-    return residual + _experts_backward(run, experts) + unpacked * run.width
+    sums = adapted_experts(run, run.weights.learned(layer), experts)  # their gradients are made, for the adapters'
+    return residual + _experts_backward(run, experts) + max(sums, default=0) + unpacked * run.width
 
 
 def _experts_backward(run: Run, experts: Experts) -> int:

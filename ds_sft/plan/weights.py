@@ -19,6 +19,7 @@ from ds_sft.errors import UserError
 # Of the parts of a layer that are trained, such as self_attn.q_proj: whole, not by an adapter?
 Learned = Mapping[str, bool]
 Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by their names in it; tied ones once
+ALL_LINEAR, EXPERTS = "all-linear", "experts"  # of `lora_targets`, as `training/targets.py` has them
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 # Modules with a matrix that has no adapter, beside those with "emb" in their name: routers, ends of other models.
 NO_LINEAR = (HEAD, "wte", "wpe", "gate", "router", "shared_expert_gate")
@@ -33,7 +34,7 @@ class Choice:
 
     adapter: str = "none"
     rank: int = 16
-    targets: tuple[str, ...] = ()  # none: all linear layers but the output projection
+    targets: tuple[str, ...] = ()  # none: all linear layers but the output projection; `EXPERTS` their tensors
     modules: tuple[str, ...] = ()  # trained whole beside adapters
     dropout: bool = False
     only: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ def choice_of(config: Config) -> Choice:
     return Choice(
         adapter=config.adapter,
         rank=config.lora_rank,
-        targets=() if targets == ("all-linear",) else targets,
+        targets=() if targets == (ALL_LINEAR,) else targets,
         modules=tuple(config.lora_modules_to_save or ()),
         dropout=config.lora_dropout > 0,
         four_bits=config.quantization == "nf4",
@@ -101,6 +102,7 @@ class Weight:
     trained: bool = True
     used: bool = True  # False: a trained copy stands in its place
     four_bits: bool = False
+    beside: str | None = None  # the tensor of experts that an adapter is for: its own name is the module's
 
     @property
     def size(self) -> int:
@@ -216,8 +218,10 @@ class Weights:
 
     @cached_property
     def _learned(self) -> list[Learned]:
-        return [{part_of(weight.name): "lora_" not in weight.name for weight in weights if weight.trained}
-                for weights in self._by_layer]  # fmt: skip
+        return [
+            {part_of(one.beside or one.name): "lora_" not in one.name for one in weights if one.trained}
+            for weights in self._by_layer
+        ]
 
     def flops(self) -> tuple[float, float]:
         """A token's floating-point operations in forward and backward: of the layers' matrices, and of the projection.
@@ -284,9 +288,11 @@ def _with_adapters(base: Shapes, choice: Choice, taken: tuple[str, ...]) -> Iter
     tied = _is_tied(base)
     linear = [_module(name) for name, shape in base.items() if _is_linear(name, shape)]
     linear = [module for module in linear if module.rpartition(".")[2] not in taken]
+    experts = {name for name, shape in base.items() if len(shape) == 3 and _of_experts(name)}
     for target in choice.targets:
-        if not any(_is_target(module, target) for module in linear):
+        if target not in (ALL_LINEAR, EXPERTS) and not any(_is_target(part, target) for part in (*linear, *experts)):
             raise UserError(f"lora_targets: {target!r} matches no linear layer of this model")
+    experts = {name for name in experts if _is_asked(name, choice.targets, EXPERTS)}
     for name, shape in base.items():
         module, kind = _module(name), name.rpartition(".")[2]
         saved = _saved_as(module, choice.modules, tied=tied)
@@ -294,11 +300,32 @@ def _with_adapters(base: Shapes, choice: Choice, taken: tuple[str, ...]) -> Iter
         yield Weight(name, shape, False, used=saved is None, four_bits=choice.four_bits and matrix)
         if saved is not None:
             yield Weight(f"{saved}.modules_to_save.default.{name.removeprefix(saved + '.')}", shape)
-        elif matrix and (not choice.targets or any(_is_target(module, target) for target in choice.targets)):
+        elif matrix and (not choice.targets or _is_asked(module, choice.targets, ALL_LINEAR)):
             yield Weight(f"{module}.lora_A.default.weight", (choice.rank, shape[1]))
             yield Weight(f"{module}.lora_B.default.weight", (shape[0], choice.rank))
             if choice.adapter == "dora":
                 yield Weight(f"{module}.lora_magnitude_vector.default.weight", (shape[0],))
+        elif _of_experts(name) and name == [other for other in base if _module(other) == module][-1]:
+            tensors = {other: shape for other, shape in base.items() if other in experts and _module(other) == module}
+            yield from _on_experts(tensors, choice, transposed=f"{module}.down_proj_bias" in base)
+
+
+def _on_experts(tensors: Shapes, choice: Choice, *, transposed: bool) -> Iterator[Weight]:
+    """Adapters on tensors of one module's experts: peft wraps the module once for each, the last one outermost.
+
+    tensors: [experts, out, in], `transposed` [experts, in, out].
+    """
+    for number, (name, (experts, *sizes)) in enumerate(tensors.items()):
+        module = _module(name) + ".base_layer" * (len(tensors) - 1 - number)
+        outputs, inputs = reversed(sizes) if transposed else sizes
+        yield Weight(f"{module}.lora_A.default.weight", (choice.rank * experts, inputs), beside=name)
+        yield Weight(f"{module}.lora_B.default.weight", (outputs, choice.rank * experts), beside=name)
+
+
+def _is_asked(name: str, targets: tuple[str, ...], group: str) -> bool:
+    """Whether a layer or tensor is named, itself or by the name for all of its group."""
+    others = [target for target in targets if target not in (ALL_LINEAR, EXPERTS)]
+    return group in targets or any(_is_target(name, target) for target in others)
 
 
 def _module(name: str) -> str:
