@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_sft.cli import main
 from ds_sft.config import Config
 from ds_sft.plan.cost import model_flops_per_token, step_flops, traffic
-from ds_sft.plan.memory import Engine, Run, compiled_products, gathered_at, peak, states, trained_weights
+from ds_sft.plan.memory import EXPERT_BLOCK, Engine, Run, compiled_products, gathered_at, peak, states, trained_weights
 from ds_sft.plan.shape import MIXTURES, shape_of
 from ds_sft.plan.weights import Choice, choice_of
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.size import ModelSize, in_words, model_size
 from ds_sft.training.adapters import choose_weights
+from ds_sft.training.experts import BLOCK
 from ds_sft.training.metrics import count_flops
 from ds_sft.training.resumable import ResumableTrainer
 from tests.test_plan_activations import MIXTURES as OWN
@@ -120,11 +121,12 @@ def test_layers_without_experts_are_gathered_as_they_are() -> None:
 
 
 def test_a_cpu_keeps_what_it_compiled_for_each_number_of_blocks() -> None:
-    """256 tokens are up to 16 blocks; two matrices, each forward and for two gradients."""
-    assert compiled_products(run(None, lazy=True)) == 16 * 6 * 576 * 1024
-    assert peak(run(None, lazy=True)).device["compiled products"] == 16 * 6 * 576 * 1024
-    assert compiled_products(run(None, lazy=True, choice=Choice(adapter="lora"))) == 16 * 4 * 576 * 1024
+    """256 tokens are up to 16 blocks, of which 12 are met; two matrices, each forward and for two gradients."""
+    assert compiled_products(run(None, lazy=True)) == 12 * 6 * 576 * 1024
+    assert peak(run(None, lazy=True)).device["compiled products"] == 12 * 6 * 576 * 1024
+    assert compiled_products(run(None, lazy=True, choice=Choice(adapter="lora"))) == 12 * 4 * 576 * 1024
     assert compiled_products(replace(run(None, lazy=True), length=10**6)) == 1024 * 576 * 1024
+    assert EXPERT_BLOCK == BLOCK
     assert compiled_products(run(None)) == compiled_products(replace(run(None, lazy=True), half=False)) == 0
 
 

@@ -308,16 +308,18 @@ def adapted_experts(run: Run, learned: Learned, experts: Experts) -> list[int]:
 
 
 def compiled_products(run: Run) -> int:
-    """What a CPU keeps of experts' products in 16 bits, at most: one for each number of blocks that an expert can have.
+    """What a CPU keeps of experts' products in 16 bits: one for each number of blocks that an expert has had.
 
-    Of two matrices forward, for the gradient of what comes in, and for their own where they are trained.
+    Of those up to a batch's tokens three quarters, as in runs of a few steps (`benchmarks/plan_accuracy.py`). Of two
+    matrices forward, for the gradient of what comes in, and for their own where they are trained.
     """
     experts = run.shape.experts
     if experts is None or not (run.lazy and run.half):
         return 0
     learned = run.weights.learned(experts.layers[-1])
     kinds = 4 + sum(f"mlp.experts.{name}_proj" in learned for name in ("gate_up", "down"))
-    return PRIMITIVE * min(PRIMITIVES, kinds * -(-run.tokens // EXPERT_BLOCK))
+    met = -(-run.tokens // EXPERT_BLOCK) * 3 // 4
+    return PRIMITIVE * min(PRIMITIVES, kinds * met)
 
 
 def _router(run: Run, learned: Learned, experts: Experts) -> int:
