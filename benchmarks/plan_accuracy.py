@@ -56,6 +56,24 @@ MODELS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> family, SIZES
     "qwen3-200m": ("qwen3", (1024, 3072, 10, 16, 8, 128, 49152, True)),
     "qwen3-600m-big-vocab": ("qwen3", (1024, 3072, 28, 16, 8, 128, 151936, True)),
 }
+# Name -> family, SIZES, what a mixture of experts has beside them.
+MIXTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "qwen3-moe-60m": ("qwen3_moe", (384, 1024, 6, 6, 2, 64, 32000, False),
+                      {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256}),
+    "qwen2-moe-50m": ("qwen2_moe", (384, 1024, 6, 6, 2, 64, 32000, False),
+                      {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+                       "shared_expert_intermediate_size": 512}),
+    "mixtral-60m": ("mixtral", (384, 768, 6, 6, 2, 64, 32000, False),
+                    {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "glm4-moe-50m": ("glm4_moe", (384, 1024, 6, 6, 2, 64, 32000, False),
+                     {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384}),
+    "gpt-oss-50m": ("gpt_oss", (384, 512, 6, 6, 2, 64, 32000, False),
+                    {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "deepseek-v3-60m": ("deepseek_v3", (384, 1024, 6, 6, 6, 64, 32000, False),
+                        {"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+                         "first_k_dense_replace": 2, "q_lora_rank": 192, "kv_lora_rank": 128, "qk_rope_head_dim": 32,
+                         "qk_nope_head_dim": 64, "v_head_dim": 64, "n_group": 2, "topk_group": 1}),
+}  # fmt: skip
 LAYOUTS = {"none": "no DeepSpeed", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3",
            "zero2-offload": "ZeRO-2 offload", "zero3-offload": "ZeRO-3 offload"}  # fmt: skip
 # What a case trains, by the last word of its name; of LoRA's rank 16 on all linear layers where nothing else is said.
@@ -66,6 +84,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "head": {"adapter": "lora", "lora_modules_to_save": ["lm_head"]},
     "dora": {"adapter": "dora"},
     "nf4": {"adapter": "lora", "quantization": "nf4"},
+    "experts": {"adapter": "lora", "lora_targets": ["all-linear", "experts"]},
     "mlp": {"train_only": ["mlp"]},
     "upper": {"train_only": ["layers.4.", "layers.5.", "norm"]},
 }
@@ -118,8 +137,9 @@ def subset() -> list[Case]:
     cases += [Case(middle, "none", 1, False), *(Case(middle, layout, 2, True) for layout in offload)]
     cases += [Case("qwen3-200m", layout, 2, True) for layout in main]
     cases += [Case("qwen3-600m-big-vocab", layout, 1, True) for layout in main]
-    cases += [*adapter_cases()]
-    return sorted(cases, key=lambda case: list(MODELS).index(case.model))
+    cases += [*adapter_cases(), *mixture_cases()]
+    order = [*MODELS, *MIXTURES]
+    return sorted(cases, key=lambda case: order.index(case.model))
 
 
 def adapter_cases() -> Iterator[Case]:
@@ -141,6 +161,24 @@ def adapter_cases() -> Iterator[Case]:
     yield Case(middle, "none", 1, False, trained="lora")
     yield Case(middle, "none", 1, True, trained="lora")
     yield Case(middle, "none", 1, False, trained="nf4")
+
+
+def mixture_cases() -> Iterator[Case]:
+    """What has experts."""
+    main = "qwen3-moe-60m"
+    for layout in ("none", "zero2", "zero3"):
+        yield Case(main, layout, 2, True)
+    yield Case(main, "none", 1, False)
+    yield Case(main, "zero3", 2, False)
+    yield Case(main, "zero2", 2, False, trained="lora")
+    yield Case(main, "none", 1, False, trained="experts")
+    yield Case(main, "zero3", 2, True, trained="experts")
+    for model in MIXTURES:
+        if model != main:
+            yield Case(model, "none", 1, False)
+    yield Case("mixtral-60m", "zero3", 2, True)
+    yield Case("deepseek-v3-60m", "zero3", 2, True)
+    yield Case("gpt-oss-50m", "zero2", 2, True)
 
 
 def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> tuple[int, int]:
@@ -230,10 +268,8 @@ def make_model(name: str, folder: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    family, sizes = MODELS[name]
-    config = AutoConfig.for_model(
-        family, **dict(zip(SIZES, sizes, strict=True)), pad_token_id=0, bos_token_id=1, eos_token_id=2
-    )
+    family, keys = keys_of(name)
+    config = AutoConfig.for_model(family, **keys, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -272,11 +308,20 @@ def again(found: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:
 
 
 def config_only(name: str, folder: Path) -> Path:
-    family, sizes = MODELS[name]
+    family, keys = keys_of(name)
     path = folder / f"{name}-config"
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": family, **dict(zip(SIZES, sizes, strict=True))}))
+    (path / "config.json").write_text(json.dumps({"model_type": family, **keys}))
     return path
+
+
+def keys_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The family of a model, and the keys of its configuration."""
+    family, sizes, beside = MIXTURES[name] if name in MIXTURES else (*MODELS[name], {})
+    keys = {**dict(zip(SIZES, sizes, strict=True)), **beside}
+    if family == "deepseek_v3":
+        del keys["head_dim"]  # its own name for the rotated part of a head
+    return family, keys
 
 
 def table(results: list[dict[str, Any]]) -> str:

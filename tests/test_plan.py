@@ -337,6 +337,8 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--gpus-per-node", "4")
     assert found["model"] == {
         "parameters": PARAMETERS,
+        "active": PARAMETERS,
+        "experts": None,
         "trained": PARAMETERS,
         "tied": False,
         "family": "llama",

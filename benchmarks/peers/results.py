@@ -86,7 +86,7 @@ def useful_flop(shape: Shape, lengths: Iterable[int], tokens: int, supervised: i
     passes = 4 if frozen else 6
     layers = passes * (shape.multiplied - shape.embedding) * tokens
     head = passes * shape.embedding * supervised
-    attention = 6 * shape.layers * shape.q_size * sum(length**2 for length in lengths)
+    attention = 6 * shape.layers * shape.attended * sum(length**2 for length in lengths)
     return layers + head + attention
 
 

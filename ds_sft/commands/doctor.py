@@ -36,7 +36,7 @@ from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line,
 from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.results import git_commit, versions
 from ds_sft.runtime.shipped import CONFIGS, PACKAGE
-from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
+from ds_sft.runtime.size import ModelSize, in_units, in_words, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
 
 READ_SECONDS = 10.0  # of reading rows, on a rank of each node
@@ -312,7 +312,7 @@ def _check_model(nodes: Sequence[Facts], config: Config) -> Check:
         remedy = f"hf download {config.model_name_or_path} where there is a network, into an HF_HOME that all nodes see"
         return Check("model", "fail" if offline else "warn", value, remedy)
     found = nodes[0]["model"]
-    size = f"{found['size']['parameters']:,} parameters" if found["size"] else "its files do not tell how large"
+    size = in_words(ModelSize(**found["size"])) if found["size"] else "its files do not tell how large"
     return Check("model", "pass", f"{found['folder']}: {size}")
 
 

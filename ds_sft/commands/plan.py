@@ -229,6 +229,8 @@ class Plan:
         return {
             "model": {
                 "parameters": self.shape.parameters,
+                "active": self.shape.active,
+                "experts": self._experts(),
                 "trained": self.chosen.run.weights.number_trained,
                 "tied": self.shape.tied,
                 "family": self.shape.family,
@@ -252,6 +254,13 @@ class Plan:
             "time_limit": self.given.time_limit,
             "short": self._short(disk, times),
         }
+
+    def _experts(self) -> dict[str, int] | None:
+        """Of a mixture: how many a layer has, how many a token chooses, and how many layers have them."""
+        found = self.shape.experts
+        if found is None:
+            return None
+        return {"number": found.number, "chosen": found.chosen, "layers": len(found.layers)}
 
     def _short(self, disk: dict[str, int | None], times: Schedule) -> list[str]:
         """What there is too little of, as far as it is known: memory, disk, time."""

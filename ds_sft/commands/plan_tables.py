@@ -30,10 +30,10 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
             console.print(line)
         return
     gpus = f"{given.nodes} x {given.gpus_per_node} GPUs of {in_units(given.gpu_memory)}"
-    console.print(
-        f"{model['family']}, {model['parameters']:,} parameters{tied}; {gpus} (--nodes, --gpus-per-node, --gpu-memory)."
-    )
-    for line in trained_lines(plan):
+    active = f", {model['active']:,} of them active" if model["active"] < model["parameters"] else ""
+    number = f"{model['parameters']:,} parameters{active}"
+    console.print(f"{model['family']}, {number}{tied}; {gpus} (--nodes, --gpus-per-node, --gpu-memory).")
+    for line in (*expert_lines(plan), *trained_lines(plan)):
         console.print(line)
     console.print(memory_table(plan))
     console.print(
@@ -49,6 +49,15 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         *time_lines(plan, given),
     ):
         console.print(line)
+
+
+def expert_lines(plan: dict[str, Any]) -> list[str]:
+    experts = plan["model"]["experts"]
+    if experts is None:
+        return []
+    met = f"a token meets {experts['chosen']} of {experts['number']} in each of {experts['layers']} layers"
+    return [f"Experts: {met}. Memory and traffic are those of all, FLOP of the active ones; activations are the same "
+            "wherever tokens go."]  # fmt: skip
 
 
 def trained_lines(plan: dict[str, Any]) -> list[str]:

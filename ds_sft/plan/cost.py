@@ -39,11 +39,12 @@ class Hardware:
 def model_flops_per_token(shape: Shape, length: int, choice: Choice = ALL) -> float:
     """Forward and backward: 6 a multiplied parameter, and attention's scores (PaLM, arXiv 2204.02311, appendix B).
 
-    4 a frozen parameter, which has no gradient of its own, and 2 below the first layer that has something trained.
+    Of experts those count that a token chooses. 4 a frozen parameter, which has no gradient of its own, and 2 below
+    the first layer that has something trained.
     """
     weights = trained_weights(shape, choice)
     scores = 12.0 * (shape.layers - weights.first) + 4.0 * weights.first
-    return sum(weights.flops()) + scores * shape.q_size * length
+    return sum(weights.flops()) + scores * shape.attended * length
 
 
 def step_flops(run: Run) -> float:
@@ -51,7 +52,7 @@ def step_flops(run: Run) -> float:
     flops = model_flops_per_token(run.shape, run.length, run.choice)
     if run.checkpointing:
         reached = run.shape.layers - run.weights.first
-        flops += 2.0 * run.weights.multiplied_again + 4.0 * reached * run.shape.q_size * run.length
+        flops += 2.0 * run.weights.multiplied_again + 4.0 * reached * run.shape.attended * run.length
     return run.tokens * flops
 
 

@@ -2,8 +2,8 @@
 
 Sizes are bytes, counts are elements. The formulas follow the papers where those say enough (ZeRO, arXiv 1910.02054) and
 the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
-`partitioned_param_coordinator.py`), transformers 5.23 (`models/qwen3/modeling_qwen3.py`, `loss/loss_utils.py`).
-`benchmarks/plan_accuracy.py` measures them.
+`partitioned_param_coordinator.py`), transformers 5.23 (`models/*/modeling_*.py`, `integrations/moe.py`,
+`loss/loss_utils.py`). `benchmarks/plan_accuracy.py` measures them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from ds_sft.plan.shape import Shape
+from ds_sft.plan.blocks import Experts
+from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
 MOMENTS = 8  # Adam's two, in float32
@@ -21,6 +22,13 @@ MOMENTS = 8  # Adam's two, in float32
 # time is the same from 128 tokens on; a GPU reads the weight three times and its gradient once a chunk, which takes as
 # long as the products of some 300 tokens (H100: 3.3 TB/s, 800 TFLOP/s).
 CHUNK_BYTES = 256 * 2**20
+# Tokens of a row up to which attention on a CPU in 16 bits computes its scores again: 4 MiB a head, for a moment.
+SHORT_ROW = 1024
+EXPERT_BLOCK = 16  # tokens of an expert are filled up to it on a CPU in 16 bits (`training/experts.py`)
+INDEX = 8  # an int64
+# oneDNN keeps what it compiled for products of each number of rows, up to so many: 0.55 MiB each (a CPU in bfloat16,
+# torch 2.13, 256 x 384 to 512 x 384).
+PRIMITIVE, PRIMITIVES = 576 * 1024, 1024
 NORM = 8  # DeepSpeed sums squares of gradients in float64 (runtime/zero/utils.py, get_norm_dtype)
 
 
@@ -89,17 +97,22 @@ class Run:
         return tokens if self.max_tokens is None else min(tokens, self.max_tokens)
 
     @property
+    def way(self) -> str:
+        """The attention that a model takes: of sinks transformers' `sdpa` knows nothing, nor does ours."""
+        return "eager" if self.shape.sinks and self.attention in ("rows", "sdpa") else self.attention
+
+    @property
     def masked(self) -> bool:
         return self.padded or (not self.row_by_row and (self.packed or (self.flat and self.micro_batch > 1)))
 
     @property
     def row_by_row(self) -> bool:
         """Whether rows that lie end to end are attended to one by one: there is no mask then."""
-        return self.attention == "rows" and (self.packed or self.flat)
+        return self.way == "rows" and (self.packed or self.flat)
 
     @property
     def sdpa(self) -> bool:
-        return self.attention in ("sdpa", "rows")
+        return self.way in ("sdpa", "rows")
 
     @property
     def pairs(self) -> int:
@@ -109,7 +122,8 @@ class Run:
 
 @lru_cache(maxsize=64)
 def trained_weights(shape: Shape, choice: Choice) -> Weights:
-    return weights_of(shape.shapes(), choice, layers=shape.layers)
+    taken = TAKEN.get(shape.family, ())
+    return weights_of(shape.shapes(), choice, layers=shape.layers, met=shape.met, taken=taken)
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ class Memory:
 def peak(run: Run, *, loading: bool = True) -> Memory:
     """The fullest moment of the fullest rank; `loading`: also before the first step."""
     on_host = host(run)
-    fixed = states(run)
+    fixed = states(run) | {"compiled products": compiled_products(run)}
     moments = ((name, {**fixed, **parts}) for name, parts in _moments(run) if loading or name != "loading")
     name, device = max(moments, key=lambda moment: sum(moment[1].values()))
     return Memory(name, {part: size for part, size in device.items() if size}, on_host)
@@ -236,10 +250,88 @@ def layer_activations(run: Run, layer: int = 0) -> int:
     """
     if layer < run.weights.first:
         return 0
-    s, learned = run.shape, run.weights.learned(layer)
-    gates = (2 if run.fused else 3) + _inputs(run, learned, "down_proj")  # both projections; eager the activation too
-    kept = _norms(run, learned) + _attention(run, learned) + gates * s.intermediate * run.width
-    return run.tokens * (kept + _adapters(run, layer)) + _scores(run)
+    learned, mixture = run.weights.learned(layer), run.shape.experts_in(layer)
+    if mixture is None:
+        mlp = run.tokens * _gates(run, learned, "mlp", run.shape.intermediate)
+    else:
+        mlp = _experts(run, learned, mixture)
+    kept = _norms(run, learned, mixture) + _attention(run, learned) + _adapters(run, layer)
+    return run.tokens * kept + mlp + _scores(run)
+
+
+def _gates(run: Run, learned: Learned, name: str, intermediate: int) -> int:
+    """A gated MLP, a token: both projections, their product where down_proj wants it; eager the activation too."""
+    return ((2 if run.fused else 3) + _inputs(run, learned, f"{name}.down_proj")) * intermediate * run.width
+
+
+def routed(run: Run, experts: Experts) -> int:
+    """Pairs of a token and an expert, whatever the router chooses: all tokens at one expert are as many.
+
+    On a CPU each expert's are filled up to whole blocks, by half of one on average.
+    """
+    pairs = run.tokens * experts.chosen
+    filled = min(experts.number, pairs) * (EXPERT_BLOCK - 1) // 2
+    return pairs + (filled if run.lazy and run.half else 0)
+
+
+def _experts(run: Run, learned: Learned, experts: Experts) -> int:
+    """A mixture in all: its router, its experts by grouped products, and the one that all tokens pass.
+
+    On a GPU transformers' `grouped_mm_experts_forward` (`integrations/moe.py`): copies of the tokens sorted by expert,
+    both projections in one, the activation, the product, and what comes out, which is weighted there. On a CPU
+    `training/experts.py`, which weights what goes into the second matrix.
+    """
+    h, inner, w = run.shape.hidden, experts.intermediate, run.width
+    first, second = (_inputs(run, learned, f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
+    gates = 6 if experts.biased else 3  # gpt-oss clamps both, adds to one and multiplies twice
+    if run.lazy:
+        rows = gates + 2  # the product, and weighted
+        copies = 1 + experts.biased  # of tokens, and the biases of the second matrix
+    else:
+        rows, copies = gates + second, first + 1
+    # Where each pair is, and its expert for the biases; on a GPU also the order's inverse, and its token.
+    indices = ((1 if run.lazy else 3) + experts.biased) * INDEX
+    pairs = rows * inner * w + copies * h * w + indices
+    shared = _gates(run, learned, experts.shared_name, experts.shared)
+    if experts.shared_gate:
+        shared += (h + 1) * w  # what it weights, and the factor
+    own_copy = experts.number * h * FP32 if experts.sigmoid and run.half else 0  # of the router's weight
+    own_copy += sum(adapted_experts(run, learned, experts))
+    return routed(run, experts) * pairs + run.tokens * (_router(run, learned, experts) + shared) + own_copy
+
+
+def adapted_experts(run: Run, learned: Learned, experts: Experts) -> list[int]:
+    """Bytes of each tensor of experts with an adapter: peft adds the product to a copy of it, which backward needs."""
+    matrix = experts.number * experts.intermediate * run.shape.hidden * run.width
+    sizes = {"mlp.experts.gate_up_proj": 2 * matrix, "mlp.experts.down_proj": matrix}
+    return [size for name, size in sizes.items() if learned.get(name, True) is False]
+
+
+def compiled_products(run: Run) -> int:
+    """What a CPU keeps of experts' products in 16 bits: one for each number of blocks that an expert has had.
+
+    Of those up to a batch's tokens three quarters, as in runs of a few steps (`benchmarks/plan_accuracy.py`). Of two
+    matrices forward, for the gradient of what comes in, and for their own where they are trained.
+    """
+    experts = run.shape.experts
+    if experts is None or not (run.lazy and run.half):
+        return 0
+    learned = run.weights.learned(experts.layers[-1])
+    kinds = 4 + sum(f"mlp.experts.{name}_proj" in learned for name in ("gate_up", "down"))
+    met = -(-run.tokens // EXPERT_BLOCK) * 3 // 4
+    return PRIMITIVE * min(PRIMITIVES, kinds * met)
+
+
+def _router(run: Run, learned: Learned, experts: Experts) -> int:
+    """Scores, the chosen ones' indices and weights, a token."""
+    w = run.width
+    weight = FP32 if experts.float_weights else w
+    kept = experts.chosen * (INDEX + weight)
+    if experts.biased:
+        return kept + experts.chosen * w
+    normalised = experts.normalised * (experts.chosen + 1) * FP32
+    own_copy = experts.sigmoid and run.half and _inputs(run, learned, experts.router)
+    return kept + normalised + experts.number * FP32 + own_copy * run.shape.hidden * FP32
 
 
 def _inputs(run: Run, learned: Learned, *names: str) -> bool:
@@ -251,6 +343,8 @@ def _adapters(run: Run, layer: int) -> int:
     """What adapters keep of a token: what lies between their matrices, and what dropout leaves of their input."""
     w, kept = run.width, 0
     for weight in run.weights.of_layer(layer):
+        if weight.beside is not None:
+            continue  # see `adapted_experts`
         if ".lora_A." in weight.name:
             rank, inputs = weight.shape
             mask = w if run.lazy else 1  # a CPU keeps it as numbers
@@ -260,44 +354,100 @@ def _adapters(run: Run, layer: int) -> int:
     return kept
 
 
-def _norms(run: Run, learned: Learned) -> int:
+def _norms(run: Run, learned: Learned, experts: Experts | None) -> int:
     """Both norms of a layer and the input of the matrices behind them, a token."""
     h, w = run.shape.hidden, run.width
-    outputs = _inputs(run, learned, "q_proj", "k_proj", "v_proj") + _inputs(run, learned, "gate_proj", "up_proj")
+    outputs = _inputs(run, learned, *_of_attention(run)) + _inputs(run, learned, *_behind_norm(run, experts))
     if run.fused:  # the residual, output, a factor
         return (2 + outputs) * h * w + 2 * FP32
     # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
     normalised = ("input_layernorm" in learned) + ("post_attention_layernorm" in learned)
-    return 2 * (h * FP32 + FP32) + (normalised + outputs) * h * w
+    wide = FP32 if run.shape.sinks else w  # gpt-oss multiplies by the norm's weight before it casts
+    return 2 * (h * FP32 + FP32) + (normalised * wide + outputs * w) * h
+
+
+def _of_attention(run: Run) -> tuple[str, ...]:
+    """Matrices that attention multiplies hidden states with."""
+    if run.shape.latent is None:
+        return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    first = "self_attn.q_proj" if run.shape.latent.queries is None else "self_attn.q_a_proj"
+    return (first, "self_attn.kv_a_proj_with_mqa")
+
+
+def _behind_norm(run: Run, experts: Experts | None) -> tuple[str, ...]:
+    """Matrices that keep the second norm's output; experts have copies of it, and a router in float32 its own."""
+    if experts is None:
+        return ("mlp.gate_proj", "mlp.up_proj")
+    shared = (f"{experts.shared_name}.gate_proj", f"{experts.shared_name}.up_proj", "mlp.shared_expert_gate")
+    return shared if experts.sigmoid and run.half else (experts.router, *shared)
 
 
 def _attention(run: Run, learned: Learned) -> int:
     """Queries, keys, values, output and their norms, a token."""
     s, w = run.shape, run.width
+    if s.latent is not None:
+        return _latent_attention(run, learned)
     keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
-    log_sums = s.heads * FP32 if run.attention != "eager" else 0  # of the scores' exponentials
-    behind = _inputs(run, learned, "o_proj")
+    # gpt-oss: a sink's own share, and which score is the largest.
+    log_sums = s.heads * FP32 if run.way != "eager" else s.heads * (w + INDEX) * s.sinks
+    behind = _inputs(run, learned, "self_attn.o_proj")
     # Of each row, and all rows' in one; eager attention does not need its own.
-    outputs = 1 + behind if run.row_by_row else behind if run.attention == "eager" else 1
+    outputs = 1 + behind if run.row_by_row else behind if run.way == "eager" else 1
     kept = (s.q_size + keys_values + outputs * s.q_size) * w + log_sums
     if s.head_norms and run.fused:  # their inputs; what they write is rotated where it lies
         kept += (s.q_size + s.kv_size) * w + (s.heads + s.kv_heads) * FP32
     elif s.head_norms:
-        normalised = ("q_norm" in learned) * s.q_size + ("k_norm" in learned) * s.kv_size
+        normalised = ("self_attn.q_norm" in learned) * s.q_size + ("self_attn.k_norm" in learned) * s.kv_size
         kept += (s.q_size + s.kv_size) * FP32 + normalised * w + (s.heads + s.kv_heads) * FP32
     return kept
 
 
+def _latent_attention(run: Run, learned: Learned) -> int:
+    """The short vectors and their norms, then whole queries, keys and values, a token.
+
+    These stand for themselves but for values: a view of what was made with the keys' part without positions, which
+    eager attention copies.
+    Where keys are larger than values a CPU has no kernel: but for short rows it keeps float32 copies and the scores.
+    """
+    s, latent, w = run.shape, run.shape.latent, run.width
+    assert latent is not None
+    kept = 0
+    for name, size in (("q", latent.queries), ("kv", latent.values)):
+        if size is not None:
+            normalised = f"self_attn.{name}_a_layernorm" in learned
+            used = _inputs(run, learned, f"self_attn.{name}_b_proj")
+            kept += size * (FP32 + (normalised + used) * w) + FP32
+    if not run.half:
+        kept += latent.rotated * w  # in one with the vector of keys and values
+    behind = _inputs(run, learned, "self_attn.o_proj") * s.v_size * w
+    if _keeps_scores(run):
+        return kept + (2 * s.q_size + s.v_size) * FP32 + behind
+    made = s.v_size if run.way == "eager" else s.heads * (latent.plain + latent.value)
+    outputs = 0 if run.way == "eager" or run.lazy else s.v_size * w + s.heads * FP32
+    return kept + (2 * s.q_size + made) * w + outputs + (behind if run.row_by_row or run.way == "eager" else 0)
+
+
+def _keeps_scores(run: Run) -> bool:
+    """Whether a CPU keeps the scores of latent attention."""
+    short = run.row_by_row and run.half and run.length <= SHORT_ROW
+    return run.shape.latent is not None and run.lazy and run.way != "eager" and not short
+
+
 def _groups_inside(run: Run) -> bool:
     """Whether attention reads grouped keys as they are; with a mask transformers repeats them for each query."""
-    return run.attention.startswith("flash") or (run.sdpa and not run.masked)
+    return run.way.startswith("flash") or (run.sdpa and not run.masked)
 
 
 def _scores(run: Run) -> int:
     """Attention's quadratic part in a layer: the mask as numbers, or the scores themselves where eager keeps them."""
-    if run.attention == "eager":
-        return run.pairs * run.shape.heads * (FP32 + (2 if run.half else 0))  # softmax in float32, and cast
-    return run.pairs * run.width if run.masked and run.sdpa else 0
+    s = run.shape
+    if run.way == "eager":  # softmax in float32, and cast; gpt-oss has it in the dtype that computes
+        return run.pairs * s.heads * (run.width if s.sinks else FP32 + (2 if run.half else 0))
+    mask = run.pairs * run.width if run.masked and run.sdpa else 0
+    if _keeps_scores(run):
+        pairs = run.tokens * run.length if run.row_by_row else run.pairs
+        return mask + pairs * s.heads * FP32
+    return mask
 
 
 def kept_between_layers(run: Run) -> int:
@@ -319,8 +469,22 @@ def layer_backward(run: Run, layer: int) -> int:
     4 bits are unpacked a matrix at a time.
     """
     unpacked = max((weight.size for weight in run.weights.of_layer(layer) if weight.four_bits), default=0)
-    gradients = run.tokens * (2 * run.shape.hidden * FP32 + 3 * run.shape.intermediate * run.width)
-    return gradients + unpacked * run.width
+    residual, experts = run.tokens * 2 * run.shape.hidden * FP32, run.shape.experts_in(layer)
+    if experts is None:
+        return residual + run.tokens * 3 * run.shape.intermediate * run.width + unpacked * run.width
+    sums = adapted_experts(run, run.weights.learned(layer), experts)  # their gradients are made, for the adapters'
+    return residual + _experts_backward(run, experts) + max(sums, default=0) + unpacked * run.width
+
+
+def _experts_backward(run: Run, experts: Experts) -> int:
+    """Of a mixture: of what its experts wrote, weighted and not, or of what is between their matrices.
+
+    Weights in float32 make what they weight float32, on a GPU, where that is behind the experts.
+    """
+    behind = 2 * run.width if run.lazy else 2 * (FP32 if experts.float_weights else run.width) + run.width
+    return routed(run, experts) * max(
+        behind * run.shape.hidden, (5 + 2 * experts.biased) * experts.intermediate * run.width
+    )
 
 
 def outside_layers(run: Run) -> int:
@@ -635,25 +799,38 @@ def gathered_at(run: Run) -> list[int]:
     s, engine = run.shape, run.engine
     if engine.stage != 3:
         return [0] * (s.layers + 1)
-    sizes = [weight.size for weight in run.weights.of_layer(s.layers - 1) if weight.used]
-    matrices = [size for size in sizes if size > engine.persistence_threshold]
-    layer = sum(matrices)
+    modules = [_gathered_modules(run, layer) for layer in range(s.layers)]
+    whole = [sum(sizes) for sizes in modules]
+    behind = [*accumulate(reversed(whole), initial=0)][::-1]  # in all layers from this one on
     passes = 3 if run.checkpointing else 2  # a layer's recomputation uses its parameters once more
 
-    def stays(layers_behind: int) -> bool:
-        """Whether what so many layers follow is kept; the output projection is used by forward and backward."""
-        return 2 * s.embedding + passes * layer * layers_behind < engine.max_reuse_distance
+    def stays(first: int) -> bool:
+        """Whether what the layers from `first` on follow is kept; the projection is used by forward and backward."""
+        return 2 * s.embedding + passes * behind[first] < engine.max_reuse_distance
 
-    embedding = s.embedding if stays(s.layers) else 0  # waits for its own backward, as output projection or beside it
+    embedding = s.embedding if stays(0) else 0  # waits for its own backward, as output projection or beside it
     held = []
     for i in range(s.layers + 1):
-        near = sum(layer for number in range(i) if stays(s.layers - 1 - number))
+        near = sum(whole[number] for number in range(i) if stays(number + 1))
         if i in (0, s.layers):
             current = s.embedding + (embedding if i and not s.tied else 0)
         else:
-            current = (layer if stays(s.layers - 1 - i) else max(matrices, default=0)) + embedding
+            current = (whole[i] if stays(i + 1) else max(modules[i], default=0)) + embedding
         held.append((near + current + min(engine.prefetch_bucket, run.weights.number)) * run.weight)
     return held
+
+
+def _gathered_modules(run: Run, layer: int) -> list[int]:
+    """Elements of each module of a layer that stage 3 gathers: small parameters stay whole.
+
+    A module's own parameters are gathered together: of a mixture all experts' matrices.
+    """
+    found: dict[str, int] = {}
+    for weight in run.weights.of_layer(layer):
+        if weight.used and weight.size > run.engine.persistence_threshold:
+            module = weight.name.rpartition(".")[0]
+            found[module] = found.get(module, 0) + weight.size
+    return [*found.values()]
 
 
 def step(run: Run, rank: int) -> dict[str, int]:
@@ -673,7 +850,11 @@ def step(run: Run, rank: int) -> dict[str, int]:
 
 def validation(run: Run) -> dict[str, int]:
     """A validation batch: a chunk of its logits."""
-    wide = run.eval_batch * run.length * max(run.shape.hidden, run.shape.intermediate) * 2 * FP32
+    s = run.shape
+    wide = run.eval_batch * run.length * max(s.hidden, s.intermediate) * 2 * FP32
+    if s.experts is not None:  # sorted tokens, both projections, the product
+        routes = run.eval_batch * run.length * s.experts.chosen
+        wide = max(wide, routes * (2 * s.hidden + 3 * s.experts.intermediate) * run.width)
     size = chunk_logits(run, run.eval_batch * run.length) if run.eval_batch else 0
     copy = working_copy(run) if run.eval_batch else 0
     return {"logits": size, "activations": wide, "working copy": copy, "gathered parameters": gathered_at(run)[-1],

@@ -12,22 +12,29 @@ from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.plan.blocks import Experts, Latent, gated_mlp, linear
 from ds_sft.plan.source import cached_config, is_folder, require_model
+from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
 
 # Decoders whose layer is [norm, attention, norm, gated MLP], and what their configuration does not say of biases:
 # transformers' models/*/modeling_*.py.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# The same with experts in place of the MLP (plan/blocks.py).
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3")
 BIASED_QKV = ("qwen2",)  # on q, k and v, never on the output projection
-HEAD_NORMS = ("qwen3",)  # q and k are normalised a head at a time
+HEAD_NORMS = ("qwen3", "qwen3_moe")  # q and k are normalised a head at a time
+WITHOUT_BIAS = ("mistral", "mixtral")
 TIED_BY_DEFAULT = ("smollm3",)
 SCALED_BY_FACTOR = ("linear", "dynamic", "yarn")  # rotary positions
 VOCAB_MULTIPLE = 64  # rows that `resize_embeddings` fills up to: matrix products are fast in multiples of it
 NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# peft 0.21 takes these ends of names for the experts, also of an MLP beside them: a run puts no adapters there.
+TAKEN = dict.fromkeys(("qwen3_moe", "glm4_moe", "deepseek_v3"), ("gate_proj", "up_proj", "down_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a dense decoder."""
+    """Sizes of a decoder."""
 
     family: str
     hidden: int
@@ -42,39 +49,59 @@ class Shape:
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    sinks: bool = False  # a score in each head for seeing nothing (gpt-oss); attention is then eager
+    latent: Latent | None = None
+    experts: Experts | None = None
     positions: int | None = None  # that the model was made for; None where its configuration does not say
 
     @property
     def q_size(self) -> int:
-        return self.heads * self.head_dim
+        return self.heads * (self.latent.key if self.latent else self.head_dim)
 
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Each parameter of one layer by its name in it, in the layer's order."""
-        h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
-        matrices = {
-            "self_attn.q_proj": (q, h, self.qkv_bias),
-            "self_attn.k_proj": (kv, h, self.qkv_bias),
-            "self_attn.v_proj": (kv, h, self.qkv_bias),
-            "self_attn.o_proj": (h, q, self.output_bias),
-            "mlp.gate_proj": (i, h, self.mlp_bias),
-            "mlp.up_proj": (i, h, self.mlp_bias),
-            "mlp.down_proj": (h, i, self.mlp_bias),
+    @property
+    def v_size(self) -> int:
+        """Of what attention computes of a token, for its output projection."""
+        return self.heads * (self.latent.value if self.latent else self.head_dim)
+
+    @property
+    def attended(self) -> float:
+        """Width of attention for its FLOP: a pair of tokens has a score, and a part in a sum of values."""
+        return (self.q_size + self.v_size) / 2
+
+    def experts_in(self, layer: int) -> Experts | None:
+        """The mixture of a layer; None: it has an MLP."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None
+
+    def layer_shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
+        """Each parameter of a layer by its name in it, in the layer's order."""
+        h, mixture = self.hidden, self.experts_in(layer)
+        mlp = mixture.shapes(h) if mixture else gated_mlp("mlp", h, self.intermediate, bias=self.mlp_bias)
+        norms = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (h,))
+        return {**self._attention_shapes(), **mlp, **norms}
+
+    def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        h, name = self.hidden, "self_attn"
+        if self.latent:
+            return dict(self.latent.shapes(h, self.heads, bias=self.output_bias))
+        head_norms = dict.fromkeys((f"{name}.q_norm.weight", f"{name}.k_norm.weight"), (self.head_dim,))
+        return {
+            **({f"{name}.sinks": (self.heads,)} if self.sinks else {}),
+            **linear(f"{name}.q_proj", self.q_size, h, bias=self.qkv_bias),
+            **linear(f"{name}.k_proj", self.kv_size, h, bias=self.qkv_bias),
+            **linear(f"{name}.v_proj", self.kv_size, h, bias=self.qkv_bias),
+            **linear(f"{name}.o_proj", h, self.q_size, bias=self.output_bias),
+            **(head_norms if self.head_norms else {}),
         }
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, (outputs, inputs, biased) in matrices.items():
-            shapes |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
-            if name.endswith("o_proj") and self.head_norms:
-                shapes |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (self.head_dim,))
-        return shapes | dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (h,))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Each parameter of the model by its name in transformers; tied ones once."""
-        matrix, layer = (self.vocab, self.hidden), self.layer_shapes()
-        layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
+        matrix = (self.vocab, self.hidden)
+        layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers)
+                  for name, shape in self.layer_shapes(i).items()}  # fmt: skip
         head = {} if self.tied else {"lm_head.weight": matrix}
         return {"model.embed_tokens.weight": matrix, **layers, "model.norm.weight": (self.hidden,), **head}
 
@@ -91,10 +118,23 @@ class Shape:
         return sum(self.tensors())
 
     @property
+    def met(self) -> float:
+        """Share of a layer's experts that a token meets."""
+        return self.experts.met if self.experts else 1.0
+
+    @cached_property
+    def active(self) -> int:
+        """Parameters that a token meets: all but the experts that it does not choose."""
+        return sum(round(math.prod(shape) * met_by_token(name, self.met)) for name, shape in self.shapes().items())
+
+    @cached_property
     def multiplied(self) -> int:
         """Parameters that every token is multiplied with: the matrices of the layers and the output projection."""
-        h, i, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
-        return self.layers * (2 * h * q + 2 * h * kv + 3 * h * i) + self.embedding
+        return self.embedding + sum(
+            round(math.prod(shape) * met_by_token(name, self.met))
+            for name, shape in self.shapes().items()
+            if layer_of(name) is not None and is_matrix(name, shape)
+        )
 
 
 def shape_of_run(config: Config) -> Shape:
@@ -181,17 +221,16 @@ def shape_of(found: Mapping[str, Any], where: str = "config.json") -> Shape:
     """The shape that the keys of a `config.json` describe.
 
     Raises:
-        UserError: a mixture of experts, another architecture, or a key missing.
+        UserError: another architecture, another mixture of experts, or a key missing.
     """
     family = str(found.get("model_type"))
-    if any("expert" in key for key in found):
-        raise UserError(f"{where}: model_type {family}: a mixture of experts; only dense models can be planned")
-    if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family}: cannot be planned; these can: {', '.join(FAMILIES)}")
+    mixed = any("expert" in key for key in found)
+    if family not in MIXTURES and (mixed or family not in FAMILIES):
+        what, known = ("a mixture of experts that ", MIXTURES) if mixed else ("", FAMILIES)
+        raise UserError(f"{where}: model_type {family}: {what}cannot be planned; these can: {', '.join(known)}")
     for key in NUMBERS:
-        if not isinstance(found.get(key), int) or found[key] < 1:
-            raise UserError(f"{where}: {key}: expected a whole number above 0, found {found.get(key)!r}")
-    heads, bias = found["num_attention_heads"], bool(found.get("attention_bias", False))
+        _number(found, key, where=where)
+    heads = found["num_attention_heads"]
     return Shape(
         family=family,
         hidden=found["hidden_size"],
@@ -199,12 +238,81 @@ def shape_of(found: Mapping[str, Any], where: str = "config.json") -> Shape:
         layers=found["num_hidden_layers"],
         heads=heads,
         kv_heads=found.get("num_key_value_heads") or heads,
-        head_dim=found.get("head_dim") or (128 if family == "qwen3" else found["hidden_size"] // heads),
+        head_dim=found.get("head_dim") or {"qwen3": 128, "gpt_oss": 64}.get(family, found["hidden_size"] // heads),
         vocab=found["vocab_size"],
         tied=bool(found.get("tie_word_embeddings", family in TIED_BY_DEFAULT)),
-        head_norms=family in HEAD_NORMS,
-        qkv_bias=family in BIASED_QKV or (bias and family != "mistral"),
-        output_bias=bias and family not in (*BIASED_QKV, "mistral"),
-        mlp_bias=bool(found.get("mlp_bias", False)) and family in ("llama", "smollm3"),
+        head_norms=family in HEAD_NORMS or (family == "glm4_moe" and bool(found.get("use_qk_norm", False))),
+        **_biases(found, family),
+        sinks=family == "gpt_oss",
+        latent=_latent(found, where) if family == "deepseek_v3" else None,
+        experts=_experts(found, family, where) if family in MIXTURES else None,
         positions=positions_of(found),
     )
+
+
+def _biases(found: Mapping[str, Any], family: str) -> dict[str, bool]:
+    bias = bool(found.get("attention_bias", family == "gpt_oss")) and family not in WITHOUT_BIAS
+    if family == "qwen2_moe":
+        return {"qkv_bias": bool(found.get("qkv_bias", True))}
+    return {
+        "qkv_bias": bias or family in BIASED_QKV,
+        "output_bias": bias and family not in (*BIASED_QKV, "glm4_moe"),
+        "mlp_bias": bool(found.get("mlp_bias", False)) and family in ("llama", "smollm3"),
+    }
+
+
+def _number(found: Mapping[str, Any], *keys: str, where: str) -> int:
+    """A number that has one of several names; the last is the one that is named where none is there."""
+    key = next((key for key in keys if key in found), keys[-1])
+    value = found.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
+    return value
+
+
+def _latent(found: Mapping[str, Any], where: str) -> Latent:
+    return Latent(
+        queries=None if found.get("q_lora_rank") is None else _number(found, "q_lora_rank", where=where),
+        values=_number(found, "kv_lora_rank", where=where),
+        rotated=_number(found, "qk_rope_head_dim", where=where),
+        plain=_number(found, "qk_nope_head_dim", where=where),
+        value=_number(found, "v_head_dim", where=where),
+    )
+
+
+def _experts(found: Mapping[str, Any], family: str, where: str) -> Experts | None:
+    """The mixture of a family, under the names of its published `config.json` or those that transformers writes."""
+    layers = _mixed_layers(found, family)
+    if not layers:
+        return None
+    routed = {"glm4_moe": "n_routed_experts", "deepseek_v3": "n_routed_experts", "mixtral": "num_local_experts",
+              "gpt_oss": "num_local_experts"}.get(family, "num_experts")  # fmt: skip
+    number = _number(found, "num_local_experts", routed, where=where)
+    inner = "intermediate_size" if family in ("mixtral", "gpt_oss") else "moe_intermediate_size"
+    own: dict[str, Any] = {}
+    if family == "qwen2_moe":
+        shared = _number(found, "shared_expert_intermediate_size", where=where)
+        own = {"shared": shared, "shared_name": "mlp.shared_expert", "shared_gate": True}
+    elif family == "gpt_oss":
+        own = {"router": "mlp.router", "biased": True}
+    elif family in ("glm4_moe", "deepseek_v3"):
+        own = {"shared": found[inner] * (found.get("n_shared_experts") or 1), "sigmoid": True, "float_weights": True}
+    return Experts(
+        number=number,
+        chosen=_number(found, "num_experts_per_tok", where=where),
+        intermediate=_number(found, inner, where=where),
+        layers=layers,
+        experts_first=family in ("qwen3_moe", "glm4_moe", "deepseek_v3"),
+        normalised=bool(found.get("norm_topk_prob", own.get("sigmoid", False))) or family == "mixtral",
+        **{"float_weights": family == "mixtral"} | own,
+    )
+
+
+def _mixed_layers(found: Mapping[str, Any], family: str) -> tuple[int, ...]:
+    """The layers that have experts."""
+    layers = range(found["num_hidden_layers"])
+    if family in ("glm4_moe", "deepseek_v3"):
+        dense = found.get("first_k_dense_replace")
+        return tuple(layers[(1 if family == "glm4_moe" else 3) if dense is None else dense :])
+    every, without = found.get("decoder_sparse_step") or 1, found.get("mlp_only_layers") or ()
+    return tuple(i for i in layers if family in ("mixtral", "gpt_oss") or (i not in without and (i + 1) % every == 0))

@@ -16,11 +16,10 @@ from functools import cached_property
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 
-Learned = Mapping[str, bool]  # of the parts of a layer that are trained: whole, not by an adapter?
+# Of the parts of a layer that are trained, such as self_attn.q_proj: whole, not by an adapter?
+Learned = Mapping[str, bool]
 Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by their names in it; tied ones once
-# Parts of a layer whose names say what autograd keeps for them (plan/memory.py).
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "q_norm", "k_norm",
-         "input_layernorm", "post_attention_layernorm")  # fmt: skip
+ALL_LINEAR, EXPERTS = "all-linear", "experts"  # of `lora_targets`, as `training/targets.py` has them
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 # Modules with a matrix that has no adapter, beside those with "emb" in their name: routers, ends of other models.
 NO_LINEAR = (HEAD, "wte", "wpe", "gate", "router", "shared_expert_gate")
@@ -35,7 +34,7 @@ class Choice:
 
     adapter: str = "none"
     rank: int = 16
-    targets: tuple[str, ...] = ()  # none: all linear layers but the output projection
+    targets: tuple[str, ...] = ()  # none: all linear layers but the output projection; `EXPERTS` their tensors
     modules: tuple[str, ...] = ()  # trained whole beside adapters
     dropout: bool = False
     only: tuple[str, ...] = ()
@@ -57,7 +56,7 @@ def choice_of(config: Config) -> Choice:
     return Choice(
         adapter=config.adapter,
         rank=config.lora_rank,
-        targets=() if targets == ("all-linear",) else targets,
+        targets=() if targets == (ALL_LINEAR,) else targets,
         modules=tuple(config.lora_modules_to_save or ()),
         dropout=config.lora_dropout > 0,
         four_bits=config.quantization == "nf4",
@@ -70,6 +69,30 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether hidden states are multiplied with a parameter: of experts one tensor has the matrices of all."""
+    return len(shape) == (3 if _of_experts(name) and "lora_" not in name else 2) and not name.endswith("bias")
+
+
+def met_by_token(name: str, met: float) -> float:
+    """Share of a parameter that a token meets, where it meets a share `met` of a layer's experts."""
+    return met if _of_experts(name) else 1.0
+
+
+def _of_experts(name: str) -> bool:
+    """Whether a parameter has a part for each expert, as transformers has them in memory."""
+    return ".experts." in name
+
+
+def part_of(name: str) -> str:
+    """The part of a layer that a parameter belongs to, its own or an adapter's: self_attn.q_proj, input_layernorm.
+
+    Of a parameter that is no module's `weight` or `bias` its own name: mlp.experts.down_proj.
+    """
+    inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1].replace(".modules_to_save.default", "")
+    return re.sub(r"\.(lora_.*|weight|bias)$", "", inside)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter as it is in the model that is trained."""
@@ -79,6 +102,7 @@ class Weight:
     trained: bool = True
     used: bool = True  # False: a trained copy stands in its place
     four_bits: bool = False
+    beside: str | None = None  # the tensor of experts that an adapter is for: its own name is the module's
 
     @property
     def size(self) -> int:
@@ -101,6 +125,7 @@ class Weights:
 
     every: tuple[Weight, ...]
     layers: int
+    met: float = 1.0  # share of a layer's experts that a token meets
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -188,29 +213,36 @@ class Weights:
         return self._by_layer[layer]
 
     def learned(self, layer: int) -> Learned:
-        """Which `PARTS` of a layer are trained, whole or by an adapter."""
+        """Which parts of a layer are trained, whole or by an adapter."""
         return self._learned[layer]
 
     @cached_property
     def _learned(self) -> list[Learned]:
-        return [{part: "lora_" not in weight.name for weight in weights if weight.trained
-                 for part in weight.name.split(".") if part in PARTS} for weights in self._by_layer]  # fmt: skip
+        return [
+            {part_of(one.beside or one.name): "lora_" not in one.name for one in weights if one.trained}
+            for weights in self._by_layer
+        ]
 
     def flops(self) -> tuple[float, float]:
         """A token's floating-point operations in forward and backward: of the layers' matrices, and of the projection.
 
-        2 forward, 2 for the gradient of what comes in, where backward goes on, 2 for that of a trained weight.
+        2 forward, 2 for the gradient of what comes in, where backward goes on, 2 for that of a trained weight; of
+        experts those that a token chooses.
         """
-        layers = sum(self._factor(w) * w.size for w in self.every if w.layer is not None and len(w.shape) == 2)
+        layers = sum(self._factor(w) * self._multiplied(w) for w in self.every)
         heads = [w for w in self.every if w.used and self._is_projection(w)]
         return float(layers), float(sum((6 if w.trained else 4) * w.size for w in heads))
 
     @cached_property
-    def multiplied_again(self) -> int:
-        """Elements of the matrices in the layers that backward reaches."""
-        return sum(
-            w.size for w in self.every if w.used and len(w.shape) == 2 and w.layer is not None and w.layer >= self.first
-        )
+    def multiplied_again(self) -> float:
+        """Elements of the matrices that a token is multiplied with in the layers that backward reaches."""
+        return sum(self._multiplied(w) for w in self.every if w.used and (w.layer or 0) >= self.first)
+
+    def _multiplied(self, weight: Weight) -> float:
+        """Elements that a token is multiplied with in the layers."""
+        if weight.layer is None or not is_matrix(weight.name, weight.shape):
+            return 0
+        return weight.size * met_by_token(weight.name, self.met)
 
     def _factor(self, weight: Weight) -> int:
         if not weight.used:
@@ -218,24 +250,28 @@ class Weights:
         return 6 if weight.trained else 4 if (weight.layer or 0) >= self.first else 2
 
 
-def weights_of(base: Shapes, choice: Choice, *, layers: int = 0) -> Weights:
+def weights_of(
+    base: Shapes, choice: Choice, *, layers: int = 0, met: float = 1.0, taken: tuple[str, ...] = ()
+) -> Weights:
     """The parameters of a model as a run trains it.
 
     Args:
         base: of the model alone.
+        met: share of a layer's experts that a token meets.
+        taken: ends of names of linear layers that have no adapter.
 
     Raises:
         UserError: a key names nothing in it.
     """
     if choice.adapter != "none":
-        return Weights(tuple(_with_adapters(base, choice)), layers)
+        return Weights(tuple(_with_adapters(base, choice, taken)), layers, met)
     tied = _is_tied(base)
     for pattern in choice.only:
         if not any(_contains(name, pattern, tied=tied) for name in base):
             raise UserError(f"train_only: {pattern!r} is in no weight's name")
     only = choice.only or ("",)
     every = tuple(Weight(name, shape, any(_contains(name, p, tied=tied) for p in only)) for name, shape in base.items())
-    return Weights(every, layers)
+    return Weights(every, layers, met)
 
 
 def _is_tied(base: Shapes) -> bool:
@@ -248,12 +284,15 @@ def _contains(name: str, pattern: str, *, tied: bool) -> bool:
     return any(fnmatch.fnmatchcase(one, f"*{pattern}*") for one in names)
 
 
-def _with_adapters(base: Shapes, choice: Choice) -> Iterator[Weight]:
+def _with_adapters(base: Shapes, choice: Choice, taken: tuple[str, ...]) -> Iterator[Weight]:
     tied = _is_tied(base)
     linear = [_module(name) for name, shape in base.items() if _is_linear(name, shape)]
+    linear = [module for module in linear if module.rpartition(".")[2] not in taken]
+    experts = {name for name, shape in base.items() if len(shape) == 3 and _of_experts(name)}
     for target in choice.targets:
-        if not any(_is_target(module, target) for module in linear):
+        if target not in (ALL_LINEAR, EXPERTS) and not any(_is_target(part, target) for part in (*linear, *experts)):
             raise UserError(f"lora_targets: {target!r} matches no linear layer of this model")
+    experts = {name for name in experts if _is_asked(name, choice.targets, EXPERTS)}
     for name, shape in base.items():
         module, kind = _module(name), name.rpartition(".")[2]
         saved = _saved_as(module, choice.modules, tied=tied)
@@ -261,11 +300,32 @@ def _with_adapters(base: Shapes, choice: Choice) -> Iterator[Weight]:
         yield Weight(name, shape, False, used=saved is None, four_bits=choice.four_bits and matrix)
         if saved is not None:
             yield Weight(f"{saved}.modules_to_save.default.{name.removeprefix(saved + '.')}", shape)
-        elif matrix and (not choice.targets or any(_is_target(module, target) for target in choice.targets)):
+        elif matrix and (not choice.targets or _is_asked(module, choice.targets, ALL_LINEAR)):
             yield Weight(f"{module}.lora_A.default.weight", (choice.rank, shape[1]))
             yield Weight(f"{module}.lora_B.default.weight", (shape[0], choice.rank))
             if choice.adapter == "dora":
                 yield Weight(f"{module}.lora_magnitude_vector.default.weight", (shape[0],))
+        elif _of_experts(name) and name == [other for other in base if _module(other) == module][-1]:
+            tensors = {other: shape for other, shape in base.items() if other in experts and _module(other) == module}
+            yield from _on_experts(tensors, choice, transposed=f"{module}.down_proj_bias" in base)
+
+
+def _on_experts(tensors: Shapes, choice: Choice, *, transposed: bool) -> Iterator[Weight]:
+    """Adapters on tensors of one module's experts: peft wraps the module once for each, the last one outermost.
+
+    tensors: [experts, out, in], `transposed` [experts, in, out].
+    """
+    for number, (name, (experts, *sizes)) in enumerate(tensors.items()):
+        module = _module(name) + ".base_layer" * (len(tensors) - 1 - number)
+        outputs, inputs = reversed(sizes) if transposed else sizes
+        yield Weight(f"{module}.lora_A.default.weight", (choice.rank * experts, inputs), beside=name)
+        yield Weight(f"{module}.lora_B.default.weight", (outputs, choice.rank * experts), beside=name)
+
+
+def _is_asked(name: str, targets: tuple[str, ...], group: str) -> bool:
+    """Whether a layer or tensor is named, itself or by the name for all of its group."""
+    others = [target for target in targets if target not in (ALL_LINEAR, EXPERTS)]
+    return group in targets or any(_is_target(name, target) for target in others)
 
 
 def _module(name: str) -> str:
@@ -274,8 +334,13 @@ def _module(name: str) -> str:
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     end = _module(name).rpartition(".")[2]
-    fused = ".experts." in name  # transformers has them in one tensor
-    return len(shape) == 2 and name.endswith(".weight") and end not in NO_LINEAR and "emb" not in end and not fused
+    return (
+        len(shape) == 2
+        and name.endswith(".weight")
+        and end not in NO_LINEAR
+        and "emb" not in end
+        and not _of_experts(name)
+    )
 
 
 def _is_target(module: str, target: str) -> bool:

@@ -13,7 +13,8 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import read_json
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
-from ds_sft.plan.shape import FAMILIES
+from ds_sft.plan.memory import trained_weights
+from ds_sft.plan.shape import FAMILIES, MIXTURES, Shape, read_shape
 from ds_sft.plan.weights import ALL, Choice, weights_of
 
 MAX_HEADER = 100 << 20  # bytes; the safetensors format's own limit
@@ -29,6 +30,7 @@ class ModelSize:
     trained: int | None = None  # where others are frozen; None: all are trained
     frozen: int = 0
     twice: int = 0  # of a tied head among them, see `trained_checkpoint_bytes`
+    active: int | None = None  # that a token meets, in a mixture of experts; None: all
 
 
 def model_folder(name: str) -> Path | None:
@@ -48,9 +50,9 @@ def model_folder(name: str) -> Path | None:
 def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
     """Parameters of a model in safetensors files; None where it is in another format or not complete.
 
-    What `choice` trains is counted by the names in the files. Of some architectures transformers joins what is apart
-    there, and a run's own count differs; or it has other names, such as transformer.h.0 of GPT-2's h.0: None where
-    these are meant.
+    What `choice` trains is counted by the names in the files, of a mixture of experts that can be planned by those in
+    memory, where experts are joined. Of other architectures transformers may join what is apart there, and a run's own
+    count differs; or it has other names, such as transformer.h.0 of GPT-2's h.0: None where these are meant.
 
     Raises:
         OSError, ValueError: a file cannot be read, or is not what its name says.
@@ -62,12 +64,14 @@ def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if not all((folder / name).is_file() for name in names):
         return None
-    shapes = {name: shape for file in names for name, shape in tensor_shapes(folder / file).items()}
+    found = {name: tuple(shape) for file in names for name, shape in tensor_shapes(folder / file).items()}
+    mixture = _mixture(folder)
+    shapes = mixture.shapes() if mixture is not None else found
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
     try:
-        weights = weights_of({name: tuple(shape) for name, shape in shapes.items()}, choice)
+        weights = weights_of(shapes, choice) if mixture is None else trained_weights(mixture, choice)
     except UserError:
-        if read_json(folder / "config.json").get("model_type") in FAMILIES:
+        if read_json(folder / "config.json").get("model_type") in (*FAMILIES, *MIXTURES):
             raise
         return None
     return ModelSize(
@@ -77,7 +81,23 @@ def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
         trained=None if choice.whole else weights.number_trained,
         frozen=weights.number_frozen,
         twice=weights.twice,
+        active=None if mixture is None else mixture.active,
     )
+
+
+def _mixture(folder: Path) -> Shape | None:
+    """The shape of a mixture of experts that can be planned; files have each expert apart, and what no run loads."""
+    try:
+        shape = read_shape(str(folder))
+    except UserError:
+        return None
+    return shape if shape.experts is not None else None
+
+
+def in_words(size: ModelSize) -> str:
+    """30,532,122,624 parameters, 3,353,032,704 of them active."""
+    active = "" if size.active is None else f", {size.active:,} of them active"
+    return f"{size.parameters:,} parameters{active}"
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:

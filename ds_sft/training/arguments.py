@@ -113,7 +113,7 @@ def attention_cost(config: Config) -> float:
         shape = read_shape(config.model_name_or_path)
     except UserError:
         return 0.0
-    return shape.layers * shape.q_size / shape.multiplied
+    return shape.layers * shape.attended / shape.multiplied
 
 
 def run_steps(args: TrainingArguments, batching: Batching) -> Steps:

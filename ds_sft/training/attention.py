@@ -29,13 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ds_sft.data.layout import LAYOUT, Layout
+from ds_sft.plan.memory import SHORT_ROW
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.precision import HALF, autocast_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHORT_ROW = 1024  # tokens: 4 MiB of scores a head, for a moment
 # Tokens from which on a row that is alone in its sequence goes through cuDNN: 16,384 took it 7.2 ms and varlen_attn
 # 12.7, forward and backward of a layer with 16 heads; 8 rows of 2,048 took it 3.1 ms one by one and varlen_attn 2.3
 # (an H200, torch 2.11). Between the two nothing was measured.
@@ -229,10 +229,10 @@ class _ShortRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """query: [heads, length, head_dim]; key, value: [kv_heads, length, head_dim]."""
+        """query: [heads, length, head_dim]; key: [kv_heads, length, head_dim]; value: the same, perhaps narrower."""
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        return torch.bmm(_probabilities(query, key, scale), value).view(query.shape)
+        return torch.bmm(_probabilities(query, key, scale), value).view(*query.shape[:2], value.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -241,7 +241,7 @@ class _ShortRow(torch.autograd.Function):
         of_output = gradient.reshape(*seen.shape[:2], -1)
         of_seen = torch.bmm(of_output, value.transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_seen, seen, -1, seen.dtype).mul_(ctx.scale)
-        of_key = torch.bmm(of_scores.transpose(1, 2), query.reshape(of_output.shape))
+        of_key = torch.bmm(of_scores.transpose(1, 2), query.reshape(*seen.shape[:2], -1))
         of_value = torch.bmm(seen.transpose(1, 2), of_output)
         return torch.bmm(of_scores, key).view(query.shape), of_key, of_value, None
 

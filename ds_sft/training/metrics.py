@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_sft.data.layout import Layout
-from ds_sft.plan.weights import layer_of
+from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
 from ds_sft.runtime.distributed import gather_numbers
 from ds_sft.runtime.peak import Peak
 from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.results import peak_memory
 from ds_sft.training.loss import output_projection
+from ds_sft.training.targets import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,32 +142,58 @@ def count_flops(model: PreTrainedModel) -> Flops | None:
 
     Backward forms no gradient of what is frozen, so 4, and goes down to the first layer that has something trained:
     below it 2, and 4 a pair. As in PaLM, appendix B (arXiv 2204.02311), but pairs are those that causal attention
-    needs: L (L + 1) / 2 of a row of L tokens. None for architectures in which a token meets only some parameters
-    (mixtures of experts), or whose configuration does not say how wide attention is.
+    needs: L (L + 1) / 2 of a row of L tokens. Of experts those count that a token chooses. None where experts are not
+    single tensors, or where the configuration does not say how many a token chooses or how wide attention is.
     """
     config = model.config.get_text_config()
-    heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
-    if any("expert" in name for name in config.to_dict()) or not heads or not layers:
+    width, layers = attention_width(config), getattr(config, "num_hidden_layers", None)
+    met = share_of_experts(model)
+    if met is None or not width or not layers:
         return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     head, first = getattr(output_projection(model), "weight", None), min(first_reached(model), layers)
     left_out = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
-    matrices = [(p, factor) for p, factor in factors(model) if len(getattr(p, "ds_shape", p.shape)) == 2]
     return Flops(
-        layers=float(sum(factor * elements(p) for p, factor in matrices if id(p) not in left_out)),
+        layers=float(
+            sum(
+                factor * elements(p) * met_by_token(name, met)
+                for name, p, factor in factors(model)
+                if id(p) not in left_out and is_matrix(name, shape_of(p))
+            )
+        ),
         head=0.0 if head is None else float((6 if head.requires_grad else 4) * elements(head)),
-        attention=float((12 * (layers - first) + 4 * first) * heads * head_dim),
+        attention=float((12 * (layers - first) + 4 * first) * width),
     )
 
 
-def factors(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
+def attention_width(config: Any) -> float | None:
+    """Of all heads, for what a pair of tokens costs: a score from a key, and a part in a sum of values."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    of_key, of_value = (getattr(config, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim"))
+    return float(heads * (of_key + of_value) / 2)
+
+
+def share_of_experts(model: PreTrainedModel) -> float | None:
+    """How many of a layer's experts a token meets, 1 in a dense model; None where that cannot be told."""
+    config = model.config.get_text_config()
+    if not any("expert" in name for name in config.to_dict()):
+        return 1.0
+    chosen = getattr(config, "num_experts_per_tok", None)
+    fused = (shape_of(p) for name, p in model.named_parameters() if ".experts." in name)
+    number = next((shape[0] for shape in fused if len(shape) == 3), None)
+    return chosen / number if chosen and number else None
+
+
+def factors(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, int]]:
     """Each parameter that a token is multiplied with, and in how many floating-point operations."""
     first = first_reached(model)
     for name, parameter in model.named_parameters():
         if ".original_module." not in name:  # which peft keeps beside the copy that is trained
             layer = layer_of(name)
             below = layer is not None and layer < first
-            yield parameter, 6 if parameter.requires_grad else 2 if below else 4
+            yield name, parameter, 6 if parameter.requires_grad else 2 if below else 4
 
 
 def first_reached(model: torch.nn.Module) -> int:

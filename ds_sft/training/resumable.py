@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 from ds_sft.config import OUR_ORDERS
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
+from ds_sft.plan.weights import met_by_token
 from ds_sft.runtime.checkpoint import (
     Checkpoint,
     Site,
@@ -51,7 +52,7 @@ from ds_sft.runtime.trained import (
     trained_weights,
 )
 from ds_sft.training.hyperparameters import Asked
-from ds_sft.training.metrics import factors
+from ds_sft.training.metrics import factors, share_of_experts
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
@@ -107,7 +108,7 @@ class ResumableTrainer(Trainer):
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
         self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
-        self.flops_per_token = 0  # of all parameters but embeddings, once counted
+        self.flops_per_token = 0.0  # of all parameters but embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
         self.frozen: list[tuple[str, torch.nn.Parameter]] = []  # those that no optimizer has, once there is one
@@ -258,8 +259,9 @@ class ResumableTrainer(Trainer):
         """Trainer's estimate; its own counts the parameters that ZeRO-3 has gathered at the moment."""
         if not self.flops_per_token:
             embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
-            counted = (found for found in factors(self.model) if id(found[0]) not in embeddings)
-            self.flops_per_token = sum(factor * elements(parameter) for parameter, factor in counted)
+            met = share_of_experts(self.model) or 1.0
+            counted = (found for found in factors(self.model) if id(found[1]) not in embeddings)
+            self.flops_per_token = sum(factor * elements(p) * met_by_token(name, met) for name, p, factor in counted)
         return int(inputs["input_ids"].numel() * self.flops_per_token)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
