@@ -233,6 +233,30 @@ def test_an_interrupted_one_keeps_its_answers(
     assert not Path("evaluation.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "out", "said"),
+    [
+        ("eval.jsonl", "eval.json", "--out: the answers would replace eval.jsonl, which has none of ours"),
+        ("more.jsonl", "eval.json", "--out: the answers would replace eval.jsonl, which has none of ours"),
+        ("rows.json", "./rows.json", "--out: rows.json has the rows that are measured"),
+    ],
+)
+def test_nothing_of_the_users_is_overwritten(
+    run: Path, capsys: pytest.CaptureFixture[str], data: str, out: str, said: str
+) -> None:
+    Path("rows.json").write_text(json.dumps(questions_and_answers(3)), encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    assert ended(["out", "--data", data, "--out", out]) == 2
+    assert capsys.readouterr().err == f"ds_sft: error: {said}: name another FILE.json\n"
+    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_an_earlier_evaluation_is_replaced(run: Path) -> None:
+    for limit in ("3", "2"):
+        assert main(["evaluate", "out", "--no-before", "--limit", limit]) == 0
+        assert len(read_lines(Path("evaluation.jsonl"))) == int(limit)
+
+
 def test_without_the_packages_the_loss_can_be_had(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

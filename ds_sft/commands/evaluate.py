@@ -78,6 +78,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     answers = None if given.loss_only else given.out.with_suffix(".jsonl")
     work = open_work(launch, "evaluate")  # at once: what follows takes one rank longer than another
     with open_subjects(given, words, launch) as prepared:
+        require_own_files(given.out, answers, [file.name for one in prepared for file in one.measured.files])
         places = common_places(prepared, given.limit, launch)
         described = evaluate(prepared, places, work, answers=answers)
     if described is not None:
@@ -107,7 +108,32 @@ def read_words(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--limit: expected a number of rows, 1 or more, found {given.limit}")
     if given.out.suffix != ".json" or not given.out.parent.is_dir():
         raise UserError(f"--out: expected FILE.json in a folder that is there, found {given.out}")
+    if not given.loss_only:
+        require_answers(given.out.with_suffix(".jsonl"))
     return given, [*keys, *(data_words(given.data) if given.data else [])]
+
+
+def require_answers(path: Path) -> None:
+    """See that what is at the place of the answers, which nobody has named, is an earlier evaluation's.
+
+    Raises:
+        UserError: it is not, and would be lost.
+    """
+    from ds_sft.evaluation.session import has_answers
+
+    if path.exists() and not has_answers(path):
+        raise UserError(f"--out: the answers would replace {path}, which has none of ours: name another FILE.json")
+
+
+def require_own_files(out: Path, answers: Path | None, measured: Sequence[str]) -> None:
+    """See that the numbers and the answers are not written over the rows.
+
+    Raises:
+        UserError: they would be.
+    """
+    for path in filter(None, (out, answers)):
+        if any(Path(name).exists() and path.exists() and path.samefile(name) for name in measured):
+            raise UserError(f"--out: {path} has the rows that are measured: name another FILE.json")
 
 
 def make_parser() -> FlagParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -119,6 +120,16 @@ def _say_unanswered(items: Sequence[Item], launch: Launch) -> None:
         file, line = places[0]
         why = "the template cannot render their prompt"
         launch.say(f"{len(places):,} rows are not asked: {why}; the first is {file}:{line}.")
+
+
+def has_answers(path: Path) -> bool:
+    """Whether a file begins with an answer of an evaluation, or has nothing that could be lost."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return not line or {"model", "source", "prediction"} <= set(json.loads(line))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextmanager
