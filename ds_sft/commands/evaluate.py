@@ -257,9 +257,28 @@ def prepare_opened(opened: Opened, subject: Any, launch: Launch) -> Prepared:
     if measured is None:
         raise UserError(f"{opened.name}: no validation rows are known of it (eval_file, val_size): write --data FILE")
     print_report(measured.report, launch)
+    if opened.config.eval_file is None:
+        say_other_rows(opened, measured.data, launch)
     if any(file.weight != 1 for file in measured.files):
         launch.say("Weights are for learning: every row is measured once.")
     return prepare(subject, measured, launch)
+
+
+def say_other_rows(opened: Opened, rows: Any, launch: Launch) -> None:
+    """Whether what `val_size` sets aside now is what the run has set aside: else the run may have learned of it."""
+    from ds_sft.data.batches import fingerprint
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.identity import EVAL_DATA
+    from ds_sft.runtime.results import RESULTS
+
+    folder = Path(opened.name).expanduser()
+    record = next((path for path in (folder / RESULTS, folder.resolve().parent / RESULTS) if path.is_file()), None)
+    known = read_json(record).get("identity", {}).get(EVAL_DATA) if record and launch.is_main else None
+    if known and known != fingerprint(rows):
+        launch.say(
+            f"{opened.name} has set other validation rows aside: train_file or a key has changed since, and it may "
+            "have learned rows that are measured. --data FILE names others."
+        )
 
 
 def say_differences(prepared: Sequence[Prepared], launch: Launch) -> None:
