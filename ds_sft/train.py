@@ -124,6 +124,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     start = where_to_start(config, this_run, site)
     if start.finished:
         merge_later(config, data, launch, stop)
+        push_later(config, launch, stop)
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
@@ -436,6 +437,20 @@ def push(config: Config, results: dict[str, Any]) -> None:
         from ds_sft.runtime.hub import push_as_asked
 
         results["pushed"] = push_as_asked(config)
+
+
+def push_later(config: Config, launch: Launch, stop: StopRequests) -> None:
+    """Push the model of a finished run that is not there yet, where it is asked for by now; all ranks must call it."""
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.hub import was_pushed
+
+    if not config.training.get("push_to_hub"):
+        return
+    with others_wait(), stop.until_ranks_meet():
+        if launch.is_main and not was_pushed(config):
+            results = read_json(config.output_dir / RESULTS)
+            push(config, results)
+            write_json(config.output_dir / RESULTS, results)
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:
