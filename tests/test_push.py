@@ -618,6 +618,8 @@ def test_a_run_that_could_not_push_is_told_before_it_trains(finished: Path, mode
     leave_run(finished, {"pushed": {"repo": "me/model", "commit": "c"}})
     assert why_not(config_of(finished, *keys)) is None  # the same command again: the run says that it is finished
     assert why_not(config_of(finished, *keys, "--resume", "never")) == full
+    (finished / "run.json").write_text("{", encoding="utf-8")  # all ranks wait for the answer of this one
+    assert (why_not(config_of(finished, *keys)) or "").startswith(f"{finished}/run.json: cannot be read: ")
     adapter = ("--resume", "never", "--adapter", "lora", "--model_name_or_path", str(model_dir))
     assert why_not(config_of(finished, *keys, *adapter)) == (
         f"push_to_hub: an adapter of the folder {model_dir}, which nobody else has: leave it out, and when the run has "

@@ -57,14 +57,14 @@ def why_not(config: Config) -> str | None:
     """Why the push of a run that has not trained yet could not succeed; None where it could: the hub is reached, knows
     the token, and has nothing there."""
     address = address_of(config)
-    if config.resume != "never" and was_pushed(config):
-        return None  # this run has ended, and says so
-    if config.adapter != "none" and is_folder(config.model_name_or_path):
-        return (
-            f"push_to_hub: an adapter of the folder {config.model_name_or_path}, which nobody else has: leave it out, "
-            f"and when the run has ended: ds-sft push {config.output_dir} {address.repo} --base OWNER/NAME"
-        )
     try:
+        if config.resume != "never" and was_pushed(config):
+            return None  # this run has ended, and says so
+        if config.adapter != "none" and is_folder(config.model_name_or_path):
+            return (
+                f"push_to_hub: an adapter of the folder {config.model_name_or_path}, which nobody else has: leave it "
+                f"out, and when the run has ended: ds-sft push {config.output_dir} {address.repo} --base OWNER/NAME"
+            )
         api = _api(address)
         with _in_one_line(address):
             auth = api.whoami().get("auth") or {}
