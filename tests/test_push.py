@@ -314,6 +314,19 @@ def test_what_was_not_verified_is_not_pushed(
         assert line in hub.repos["me/model"].files["README.md"].decode()
 
 
+def test_a_merged_model_that_nobody_verified_is_not_pushed_for_its_adapter(
+    adapted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left by a later merge that was killed: run.json still has the comparison of the adapter."""
+    leave_run(adapted, {"base_model": BASE, "adapter": {"not_merged": "merge: no"}})
+    assert refused(str(adapted), "me/merged", "--merged", capsys=capsys) == (
+        f"{adapted}: what was verified is its adapter, and not the merged model beside it, whose making was "
+        "interrupted: start the run again with merge: yes"
+    )
+    leave_run(adapted, {"base_model": BASE, "adapter": {"not_merged": None}})
+    assert "model.safetensors" in pack(adapted, "me/merged", merged=True).files
+
+
 def test_what_there_was_no_memory_to_verify_is_verified_first(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

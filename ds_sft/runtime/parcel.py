@@ -76,6 +76,11 @@ def pack(
     run = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
     source = _source(folder, merged=merged)
     _require_verified(folder, run, unverified=unverified)
+    if merged and (run.get("adapter") or {}).get("not_merged") is not None:
+        raise UserError(
+            f"{folder}: what was verified is its adapter, and not the merged model beside it, whose making was "
+            "interrupted: start the run again with merge: yes"
+        )
     files = _allowed(source)
     _require_no_paths(source, files)
     facts = _facts(folder, source, repo, run, base=base, license=license)
