@@ -411,12 +411,17 @@ def test_a_path_in_the_settings_is_not_pushed(finished: Path) -> None:
         ({"name_or_path": "../customers/acme"}, True),
         ({"name_or_path": "Qwen/Qwen3-0.6B"}, False),
         ({"vocab_file": __file__}, True),
+        ({"vocab_file": "~/vocab.txt"}, True),
         ({"extra_special_tokens": ["/", "~", "~~", "/no/such/file", "/think"]}, False),
     ],
     ids=str,
 )
-def test_what_is_a_path_in_the_settings(finished: Path, setting: dict[str, Any], private: bool) -> None:
+def test_what_is_a_path_in_the_settings(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any], private: bool
+) -> None:
     """Tokens may look like one; and a model was perhaps made on another machine."""
+    monkeypatch.setenv("HOME", str(finished.parent))
+    (finished.parent / "vocab.txt").touch()
     file = finished / "tokenizer_config.json"
     file.write_text(json.dumps(setting), encoding="utf-8")
     if not private:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -165,7 +166,7 @@ def _is_private(where: str, text: str) -> bool:
     """Whether a text in settings is a path: of any machine where it should name a model; a token "/" is none."""
     if where.endswith("name_or_path"):
         return looks_like_path(text)
-    return text.startswith(("/", "~/")) and text.count("/") > 1 and os.path.exists(os.path.expanduser(text))
+    return re.match(r"/[^/]+/|~/.", text) is not None and os.path.exists(os.path.expanduser(text))
 
 
 def _texts(value: Any, where: str = "") -> list[tuple[str, str]]:
