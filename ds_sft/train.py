@@ -124,6 +124,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     start = where_to_start(config, this_run, site)
     if start.finished:
         merge_later(config, data, launch, stop)
+        push_later(config, launch, stop)
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
@@ -370,14 +371,14 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
 def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) -> None:
     """Merge the adapter of a finished run that was not merged, and is asked for by now; all ranks must call it."""
     from ds_sft.plan.adapter import read_json
-    from ds_sft.runtime.adapter import exported
     from ds_sft.runtime.export import VERIFIED_ROWS
 
-    if config.merge != "yes" or exported(config.output_dir) == config.output_dir:
+    if config.merge != "yes":
         return
     with others_wait(), stop.until_ranks_meet():
-        if launch.is_main:
-            results = read_json(config.output_dir / RESULTS)
+        results = read_json(config.output_dir / RESULTS) if launch.is_main else {}
+        # Not by its files: they may be of a start that was killed before they were verified.
+        if (results.get("adapter") or {}).get("not_merged") is not None:
             rows = (data.eval or data.train).take(VERIFIED_ROWS)
             merge_and_verify(config, rows, (results["export"] or {}).get("loss_trained"), results)
 
@@ -441,6 +442,20 @@ def push(config: Config, results: dict[str, Any]) -> None:
         from ds_sft.runtime.hub import push_as_asked
 
         results["pushed"] = push_as_asked(config)
+
+
+def push_later(config: Config, launch: Launch, stop: StopRequests) -> None:
+    """Push the model of a finished run that is not there yet, where it is asked for by now; all ranks must call it."""
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.hub import was_pushed
+
+    if not config.training.get("push_to_hub"):
+        return
+    with others_wait(), stop.until_ranks_meet():
+        if launch.is_main and not was_pushed(config):
+            results = read_json(config.output_dir / RESULTS)
+            push(config, results)
+            write_json(config.output_dir / RESULTS, results)
 
 
 def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> None:

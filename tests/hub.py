@@ -44,6 +44,7 @@ class Hub:
     refuses: dict[str, int] = field(
         default_factory=dict
     )  # end of a path -> status instead of an answer; 0: none, the connection breaks
+    role: str = "write"  # of the token
     asked: list[str] = field(default_factory=list)  # "METHOD path"
 
 
@@ -120,7 +121,7 @@ def reply(hub: Hub, method: str, path: str, body: bytes, headers: Any) -> Any:
     if headers.get("Authorization") not in (f"Bearer {TOKEN}", None) and not path.startswith("/api/validate-yaml"):
         raise Refusal(401)
     if path == "/api/whoami-v2":
-        return {"name": "me", "type": "user"}
+        return {"name": "me", "type": "user", "auth": {"accessToken": {"role": hub.role}}}
     if path == "/api/validate-yaml":
         return {"errors": [], "warnings": []}
     if path == "/api/repos/create":

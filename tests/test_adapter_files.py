@@ -591,9 +591,12 @@ def test_a_later_merge_is_verified_by_the_loss_that_training_had(
     launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)
     merge_later(given, data, launch, StopRequests(launch))
     assert calls == ([("8 rows", 2.5, done)] if asked else [])
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").touch()  # by a start that was killed before it was verified
     merge_later(given, data, launch, StopRequests(launch))
-    assert len(calls) == asked
+    assert len(calls) == 2 * asked
+    (tmp_path / "run.json").write_text(json.dumps(done | {"adapter": {"not_merged": None}}), encoding="utf-8")
+    merge_later(given, data, launch, StopRequests(launch))
+    assert len(calls) == 2 * asked
 
 
 def test_disk_for_the_adapter_and_what_must_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:

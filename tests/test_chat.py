@@ -338,6 +338,9 @@ def test_a_question_that_is_no_text_is_not_asked(chat: Chat) -> None:
     with pytest.raises(UserError, match=r"^not asked: the question is not UTF-8 text$"):
         chat.do("a\udcff")
     assert chat.talks == [[]]
+    with pytest.raises(UserError, match=r"^/system: the prompt is not UTF-8 text$"):
+        chat.do("/system a\udcff")
+    assert chat.speakers[0].system == "S"
 
 
 def test_reset_and_retry(chat: Chat) -> None:
@@ -349,6 +352,15 @@ def test_reset_and_retry(chat: Chat) -> None:
     assert [m.content for m in chat.talks[0]] == ["one", "Paris.", "two", "Paris."]
     chat.do("/reset")
     assert chat.talks == [[]]
+
+
+def test_what_cannot_be_asked_again_stays(chat: Chat) -> None:
+    chat.do("one")
+    chat.do("two")
+    chat.speakers[0].limit = 5
+    with pytest.raises(UserError, match=r"^not asked: with what stands around it"):
+        chat.do("/retry")
+    assert [m.content for m in chat.talks[0]] == ["one", "Paris.", "two", "Paris."]
 
 
 def test_save(chat: Chat, tmp_path: Path) -> None:
@@ -402,6 +414,42 @@ def test_each_model_has_its_own_answers_in_its_history(model_dir: Path, tmp_path
         ["Who?", "Paris.", "And?", "Paris."], ["Who?", "Rome!", "And?", "Rome!"],
     ]  # fmt: skip
     assert paper(chat).labels == ["new", "old"] * 2
+
+
+def test_a_question_is_asked_of_all_models_or_of_none(model_dir: Path, tmp_path: Path) -> None:
+    wide = run_folder(tmp_path / "wide", model_dir, "Paris.")
+    narrow = run_folder(tmp_path / "narrow", model_dir, "Rome!", positions=60)
+    chat = Chat([speaker(wide, "wide"), speaker(narrow, "narrow")], Paper())
+    chat.do("one")
+    with pytest.raises(UserError, match=r"^not asked: .* and the model 60 positions$"):
+        chat.do("two " * 100)
+    assert [[m.content for m in talk] for talk in chat.talks] == [["one", "Paris."], ["one", "Rome!"]]
+    chat.do("/retry")
+    assert [[m.content for m in talk] for talk in chat.talks] == [["one", "Paris."], ["one", "Rome!"]]
+
+
+def test_a_system_prompt_is_that_of_all_models_or_of_none(model_dir: Path, tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = refusing + FAMILIES["marked"][1]
+    tokenizer.save_pretrained(base)
+    with_turn = run_folder(tmp_path / "with", model_dir, "Paris.")
+    without = run_folder(tmp_path / "without", base, "Rome!", template="tokenizer", system_prompt="")
+    chat = Chat([speaker(with_turn, "with"), speaker(without, "without")], Paper())
+    with pytest.raises(UserError, match=r"^/system: "):
+        chat.do("/system T")
+    assert [one.system for one in chat.speakers] == ["S", ""]
+
+
+def test_a_model_beside_itself_has_a_name_of_its_own(
+    model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Side by side a name is a column."""
+    folder = run_folder(tmp_path / "out", model_dir, "Paris.")
+    capfd.readouterr()
+    assert main(["chat", str(folder), "--once", "Who?", "--beside", str(folder)]) == 0
+    assert capfd.readouterr().out == f"{folder}:\nParis.\n{folder} (again):\nParis.\n"
 
 
 def test_beside_the_base(
@@ -483,6 +531,7 @@ class Terminal:
 
     def __init__(self, command: Sequence[str], cwd: Path) -> None:
         environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment["PYTHONIOENCODING"] = "utf-8:strict"  # as where LANG names a language
         self.ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(command, cwd=cwd, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
@@ -553,6 +602,9 @@ def test_a_session_in_a_terminal(model_dir: Path, tmp_path: Path) -> None:
     terminal.until("ABABABAB")
     terminal.type("\x03")
     terminal.until("(stopped: what came is kept as the answer; /retry asks again)")
+    terminal.until("> ")
+    os.write(terminal.ours, b"a\xff\n")
+    terminal.until("not asked: the question is not UTF-8 text")
     terminal.until("> ")
     terminal.type("/params max_new_tokens 4\n")
     terminal.until("> ")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -208,3 +209,12 @@ def test_a_bar_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
         before, _, after = screen.getvalue().partition("a line\n")
     assert before == "\r0/2\r   \r"
     assert after == "\r0/2"
+
+
+def test_a_line_is_printed_while_a_thread_imports_tqdm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the one that fetches a base from the hub; its module is known then, and empty."""
+    monkeypatch.setitem(sys.modules, "tqdm.std", ModuleType("tqdm.std"))
+    print_line("a line")
+    assert capsys.readouterr().out == "a line\n"

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from ds_sft.cli import main
 from ds_sft.commands.evaluate import data_words, read_words
 from ds_sft.config import load_config
+from ds_sft.data.batches import fingerprint
 from ds_sft.data.dataset import load_data
 from ds_sft.data.files import find_files
 from ds_sft.data.records import read_dialogues, reading_of
@@ -233,6 +234,30 @@ def test_an_interrupted_one_keeps_its_answers(
     assert not Path("evaluation.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "out", "said"),
+    [
+        ("eval.jsonl", "eval.json", "--out: the answers would replace eval.jsonl, which has none of ours"),
+        ("more.jsonl", "eval.json", "--out: the answers would replace eval.jsonl, which has none of ours"),
+        ("rows.json", "./rows.json", "--out: rows.json has the rows that are measured"),
+    ],
+)
+def test_nothing_of_the_users_is_overwritten(
+    run: Path, capsys: pytest.CaptureFixture[str], data: str, out: str, said: str
+) -> None:
+    Path("rows.json").write_text(json.dumps(questions_and_answers(3)), encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    assert ended(["out", "--data", data, "--out", out]) == 2
+    assert capsys.readouterr().err == f"ds_sft: error: {said}: name another FILE.json\n"
+    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_an_earlier_evaluation_is_replaced(run: Path) -> None:
+    for limit in ("3", "2"):
+        assert main(["evaluate", "out", "--no-before", "--limit", limit]) == 0
+        assert len(read_lines(Path("evaluation.jsonl"))) == int(limit)
+
+
 def test_without_the_packages_the_loss_can_be_had(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +281,22 @@ def test_rows_that_a_run_has_set_aside_are_its_validation_rows(run: Path) -> Non
     assert aside == [data.where("eval", row) for row in range(4)]
     assert main(["evaluate", "out", "--data", "more.jsonl", "--loss-only"]) == 0
     assert read()["data"] == ["more.jsonl"]
+
+
+def test_rows_that_a_run_may_have_learned_are_told_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another file is cut otherwise."""
+    write_rows(run / "train.jsonl", questions_and_answers(12))
+    keys = yaml.safe_load(Path("out/config.yaml").read_text(encoding="utf-8")) | {"eval_file": None, "val_size": 4}
+    Path("out/config.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    config = load_config(["--config", "out/config.yaml"])
+    data = load_data(config, load_tokenizer(config, LAUNCH), LAUNCH)
+    Path("out/run.json").write_text(json.dumps({"identity": {"eval_data": fingerprint(data.eval)}}), encoding="utf-8")
+    said = "out has set other validation rows aside: train_file or a key has changed since"
+    assert main(["evaluate", "out", "--loss-only", "--no-before"]) == 0
+    assert said not in capsys.readouterr().out
+    write_rows(run / "train.jsonl", questions_and_answers(14))
+    assert main(["evaluate", "out", "--loss-only", "--no-before"]) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_a_base_that_is_gone_is_done_without(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

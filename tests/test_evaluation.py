@@ -22,13 +22,24 @@ from ds_sft.errors import UserError
 from ds_sft.evaluation import scores
 from ds_sft.evaluation.bootstrap import RESAMPLES, Difference, Estimate, difference, estimate, metric, resampled
 from ds_sft.evaluation.loss import loss_batches, row_losses
-from ds_sft.evaluation.measure import Result, answer_batches, choose, counts_padding, greedy, in_parts, numbers_of
+from ds_sft.evaluation.measure import (
+    Item,
+    Result,
+    answer_batches,
+    asked_alike,
+    choose,
+    counts_padding,
+    greedy,
+    in_parts,
+    numbers_of,
+    opens_reasoning,
+)
 from ds_sft.evaluation.progress import Progress
 from ds_sft.evaluation.report import same_tokens
 from ds_sft.evaluation.scores import score, words
 from ds_sft.predict import Answer, answer_batch, generation_options
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.work import Work
+from ds_sft.runtime.work import Work, open_work
 from tests.test_predict import always_says, make
 
 PAIRS = [  # answer, reference
@@ -52,10 +63,26 @@ PAIRS = [  # answer, reference
         ("<think>\nFrance, so\n</think>\n\nParis.", "Paris.", 100),
         ("Paris.", "<think>France</think>Paris.", 100),
         ("", "", 100),
+        ("<think>\nParis.", "Paris.", 0),
     ],
 )
 def test_exact_match_is_of_stripped_texts_without_reasoning(answer: str, reference: str, exact: float) -> None:
     assert score(answer, reference).exact_match == exact
+
+
+def test_an_answer_that_was_cut_within_its_reasoning_is_empty(tokenizer: Any) -> None:
+    assert score("Paris.", "Paris.", opened=True).chrf == 0
+    assert score("So.\n</think>\n\nParis.", "Paris.", opened=True).exact_match == 100
+    for text, opened in (("x<think>\n", True), ("<think>\n\n</think>\n\n", False), ("x", False)):
+        assert opens_reasoning(tokenizer(text, add_special_tokens=False).input_ids, tokenizer) is opened
+
+
+def test_models_are_asked_the_same_questions() -> None:
+    """Else a difference would be one of other rows."""
+    ids = {"a": [[1], [], [3]], "b": [[4, 4], [5], []]}
+    items = {name: [Item(("f", i), "q", "r", prompt, [i]) for i, prompt in enumerate(own)] for name, own in ids.items()}
+    asked = {name: [item.prompt for item in own] for name, own in asked_alike(items).items()}
+    assert asked == {"a": [[1], [], []], "b": [[4, 4], [], []]}
 
 
 def test_chrf_by_hand() -> None:
@@ -351,6 +378,19 @@ def test_ranks_share_the_pieces_and_rank_0_hears_all() -> None:
     assert sorted(done[0] + done[1]) == list(range(6))
     assert done[0]
     assert done[1]
+
+
+def test_ranks_that_torchrun_starts_again_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its store, which outlives them: else nobody would take what the first ones have taken."""
+    kept = dist.HashStore()
+    monkeypatch.setattr(
+        "ds_sft.runtime.work.connect",
+        lambda launch, purpose: SimpleNamespace(store=dist.PrefixStore(purpose, kept)),
+    )
+    for restart in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        launch = Launch(launcher="torchrun", rank=0, local_rank=0, world_size=2, local_world_size=2)
+        assert open_work(launch, "evaluate").store.add("loss-taken", 1) == 1
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,25 @@ def test_a_checkpoint_is_exported_into_a_folder_that_goes(
         assert Encoder(found.tokenizer, found.config).prompt(QUESTION) == Encoder(tokenizer, config).prompt(QUESTION)
     assert not Path(found.path).exists()
     assert capsys.readouterr().out == "Exporting checkpoint-3 first, into a folder that is removed afterwards.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=["a closed terminal", "kill"])
+def test_whoever_is_ended_leaves_no_exported_folder(model_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run_of(model_dir, tmp_path / "out")
+    checkpoint = Path(shutil.copytree(model_dir, tmp_path / "out/checkpoint-3"))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 3}), encoding="utf-8")
+    before = signal.getsignal(number)
+
+    def ended() -> None:
+        with open_model(str(checkpoint), [], ALONE):
+            assert signal.getsignal(number) != before  # or it would end the tests
+            signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as end:
+        ended()
+    assert end.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert list((tmp_path / "out").glob(".checkpoint-3*")) == []
 
 
 def test_a_checkpoint_without_the_file_of_its_template(model_dir: Path, tmp_path: Path) -> None:

@@ -636,6 +636,7 @@ def test_one_process_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     (row,) = found["options"]
     assert (row["name"], row["fits"], found["host_memory"], found["ranks"]) == ("no DeepSpeed", True, 2 << 30, 1)
     assert row["gpu"].pop("Python and its libraries") == PYTHON
+    assert (found["flops"], row["step_seconds"], found["schedule"]["seconds"]) == (None, None, None)
     config = load_config(["--config", "run.yaml"])
     said = expectation.expect_memory(config, None, longest=config.max_length, padded=False, ranks=1, on_gpu=False,
                                      largest=config.max_length * config.micro_batch,
@@ -712,6 +713,7 @@ def test_the_last_of_a_flag_counts(capsys: pytest.CaptureFixture[str]) -> None:
             ["--gpus-per-node", "0", "--nodes", "2"],
             "--gpus-per-node 0: a plan for a CPU is of one process: leave out --no",
         ),
+        (["--gpus-per-node", "-1"], "--gpus-per-node: '-1': expected a whole number"),
         (["--gpus-per-node", "0", "--sweep", "nodes=1..2"], "of one process: leave out --sweep"),
         (["--plot", "p.png"], "--plot: draws a sweep: give --sweep"),
         (["--sweep", "nodes=1..2", "--write", "p.yaml"], "--write: a sweep recommends nothing: leave out --sweep or"),

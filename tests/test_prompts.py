@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ds_sft.config import Config
 from ds_sft.data.encode import Encoder
-from ds_sft.data.prompts import Prompts, taught_reasoning
+from ds_sft.data.prompts import Prompts, _without_begun, taught_reasoning
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
@@ -124,6 +124,37 @@ def test_what_is_shown_only_grows(name: str, reasoning: bool, written: str, step
     assert f"{shown[-1].content}|{shown[-1].reasoning}" == steps[-1]
     told = {f"{said.content}|{said.reasoning}" for said in shown}
     assert set(steps[1:]) <= told
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a < b", "a < b"),
+        ("a < b <", "a < b"),
+        ("a\n</thi", "a"),
+        ("a <\n/ think ", "a"),
+        ("a </</", "a </"),
+        ("a <</think", "a <"),
+        ("</th", ""),
+        ("", ""),
+        ("a k>", "a k>"),
+    ],
+)
+def test_the_beginning_of_a_mark_is_not_shown(text: str, left: str) -> None:
+    assert _without_begun(text, "\n</think>\n\n") == left
+
+
+def test_only_the_end_of_a_long_answer_is_looked_at() -> None:
+    """Which is asked for at every token."""
+    looked: list[Any] = []
+
+    class Text(str):
+        def __getitem__(self, at: Any) -> str:
+            looked.append(at)
+            return super().__getitem__(at)
+
+    assert _without_begun(Text("a < b " * 1000), "</think>") == ("a < b " * 1000).rstrip()
+    assert len(looked) < 30
 
 
 def test_reasoning_that_was_stopped_is_reasoning() -> None:

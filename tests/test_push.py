@@ -17,8 +17,11 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
+from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.hub import push_as_asked, why_not
 from ds_sft.runtime.parcel import pack
+from ds_sft.runtime.preempt import StopRequests
+from ds_sft.train import push_later
 from tests.hub import TOKEN, Hub, serve_hub
 
 SECRET = "a row that nobody may read"
@@ -245,6 +248,29 @@ def test_how_vllm_takes_an_adapter(adapted: Path, keys: dict[str, Any], vllm: st
     assert vllm in card if vllm else "vllm" not in card
 
 
+def test_an_adapter_beside_4_bits_is_loaded_beside_4_bits(adapted: Path) -> None:
+    """On the base in 16 bits it is another model than the one that was measured, and vLLM would do that."""
+    facts = {"quantization": "nf4", "computed_in": "bfloat16"}
+    (adapted / "adapter" / "trained_on.json").write_text(json.dumps(facts), encoding="utf-8")
+    lines = pack(adapted, "me/adapter", base=BASE).texts["README.md"].splitlines()
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig" in lines
+    assert (
+        f"model = AutoModelForCausalLM.from_pretrained(\"{BASE}\", dtype='bfloat16', "
+        "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+        "bnb_4bit_compute_dtype='bfloat16'))"
+    ) in lines
+    assert not [line for line in lines if line.startswith("vllm")]
+    merged = pack(adapted, "me/merged", merged=True).texts["README.md"]  # whole by itself
+    assert "BitsAndBytes" not in merged
+    assert "vllm serve me/merged" in merged
+
+
+def test_a_card_where_the_first_loss_was_no_number(finished: Path) -> None:
+    leave_run(finished, {"eval_loss_first": None})
+    lines = pack(finished, "me/model").texts["README.md"].splitlines()
+    assert [line for line in lines if "validation loss" in line] == ["| validation loss, last evaluation | 1.2500 |"]
+
+
 def test_a_dry_run_prints_all_and_sends_nothing(
     finished: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +279,7 @@ def test_a_dry_run_prints_all_and_sends_nothing(
     said = capsys.readouterr().out
     assert [line.split()[1] for line in said.splitlines() if line.startswith("│ ")] == MODEL
     assert pack(finished, "me/model").texts["README.md"] in said
-    assert said.endswith("Nothing was sent.\n")
+    assert said.endswith("\nchat_template.jinja:\n\n{{ messages }}\nNothing was sent.\n")
     assert (hub.asked, hub.repos) == ([], {})
 
 
@@ -286,6 +312,19 @@ def test_what_was_not_verified_is_not_pushed(
     if name != "failed":
         line = "The weights were not compared with the trained ones after they were written."
         assert line in hub.repos["me/model"].files["README.md"].decode()
+
+
+def test_a_merged_model_that_nobody_verified_is_not_pushed_for_its_adapter(
+    adapted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left by a later merge that was killed: run.json still has the comparison of the adapter."""
+    leave_run(adapted, {"base_model": BASE, "adapter": {"not_merged": "merge: no"}})
+    assert refused(str(adapted), "me/merged", "--merged", capsys=capsys) == (
+        f"{adapted}: what was verified is its adapter, and not the merged model beside it, whose making was "
+        "interrupted: start the run again with merge: yes"
+    )
+    leave_run(adapted, {"base_model": BASE, "adapter": {"not_merged": None}})
+    assert "model.safetensors" in pack(adapted, "me/merged", merged=True).files
 
 
 def test_what_there_was_no_memory_to_verify_is_verified_first(
@@ -342,6 +381,16 @@ def test_folders_that_have_no_model_to_give(adapted: Path, capsys: pytest.Captur
     )
 
 
+@pytest.mark.parametrize("base", ["./base", "~/base", "../models/base", "models/of/acme"])
+def test_an_adapter_of_another_program_names_no_folder(adapted: Path, base: str) -> None:
+    known = json.loads((adapted / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    known["base_model_name_or_path"] = base
+    (adapted / "adapter" / "adapter_config.json").write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(UserError, match=f"an adapter of the folder {base}, which nobody else has"):
+        pack(adapted, "me/adapter")
+    assert base not in "".join(pack(adapted, "me/adapter", base=BASE).texts.values())
+
+
 def test_the_folder_of_the_adapter_is_that_of_its_run(adapted: Path) -> None:
     assert pack(adapted / "adapter", "me/x", base=BASE) == pack(adapted, "me/x", base=BASE)
 
@@ -353,6 +402,33 @@ def test_a_path_in_the_settings_is_not_pushed(finished: Path) -> None:
     with pytest.raises(UserError) as caught:
         pack(finished, "me/model")
     assert str(caught.value) == f"{file}: name_or_path: holds a path of this machine, {finished}: take it out"
+
+
+@pytest.mark.parametrize(
+    ("setting", "private"),
+    [
+        ({"_name_or_path": "/scratch/of/another/machine"}, True),
+        ({"name_or_path": "../customers/acme"}, True),
+        ({"name_or_path": "Qwen/Qwen3-0.6B"}, False),
+        ({"vocab_file": __file__}, True),
+        ({"vocab_file": "~/vocab.txt"}, True),
+        ({"extra_special_tokens": ["/", "~", "~~", "/no/such/file", "/think"]}, False),
+    ],
+    ids=str,
+)
+def test_what_is_a_path_in_the_settings(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any], private: bool
+) -> None:
+    """Tokens may look like one; and a model was perhaps made on another machine."""
+    monkeypatch.setenv("HOME", str(finished.parent))
+    (finished.parent / "vocab.txt").touch()
+    file = finished / "tokenizer_config.json"
+    file.write_text(json.dumps(setting), encoding="utf-8")
+    if not private:
+        assert "tokenizer_config.json" in pack(finished, "me/model").files
+        return
+    with pytest.raises(UserError, match="holds a path of this machine"):
+        pack(finished, "me/model")
 
 
 def test_code_goes_with_the_model_that_needs_it(finished: Path) -> None:
@@ -405,6 +481,19 @@ def test_each_refusal_is_one_line(
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert refused(*words, capsys=capsys) == "me/model: nothing was pushed: HF_HUB_OFFLINE is set"
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_sec ret", "hf_sécret"])
+def test_a_token_that_cannot_be_one_is_not_repeated(finished: Path, hub: Hub, token: str) -> None:
+    """The client's error would have it whole: in the log, and in run.json."""
+    config = config_of(finished, "--push_to_hub", "--hub_model_id", "me/model")
+    config.training["hub_token"] = token  # as of a block of YAML
+    said = "me/model: the token has characters that no token has, such as a blank: hf auth login"
+    trouble = why_not(config)
+    assert trouble is not None
+    assert trouble.startswith(said)
+    assert push_as_asked(config)["error"].startswith(said)
+    assert hub.asked == []
 
 
 def test_a_connection_that_breaks_is_one_line(finished: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -479,11 +568,13 @@ def test_keys_that_a_run_does_not_do(tmp_path: Path, flags: list[str], line: str
 
 
 def test_trainer_itself_pushes_nothing(tmp_path: Path) -> None:
-    from ds_sft.runtime.distributed import Launch
     from ds_sft.training.arguments import training_arguments
 
-    config = config_of(tmp_path, "--push_to_hub", "--hub_model_id", "me/model", "--use_cpu", "--bf16", "no")
-    assert training_arguments(config, None, Launch(launcher="python")).push_to_hub is False
+    config = config_of(tmp_path, "--push_to_hub", "--hub_model_id", "me/model", "--hub_token", TOKEN, "--use_cpu",
+                       "--bf16", "no")  # fmt: skip
+    args = training_arguments(config, None, Launch(launcher="python"))
+    assert args.push_to_hub is False
+    assert args.hub_token is None  # training_args.bin of each checkpoint has them
 
 
 def test_a_run_pushes_as_its_keys_say(finished: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,6 +587,24 @@ def test_a_run_pushes_as_its_keys_say(finished: Path, hub: Hub, monkeypatch: pyt
     assert pushed == {"repo": "me/model", "commit": f"{hub.url}/me/model/commit/{pushed['commit'].rpartition('/')[2]}"}
     assert hub.repos["me/model"].private is False
     assert sorted(hub.repos["me/model"].branches["v1"]) == [".gitattributes", *MODEL]
+
+
+def test_a_finished_run_that_was_not_pushed_is_pushed_when_it_is_started_again(finished: Path, hub: Hub) -> None:
+    """As it is merged then; and once."""
+    launch = Launch(launcher="python")
+    config = config_of(finished, "--push_to_hub", "--hub_model_id", "me/model")
+    push_later(config_of(finished), launch, StopRequests(launch))
+    assert hub.asked == []
+    hub.refuses = {"repos/create": 403}
+    push_later(config, launch, StopRequests(launch))
+    assert "error" in json.loads((finished / "run.json").read_text(encoding="utf-8"))["pushed"]
+    hub.refuses = {}
+    for _ in range(2):
+        push_later(config, launch, StopRequests(launch))
+    run = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    assert run["pushed"]["commit"].startswith(f"{hub.url}/me/model/commit/")
+    assert (run["steps"], run["identity"]) == (400, {"config": {"x": SECRET}})
+    assert len(hub.repos["me/model"].messages) == 1
 
 
 def test_a_run_does_not_fail_at_its_end_for_want_of_the_hub(
@@ -514,6 +623,9 @@ def test_a_run_that_could_not_push_is_told_before_it_trains(finished: Path, mode
     assert why_not(config_of(finished, *keys, "--hub_token", "hf_wrong")) == (
         f"me/model: the hub does not accept the token: {login}"
     )
+    hub.role = "read"
+    assert why_not(config_of(finished, *keys)) == f"me/model: the token may only read: {login}"
+    hub.role = "write"
     assert why_not(config_of(finished, *keys)) is None
     assert main(["push", str(finished), "me/model"]) == 0
     full = (
@@ -524,6 +636,8 @@ def test_a_run_that_could_not_push_is_told_before_it_trains(finished: Path, mode
     leave_run(finished, {"pushed": {"repo": "me/model", "commit": "c"}})
     assert why_not(config_of(finished, *keys)) is None  # the same command again: the run says that it is finished
     assert why_not(config_of(finished, *keys, "--resume", "never")) == full
+    (finished / "run.json").write_text("{", encoding="utf-8")  # all ranks wait for the answer of this one
+    assert (why_not(config_of(finished, *keys)) or "").startswith(f"{finished}/run.json: cannot be read: ")
     adapter = ("--resume", "never", "--adapter", "lora", "--model_name_or_path", str(model_dir))
     assert why_not(config_of(finished, *keys, *adapter)) == (
         f"push_to_hub: an adapter of the folder {model_dir}, which nobody else has: leave it out, and when the run has "

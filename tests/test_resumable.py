@@ -308,3 +308,11 @@ def test_a_rank_that_saves_nothing_still_gathers(tmp_path: Path, monkeypatch: py
                    run=SimpleNamespace(freezes=True))  # fmt: skip
     made.save_model(_internal_call=True)
     assert (gathered, list(tmp_path.iterdir())) == ([False], [])
+
+
+def test_a_rank_that_saves_nothing_makes_no_file_of_a_whole_model(tmp_path: Path) -> None:
+    """Trainer calls `_save` on every rank, and the folder is there when rank 0 has made it."""
+    made = trainer(args=SimpleNamespace(should_save=False, output_dir=str(tmp_path / "checkpoint-1")),
+                   is_distributed_loading_by_transformers=False, run=SimpleNamespace(end_ids=[2]))  # fmt: skip
+    made._save()
+    assert (made.write_troubles, list(tmp_path.iterdir())) == ([], [])

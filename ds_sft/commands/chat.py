@@ -138,14 +138,14 @@ def _beside(name: str, first: Opened, other: Opened, launch: Launch) -> Speaker:
     """The second model, with the first one's prompts unless a run taught it its own, or its tokens are others."""
     from ds_sft.commands.chat_answer import Speaker
 
+    label = name if name != first.name else f"{name} (again)"
     if other.trained:
         launch.say(f"{name} is asked as its own run taught it.")
     elif other.tokenizer.get_vocab() == first.tokenizer.get_vocab():
-        label = name if name != first.name else f"{name} (again)"
         return Speaker(label, first, other.path, reasoning=None if first.trained else True)
     else:
         launch.say(f"{name} has other tokens than {first.name}: it is asked with its own chat template.")
-    return _speaker(name, other)
+    return _speaker(label, other)
 
 
 # ---- Talking

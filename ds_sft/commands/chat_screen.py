@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from io import TextIOWrapper
 from typing import TextIO
 
 from rich.console import Console
@@ -142,7 +143,12 @@ def read_line() -> str:
 
 
 def edit_lines() -> None:
-    """Let lines be edited and called back, and a paste of several lines be one question, where Python has readline."""
+    """Let lines be edited and called back, and a paste of several lines be one question, where Python has readline.
+
+    Bytes that are not of the terminal's encoding become what `check_text` refuses: no line ends the conversation.
+    """
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         import readline
     except ImportError:

@@ -13,7 +13,7 @@ import yaml
 from ds_sft.commands.chat_answer import Answer, Speaker
 from ds_sft.config import GENERATION, check_generation
 from ds_sft.data.files import BadRow
-from ds_sft.data.prompts import Said
+from ds_sft.data.prompts import Prompt, Said
 from ds_sft.data.shapes import Message
 from ds_sft.data.values import check_text
 from ds_sft.errors import UserError, nearest
@@ -59,7 +59,7 @@ class Chat:
         self.ended = False
         self.taught = speakers[0].prompts.reasoning
         self.asked: str | None = None  # the last question
-        self.starts = [0 for _ in speakers]  # messages of each history before it
+        self.starts: Sequence[int] = [0 for _ in speakers]  # messages of each history before it
 
     def do(self, line: str) -> None:
         """What a line says; `ended` where it ends the conversation.
@@ -96,40 +96,43 @@ class Chat:
         """Ask every model; what it says goes into its history. An answer that was stopped counts as far as it came.
 
         Raises:
-            UserError: the question is not asked.
+            UserError: the question is not asked, of no model; nothing has changed.
         """
-        try:
-            check_text(question, "the question")
-        except BadRow:  # bytes of another encoding than the terminal's or the pipe's
-            raise UserError("not asked: the question is not UTF-8 text") from None
+        _require_text(question, "not asked: the question")
         if token := self.speakers[0].prompts.forges(question):
             self.screen.say(f"({token} in the question stays text: no token that ends a turn)")
-        starts = [len(talk) for talk in self.talks]
+        return self._ask(question, [len(talk) for talk in self.talks])
+
+    def _ask(self, question: str, starts: Sequence[int]) -> list[Answer]:
+        """Ask after so many messages of each history; those behind them are forgotten once all answers are there."""
+        asking = Message("user", question)
+        talks = [talk[:start] for talk, start in zip(self.talks, starts, strict=True)]
+        prompts = [self._fit(number, [*talk, asking]) for number, talk in enumerate(talks)]
+        config = replace(self.config, generation=self.generation)
+        answers = []
         try:
-            answers = [self._ask(number, question) for number in range(len(self.speakers))]
+            for speaker, prompt in zip(self.speakers, prompts, strict=True):
+                self.screen.begin(speaker.label)
+                answers.append(speaker.answer(prompt, config, self.most, self.screen.hear))
         finally:
             self.screen.end()
-        for speaker, answer in zip(self.speakers, answers, strict=True):
+        for speaker, talk, answer in zip(self.speakers, talks, answers, strict=True):
+            if answer.tokens or answer.ended == "end":
+                talk += [asking, answer.message]
             self._remark(speaker, answer)
-        self.asked, self.starts = question, starts
+        self.talks, self.asked, self.starts = talks, question, starts
         return answers
 
-    def _ask(self, number: int, question: str) -> Answer:
-        speaker, talk = self.speakers[number], self.talks[number]
-        asking = Message("user", question)
-        prompt, dropped = speaker.fit([*talk, asking], self.most)
+    def _fit(self, number: int, talk: Sequence[Message]) -> Prompt:
+        speaker = self.speakers[number]
+        prompt, dropped = speaker.fit(talk, self.most)
         if dropped > self.dropped[number]:
             self.screen.say(
                 f"(the model has {speaker.limit:,} positions: the oldest {dropped} of {len(talk) // 2} exchanges are "
                 "left out of what it reads)"
             )
         self.dropped[number] = dropped
-        self.screen.begin(speaker.label)
-        config = replace(self.config, generation=self.generation)
-        answer = speaker.answer(prompt, config, self.most, self.screen.hear)
-        if answer.tokens or answer.ended == "end":
-            talk += [asking, answer.message]
-        return answer
+        return prompt
 
     def _remark(self, speaker: Speaker, answer: Answer) -> None:
         """What is not seen of how an answer ended."""
@@ -150,9 +153,7 @@ class Chat:
         """Ask the last question again, as if it had not been answered."""
         if self.asked is None:
             raise UserError("/retry: nothing was asked yet")
-        for talk, start in zip(self.talks, self.starts, strict=True):
-            del talk[start:]
-        self.ask(self.asked)
+        self._ask(self.asked, self.starts)
 
     # ---- What is asked how
 
@@ -165,13 +166,23 @@ class Chat:
 
     def system(self, text: str) -> None:
         """Show the system prompt, or set it for all that follows; what was said stays."""
+        _require_text(text, "/system: the prompt")
         if text:
             wanted = None if text == DEFAULT else "" if text in ('""', "''") else text
-            for speaker in self.speakers:
-                speaker.set_system(wanted)
+            self._set_system(wanted)
         first = self.speakers[0]
         own = "" if first.opened.trained else " but what the model's chat template may write itself"
         self.screen.say(first.system or f"(no system prompt{own})")
+
+    def _set_system(self, text: str | None) -> None:
+        known = [(speaker.prompts, speaker.before) for speaker in self.speakers]
+        try:
+            for speaker in self.speakers:
+                speaker.set_system(text)
+        except UserError:  # all of them have it, or none
+            for speaker, (prompts, before) in zip(self.speakers, known, strict=True):
+                speaker.prompts, speaker.before = prompts, before
+            raise
 
     def params(self, text: str) -> None:
         """Show how answers are made, or change it.
@@ -251,6 +262,18 @@ class Chat:
         except OSError as error:
             raise UserError(f"/save: {path}: {error.strerror}") from None
         self.screen.say(f"(row {rows} of {path})")
+
+
+def _require_text(text: str, what: str) -> None:
+    """Refuse bytes of another encoding than the terminal's or the pipe's.
+
+    Raises:
+        UserError: there are some.
+    """
+    try:
+        check_text(text, what)
+    except BadRow:
+        raise UserError(f"{what} is not UTF-8 text") from None
 
 
 def row_of(system: str, talk: Sequence[Message]) -> dict[str, Any]:

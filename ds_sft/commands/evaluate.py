@@ -78,6 +78,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     answers = None if given.loss_only else given.out.with_suffix(".jsonl")
     work = open_work(launch, "evaluate")  # at once: what follows takes one rank longer than another
     with open_subjects(given, words, launch) as prepared:
+        require_own_files(given.out, answers, [file.name for one in prepared for file in one.measured.files])
         places = common_places(prepared, given.limit, launch)
         described = evaluate(prepared, places, work, answers=answers)
     if described is not None:
@@ -107,7 +108,32 @@ def read_words(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--limit: expected a number of rows, 1 or more, found {given.limit}")
     if given.out.suffix != ".json" or not given.out.parent.is_dir():
         raise UserError(f"--out: expected FILE.json in a folder that is there, found {given.out}")
+    if not given.loss_only:
+        require_answers(given.out.with_suffix(".jsonl"))
     return given, [*keys, *(data_words(given.data) if given.data else [])]
+
+
+def require_answers(path: Path) -> None:
+    """See that what is at the place of the answers, which nobody has named, is an earlier evaluation's.
+
+    Raises:
+        UserError: it is not, and would be lost.
+    """
+    from ds_sft.evaluation.session import has_answers
+
+    if path.exists() and not has_answers(path):
+        raise UserError(f"--out: the answers would replace {path}, which has none of ours: name another FILE.json")
+
+
+def require_own_files(out: Path, answers: Path | None, measured: Sequence[str]) -> None:
+    """See that the numbers and the answers are not written over the rows.
+
+    Raises:
+        UserError: they would be.
+    """
+    for path in filter(None, (out, answers)):
+        if any(Path(name).exists() and path.exists() and path.samefile(name) for name in measured):
+            raise UserError(f"--out: {path} has the rows that are measured: name another FILE.json")
 
 
 def make_parser() -> FlagParser:
@@ -231,9 +257,28 @@ def prepare_opened(opened: Opened, subject: Any, launch: Launch) -> Prepared:
     if measured is None:
         raise UserError(f"{opened.name}: no validation rows are known of it (eval_file, val_size): write --data FILE")
     print_report(measured.report, launch)
+    if opened.config.eval_file is None:
+        say_other_rows(opened, measured.data, launch)
     if any(file.weight != 1 for file in measured.files):
         launch.say("Weights are for learning: every row is measured once.")
     return prepare(subject, measured, launch)
+
+
+def say_other_rows(opened: Opened, rows: Any, launch: Launch) -> None:
+    """Whether what `val_size` sets aside now is what the run has set aside: else the run may have learned of it."""
+    from ds_sft.data.batches import fingerprint
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.identity import EVAL_DATA
+    from ds_sft.runtime.results import RESULTS
+
+    folder = Path(opened.name).expanduser()
+    record = next((path for path in (folder / RESULTS, folder.resolve().parent / RESULTS) if path.is_file()), None)
+    known = read_json(record).get("identity", {}).get(EVAL_DATA) if record and launch.is_main else None
+    if known and known != fingerprint(rows):
+        launch.say(
+            f"{opened.name} has set other validation rows aside: train_file or a key has changed since, and it may "
+            "have learned rows that are measured. --data FILE names others."
+        )
 
 
 def say_differences(prepared: Sequence[Prepared], launch: Launch) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
@@ -157,6 +160,7 @@ def _exported(checkpoint: Path, launch: Launch) -> Iterator[str]:
         made = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}-", dir=checkpoint.resolve().parent))
     except OSError:
         made = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-"))
+    kept = [(number, signal.signal(number, _leave)) for number in (signal.SIGHUP, signal.SIGTERM)]
     try:
         alone = ["--adapter-only"] if is_adapter(checkpoint) else []
         with redirect_stdout(io.StringIO()):  # its lines name the folder, and what to do with it
@@ -164,6 +168,13 @@ def _exported(checkpoint: Path, launch: Launch) -> Iterator[str]:
         yield str(made / FOLDER if alone else made)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        for number, handler in kept:
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an exception does: whoever closes a terminal leaves no copy of a model behind."""
+    sys.exit(128 + number)
 
 
 def _open(name: str, path: str, launch: Launch, config: Config, trained: bool) -> Opened:

@@ -138,7 +138,9 @@ def count(text: str) -> int:
 
 
 def count_or_none(text: str) -> int:
-    return 0 if text == "0" else count(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number")
+    return int(text)
 
 
 def size(text: str) -> float:
@@ -202,8 +204,12 @@ class Plan:
         rate = given.tokens_per_second or measured_rate(self.config, self.hardware.ranks)
         found = schedule(self.config, best.run, self.hardware, rows=given.rows or self.rows,
                          mean_tokens=given.mean_tokens, rate=rate)  # fmt: skip
-        unknown = self.on_cpu and not (rate or given.flops)
-        return replace(found, seconds=None, rate=None) if unknown else found
+        return found if rate or self._knows_speed else replace(found, seconds=None, rate=None)
+
+    @property
+    def _knows_speed(self) -> bool:
+        """Of a CPU nothing tells it but --flops; GPUs have a usual one."""
+        return not self.on_cpu or self.given.flops is not None
 
     def disk(self) -> dict[str, int | None]:
         """Bytes that the run writes, and what is free; None where only its rows would tell."""
@@ -241,7 +247,7 @@ class Plan:
             "max_length": self.config.max_length,
             "ranks": self.hardware.ranks,
             "on_cpu": self.on_cpu,
-            "flops": self.hardware.flops,
+            "flops": self.hardware.flops if self._knows_speed else None,
             "host_memory": self.host_memory,
             "ring_bandwidth": self.hardware.ring if self.hardware.nodes > 1 else self.hardware.inside,
             "configured": self.configured,
@@ -292,7 +298,7 @@ class Plan:
             "fits": o.fits,
             "sent_per_step": sent.total,
             "hiding_bandwidth": hiding_bandwidth(o.run, self.hardware),
-            "step_seconds": vars(o.step),
+            "step_seconds": vars(o.step) if self._knows_speed else None,
         }
 
 

@@ -1,6 +1,6 @@
 """`ds-sft push FOLDER OWNER/NAME`: give a trained model to others, on the Hugging Face hub.
 
-    ds-sft push output me/my-model --dry-run     # what would go: files, sizes, the model card
+    ds-sft push output me/my-model --dry-run     # what would go: files, sizes, card, template
     ds-sft push output me/my-model               # a private repository, in one commit
 
 FOLDER is the output folder of a finished run, whose weights were compared with the trained ones. Only the model, its
@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a finished run")
     parser.add_argument("repo", metavar="OWNER/NAME", help="the repository on the hub")
     parser.add_argument("--public", action="store_true", help="for everybody; else it is private")
-    parser.add_argument("--dry-run", action="store_true", help="send nothing: print the files, sizes and the card")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing: print files, sizes, card and template")
     parser.add_argument("--merged", action="store_true", help="of a run with an adapter: the merged model")
     parser.add_argument("--base", metavar="OWNER/NAME", help="where the hub has the model that training began with")
     parser.add_argument("--license", metavar="ID", help="for the card, such as apache-2.0 or mit")
@@ -65,10 +65,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def show(parcel: Parcel) -> None:
-    """Print what a push would send."""
+    """Print what a push would send: names and sizes, and all that a person wrote."""
     from rich.console import Console
     from rich.table import Table
 
+    from ds_sft.runtime.parcel import TEMPLATE
     from ds_sft.runtime.size import in_units
 
     sizes = parcel.sizes
@@ -82,4 +83,7 @@ def show(parcel: Parcel) -> None:
     for name, text in parcel.texts.items():
         console.print(f"\n{name}:\n", soft_wrap=True)
         console.print(text, soft_wrap=True)
+    if TEMPLATE in parcel.files:  # it may have a system prompt that others should not read
+        console.print(f"\n{TEMPLATE}:\n", soft_wrap=True)
+        console.print((parcel.folder / TEMPLATE).read_text(encoding="utf-8"), soft_wrap=True)
     print("Nothing was sent.")

@@ -160,10 +160,20 @@ def _squeezed(text: str) -> str:
 
 
 def _without_begun(text: str, mark: str) -> str:
-    """A text without the white space and the beginning of `mark` that it ends with."""
-    mark = _squeezed(mark)
-    starts = (at for at, letter in enumerate(text) if letter == mark[0] and mark.startswith(_squeezed(text[at:])))
-    return text[: next(starts, len(text))].rstrip()
+    """A text without the white space and the beginning of `mark` that it ends with.
+
+    It is asked at every token, so only the end of the text is looked at.
+    """
+    mark, tail, end = _squeezed(mark), "", len(text)
+    for at in reversed(range(len(text))):
+        if text[at].isspace():
+            continue
+        tail = text[at] + tail
+        if mark.startswith(tail):
+            end = at
+        if len(tail) == len(mark):
+            break
+    return text[:end].rstrip()
 
 
 def taught_reasoning(config: Config) -> bool:

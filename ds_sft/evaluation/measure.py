@@ -19,7 +19,7 @@ from ds_sft.errors import UserError
 from ds_sft.evaluation.bootstrap import Floats
 from ds_sft.evaluation.loss import loss_batches, row_losses
 from ds_sft.evaluation.progress import progress
-from ds_sft.evaluation.scores import score
+from ds_sft.evaluation.scores import THOUGHT, score
 from ds_sft.predict import answer_batch, load_to_answer
 from ds_sft.runtime.placement import is_out_of_memory
 from ds_sft.runtime.work import Work
@@ -28,6 +28,7 @@ from ds_sft.training.limits import positions_left
 MAX_ROWS = 32  # answered together
 MAX_TOKENS = 32_768  # of prompts and answers together, unless one row has more
 MIN_BATCHES = 8  # where there are as many rows: for the ranks, and for the bar
+PROMPT_END = 16  # tokens of a prompt that may have `<think>` and white space at its end
 CHRF_STATISTICS = 18
 R = TypeVar("R")
 Place = tuple[str, int]  # FILE, line
@@ -50,7 +51,7 @@ class Item:
     place: Place
     question: str
     reference: str
-    prompt: list[int]  # empty where the template cannot render what is before the last answer
+    prompt: list[int]  # empty where it is not asked: a template cannot render what is before the last answer
     rows: list[int]  # numbers of its rows in the data; several where it was cut between turns
 
 
@@ -105,6 +106,16 @@ def read_items(subject: Subject, measured: Measured, chosen: Sequence[Place]) ->
         Item(place, dialogue.question, dialogue.answer, _prompt(encoder, dialogue), places[place])
         for place, dialogue in zip(chosen, dialogues, strict=True)
     ]
+
+
+def asked_alike(items: dict[str, list[Item]]) -> dict[str, list[Item]]:
+    """Items of several subjects, without the prompts of those that not all of them can be asked: answers are compared
+    row by row."""
+    asked = [all(item.prompt for item in same) for same in zip(*items.values(), strict=True)]
+    return {
+        name: [item if ask else replace(item, prompt=[]) for ask, item in zip(asked, own, strict=True)]
+        for name, own in items.items()
+    }
 
 
 def _prompt(encoder: Encoder, dialogue: Any) -> list[int]:
@@ -198,7 +209,9 @@ def _ask(
 
     def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
         found = answer_batch(model, [prompts[i] for i in batch], subject.tokenizer, config)
-        return [asdict(one) | asdict(score(one.text, items[i].reference)) for i, one in zip(batch, found, strict=True)]
+        opened = [opens_reasoning(prompts[i], subject.tokenizer) for i in batch]
+        scores = [score(one.text, items[i].reference, opened=o) for i, o, one in zip(batch, opened, found, strict=True)]
+        return [asdict(one) | asdict(scored) for one, scored in zip(found, scores, strict=True)]
 
     def refuse(item: int) -> str:
         file, line = items[item].place
@@ -216,6 +229,12 @@ def _ask(
             shown.advance(len(found))
 
         work.share(f"answers {subject.name}", len(batches), lambda n: in_parts(answer, batches[n], refuse), hear)
+
+
+def opens_reasoning(prompt: Sequence[int], tokenizer: Any) -> bool:
+    """Whether an answer to this prompt begins within reasoning; marks that are special tokens are in no answer."""
+    text: str = tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=True)
+    return text.rstrip().endswith(THOUGHT)
 
 
 def counts_padding(model: Any, config: Config) -> bool:

@@ -1,6 +1,7 @@
 """An answer beside the one in the data: exact match, chrF (sacrebleu) and ROUGE-L (rouge-score).
 
-All three compare texts without space around them and without reasoning (what stands before the last `</think>`).
+All three compare texts without space around them and without reasoning (what stands before the last `</think>`; all of
+an answer that was cut before it).
 They go from 0 to 100. chrF is the corpus' (Popović 2015: n-grams of 1 to 6 characters, beta 2), as `sacrebleu -m chrf`
 prints it: of the sums over all rows. The other two are means over rows.
 """
@@ -16,7 +17,7 @@ from typing import Any
 from ds_sft.errors import UserError
 
 PACKAGES = ("sacrebleu", "rouge_score", "regex")  # of the extra `evaluate`
-END_OF_THOUGHT = "</think>"
+THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 # Scripts that are written without spaces: a character is a word, as in multilingual ROUGE of the field.
 WITHOUT_SPACES = "".join(
     rf"\p{{{name}}}" for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
@@ -51,17 +52,19 @@ def require_metrics(instead: str) -> None:
         )
 
 
-def score(answer: str, reference: str) -> Scores:
-    """Compare an answer with the one in the data."""
-    answer, reference = scored_part(answer), scored_part(reference)
+def score(answer: str, reference: str, *, opened: bool = False) -> Scores:
+    """Compare an answer with the one in the data; `opened`: its prompt has begun the reasoning."""
+    answer, reference = scored_part(answer, opened=opened), scored_part(reference)
     statistics: list[int] = _chrf()._extract_corpus_statistics([answer], [[reference]])[0]
     rouge = _rouge().score(reference, answer)["rougeL"].fmeasure
     return Scores(100.0 * (answer == reference), 100.0 * rouge, chrf_of(statistics), statistics)
 
 
-def scored_part(text: str) -> str:
+def scored_part(text: str, *, opened: bool = False) -> str:
     """A text without its reasoning, and without space around it."""
-    return text.rpartition(END_OF_THOUGHT)[2].strip()
+    _, end, rest = text.rpartition(END_OF_THOUGHT)
+    reasons = opened or text.lstrip().startswith(THOUGHT)
+    return "" if reasons and not end else rest.strip()
 
 
 def chrf_of(statistics: Sequence[float]) -> float:

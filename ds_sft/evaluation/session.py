@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any, TextIO
 from ds_sft.config import Config
 from ds_sft.data.dataset import Data, Measured
 from ds_sft.errors import UserError
-from ds_sft.evaluation.measure import Item, Place, Subject, choose, measure, places_of, read_items
+from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, choose, measure, places_of, read_items
 from ds_sft.evaluation.report import answer_line, describe, write_answers
 from ds_sft.plan.adapter import base_of, is_adapter
 from ds_sft.runtime.adapter import exported
@@ -73,13 +74,12 @@ def evaluate(
         answers: the file of the answers, written while they come and in the end in the order of the data. None: only
             the loss is measured.
     """
-    items: dict[str, list[Item]] = {}
+    items = asked_alike({one.subject.name: read_items(one.subject, one.measured, chosen) for one in prepared})
+    _say_unanswered(items[prepared[0].subject.name], work.launch)
     found = {}
     with open_answers(answers if work.launch.is_main else None) as file:
         for one in reversed(prepared):
             name = one.subject.name
-            items[name] = read_items(one.subject, one.measured, chosen)
-            _say_unanswered(items[name], work.launch)
             if answers is not None and (one.subject.config.generation or {}).get("do_sample"):
                 work.launch.say(f"{name}: greedy answers, so that numbers come again; generation says do_sample.")
 
@@ -119,6 +119,16 @@ def _say_unanswered(items: Sequence[Item], launch: Launch) -> None:
         file, line = places[0]
         why = "the template cannot render their prompt"
         launch.say(f"{len(places):,} rows are not asked: {why}; the first is {file}:{line}.")
+
+
+def has_answers(path: Path) -> bool:
+    """Whether a file begins with an answer of an evaluation, or has nothing that could be lost."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return not line or {"model", "source", "prediction"} <= set(json.loads(line))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextmanager

@@ -98,6 +98,17 @@ def facts_of(folder: Path) -> dict[str, str]:
     return read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
 
 
+def loading_in_4_bits(facts: Mapping[str, str]) -> str:
+    """Arguments of `from_pretrained`, as code, that load the base as training had it; "" where it was in 16 bits."""
+    if facts.get(QUANTIZATION, "none") == "none":
+        return ""
+    dtype = facts[COMPUTED_IN]
+    return (
+        f"dtype={dtype!r}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+        f"bnb_4bit_compute_dtype={dtype!r})"
+    )
+
+
 def load_on_disk(name: str | Path, **options: Any) -> Any:
     """The model `name`, a folder or a hub id; of an adapter's folder base + adapter, which end answers as it says.
 

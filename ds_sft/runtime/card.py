@@ -47,10 +47,10 @@ The chat template and the tokens that end an answer are in the files, beside the
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ${more}GenerationConfig
 
 tokenizer = AutoTokenizer.from_pretrained("$repo")
-model = AutoModelForCausalLM.from_pretrained("$base", dtype="auto")
+model = AutoModelForCausalLM.from_pretrained("$base", $loading)
 model = PeftModel.from_pretrained(model, "$repo")
 ends = GenerationConfig.from_pretrained("$repo")
 messages = [{"role": "user", "content": "Hello!"}]
@@ -97,6 +97,7 @@ class Facts:
         base: hub id of the model that training began with; None where it has none.
         datasets: hub ids.
         adapter: whether an adapter is pushed, and not a whole model.
+        loading: arguments of `from_pretrained` for a base in 4 bits, see `loading_in_4_bits`; "" for others.
         license: an identifier of the hub's such as apache-2.0; None: not chosen.
     """
 
@@ -107,6 +108,7 @@ class Facts:
     base: str | None
     datasets: list[str]
     adapter: bool
+    loading: str
     license: str | None
 
 
@@ -138,9 +140,17 @@ def _title(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     """How to load it: transformers and vLLM, an adapter through peft."""
-    names = {"repo": facts.repo, "name": facts.repo.partition("/")[2], "base": facts.base}
+    names = {
+        "repo": facts.repo,
+        "name": facts.repo.partition("/")[2],
+        "base": facts.base,
+        "loading": facts.loading or 'dtype="auto"',
+        "more": "BitsAndBytesConfig, " if facts.loading else "",
+    }
     text = USE_ADAPTER if facts.adapter else USE_MODEL
-    vllm_takes_it = facts.keys.get("adapter") == "lora" and not facts.keys.get("lora_modules_to_save")
+    vllm_takes_it = (
+        facts.keys.get("adapter") == "lora" and not facts.keys.get("lora_modules_to_save") and not facts.loading
+    )
     text += SERVE_ADAPTER if facts.adapter and vllm_takes_it else ""
     return Template(text.strip()).substitute(names, rank=_served_rank(facts.keys.get("lora_rank", 16)))
 
@@ -155,7 +165,7 @@ def _results(facts: Facts) -> str:
     rows = []
     first, last = run.get("eval_loss_first"), run.get("eval_loss")
     if last is not None:
-        rows.append(("validation loss, first evaluation", f"{first:.4f}"))
+        rows += [] if first is None else [("validation loss, first evaluation", f"{first:.4f}")]
         best = " (best checkpoint)" if run.get("best_checkpoint") else ", last evaluation"
         rows.append((f"validation loss{best}", f"{last:.4f}"))
     for name in ("steps", "tokens", "parameters", "trained_parameters"):

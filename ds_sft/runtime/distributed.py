@@ -65,8 +65,8 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
     A bar in a terminal makes way and comes back below.
     """
-    bars = sys.modules.get("tqdm.std")  # none where it was not imported
-    with nullcontext() if bars is None else bars.tqdm.external_write_mode(file):
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)  # not imported, or by a thread that is at it
+    with nullcontext() if bars is None else bars.external_write_mode(file):
         print(f"{text}\n", end="", file=file, flush=True)
 
 

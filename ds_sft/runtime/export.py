@@ -127,15 +127,12 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
 
 def say_how_its_base_is_loaded(folder: Path) -> None:
     """Say it of an adapter in `folder` that was trained beside a base in 4 bits: peft's files do not."""
-    facts = adapter.facts_of(folder)
-    if facts.get(adapter.QUANTIZATION, "none") == "none":
-        return
-    dtype = facts[adapter.COMPUTED_IN]
-    print_line(
-        f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
-        f"from_pretrained({base_of(folder)!r}, dtype={dtype!r}, quantization_config=BitsAndBytesConfig(load_in_4bit="
-        f"True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype={dtype!r})). A merged model is whole by itself."
-    )
+    loading = adapter.loading_in_4_bits(adapter.facts_of(folder))
+    if loading:
+        print_line(
+            f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
+            f"from_pretrained({base_of(folder)!r}, {loading}). A merged model is whole by itself."
+        )
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:

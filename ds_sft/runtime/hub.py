@@ -6,12 +6,12 @@ of `hf auth login` or HF_TOKEN.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft import __version__
@@ -57,28 +57,30 @@ def why_not(config: Config) -> str | None:
     """Why the push of a run that has not trained yet could not succeed; None where it could: the hub is reached, knows
     the token, and has nothing there."""
     address = address_of(config)
-    if config.resume != "never" and _was_pushed(config.output_dir, address):
-        return None  # this run has ended, and says so
-    if config.adapter != "none" and is_folder(config.model_name_or_path):
-        return (
-            f"push_to_hub: an adapter of the folder {config.model_name_or_path}, which nobody else has: leave it out, "
-            f"and when the run has ended: ds-sft push {config.output_dir} {address.repo} --base OWNER/NAME"
-        )
     try:
+        if config.resume != "never" and was_pushed(config):
+            return None  # this run has ended, and says so
+        if config.adapter != "none" and is_folder(config.model_name_or_path):
+            return (
+                f"push_to_hub: an adapter of the folder {config.model_name_or_path}, which nobody else has: leave it "
+                f"out, and when the run has ended: ds-sft push {config.output_dir} {address.repo} --base OWNER/NAME"
+            )
         api = _api(address)
         with _in_one_line(address):
-            api.whoami()
+            auth = api.whoami().get("auth") or {}
+            if (auth.get("accessToken") or {}).get("role") == "read":
+                raise UserError(f"{address.repo}: the token may only read: {LOGIN}")
             _is_there(api, address)
     except UserError as error:
         return str(error)
     return None
 
 
-def _was_pushed(output_dir: Path, address: Address) -> bool:
-    """Whether the run in this folder has ended, with its model at the address."""
-    run = read_json(output_dir / RESULTS) if (output_dir / RESULTS).is_file() else {}
-    pushed = run.get("pushed") or {}
-    return "commit" in pushed and pushed["repo"] == address.repo
+def was_pushed(config: Config) -> bool:
+    """Whether the run in the output folder has ended, with its model where the keys say."""
+    file = config.output_dir / RESULTS
+    pushed = (read_json(file) if file.is_file() else {}).get("pushed") or {}
+    return "commit" in pushed and pushed["repo"] == address_of(config).repo
 
 
 def push_as_asked(config: Config) -> dict[str, str]:
@@ -134,6 +136,8 @@ def _api(address: Address) -> HfApi:
     token = address.token or get_token()
     if token is None:
         raise UserError(f"{address.repo}: not logged in to the hub: {LOGIN}")
+    if not re.fullmatch(r"[!-~]+", token):  # what sends it would say it whole
+        raise UserError(f"{address.repo}: the token has characters that no token has, such as a blank: {LOGIN}")
     if trouble := unreachable():
         raise UserError(f"{address.repo}: nothing was pushed: {trouble}")
     return HfApi(token=token)

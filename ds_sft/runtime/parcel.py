@@ -7,6 +7,8 @@ hold text of the rows, paths and states. What is sent was compared with the trai
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,14 +18,15 @@ import yaml
 
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
-from ds_sft.runtime.adapter import FACTS, FOLDER, WEIGHTS
+from ds_sft.plan.source import looks_like_path
+from ds_sft.runtime.adapter import FACTS, FOLDER, WEIGHTS, facts_of, loading_in_4_bits
 from ds_sft.runtime.card import Facts, model_card
 from ds_sft.runtime.results import KEPT, RESULTS
 
-CARD = "README.md"
+CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", TEMPLATE,
 )  # fmt: skip
 WHOLE = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
          "model.safetensors.index.json", *TOKENIZER)  # fmt: skip
@@ -74,6 +77,11 @@ def pack(
     run = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
     source = _source(folder, merged=merged)
     _require_verified(folder, run, unverified=unverified)
+    if merged and (run.get("adapter") or {}).get("not_merged") is not None:
+        raise UserError(
+            f"{folder}: what was verified is its adapter, and not the merged model beside it, whose making was "
+            "interrupted: start the run again with merge: yes"
+        )
     files = _allowed(source)
     _require_no_paths(source, files)
     facts = _facts(folder, source, repo, run, base=base, license=license)
@@ -150,8 +158,15 @@ def _require_no_paths(source: Path, files: list[str]) -> None:
         if name.endswith("config.json"):
             known = {**read_json(source / name), "base_model_name_or_path": None}
             for where, text in _texts(known):
-                if text.startswith(("/", "~")) and Path(text).expanduser().exists():
+                if _is_private(where, text):
                     raise UserError(f"{source / name}: {where}: holds a path of this machine, {text}: take it out")
+
+
+def _is_private(where: str, text: str) -> bool:
+    """Whether a text in settings is a path: of any machine where it should name a model; a token "/" is none."""
+    if where.endswith("name_or_path"):
+        return looks_like_path(text)
+    return re.match(r"/[^/]+/|~/.", text) is not None and os.path.exists(os.path.expanduser(text))
 
 
 def _texts(value: Any, where: str = "") -> list[tuple[str, str]]:
@@ -180,6 +195,7 @@ def _facts(
         base=base or _hub_base(source, run),
         datasets=list(datasets),
         adapter=is_adapter(source),
+        loading=loading_in_4_bits(facts_of(source)),
         license=license,
     )
 
@@ -191,7 +207,7 @@ def _hub_base(source: Path, run: dict[str, Any]) -> str | None:
         UserError: an adapter of a folder: nobody else could load it.
     """
     base = base_of(source) if is_adapter(source) else run.get("base_model")
-    if base is None or not Path(base).is_absolute():
+    if base is None or not looks_like_path(base):
         return base
     if is_adapter(source):
         raise UserError(

@@ -7,6 +7,7 @@ before the end. What is found does not depend on who found it.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,7 @@ def open_work(launch: Launch, purpose: str) -> Work:
     if launch.world_size == 1:
         return Work(launch)
     try:
-        return Work(launch, connect(launch, purpose).store)
+        # torchrun's store outlives ranks that it starts again, with what the first ones took of the pieces.
+        return Work(launch, connect(launch, f"{purpose}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}").store)
     except Unreachable as error:
         raise UserError(f"{error}: {error.remedy}") from None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import OUR_ORDERS, Config
+from ds_sft.config import OUR_ORDERS, SECRETS, Config
 from ds_sft.data.micro_batches import Batching, Seam, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
@@ -36,6 +36,8 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]
     keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py
+    for name in SECRETS:
+        keys.pop(name, None)  # Trainer writes its arguments into every checkpoint
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
     keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
     keys.setdefault("ddp_timeout", 1800)

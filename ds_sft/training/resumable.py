@@ -382,7 +382,7 @@ class ResumableTrainer(Trainer):
     def _save_with_ends(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """As Trainer's; who takes a checkpoint for a model finds where its answers end."""
         super()._save(str(folder), state_dict)
-        if self.args.should_save:  # Trainer calls this on every rank
+        if self.args.should_save:  # Trainer calls this on every rank, and others have no folder yet
             end_answers_at(self.run.end_ids, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
