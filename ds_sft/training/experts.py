@@ -56,7 +56,7 @@ def group_experts(model: PreTrainedModel, launch: Launch, *, on_gpu: bool) -> No
 def keep_experts_together(model: nn.Module, launch: Launch, *, zero3: bool) -> None:
     """Let ranks whose tokens choose other experts train together where a module has a list of experts; say how."""
     found = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.ModuleList)]
-    if not found or launch.world_size == 1:
+    if not found or (launch.world_size == 1 and not zero3):
         return
     names = ", ".join(sorted({type(module).__name__ for module in found}))
     if zero3:
