@@ -1,18 +1,20 @@
 """Started by test_trajectory.py: several runs of train.py, one after the other in one process group.
 
 A launch costs ten seconds, a run two. Arguments: the YAML file of each run. Between runs what belongs to a process and
-not to a run is put back: accelerate's state. The process group ends with the last one.
+not to a run is put back: accelerate's state. The process group ends with the last one, and the device is measured once.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import ds_sft.training.arguments
+import ds_sft.training.trainer
 from ds_sft.config import load_config
 from ds_sft.runtime.distributed import end_group, read_launch
 from ds_sft.runtime.folder_lock import FolderLock
@@ -29,6 +31,7 @@ def start_once(*args: int, **kwargs: bool) -> None:
 
 def main(files: Sequence[str], before_each: Callable[[str], None] = lambda file: None) -> None:
     ds_sft.training.arguments.start_gloo = start_once
+    ds_sft.training.trainer.device_peak = cache(ds_sft.training.trainer.device_peak)
     launch = read_launch()
     for file in files:
         print(f"---- {file}", flush=True)

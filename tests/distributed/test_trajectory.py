@@ -213,6 +213,7 @@ def settings(model_dir: Path, folder: Path, name: str, micro: int, accumulation:
         "logging_steps": 1,
         "num_predictions": 0,
         "verify_export": False,
+        "report_to": "none",  # SwanLab takes half a second of each run
         **({"deepspeed": engine(name, folder)} if name != "none" else {}),
         **changes,
     }
