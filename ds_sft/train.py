@@ -293,7 +293,10 @@ def load_model_to_train(
     elif not args.torch_compile:
         know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
-    prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef)
+    reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get(
+        "use_reentrant", True
+    )
+    prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
     supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
     return model
 

@@ -130,6 +130,23 @@ def test_a_coefficient_of_nothing(family: str, own: dict[str, Any]) -> None:
     )
 
 
+def test_a_loss_that_would_have_no_gradient() -> None:
+    """Reentrant checkpointing runs layers without a graph first, and the loss is made of what routers said there."""
+    model = make("qwen3_moe")
+    with pytest.raises(UserError) as caught:
+        prepare_experts(model, ALONE, device=CPU, reentrant=True)
+    assert str(caught.value) == (
+        "activation_checkpointing_kwargs: use_reentrant: true: routers would learn nothing from the load balancing "
+        "loss: leave it out, or write router_aux_loss_coef: 0"
+    )
+    prepare_experts(model, ALONE, device=CPU, aux_loss_coef=0, reentrant=True)
+    assert routing_of(model) is not None
+    _, gradient = learn(prepared(make("qwen3_moe")), [ROWS])
+    model = prepared(make("qwen3_moe"))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert apart(learn(model, [ROWS])[1], gradient) < 1e-6
+
+
 def test_which_tokens_count() -> None:
     """No padding, and no row of one token, which stands in for a missing one."""
     rows = [{"input_ids": row, "labels": row} for row in ([1, 2, 3], [4, 5], [0])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,17 @@ def test_deepspeeds_gradient_norm_is_not_read(tmp_path: Path) -> None:
     trainer.micro_losses = [torch.ones(())]
     assert trainer._clip_grad_norm(trainer.model) is None
     assert trainer._get_grad_norm(trainer.model) is norm
+
+
+def test_one_rank_alone_writes_a_checkpoints_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer calls `_save` on every rank; two that write one file would take it from each other."""
+    trainer = make_trainer(tmp_path)
+    trainer.run = replace(trainer.run, end_ids=[7])
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    trainer._save(str(folder))
+    assert (list(folder.iterdir()), trainer.write_troubles) == ([], [])
+    monkeypatch.setattr(TrainingArguments, "should_save", True)
+    trainer._save(str(folder))
+    assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"][0] == 7

@@ -8,7 +8,8 @@ changes.
 
 Under ZeRO-3 all experts of a layer are gathered as the one tensor that they are in transformers. Where a model's own
 code has a module for each, ranks whose tokens choose others would wait for each other for ever: DeepSpeed then gathers
-the whole layer of them (`keep_experts_together`).
+the whole layer of them. Under DDP such ranks would end with an error, and under ZeRO-1 and 2 add gradients of different
+experts to each other: there all experts have a gradient on every rank (`keep_experts_together`).
 """
 
 from __future__ import annotations
@@ -52,14 +53,49 @@ def group_experts(model: PreTrainedModel, launch: Launch, *, on_gpu: bool) -> No
     launch.say(f"Experts: {first.num_experts} a layer, in {len(layers)} of them, by {how}{kept}.")
 
 
-def keep_experts_together(model: nn.Module) -> list[str]:
-    """Under ZeRO-3: let modules that have a list of experts be gathered whole; the names of their classes."""
-    from deepspeed.utils import set_z3_leaf_module
-
+def keep_experts_together(model: nn.Module, launch: Launch, *, zero3: bool) -> None:
+    """Let ranks whose tokens choose other experts train together where a module has a list of experts; say how."""
     found = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.ModuleList)]
+    if not found or launch.world_size == 1:
+        return
+    names = ", ".join(sorted({type(module).__name__ for module in found}))
+    if zero3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        for module in found:
+            set_z3_leaf_module(module, True)
+        launch.say(f"ZeRO-3: {names} is gathered whole: ranks whose tokens choose other experts would wait.")
+        return
     for module in found:
-        set_z3_leaf_module(module, True)
-    return sorted({type(module).__name__ for module in found})
+        module.register_forward_pre_hook(_let_all_take_part, with_kwargs=True)
+    launch.say(f"Experts: those of {names} without tokens have gradients of zeros: ranks may choose others.")
+
+
+def _let_all_take_part(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before the forward of a module with a list of experts: see `_AllTakePart`, for its hidden states."""
+    weights = [weight for weight in module.experts.parameters() if weight.requires_grad]
+    if not weights or not torch.is_grad_enabled():
+        return args, kwargs
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    place = next(place for place, value in given.items() if torch.is_tensor(value) and value.is_floating_point())
+    given[place] = _AllTakePart.apply(given[place], *weights)  # type: ignore[no-untyped-call]
+    return tuple(given[number] for number in range(len(args))), {name: given[name] for name in kwargs}
+
+
+class _AllTakePart(torch.autograd.Function):
+    """Hidden states as they are; in backward zeros for all weights of the experts behind them.
+
+    It comes last in their backward, so that every gradient is complete here: in one order on all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.zeros = [weight.new_zeros(()).expand_as(weight) for weight in weights]
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradient, *ctx.zeros
 
 
 def expert_products(

@@ -128,7 +128,12 @@ def routing_of(model: Any) -> Routing | None:
 
 
 def prepare_experts(
-    model: PreTrainedModel, launch: Launch, *, device: torch.device, aux_loss_coef: float | None = None
+    model: PreTrainedModel,
+    launch: Launch,
+    *,
+    device: torch.device,
+    aux_loss_coef: float | None = None,
+    reentrant: bool = False,
 ) -> None:
     """Let a mixture of experts compute fast, count its tokens, and balance them over a step; nothing for dense models.
 
@@ -137,17 +142,20 @@ def prepare_experts(
         launch: says how.
         device: on which the model computes.
         aux_loss_coef: what its load balancing loss counts, 0: nothing; None: as the model's configuration says.
+        reentrant: layers are computed again in backward, and without a graph before.
 
     Raises:
-        UserError: a coefficient for a model without such a loss.
+        UserError: a coefficient for a model without such a loss, or a loss that would have no gradient.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if is_deepspeed_zero3_enabled() and (classes := keep_experts_together(model)):
-        launch.say(
-            f"ZeRO-3: {', '.join(classes)} is gathered whole: ranks whose tokens choose other experts would wait."
-        )
+    keep_experts_together(model, launch, zero3=is_deepspeed_zero3_enabled())
     balancing = balancing_of(model, aux_loss_coef)
+    if balancing is not None and reentrant:
+        raise UserError(
+            "activation_checkpointing_kwargs: use_reentrant: true: routers would learn nothing from the load balancing "
+            "loss: leave it out, or write router_aux_loss_coef: 0"
+        )
     if balancing is not None or experts_of(model):
         group_experts(model, launch, on_gpu=device.type == "cuda")
         model.routing = Routing(model, balancing, device)
