@@ -279,7 +279,7 @@ def test_without_plotly(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     write_run(here / "out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["report", "out"]) == 2
-    assert capsys.readouterr().err == "ds-sft: error: report: needs plotly: pip install 'ds_sft[report]'\n"
+    assert capsys.readouterr().err == "ds-sft: error: report: needs plotly: pip install plotly\n"
 
 
 # ---- The page
