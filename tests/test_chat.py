@@ -229,7 +229,7 @@ def test_ctrl_c_keeps_what_came(endless: Chat) -> None:
     before = signal.getsignal(signal.SIGINT)
     paper(endless).hear = press  # type: ignore[method-assign]
     endless.do("Who?")
-    assert endless.talks[0] == [Message("user", "Who?"), Message("assistant", "ABA")]
+    assert endless.talks[0] == [Message("user", "Who?"), Message("assistant", "ABA", train=False)]
     assert paper(endless).lines == ["(stopped: what came is kept as the answer; /retry asks again)"]
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -384,6 +384,20 @@ def test_save(chat: Chat, tmp_path: Path) -> None:
         ]
     }
     assert paper(chat).lines == [f"(row 2 of {file})"]
+
+
+def test_an_answer_that_was_cut_is_saved_and_not_learned(chat: Chat, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    chat.do("/params max_new_tokens 1")
+    chat.do("Who?")
+    chat.do("/params max_new_tokens 20")
+    chat.do("Who else?")
+    paper(chat).lines.clear()
+    chat.do(f"/save {file}")
+    said = "; 1 of 2 answers did not come to an end, and say train: false"
+    assert paper(chat).lines == [f"(row 1 of {file}{said})"]
+    _, _, cut, _, whole = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert (cut["train"], whole) == (False, {"role": "assistant", "content": "Paris."})
 
 
 def test_commands_that_there_are_not(chat: Chat) -> None:
@@ -617,7 +631,7 @@ def test_a_session_in_a_terminal(model_dir: Path, tmp_path: Path) -> None:
     terminal.until("ABAB\r\n")
     terminal.until("> ")
     terminal.type("/save rows.jsonl\n")
-    terminal.until("(row 1 of rows.jsonl)")
+    terminal.until("(row 1 of rows.jsonl; 3 of 3 answers did not come to an end, and say train: false)")
     terminal.until("> ")
     terminal.type("half a line")
     terminal.until("half a line")

@@ -264,7 +264,7 @@ def test_without_the_packages_the_loss_can_be_had(
     monkeypatch.setattr("ds_sft.evaluation.scores.PACKAGES", ("sacre_blue",))
     assert ended(["out"]) == 2
     assert capsys.readouterr().err == (
-        "ds_sft: error: sacre-blue is not installed, which scores answers: pip install 'ds_sft[evaluate]', or "
+        "ds_sft: error: sacre-blue is not installed, which scores answers: pip install sacre-blue, or "
         "--loss-only for the loss alone\n"
     )
     assert main(["evaluate", "out", "--loss-only", "--limit", "2"]) == 0

@@ -128,7 +128,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError) as error:
         scores.require_metrics("evaluate_rows: 0")
     assert str(error.value) == (
-        "no-such-package is not installed, which scores answers: pip install 'ds_sft[evaluate]', or evaluate_rows: 0"
+        "no-such-package is not installed, which scores answers: pip install no-such-package, or evaluate_rows: 0"
     )
 
 

@@ -279,7 +279,7 @@ def test_without_plotly(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     write_run(here / "out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["report", "out"]) == 2
-    assert capsys.readouterr().err == "ds-sft: error: report: needs plotly: pip install 'ds_sft[report]'\n"
+    assert capsys.readouterr().err == "ds-sft: error: report: needs plotly: pip install plotly\n"
 
 
 # ---- The page
@@ -351,6 +351,8 @@ async function use() {
     scales: plots.map(plot => plot.layout.yaxis.type),
     buttons: [...first.querySelectorAll('.modebar-btn')].map(button => button.dataset.title),
     fits: document.documentElement.scrollWidth <= innerWidth, width: innerWidth,
+    cut: [...document.querySelectorAll('.charts .box')].filter(box => [...box.querySelectorAll('.main-svg')].some(
+      svg => svg.getBoundingClientRect().right > box.getBoundingClientRect().right)).length,
   });
 }
 addEventListener('load', use);</script>"""
@@ -370,9 +372,13 @@ def test_the_page_in_a_real_browser(tmp_path: Path) -> None:
         "title": "Training report: 3 runs", "refused": [], "loaded": [], "figures": 6, "lines": 6, "runs": [0, 2],
         "x": [0.01, 0.04], "logged": [3, 2], "smooth": [3, pytest.approx(7 / 3)], "axis": "hours of training",
         "scales": ["log", "linear", "log", "linear", "linear", "linear"], "fits": True, "width": 500,
+        "cut": 0,
     }  # fmt: skip
     assert "Zoom" in buttons
     assert not [button for button in buttons if re.search("cloud|share|edit|plotly", button, re.I)]  # nothing is sent
+    wide = look(file, tmp_path / "wide", "--dump-dom", "--virtual-time-budget=20000", "--window-size=1280,2000")
+    there = json.loads(Texts(wide).body["data-seen"] or "")
+    assert (there["width"], there["cut"]) == (1280, 0)
     file.write_text(text, encoding="utf-8")
     look(file, tmp_path / "second", f"--screenshot={screenshot}", "--window-size=1280,1400")
     width, height, colors = read_png(screenshot)

@@ -226,7 +226,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'ds_sft[plot]'")
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -118,7 +118,7 @@ class Chat:
             self.screen.end()
         for speaker, talk, answer in zip(self.speakers, talks, answers, strict=True):
             if answer.tokens or answer.ended == "end":
-                talk += [asking, answer.message]
+                talk += [asking, answer.message if answer.ended == "end" else replace(answer.message, train=False)]
             self._remark(speaker, answer)
         self.talks, self.asked, self.starts = talks, question, starts
         return answers
@@ -246,13 +246,15 @@ class Chat:
     # ---- What is kept
 
     def save(self, name: str) -> None:
-        """Add the conversation to a file of rows that a run can learn from.
+        """Add the conversation to a file of rows that a run can learn from; answers that were cut are not learned.
 
         Raises:
             UserError: nothing was said, or the file cannot be written.
         """
         if not self.talks[0]:
             raise UserError("/save: nothing was said yet")
+        answers = [message for message in self.talks[0] if message.role == "assistant"]
+        cut = sum(message.train is False for message in answers)
         if not name.endswith(".jsonl"):
             raise UserError(f"/save: expected a file that ends with .jsonl, found {name!r}")
         path = Path(name).expanduser()
@@ -261,7 +263,8 @@ class Chat:
             rows = _append(path, line.encode("utf-8"))
         except OSError as error:
             raise UserError(f"/save: {path}: {error.strerror}") from None
-        self.screen.say(f"(row {rows} of {path})")
+        unlearned = f"; {cut} of {len(answers)} answers did not come to an end, and say train: false" if cut else ""
+        self.screen.say(f"(row {rows} of {path}{unlearned})")
 
 
 def _require_text(text: str, what: str) -> None:
@@ -279,7 +282,12 @@ def _require_text(text: str, what: str) -> None:
 def row_of(system: str, talk: Sequence[Message]) -> dict[str, Any]:
     """A row of messages, as training reads it."""
     messages = [Message("system", system), *talk] if system else talk
-    return {"messages": [{"role": m.role, "content": m.content, **m.extra} for m in messages]}
+    return {"messages": [_turn(message) for message in messages]}
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    told = {} if message.train is None else {"train": message.train}
+    return {"role": message.role, "content": message.content, **message.extra, **told}
 
 
 def _append(path: Path, line: bytes) -> int:

@@ -127,7 +127,7 @@ def parser() -> FlagParser:
     made.add_argument("--write", type=Path, metavar="FILE.yaml", help="save the recommended configuration")
     made.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
     made.add_argument("--sweep", metavar="nodes=1..128", help="scaling instead: memory, time, efficiency by nodes")
-    made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the sweep (pip install 'ds_sft[plot]')")
+    made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the sweep (pip install matplotlib)")
     return made
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from ds_sft.config import Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.zero import configured_engine
 
 USAGE = """usage: ds-sft prepare CONFIG.yaml [--key value ...]
 
@@ -46,4 +47,6 @@ def read_config(argv: Sequence[str], command: str, flags: Iterable[str] = ()) ->
         words.insert(0, "--config")
     if not words:
         raise UserError(f"expected ds-sft {command} CONFIG.yaml; --help says more")
-    return load_config(words, f"ds-sft {command}", flags=flags)
+    config = load_config(words, f"ds-sft {command}", flags=flags)
+    configured_engine(config)  # not needed here, but a run would end with what is wrong in it
+    return config

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse(argv)
     runs = read_runs(given.folders)
     if importlib.util.find_spec("plotly") is None:
-        raise UserError("report: needs plotly: pip install 'ds_sft[report]'")
+        raise UserError("report: needs plotly: pip install plotly")
     from ds_sft.commands.page import write_page
     from ds_sft.commands.report_page import page
 

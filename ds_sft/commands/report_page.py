@@ -26,7 +26,7 @@ DRAWING = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "
            "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}  # fmt: skip
 STYLE = """
 body { max-width: 1280px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 16px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 16px; }
 .charts .box { max-width: 640px; overflow: hidden; }
 .charts .soft { margin: 0; font-size: 13px; }
 .charts + p { margin-top: 12px; }
@@ -89,6 +89,8 @@ function draw() {
 document.querySelectorAll('.controls input, .controls select').forEach(control => {
   control.addEventListener('input', draw);
 });
+// A figure is drawn when it is read, and what is read later may leave it less room.
+addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(plot => Plotly.Plots.resize(plot)));
 of('axis').addEventListener('change', () => plots.forEach(plot => Plotly.relayout(plot, {'xaxis.autorange': true})));
 """
 

@@ -66,7 +66,7 @@ def draw(points: list[Point], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot: needs matplotlib: pip install 'ds_sft[plot]'") from None
+        raise UserError("--plot: needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

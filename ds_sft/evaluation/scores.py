@@ -44,11 +44,10 @@ def require_metrics(instead: str) -> None:
     Raises:
         UserError: one is not.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name.replace("_", "-") for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"{missing[0].replace('_', '-')} is not installed, which scores answers: pip install "
-            f"'ds_sft[evaluate]', or {instead}"
+            f"{missing[0]} is not installed, which scores answers: pip install {' '.join(missing)}, or {instead}"
         )
 
 

@@ -34,7 +34,7 @@ def require_bitsandbytes(wanted: str) -> None:
         UserError: the key `quantization` wants a package that is not installed.
     """
     if wanted != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization: {wanted}: bitsandbytes is not installed; pip install 'ds_sft[quantization]'")
+        raise UserError(f"quantization: {wanted}: bitsandbytes is not installed: pip install bitsandbytes")
 
 
 def require_float(model_config: Any, name: str, wanted: str) -> None:

@@ -98,7 +98,7 @@ def fuse(model: PreTrainedModel, wanted: str, launch: Launch, *, on_gpu: bool, c
         model.fused = use_kernels(model, liger(), f"Liger {importlib.metadata.version('liger-kernel')}")
     else:
         if wanted == "auto" and on_gpu and not compiled:
-            launch.say("Fused kernels: none; pip install 'ds_sft[gpu]' brings Liger's, with which an H200 was 1.6 "
+            launch.say("Fused kernels: none; pip install liger-kernel brings Liger's, with which an H200 was 1.6 "
                        "times as fast.")  # fmt: skip
         return
     launch.say(model.fused.describe())
@@ -121,7 +121,7 @@ def require_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> None:
     if wanted == "liger" and not on_gpu:
         raise UserError("fused_kernels: liger: its kernels run on GPUs only; write auto, compile or none")
     if wanted == "liger" and not has_liger():
-        raise UserError("fused_kernels: liger: it is not installed; pip install 'ds_sft[gpu]', or write none")
+        raise UserError("fused_kernels: liger: it is not installed: pip install liger-kernel, or write none")
     if wanted in ("liger", "compile") and compiled:
         raise UserError(
             f"fused_kernels: {wanted}: torch_compile compiles the whole model already; leave one of them out"
