@@ -93,7 +93,10 @@ class Tracker:
             return
         trouble = self._open(mode, project)
         if trouble and mode != "offline":
-            print_line(f"SwanLab: {mode} mode failed ({trouble}); going on offline.")
+            if "API key" in trouble:
+                print_line("SwanLab: nobody is logged in here (`swanlab login`, or SWANLAB_API_KEY); going on offline.")
+            else:
+                print_line(f"SwanLab: {mode} mode failed ({trouble}); going on offline.")
             trouble = self._open("offline", project)
         if trouble:
             print_line(f"SwanLab is off ({trouble}); {self.metrics} has every metric.")

@@ -76,7 +76,7 @@ def test_the_terminal_shows_rows_and_the_report(run: Any) -> None:
     assert "row 1 · rows.jsonl:1 · " in shown
     assert "row 2 · rows.jsonl:2 · " in shown
     assert (
-        "<|im_start|>user↵\nWhat is the capital of France?<|im_end|>↵\n<|im_start|>assistant↵\nParis.<|endoftext|>"
+        "<|im_start|>user↵\nWhat is the capital of France?<|im_end|>↵\n<|im_start|>assistant↵\n⟦Paris.<|endoftext|>⟧"
         in shown
     )
     assert "很好 <b>&amp;</b> 👋🏽↵\n<script>" in shown

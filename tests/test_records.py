@@ -47,7 +47,10 @@ def test_shapes(row: dict[str, Any], question: str, answer: str) -> None:
     assert to_dialogue(row, READING) == talk(question, answer)
 
 
-EXPECTED = "expected question and answer; instruction and output; conversations; messages; or prompt and completion"
+EXPECTED = (
+    "expected question and answer; instruction and output; conversations; messages; prompt and completion; or write "
+    "what fields are called: data_fields: {question: NAME, answer: NAME}"
+)
 
 
 @pytest.mark.parametrize(

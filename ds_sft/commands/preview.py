@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.prepare import read_config
 from ds_sft.config import Config
@@ -17,10 +17,13 @@ from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 USAGE = """usage: ds-sft preview CONFIG.yaml [--rows 1-3,10] [--split eval] [--batch] [--html FILE] [--key value ...]
 
-Shows rows as the model will see them: every token, learned ones green, special ones bold. With an adapter or
-train_only also which weights are trained, and the size of a checkpoint.
+Shows rows as the model will see them: every token, learned ones green, special ones bold; without colors ⟦learned⟧.
+With an adapter or train_only also which weights are trained, and the size of a checkpoint.
 
   --rows 1-3,10   numbers of rows in the data set, from 1 [1-5]
   --split eval    rows of the validation set [train]
@@ -28,6 +31,7 @@ train_only also which weights are trained, and the size of a checkpoint.
   --html FILE     write a page instead: tokens with their ids, lengths, what was dropped and why
 
 Any key of the configuration may follow: --max_length 1024 shows what it would cost."""
+OPEN, CLOSE = "⟦", "⟧"
 OPTIONS = {"rows": "1-5", "split": "train", "html": None}
 
 
@@ -260,18 +264,34 @@ def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str
     from ds_sft.data.report import print_report
 
     console = Console(highlight=False)
-    console.print(
-        "Learned tokens are [bold green]green[/], special tokens [bold magenta]bold[/], padding is [dim]dim[/]."
-    )
+    if console.color_system is None:  # a pipe, a file, NO_COLOR
+        console.print(f"Learned tokens are between {OPEN} and {CLOSE}.")
+    else:
+        console.print(
+            "Learned tokens are [bold green]green[/], special tokens [bold magenta]bold[/], padding is [dim]dim[/]."
+        )
     for sequence in sequences:
         console.print(Text(f"\n── {describe(sequence)}", style="bold cyan"), soft_wrap=True)
-        text = Text()
-        for token in sequence.tokens:
-            if token.starts_row and text:
-                text.append("\n⎯⎯ next row, position 0 ⎯⎯\n", style="dim")
-            text.append(_shown(token), style=_style(token))
-        console.print(text, soft_wrap=True)
+        console.print(_as_text(sequence, plain=console.color_system is None), soft_wrap=True)
     print_report(report, launch)
+
+
+def _as_text(sequence: Shown, *, plain: bool) -> Text:
+    """Tokens in their styles; `plain`: with marks around what is learned, where no style is seen."""
+    from rich.text import Text
+
+    text, before = Text(), False
+    for token in sequence.tokens:
+        if plain and before and (token.starts_row or not token.learned):
+            text.append(CLOSE)
+            before = False
+        if token.starts_row and text:
+            text.append("\n⎯⎯ next row, position 0 ⎯⎯\n", style="dim")
+        if plain and token.learned and not before:
+            text.append(OPEN)
+        text.append(_shown(token), style=_style(token))
+        before = token.learned
+    return text.append(CLOSE) if plain and before else text
 
 
 def describe(sequence: Shown) -> str:

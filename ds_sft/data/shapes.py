@@ -26,7 +26,10 @@ from ds_sft.data.values import check_text, found, json_type, note_unread, unpack
 
 Shape = Literal["auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"]
 Calls = tuple[dict[str, Any], ...]
-EXPECTED = "expected question and answer; instruction and output; conversations; messages; or prompt and completion"
+EXPECTED = (
+    "expected question and answer; instruction and output; conversations; messages; prompt and completion; or write "
+    "what fields are called: data_fields: {question: NAME, answer: NAME}"
+)
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",

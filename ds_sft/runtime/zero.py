@@ -137,7 +137,7 @@ def _no_engine(value: str) -> str:
     if path.stem in ENGINES:
         return f"{what}; write {path.stem}, which needs none"
     near = nearest(path.stem, *([name] for name in ENGINES))  # of equals the first
-    return f"{what}; {f'did you mean {near}? There' if near else 'there'} are {', '.join(ENGINES)}, which need none"
+    return f"{what}; {f'did you mean {near}? There' if near else 'there'} are {', '.join(ENGINES)}"
 
 
 def stage(engine: dict[str, Any] | None) -> int | None:
