@@ -60,7 +60,7 @@ def test_a_run_scores_its_own_answers(finished: Path) -> None:
     answers = read_lines(out / "evaluation.jsonl")
     assert [row["model"] for row in answers] == ["before"] * 14 + ["after"] * 14
     said = (finished / "said.txt").read_text(encoding="utf-8").splitlines()
-    assert said[-1].startswith(f"Evaluation of 14 validation rows: loss {after['loss']['value']:.3f} [")
+    assert said[-2].startswith(f"Evaluation of 14 validation rows: loss {after['loss']['value']:.3f} [")
     assert "evaluation.jsonl" in listing(out)
 
 
