@@ -208,6 +208,7 @@ LEGITIMATE = {
     "prescale_gradients": False,
     "sparse_gradients": False,
     "steps_per_print": 100,
+    "sequence_parallel_size": 1,
     "tensor_parallel": {"autotp_size": 1},
     "tensorboard": {"enabled": False},
     "torch_autocast": {"enabled": False},
@@ -264,6 +265,34 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         {},
         "expert_parallel.enabled: true: DeepSpeed's AutoEP fails with this transformers or with Trainer's optimizer; "
         "delete the block: under ZeRO-3 experts are partitioned like all weights",
+    ),
+    "tensor parallelism": (
+        {"tensor_parallel": {"autotp_size": 2}},
+        {},
+        "tensor_parallel.autotp_size: 2: the ranks of a group would need the same rows, and each has rows of its own "
+        "here; delete the block: ZeRO-3 divides the weights",
+    ),
+    "sequence parallelism": (
+        {"sequence_parallel_size": 2},
+        {},
+        "sequence_parallel_size: 2: a row is not divided among ranks here; delete it",
+    ),
+    "DeepCompile": (
+        {"compile": {"deepcompile": True}},
+        {},
+        "compile.deepcompile: true: no training under DeepCompile is tested; delete it, or give the run torch_compile: "
+        "yes",
+    ),
+    "ZenFlow, whose defaults need no option": (
+        {"zero_optimization": {"stage": 2, "zenflow": {}}},
+        {},
+        "zero_optimization.zenflow: {}: it changes weights steps after their gradients, which is another training; "
+        "delete it",
+    ),
+    "SuperOffload": (
+        {"zero_optimization": {**STAGE3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        {},
+        "zero_optimization.offload_optimizer.super_offload: true: no training with it is tested; delete it",
     ),
     "no ZeRO": (
         {"zero_optimization": None},

@@ -65,6 +65,19 @@ SCHEDULERS = {
 NEEDED = ("warmup_max_lr", "warmup_num_steps", "total_num_steps")
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
+# Parts of DeepSpeed that make a step in another way -> why no run here has them. Until a test trains with one, a plan
+# and the promise of one training whatever the engine would be wrong of it.
+NOT_HERE = {
+    "expert_parallel.enabled": "DeepSpeed's AutoEP fails with this transformers or with Trainer's optimizer; delete the "
+    "block: under ZeRO-3 experts are partitioned like all weights",  # DeepSpeed 0.19.8, see docs/experts.md
+    "tensor_parallel.autotp_size": "the ranks of a group would need the same rows, and each has rows of its own here; "
+    "delete the block: ZeRO-3 divides the weights",
+    "sequence_parallel_size": "a row is not divided among ranks here; delete it",
+    "compile.deepcompile": "no training under DeepCompile is tested; delete it, or give the run torch_compile: yes",
+    "zero_optimization.zenflow": "it changes weights steps after their gradients, which is another training; delete it",
+    "zero_optimization.offload_optimizer.super_offload": "no training with it is tested; delete it",
+}
+
 
 def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
     """The DeepSpeed configuration as a dict; None where Trainer runs alone.
@@ -155,11 +168,7 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _zero_block(engine, training)
     yield from _unsound_steps(engine, training, config.on_nonfinite)
     yield from _contradictions(engine, training)
-    if _get(engine, "expert_parallel.enabled"):  # with DeepSpeed 0.19.8 and transformers 5.23: docs/experts.md
-        yield (
-            "expert_parallel.enabled: true: DeepSpeed's AutoEP fails with this transformers or with Trainer's "
-            "optimizer; delete the block: under ZeRO-3 experts are partitioned like all weights"
-        )
+    yield from _another_training(engine)
     if not config.trackers:
         yield from _monitors(engine)
     yield from _optimizer_block(engine)
@@ -172,6 +181,13 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
             )
         yield from _batch_size(engine, training, launch)
         yield from _missing_tools(engine)
+
+
+def _another_training(engine: Mapping[str, Any]) -> Iterator[str]:
+    for name, why in NOT_HERE.items():
+        value = _get(engine, name)
+        if value is True or value not in (None, False, 0, 1):  # a group of one rank divides nothing
+            yield f"{name}: {_show(value)}: {why}"
 
 
 def _unknown_keys(engine: Mapping[str, Any]) -> Iterator[str]:
