@@ -68,8 +68,8 @@ SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "War
 # Parts of DeepSpeed that make a step in another way -> why no run here has them. Until a test trains with one, a plan
 # and the promise of one training whatever the engine would be wrong of it.
 NOT_HERE = {
-    "expert_parallel.enabled": "DeepSpeed's AutoEP fails with this transformers or with Trainer's optimizer; delete the "
-    "block: under ZeRO-3 experts are partitioned like all weights",  # DeepSpeed 0.19.8, see docs/experts.md
+    "expert_parallel.enabled": "DeepSpeed's AutoEP fails with this transformers or with Trainer's optimizer; delete "
+    "the block: under ZeRO-3 experts are partitioned like all weights",  # DeepSpeed 0.19.8, see docs/experts.md
     "tensor_parallel.autotp_size": "the ranks of a group would need the same rows, and each has rows of its own here; "
     "delete the block: ZeRO-3 divides the weights",
     "sequence_parallel_size": "a row is not divided among ranks here; delete it",
