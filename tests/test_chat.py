@@ -135,6 +135,7 @@ def test_standard_output_has_the_answer_alone(
         ([], "standard input is no terminal, and has no question: give --once QUESTION, or a pipe with one"),
         (["--once", "x", "--generation", "{top_p: 2}"], "--generation: expected top_p to be a number above 0, 1 at"),
         (["--once", "x", "--besides", "y"], "--besides: unknown key: did you mean --beside?"),
+        (["--onc", "x"], "--onc: unknown key: did you mean --once?"),  # and not that nobody is there
         (
             ["--once", "x", "--template", "no.jinja"],
             "template: no.jinja: No such file or directory; expected reference",

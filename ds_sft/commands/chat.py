@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO
 
 from ds_sft.commands.flags import FlagParser
+from ds_sft.commands.opened import keys_alone
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
                         help="also ask this model; without a name: the one that training started from")  # fmt: skip
     parser.add_argument("--once", metavar="QUESTION", help="print one answer and end")
     given, words = parser.parse_known_args(argv)
+    keys_alone(words, parser.flags)  # a mistake is said before anybody types, or a pipe is read
     question = _question(given.once)
     with ExitStack() as stack:
         with redirect_stdout(sys.stderr):

@@ -121,12 +121,21 @@ def _require_base(folder: Path) -> None:
     require_base(folder, base, facts_of(folder).get(BASE), f"write it into {folder / CONFIG}")
 
 
+def keys_alone(words: Sequence[str], flags: Sequence[str], name: str = "-") -> Config:
+    """Keys without a run's: the first three must be given, and are not read.
+
+    Raises:
+        UserError: a mistake in one of `words`.
+    """
+    own = ["--model_name_or_path", name, "--train_file", "-", "--output_dir", "-"]
+    return load_config([*own, *words], flags=flags)
+
+
 def _keys(name: str, run: Path | None, words: Sequence[str], flags: Sequence[str]) -> tuple[Config, bool]:
     """The keys of a run, or of a model that none of ours has trained; and whether one has."""
     record = run / RECORD if run else None
-    if record is None or not record.is_file():  # the first three must be given, and are not read
-        own = ["--model_name_or_path", name, "--train_file", "-", "--output_dir", "-"]
-        return load_config([*own, "--template", "tokenizer", "--system_prompt", "", *words], flags=flags), False
+    if record is None or not record.is_file():
+        return keys_alone(["--template", "tokenizer", "--system_prompt", "", *words], flags, name), False
     config = load_config(["--config", str(record), *words], flags=flags)
     given = any(word.partition("=")[0] == "--template" for word in words)
     if config.template in NO_FILES or given:
