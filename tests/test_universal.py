@@ -40,9 +40,17 @@ def test_a_stop_ends_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder.mkdir()
     (folder / "latest").write_text("global_step4", encoding="utf-8")
     workers: list[int] = []
+    waits, wait = threading.Event(), subprocess.Popen.wait
+
+    def waiting(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        waits.set()
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waiting)
 
     def ask() -> None:
         workers.append(wait_for_number(tmp_path / "worker"))
+        assert waits.wait(120)  # before that the run does not know the process, which ends with it in any case
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=ask)

@@ -231,7 +231,8 @@ def _describe_adapter(model: nn.Module, config: Config, launch: Launch) -> None:
 
 def _question_rate(config: Config, launch: Launch) -> None:
     """Say it where weights of the model itself are trained at a rate of adapters; other optimizers have other rates."""
-    rate, usual = config.training["learning_rate"], TRAINING_DEFAULTS["learning_rate"]
+    usual = TRAINING_DEFAULTS["learning_rate"]
+    rate = config.training.get("learning_rate", usual)
     if rate >= HIGH_RATE and config.training.get("optim", "adamw").startswith("adamw"):
         launch.say(
             f"learning_rate {rate:g} is high where the model's own weights are trained, and usual for adapters: "
