@@ -52,7 +52,8 @@ def install(folder: Path) -> Installed:
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
     options = ["--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)], check=True)
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, check=True)  # a path to the clone would do for pip
     (site,) = environment.glob("lib/python*/site-packages")
     # By a line of its own, and not as a site: what points from there to the clone is not read.
     (site / "tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
