@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import loss as chunked
@@ -250,7 +250,7 @@ def test_positions() -> None:
     assert (positions.tolist(), targets.tolist()) == ([0, 2, 4, 5], [6, 8, 2, 3])
 
 
-class ScaledTwice(AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("llama"))]):  # type: ignore[misc]
+class ScaledTwice(MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model("llama"))]):  # type: ignore[misc]
     """A model of one's own that does to its logits what nobody knows."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:

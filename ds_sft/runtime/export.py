@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -180,7 +181,7 @@ def full_value(parameter: Any) -> torch.Tensor:
 
         with GatheredParameters([parameter]):
             return parameter.data.clone()  # type: ignore[no-any-return]
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO-1/2, ZeRO-3
+    if "deepspeed" in sys.modules:  # else there is no engine
         from deepspeed.utils import safe_get_full_fp32_param
 
         value = safe_get_full_fp32_param(parameter)

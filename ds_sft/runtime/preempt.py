@@ -101,11 +101,11 @@ class StopRequests:
     def use_group(self, timeout_seconds: int) -> None:
         """The process group exists (or never will): tell the other ranks through its store; all ranks must call it."""
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import _get_default_store
 
         if dist.is_initialized():
-            store: Any = _get_default_store()
+            world: Any = dist.group.WORLD
             _cpu_group(timeout_seconds)
+            store = world.get_group_store()
             self._store = store.clone()  # a connection of its own: the thread must not wait for the others'
             if self.reason:
                 self._tell(self.reason)

@@ -46,7 +46,8 @@ def group_experts(model: PreTrainedModel, launch: Launch, *, on_gpu: bool) -> No
     if not on_gpu:
         model.set_experts_implementation(NAME)
     first: Any = layers[0]
-    name = first.config._experts_implementation
+    implementations = model.get_experts_implementation()  # of the model, and of a part of it that has its own
+    name = implementations.get("text_config", implementations[""])
     how = "one product an expert (ds_sft's)" if name == NAME else f"{name} (transformers')"
     biased = any(name.endswith(f".{BIAS}") for name, _ in model.named_buffers())
     kept = f"; {BIAS}, which balances them, stays as it is" if biased else ""

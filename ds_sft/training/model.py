@@ -233,13 +233,13 @@ def uses_padding(config: Config, launch: Launch) -> bool:
     Raises:
         UserError: it would, and rows are to be packed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     if config.batching == "padded":
         return True
     found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     try:
-        model_class = AutoModelForCausalLM._model_mapping[type(found)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
     except KeyError:  # code that comes with the model
         mixing: str | None = "its own code"
     else:
