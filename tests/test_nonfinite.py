@@ -203,8 +203,8 @@ def test_a_validation_loss_that_is_no_number(
     watching: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
 ) -> None:
     """It is said, and it is the best in neither direction; the first that is a number is."""
-    monkeypatch.setattr(Trainer, "_evaluate", lambda *args, **kwargs: {"eval_loss": value})
-    metrics = watching._evaluate(None, None)
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args, **kwargs: {"eval_loss": value})
+    metrics = watching.evaluate()
     assert capsys.readouterr().out == f"Warning: the validation loss after step 5 is {value}.\n"
     for watching.args.greater_is_better in (True, False):
         assert watching._determine_best_metric(metrics, None) is False

@@ -18,7 +18,7 @@ from ds_sft.training.trainer import SFTTrainer
 class Evaluating(SFTTrainer):
     """Two supervised tokens a batch, of loss 3 and 5."""
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
+    def _to_device(self, inputs: Any) -> Any:
         return inputs
 
     def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:

@@ -376,7 +376,10 @@ class Meter:
         of backward in the order in which it came: `begin` before DDP's own, which waits.
         """
         backward = accelerator.backward
-        self._replace(model, "_pre_forward", self._timed(model._pre_forward, "communication"))
+        waits = [model.register_forward_pre_hook(lambda *_: self.clock.begin("communication")),
+                 model.module.register_forward_pre_hook(self._end_of_wait, prepend=True)]  # fmt: skip
+        for hook in waits:
+            self.replaced.callback(hook.remove)
 
         def begin() -> None:
             self.clock.begin("communication")
@@ -390,6 +393,11 @@ class Meter:
                 self.clock.end()
 
         self._replace(accelerator, "backward", timed)
+
+    def _end_of_wait(self, *_: Any) -> None:
+        """The model's own forward begins; in an evaluation nobody has waited."""
+        if self.clock.open[-1] == "communication":
+            self.clock.end()
 
 
 def replace(owner: Any, functions: dict[str, Callable[..., Any]]) -> Callable[[], None]:

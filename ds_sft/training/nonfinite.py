@@ -113,11 +113,10 @@ class FiniteTrainer(ResumableTrainer):
 
     # ---- Watching
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def begin_training(self) -> None:
+        super().begin_training()
         if self.is_deepspeed_enabled and self.model_wrapped.zero_optimization_stage() == 0:
             self.model_wrapped.step = self._measured(self.model_wrapped.step)
-        return prepared
 
     def _measured(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The engine's step, after the norm of the gradients that it clips and deletes."""
@@ -237,8 +236,8 @@ class FiniteTrainer(ResumableTrainer):
 
     # ---- Validation
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
             self.run.site.launch.say(
                 f"Warning: the validation loss after step {self.state.global_step:,} is {metrics['eval_loss']}."

@@ -144,10 +144,10 @@ class ResumableTrainer(Trainer):
         if self.is_deepspeed_enabled or not self._load_ourselves(best):
             super()._load_best_model()
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def begin_training(self) -> None:
+        """Called once, when there is an engine and an optimizer, and before the first step."""
         self.frozen = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
-        return prepared
+        self.restore_progress()
 
     def require_frozen(self) -> None:
         """See that no weight was unfrozen since then: the optimizer does not have it, and it would never move."""
@@ -246,11 +246,11 @@ class ResumableTrainer(Trainer):
             kwargs["steps_in_epoch"] = len(self.batching.epoch(epoch).computed) // self.args.world_size
         super()._run_epoch(epoch=epoch, **kwargs)
 
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.evaluation_due:  # at the start, for the step that the run stopped at
             self.evaluation_due = False
-            self._determine_best_metric(metrics, trial)
+            self._determine_best_metric(metrics, None)
             if self.state.best_global_step == self.state.global_step and self.run.resumed is not None:
                 self.state.best_model_checkpoint = str(self.run.resumed.path)
         return metrics
@@ -385,9 +385,6 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:  # Trainer calls this on every rank, and others have no folder yet
             end_answers_at(self.run.end_ids, folder)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        self._record(lambda: super(ResumableTrainer, self)._save_rng_state(output_dir))
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
             self._record(lambda: super(ResumableTrainer, self)._save_optimizer_and_scheduler(output_dir))
@@ -482,7 +479,7 @@ class StepBoundary(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.restore_progress()
+        self.trainer.begin_training()
         control.should_training_stop = False  # a checkpoint of a run that was asked to stop remembers it
         self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from itertools import islice
 from multiprocessing import Event
 from typing import Any
 
@@ -120,17 +121,19 @@ class SFTTrainer(FiniteTrainer):
 
     # ---- Measuring: see training/metrics.py
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def begin_training(self) -> None:
+        super().begin_training()
         if self.is_deepspeed_enabled:
             self.meter.time_engine(self.model_wrapped)
         elif self.args.world_size > 1:
             self.meter.time_reduction(self.model_wrapped, self.accelerator)
-        return prepared
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro batches of a step, on the device, and what their losses are divided by."""
         with self.meter.clock.part("data_wait"):
-            return super().get_batch_samples(self._read_ahead(epoch_iterator, num_batches), num_batches, device)
+            batches = islice(self._read_ahead(epoch_iterator, num_batches), num_batches)
+            step = [self._to_device(batch) for batch in batches]
+            return step, self._count_supervised(step, device)
 
     def _read_ahead(self, epoch_iterator: Iterator[Any], num_batches: int) -> Iterator[Any]:
         """The micro batches of an epoch; `num_batches`: of a step."""
@@ -148,7 +151,7 @@ class SFTTrainer(FiniteTrainer):
                 self.ahead.close()
             self.ahead = None
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+    def _count_supervised(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Supervised tokens of a step, over all ranks: the host counts them, and waits for no device."""
         if not (batch_samples and self.model_accepts_loss_kwargs):
             return None
@@ -165,7 +168,7 @@ class SFTTrainer(FiniteTrainer):
                 self.routing.begin_step(counts[1])
             return counts[0]
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -194,9 +197,9 @@ class SFTTrainer(FiniteTrainer):
         with self.meter.clock.part("save"):
             super().finish_save()
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.meter.clock.part(EVALUATION):
-            return super()._evaluate(*args, **kwargs)
+            return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # what all ranks log, at the same steps
@@ -257,7 +260,7 @@ class SFTTrainer(FiniteTrainer):
         with self._in_16_bits():
             for batch in dataloader:
                 stop.check()
-                inputs = self._prepare_inputs(batch)
+                inputs = self._to_device(batch)
                 total += self._loss_sum(inputs)
                 count += inputs[LAYOUT].supervised
                 after_batch()
