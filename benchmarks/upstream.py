@@ -29,6 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ds_sft.runtime.quiet import quiet  # noqa: E402
 from ds_sft.upstream import (  # noqa: E402
     ASSIGNED,
     NAMES,
@@ -50,8 +51,8 @@ SETTABLE = {
     "data", "grad", "in_features", "out_features", "restype", "excepthook", "__annotations__", "__kwdefaults__",
     "usage", "caption",
     # configurations of models and of their answers, tokenizers
-    "chat_template", "pad_token", "padding_side", "encode_special_tokens", "generation_config", "do_sample", "use_cache",
-    "dtype", "tie_word_embeddings", "router_aux_loss_coef",
+    "chat_template", "pad_token", "padding_side", "encode_special_tokens", "generation_config", "do_sample",
+    "use_cache", "dtype", "tie_word_embeddings", "router_aux_loss_coef",
     # `TrainingArguments`, `TrainerControl` and `TrainerState`
     "report_to", "gradient_accumulation_steps", "save_on_each_node", "save_total_limit", "eval_on_start", "epoch",
     "best_metric", "best_global_step", "best_model_checkpoint", "should_training_stop", "should_save", "should_log",
@@ -86,7 +87,7 @@ def uses() -> list[Use]:
     for file, tree in trees.items():
         inherited = inherited_by(file, tree)
         found |= {Use(OVERRIDDEN, name, file, line) for name, line in overridden(file, tree)}
-        found |= {use for use in in_tree(file, tree, ours - inherited, inherited)}
+        found.update(in_tree(file, tree, ours - inherited, inherited))
     return sorted(found, key=lambda use: (use.file, use.line, use.name))
 
 
@@ -109,7 +110,7 @@ def defined(tree: ast.AST) -> Iterator[str]:
 def classes(file: str, tree: ast.Module) -> Iterator[tuple[ast.ClassDef, list[type]]]:
     """Each class of a file that has a library's class among its bases, with those of the library's."""
     nodes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
-    plain = {name for name in dir(builtins)} | {"NamedTuple", "Protocol", "UserError"}
+    plain = set(dir(builtins)) | {"NamedTuple", "Protocol", "UserError"}
     if not any(ast.unparse(base) not in plain for node in nodes for base in node.bases):
         return
     module = importlib.import_module(f"ds_sft.{file.removesuffix('.py').replace('/', '.')}")
@@ -232,12 +233,12 @@ def places(name: Name, found: list[Use]) -> list[tuple[str, int]]:
 
 def is_use_of(use: Use, name: Name) -> bool:
     """Whether a row answers for a use."""
-    if use.file not in name.users.split() or (use.kind in (OVERRIDDEN, TEXT)) != (name.kind in (OVERRIDDEN, TEXT)):
+    if use.file not in name.users.split() or (use.kind == TEXT) != (name.kind == TEXT):
         return False
-    if use.kind == OVERRIDDEN:
-        return use.name == name.path.replace(":", ".")
-    if use.kind == TEXT or name.kind == TEXT:
-        return use.kind == name.kind
+    if name.kind == TEXT:
+        return True
+    if name.kind == OVERRIDDEN:  # and perhaps called elsewhere
+        return use.name in (name.path.replace(":", "."), name.last)
     return use.name == name.last if use.name else name.kind == ASSIGNED
 
 
@@ -268,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if unknown := set(given.library) - set(READ_IN):
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(READ_IN)}")
+    quiet(bars=False)
     names = [name for name in NAMES if not given.library or name.library in given.library]
     if given.changed:
         import_all(names)
@@ -277,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = uses()
     for name in names:
         where = ", ".join(f"ds_sft/{file}:{line}" for file, line in places(name, found))
-        print(f"{name.path.replace(':', '.')}  {name.kind}\n    {where}\n    without it: {name.stops}")
+        known = {OVERRIDDEN: f"({name.as_read})", TEXT: f": `{name.as_read}`"}.get(name.kind, "")
+        print(f"{name.path.replace(':', '.')}{known}  {name.kind}\n    {where}\n    without it {name.stops}")
     print(summary(names))
     return 0
 

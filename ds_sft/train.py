@@ -110,7 +110,9 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
+    from ds_sft.upstream import require_names
 
+    require_names()
     engine = engine_config(config, launch)
     with stop.until_ranks_meet():
         tokenizer, served, data, base = prepare_data(config, launch)

@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Which parts of the package each part may import; what is not listed may import everything.
 ALLOWED = {
     "errors": set(),
+    "upstream": {"errors"},
     "config": {"errors"},
     "runtime.distributed": {"errors"},
     "runtime.results": {"errors"},
@@ -28,7 +29,7 @@ ALLOWED = {
     "runtime": {"errors", "config", "plan", "runtime"},
     # `Launch` says who encodes and who prints; data/ knows nothing else of where it runs.
     "data": {"errors", "config", "data", "runtime.distributed"},
-    "training": {"errors", "config", "plan", "data", "runtime", "training"},
+    "training": {"errors", "upstream", "config", "plan", "data", "runtime", "training"},
     "tracking": {"errors", "config", "runtime.distributed"},
     "predict": {"errors", "config", "plan", "data", "runtime", "training"},
     "evaluation": {"errors", "config", "plan", "data", "runtime", "training", "predict", "evaluation"},
@@ -51,6 +52,7 @@ LIGHT = [
     "ds_sft.cli",
     "ds_sft.errors",
     "ds_sft.train",
+    "ds_sft.upstream",
     "ds_sft.runtime.distributed",
     "ds_sft.runtime.zero",
     "ds_sft.runtime.checkpoint",

@@ -13,6 +13,7 @@ from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.builds import hold_builds_by_flock, import_muon, remove_stale_locks
 from ds_sft.runtime.distributed import Launch, gather, start_gloo
+from ds_sft.upstream import require_names
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -59,6 +60,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
             args = TrainingArguments(**keys)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+    require_names("deepspeed", "torch")  # those of their modules that are imported by now
     if not config.trackers:
         args.report_to = []  # transformers adds Kubeflow's where it finds its cluster
     return args
