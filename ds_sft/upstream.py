@@ -35,7 +35,7 @@ TEXT = "text"  # source that is read as text
 class Name:
     """A name of a library's."""
 
-    path: str  # MODULE:NAME.NAME; of text the file, from the folder of the library
+    path: str  # MODULE:NAME.NAME, or MODULE:CLASS().NAME where objects alone have it; of text LIBRARY/FILE
     kind: str
     users: str  # files of ds_sft
     stops: str  # what stops working without it
@@ -157,11 +157,11 @@ NAMES = (
     Name("transformers.trainer:Trainer._issue_warnings_after_load", OVERRIDDEN, "training/resumable.py",
          "a resume warns of tied weights that are not missing", seen_in="Trainer._load_from_checkpoint",
          as_read="self, load_result"),
-    Name("transformers.trainer:Trainer._tr_loss", ASSIGNED, "training/nonfinite.py training/resumable.py",
+    Name("transformers.trainer:Trainer()._tr_loss", ASSIGNED, "training/nonfinite.py training/resumable.py",
          "the loss since the last log entry is lost in a resume", seen_in="Trainer._inner_training_loop"),
-    Name("transformers.trainer:Trainer._total_loss_scalar", ASSIGNED, "training/resumable.py",
+    Name("transformers.trainer:Trainer()._total_loss_scalar", ASSIGNED, "training/resumable.py",
          "train_loss is that of the last start alone", seen_in="Trainer._inner_training_loop"),
-    Name("transformers.trainer:Trainer._globalstep_last_logged", ASSIGNED,
+    Name("transformers.trainer:Trainer()._globalstep_last_logged", ASSIGNED,
          "training/nonfinite.py training/resumable.py",
          "the first loss after a resume is divided by the wrong number of steps",
          seen_in="Trainer._inner_training_loop"),
@@ -183,7 +183,7 @@ NAMES = (
     Name("transformers.trainer_callback:ProgressCallback.on_train_end", OVERRIDDEN, "training/progress.py",
          "nobody sees how far a run has come", seen_in="CallbackHandler.on_train_end",
          as_read="self, args, state, control, **kwargs"),
-    Name("transformers.trainer_callback:CallbackHandler.eval_dataloader", ASSIGNED, "training/trainer.py",
+    Name("transformers.trainer_callback:CallbackHandler().eval_dataloader", ASSIGNED, "training/trainer.py",
          "an evaluation shows no progress", seen_in="CallbackHandler.call_event"),
     Name("transformers.configuration_utils:PreTrainedConfig._attn_implementation", USED, "training/attention.py",
          "rows laid end to end may see each other",
@@ -194,7 +194,7 @@ NAMES = (
          "a model with an attention of its own is given ours"),
     Name("transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules", USED, "runtime/quantized.py",
          "layers that must stay whole are in 4 bits"),
-    Name("transformers.modeling_utils:PreTrainedModel.is_quantized", USED, "training/model.py",
+    Name("transformers.modeling_utils:PreTrainedModel().is_quantized", USED, "training/model.py",
          "a model of quantised weights is trained, or fails later",
          seen_in="transformers.quantizers.base:HfQuantizer.preprocess_model"),
     Name("transformers.modeling_utils:PreTrainedModel.enable_input_require_grads", ASSIGNED, "training/adapters.py",
@@ -205,10 +205,10 @@ NAMES = (
     Name("transformers.integrations.peft:PeftAdapterMixin._hf_peft_config_loaded", ASSIGNED, "training/adapters.py",
          "Trainer refuses adapters on weights in 4 bits",
          seen_in="transformers.trainer_utils:validate_quantization_for_training"),
-    Name("transformers.models.mixtral.modeling_mixtral:MixtralExperts.has_gate", USED, "training/experts.py",
+    Name("transformers.models.mixtral.modeling_mixtral:MixtralExperts().has_gate", USED, "training/experts.py",
          "experts are not found: a slow loop computes them, and nobody counts their tokens",
          seen_in="transformers.integrations.moe:use_experts_implementation"),
-    Name("transformers.models.mixtral.modeling_mixtral:MixtralExperts.is_transposed", USED, "training/experts.py",
+    Name("transformers.models.mixtral.modeling_mixtral:MixtralExperts().is_transposed", USED, "training/experts.py",
          "experts are not found: a slow loop computes them, and nobody counts their tokens",
          seen_in="transformers.integrations.moe:use_experts_implementation"),
     Name("transformers.models.mixtral.modeling_mixtral:MixtralExperts._apply_gate", USED, "training/experts.py",
@@ -254,45 +254,45 @@ NAMES = (
     # torch
     Name("torch.nn.modules.module:Module.forward", ASSIGNED, "training/fused.py training/loss.py",
          "fused kernels and the loss in chunks are not called", seen_in="Module._call_impl"),
-    Name("torch.nn.modules.module:Module._parameters", USED, "training/working_copy.py",
+    Name("torch.nn.modules.module:Module()._parameters", USED, "training/working_copy.py",
          "weights are computed with in float32", seen_in="Module.__init__"),
     Name("torch:_foreach_copy_", USED, "training/working_copy.py", "16-bit copies of the weights are not made"),
     Name("torch:_foreach_add_", USED, "training/working_copy.py", "gradients of several micro batches are not added"),
     Name("torch:_softmax_backward_data", USED, "training/attention.py", "short rows have no gradient on a CPU"),
     Name("torch.autograd:Variable._execution_engine", USED, "training/metrics.py",
          "communication_share is too small under DDP"),
-    Name("torch.optim.lr_scheduler:LambdaLR._last_lr", ASSIGNED, "training/hyperparameters.py",
+    Name("torch.optim.lr_scheduler:LambdaLR()._last_lr", ASSIGNED, "training/hyperparameters.py",
          "the first rate that a resumed run logs is the checkpoint's", seen_in="LRScheduler.get_last_lr"),
     Name("torch.utils.file_baton:FileBaton.try_acquire", ASSIGNED, "runtime/builds.py",
          "a build that was killed is waited for without end", seen_in="torch.utils.cpp_extension:_jit_compile"),
     # accelerate
     Name("accelerate.accelerator:Accelerator.backward", ASSIGNED, "training/metrics.py",
          "communication_share is too small under DDP", seen_in="transformers.trainer:Trainer.training_step"),
-    Name("accelerate.optimizer:AcceleratedOptimizer._is_overflow", ASSIGNED, "training/nonfinite.py",
+    Name("accelerate.optimizer:AcceleratedOptimizer()._is_overflow", ASSIGNED, "training/nonfinite.py",
          "the schedule counts steps that on_nonfinite: skip leaves out",
          seen_in="AcceleratedOptimizer.step_was_skipped"),
     # datasets
-    Name("datasets.arrow_dataset:Dataset._indices", USED, "data/batches.py data/layout.py data/micro_batches.py",
+    Name("datasets.arrow_dataset:Dataset()._indices", USED, "data/batches.py data/layout.py data/micro_batches.py",
          "rows that were chosen are read as all rows", seen_in="Dataset.__init__"),
     # huggingface_hub
     Name("huggingface_hub.constants:HF_HUB_OFFLINE", ASSIGNED, "plan/source.py",
          "each file waits for a hub that cannot be reached", seen_in="is_offline_mode"),
     # peft
-    Name("peft.tuners.lora.layer:LoraLayer.lora_A", USED, "runtime/merge.py training/adapters.py",
+    Name("peft.tuners.lora.layer:LoraLayer().lora_A", USED, "runtime/merge.py training/adapters.py",
          "adapters are neither described nor merged", seen_in="LoraLayer.__init__"),
-    Name("peft.tuners.lora.layer:LoraLayer.cast_input_dtype_enabled", ASSIGNED, "training/adapters.py",
+    Name("peft.tuners.lora.layer:LoraLayer().cast_input_dtype_enabled", ASSIGNED, "training/adapters.py",
          "activations of adapters are cast to float32 and back", seen_in="LoraLayer.__init__"),
-    Name("peft.tuners.lora.layer:ParamWrapper.parameter_name", USED, "runtime/merge.py training/adapters.py",
+    Name("peft.tuners.lora.layer:ParamWrapper().parameter_name", USED, "runtime/merge.py training/adapters.py",
          "adapters on experts are neither described nor merged", seen_in="ParamWrapper.__init__"),
-    Name("peft.utils.other:ModulesToSaveWrapper.modules_to_save", USED,
+    Name("peft.utils.other:ModulesToSaveWrapper().modules_to_save", USED,
          "runtime/merge.py training/adapters.py training/loss.py", "modules that are trained whole are not found",
          seen_in="ModulesToSaveWrapper.init_modules"),
-    Name("peft.tuners.tuners_utils:BaseTuner.peft_config", ASSIGNED, "runtime/merge.py",
+    Name("peft.tuners.tuners_utils:BaseTuner().peft_config", ASSIGNED, "runtime/merge.py",
          "a merged model is taken for an adapter's", seen_in="BaseTuner.__init__"),
     # bitsandbytes
-    Name("bitsandbytes.nn.modules:Params4bit.quant_state", USED, "runtime/quantized.py",
+    Name("bitsandbytes.nn.modules:Params4bit().quant_state", USED, "runtime/quantized.py",
          "weights in 4 bits are counted as half as many", seen_in="Params4bit.__new__"),
-    Name("bitsandbytes.nn.modules:Linear4bit.support_avx512bf16_for_cpu", ASSIGNED, "runtime/quantized.py",
+    Name("bitsandbytes.nn.modules:Linear4bit().support_avx512bf16_for_cpu", ASSIGNED, "runtime/quantized.py",
          "on a CPU layers below one in 4 bits get no gradient after an evaluation", seen_in="Linear4bit.forward"),
     # sacrebleu
     Name("sacrebleu.metrics.base:Metric._extract_corpus_statistics", USED, "evaluation/scores.py",
@@ -350,25 +350,25 @@ NAMES = (
          "what a GPU waits for is not timed"),
     Name("deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator.fetch_sub_module",
          ASSIGNED, "training/metrics.py", "what a GPU waits for is not timed"),
-    Name(
-         "deepspeed.runtime.zero.partitioned_param_coordinator:"
-                 "PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release",
+    Name("deepspeed.runtime.zero.partitioned_param_coordinator:"
+         "PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release",
          USED, "runtime/release.py", "the memory of training stays, and the trained model may find none"),
     Name("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK", USED, "runtime/release.py",
          "the memory of training stays, and the trained model may find none"),
-    Name("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.clip_grad", ASSIGNED,
+    Name("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer().clip_grad", ASSIGNED,
          "training/hyperparameters.py", "a resumed run clips at the checkpoint's max_grad_norm",
          seen_in="DeepSpeedZeroOptimizer.__init__"),
-    Name("deepspeed.runtime.zero.partition_parameters:Parameter.ds_id", USED, "runtime/export.py training/adapters.py",
-         "frozen weights of ZeRO-3 are exported as empty", seen_in="Init._convert_to_deepspeed_param"),
-    Name("deepspeed.runtime.zero.partition_parameters:Parameter.ds_tensor", USED, "training/adapters.py",
+    Name("deepspeed.runtime.zero.partition_parameters:Parameter().ds_id", USED,
+         "runtime/export.py training/adapters.py", "frozen weights of ZeRO-3 are exported as empty",
+         seen_in="Init._convert_to_deepspeed_param"),
+    Name("deepspeed.runtime.zero.partition_parameters:Parameter().ds_tensor", USED, "training/adapters.py",
          "weights that ZeRO-3 has partitioned are cast", seen_in="Init._convert_to_deepspeed_param"),
-    Name("deepspeed.runtime.zero.partition_parameters:Parameter.ds_numel", USED, "runtime/quantized.py",
+    Name("deepspeed.runtime.zero.partition_parameters:Parameter().ds_numel", USED, "runtime/quantized.py",
          "parameters of ZeRO-3 are counted as none", seen_in="Init._convert_to_deepspeed_param"),
-    Name("deepspeed.runtime.zero.partition_parameters:Parameter.ds_shape", USED,
+    Name("deepspeed.runtime.zero.partition_parameters:Parameter().ds_shape", USED,
          "runtime/adapter.py training/targets.py", "adapters of ZeRO-3 have the wrong sizes",
          seen_in="Init._convert_to_deepspeed_param"),
-    Name("deepspeed.runtime.lr_schedules:WarmupLR.last_batch_iteration", USED, "training/hyperparameters.py",
+    Name("deepspeed.runtime.lr_schedules:WarmupLR().last_batch_iteration", USED, "training/hyperparameters.py",
          "the first rate of a resumed run is the checkpoint's", seen_in="WarmupLR.__init__"),
     Name("deepspeed.runtime.compiler:compile", ASSIGNED, "runtime/builds.py",
          "each start loads torch's compiler, which nothing uses"),
@@ -450,8 +450,7 @@ def _fault_of_itself(name: Name) -> str | None:
     try:
         found = find(name.path)
     except AttributeError:
-        of_objects_alone = name.seen_in and name.kind != OVERRIDDEN  # set where it was seen
-        return None if of_objects_alone else f"{_dotted(name.path)} is gone"
+        return f"{_dotted(name.path)} is gone"
     if name.kind != OVERRIDDEN or found is None or parameters(found) == name.as_read:
         return None
     return f"{_dotted(name.path)} takes ({parameters(found)}) instead of ({name.as_read})"
@@ -467,12 +466,12 @@ def _source(file: Path) -> str:
 
 
 def find(path: str) -> Any:
-    """What is at MODULE:NAME.NAME; None where the module is not imported.
+    """What is at MODULE:NAME.NAME, of MODULE:NAME().NAME what is called; None where the module is not imported.
 
     Raises:
         AttributeError: there is no such name, or no such module in a package that is imported.
     """
-    module, _, name = path.partition(":")
+    module, _, name = path.partition("().")[0].partition(":")
     if module in sys.modules:
         return attrgetter(name)(sys.modules[module])
     package = module.rpartition(".")[0]

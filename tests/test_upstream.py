@@ -134,6 +134,7 @@ def test_all_names_are_as_they_were_read() -> None:
     for name in NAMES:  # none was left out
         if name.kind != TEXT and name.library in sys.modules:
             assert not name.seen_in or find(name.caller) is not None, name.caller
+            assert "()." not in name.path or name.seen_in, f"{name.path}: where is it set?"
 
 
 def test_versions_that_were_read_bound_those_that_are_installed() -> None:
@@ -192,6 +193,15 @@ def test_an_override_whose_caller_is_gone(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_override_with_other_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model, *, norm: None)
     assert "Trainer._clip_grad_norm takes (self, model, norm) instead of (self, model); " in said()
+
+
+def test_a_method_that_is_still_called_and_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(name for name in NAMES if name.last == "_copy_recovery_script")
+    upstream.import_all([row])
+    monkeypatch.delattr("deepspeed.runtime.engine.DeepSpeedEngine._copy_recovery_script")
+    assert [fault for _, fault in faults([row])] == [
+        "deepspeed.runtime.engine.DeepSpeedEngine._copy_recovery_script is gone"
+    ]
 
 
 def test_an_attribute_that_objects_have_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +276,7 @@ def test_deepspeed_is_looked_at_when_it_is_imported(tmp_path: Path, monkeypatch:
 def test_the_script_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert upstream.main(["datasets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "datasets.arrow_dataset.Dataset._indices  used"
+    assert lines[0] == "datasets.arrow_dataset.Dataset()._indices  used"
     assert re.fullmatch(r"    ds_sft/data/batches\.py:\d+(, ds_sft/data/\w+\.py:\d+)+", lines[1])
     assert lines[2] == "    without it rows that were chosen are read as all rows"
     assert lines[-1] == "1 names, 1 of them private: 1 used"
