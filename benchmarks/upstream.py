@@ -44,7 +44,7 @@ from ds_sft.upstream import (  # noqa: E402
 )
 
 # Classes that are there to be subclassed: what their subclasses must have is documented.
-MADE_FOR_IT = {"Function", "Dataset", "Sampler", "TrainerCallback", "ArgumentParser"}
+MADE_FOR_IT = {"Function", "Dataset", "Sampler", "Optimizer", "TrainerCallback", "ArgumentParser"}
 # Attributes whose assignment is documented, of objects that libraries hand out for it.
 SETTABLE = {
     # torch, Python
