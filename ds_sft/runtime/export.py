@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,9 +47,10 @@ def _computed_in(config: Config) -> str:
     return "bfloat16" if config.training.get("bf16") else "float16" if config.training.get("fp16") else "float32"
 
 
-def adapter_facts(config: Config, *, base: str) -> dict[str, str]:
+def adapter_facts(config: Config, *, base: str) -> dict[str, Any]:
     """What is remembered beside an adapter; `base`: hash of the base's files, "" where none was made."""
-    facts = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
+    facts: dict[str, Any] = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
+    facts |= {adapter.ROPE_SCALING: config.rope_scaling} if config.rope_scaling else {}
     return facts | ({adapter.BASE: base} if base else {})
 
 
@@ -82,7 +84,7 @@ def export_model(
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
             launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
             say_where_answers_end(config.output_dir / adapter.FOLDER, end_ids)
-            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER)
+            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER, trust_remote_code=config.trust_remote_code)
     else:
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
@@ -125,13 +127,19 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
         )
 
 
-def say_how_its_base_is_loaded(folder: Path) -> None:
-    """Say it of an adapter in `folder` that was trained beside a base in 4 bits: peft's files do not."""
+def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool) -> None:
+    """Say it of an adapter in `folder` that was trained beside a base in 4 bits, or one with scaled positions: peft's
+    files do not."""
     loading = adapter.loading_in_4_bits(adapter.facts_of(folder))
     if loading:
         print_line(
             f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
             f"from_pretrained({base_of(folder)!r}, {loading}). A merged model is whole by itself."
+        )
+    if changes := adapter.changes_of_config(folder, trust_remote_code=trust_remote_code):
+        print_line(
+            f"Its base was trained with other positions than its config.json says. Whoever serves both gives them: "
+            f"vllm serve --hf-overrides {shlex.quote(json.dumps(changes))}. A merged model is whole by itself."
         )
 
 
