@@ -43,7 +43,7 @@ def scaled(found: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, An
     if reach < limit:
         raise UserError(
             f"rope_scaling: factor {rope['factor']:g} of {trained:,} positions reaches {reach:,} tokens, and the model "
-            f"was made for {limit:,} without it: write a factor above {limit / trained:g}, or leave rope_scaling out"
+            f"was made for {limit:,}: write a factor of {limit / trained:g} or more, or leave rope_scaling out"
         )
     return {"rope_parameters": rope, "max_position_embeddings": reach if ORIGINAL in ROPE_TYPES[kind] else trained}
 
