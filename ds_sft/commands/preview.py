@@ -221,7 +221,7 @@ def shown_of(
     mask: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
 ) -> Shown:
-    """A row or a sequence as it is shown: of a long one its first and its last tokens. For the others see `tokens_of`."""
+    """A row or a sequence as it is shown: of a long one its first and its last tokens."""
     num_padding = 0 if mask is None else list(mask).count(0)
     counts = len(ids) - num_padding, len(labels) - list(labels).count(IGNORE_INDEX), num_padding
     ends = [slice(0, SHOWN // 2), slice(len(ids) - SHOWN // 2, len(ids))] if len(ids) > SHOWN else [slice(0, len(ids))]

@@ -29,8 +29,7 @@ PARTIAL = ".export"  # files are written here, then renamed into the output fold
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
 
-
-VERIFIED_ROWS = 8
+VERIFIED_ROWS, VERIFIED_TOKENS = 8, 8192  # tokens of a row: a fresh process makes logits of them all, 5 GB in float32
 
 
 def export_dtype(config: Config) -> torch.dtype:
@@ -141,6 +140,22 @@ def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool) -> None
             f"Its base was trained with other positions than its config.json says. Whoever serves both gives them: "
             f"vllm serve --hf-overrides {shlex.quote(json.dumps(changes))}. A merged model is whole by itself."
         )
+
+
+def rows_to_verify(rows: Any) -> Any:
+    """The first rows of a data set, of a long one a stretch with the first token that is learned."""
+    from datasets import Dataset
+
+    first = rows.take(VERIFIED_ROWS)
+    if all(len(row["input_ids"]) <= VERIFIED_TOKENS for row in first):
+        return first
+    return Dataset.from_list([_stretch(row) for row in first], features=first.features)
+
+
+def _stretch(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    learned = next((i for i, label in enumerate(row["labels"]) if label != -100), 0)
+    start = max(0, min(learned - VERIFIED_TOKENS // 2, len(row["labels"]) - VERIFIED_TOKENS))
+    return {name: row[name][start : start + VERIFIED_TOKENS] for name in ("input_ids", "labels")}
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:

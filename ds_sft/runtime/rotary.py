@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.errors import UserError
 from ds_sft.plan.rope import ORIGINAL, scaled
 
 if TYPE_CHECKING:
@@ -29,12 +30,19 @@ def read_config(name: str, *, trust_remote_code: bool, scaling: Scaling = None) 
 
 
 def _scale(text: Any, scaling: Mapping[str, Any]) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
     changed = scaled(text.to_dict(), scaling)
     for name, value in changed.items():
         setattr(text, name, value)
-    if hasattr(text, ORIGINAL):  # Phi-3 states it outside, too, and that wins
+    if hasattr(text, ORIGINAL):  # some state it outside, too, and that wins
         setattr(text, ORIGINAL, changed["rope_parameters"].get(ORIGINAL, changed["max_position_embeddings"]))
     text.standardize_rope_params()
+    try:
+        text.validate()
+    except (StrictDataclassError, ValueError, KeyError) as error:  # Phi-3 takes no type but longrope
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"rope_scaling: {text.model_type}: {reason}: leave it out") from None
 
 
 def scaled_options(name: str, scaling: Scaling, *, trust_remote_code: bool) -> dict[str, Any]:

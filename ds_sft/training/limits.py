@@ -141,12 +141,13 @@ def check_company(config: Config, known: dict[str, Any], longest: int, place: st
     kind = rope_of(known).get("rope_type", "")
     if kind not in UNSCALED_ROPE or longest <= (trained := trained_positions(known)):
         return
+    factor = float(math.ceil(max(longest, positions_of(known) or 0) / trained))
     alone = config.packing == "none" and not config.fills_batches and config.micro_batch == 1
     if kind == "longrope" and alone and config.training.get("per_device_eval_batch_size", 1) == 1:
         return
     remedy = (
         "packing: none with per_device_train_batch_size: 1 and per_device_eval_batch_size: 1" if kind == "longrope"
-        else "rope_scaling: {rope_type: yarn, factor: " f"{float(math.ceil(longest / trained))}}}"
+        else f"rope_scaling: {{rope_type: yarn, factor: {factor}}}"
     )  # fmt: skip
     raise UserError(
         f"max_length: {config.max_length}: {place} has {longest:,} tokens, and beyond {trained:,} the model's rotary "
