@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_sft.errors import UserError
 from ds_sft.plan.rope import scaled
 from ds_sft.plan.shape import positions_of
+from ds_sft.runtime.card import Facts, model_card
 from ds_sft.runtime.rotary import knows_scaling, read_config, scaled_options
 
 QWEN3 = {"model_type": "qwen3", "max_position_embeddings": 40960, "rope_theta": 1e6}
@@ -127,6 +128,16 @@ def test_code_that_reads_no_scaling_is_told_from_code_that_does(tmp_path: Path) 
     assert knows_scaling(AutoModelForCausalLM.from_config(options["config"]), YARN)
     assert not knows_scaling(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)), YARN)
     assert scaled_options(str(tmp_path), None, trust_remote_code=False) == {}
+
+
+def test_the_card_of_an_adapter_says_how_its_base_is_loaded() -> None:
+    card = model_card(
+        Facts("me/a", run={}, keys={"adapter": "lora", "rope_scaling": YARN}, data={}, base="org/b", datasets=[],
+              adapter=True, loading="", base_changes={"max_position_embeddings": 1024}, license=None)
+    )  # fmt: skip
+    assert 'from_pretrained("org/b", dtype="auto", max_position_embeddings=1024)' in card
+    assert "--lora-modules a=a \\\n    --hf-overrides '{\"max_position_embeddings\": 1024}'\n" in card
+    assert "| `rope_scaling` | `{'rope_type': 'yarn', 'factor': 4.0}` |" in card
 
 
 def test_a_million_positions_are_turned_in_float32() -> None:
