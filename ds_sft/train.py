@@ -286,6 +286,7 @@ def load_model_to_train(
     from ds_sft.training.offload import offload_inputs
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
+    from ds_sft.training.tiling import tile_mlps
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -297,6 +298,7 @@ def load_model_to_train(
     elif not args.torch_compile:
         know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
+    tile_mlps(model, config, args, launch, largest=largest)
     reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get(
         "use_reentrant", True
     )

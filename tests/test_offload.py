@@ -269,8 +269,9 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 def test_host_memory_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "free_memory_here", lambda: 500 * 2**20)
+    two = Launch(launcher="torchrun", local_world_size=2)
     with pytest.raises(UserError) as caught:
-        offload_inputs(make_model(), asked(), on("cuda"), Launch(launcher="torchrun", local_world_size=2), largest=2**20 + 1)
+        offload_inputs(make_model(), asked(), on("cuda"), two, largest=2**20 + 1)
     assert str(caught.value) == (
         "activation_checkpointing: offload: the layers' inputs take 288.0 MiB of pinned host memory for each of 2 "
         "ranks, the machine of rank 0 has 500.0 MiB free: write a smaller micro batch (max_tokens_per_batch, "
