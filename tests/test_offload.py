@@ -40,6 +40,12 @@ class LateCopies:
         self.log: list[str] = []
         self.queue: list[tuple[int, tuple[StorageWeakRef, ...], tuple[int, int, int]]] = []
         self.begun = 0
+        self.back: list[StorageWeakRef] = []  # what copies from the host went into
+
+    @property
+    def back_there(self) -> int:
+        """How many of these are still there."""
+        return sum(not storage.expired() for storage in self.back)
 
     def buffer(self, size: int) -> torch.Tensor:
         self.made.append(torch.empty(size, dtype=torch.uint8))
@@ -49,8 +55,10 @@ class LateCopies:
         self.begun += 1
         homes = {buffer.untyped_storage().data_ptr() for buffer in self.made}
         away = False
-        for target, source in pairs:
+        for number, (target, source) in enumerate(pairs):
             away = target.untyped_storage().data_ptr() in homes
+            if not away and number == 0:
+                self.back.append(StorageWeakRef(target.untyped_storage()))
             storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in (target, source))
             self.queue.append((self.begun, storages, (target.data_ptr(), source.data_ptr(), target.numel())))
             target.fill_(255)
@@ -155,15 +163,30 @@ def test_the_device_keeps_the_last_layers_input_alone(away: bool) -> None:
 @pytest.mark.usefixtures("no_collector")
 def test_a_layers_input_comes_back_while_the_layer_above_is_computed() -> None:
     model, copies = checkpointing(away=True)
+    there: list[int] = []
     for number, layer in enumerate(model.model.layers):
         # Not of the layer, whose hooks know nothing of its recomputation.
         layer.input_layernorm.register_forward_hook(lambda *_, number=number: copies.log.append(f"layer {number}"))
+        layer.input_layernorm.register_forward_hook(lambda *_: there.append(copies.back_there))
     loss = loss_of(model)
     forward = ["to the host", "layer 0", "to the host", "layer 1", "to the host", "layer 2", "layer 3"]
     assert copies.log == forward
     loss.backward()
     assert copies.log[len(forward) :] == ["back", "layer 3", "back", "layer 2", "back", "layer 1", "layer 0"]
-    assert copies.queue == []
+    # Of the last layer that of the one below; then a layer's own as well; of the first its own alone.
+    assert there[LAYERS:] == [1, 2, 2, 1]
+    assert (copies.queue, copies.back_there) == ([], 0)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_graph_that_is_kept_goes_backward_again() -> None:
+    model, copies = checkpointing(away=True)
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    assert copies.back_there == 0
+    once = [parameter.grad.clone() for parameter in model.parameters()]
+    loss.backward()
+    assert all(torch.equal(parameter.grad, 2 * one) for parameter, one in zip(model.parameters(), once, strict=True))
 
 
 @REENTRANT
@@ -265,6 +288,15 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert model.offload.buffer_bytes == 32 * 2**20
     offload_inputs(model, asked(), on("cuda"), ALONE, largest=100)  # small ones have small buffers
     assert "3 layers, up to 6.2 KiB each, wait in pinned host memory: 24.0 KiB a rank" in capsys.readouterr().out
+
+
+def test_a_model_that_checkpoints_by_itself_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        offload_inputs(nn.Linear(1, 1), asked(), on("cuda"), ALONE, largest=1)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "activation_checkpointing: offload: Linear checkpoints its layers in its own code, where their inputs cannot "
+        "be taken: write yes"
+    )
 
 
 def test_host_memory_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ class InputOffload:
 
     def wrap(self, model: nn.Module) -> None:
         """Take the place of the checkpoint function that transformers has given to a model's layers."""
-        layers = checkpointed(model)
+        layers = [layer for layer in layers_of(model) if layer.gradient_checkpointing]
         for layer in layers:
             layer._gradient_checkpointing_func = partial(
                 self.checkpoint, layer._gradient_checkpointing_func, layer is layers[-1]
@@ -187,12 +187,11 @@ class Kept:
         self.owner.free += self.buffers
 
 
-def checkpointed(model: nn.Module) -> list[Any]:
-    """The layers of a model whose activations are computed again in backward, in their order."""
+def layers_of(model: nn.Module) -> list[Any]:
+    """The layers of a model that transformers can compute again in backward, in their order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return [layer for layer in layers if layer.gradient_checkpointing]
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def offload_of(model: Any) -> InputOffload | None:
@@ -212,15 +211,22 @@ def offload_inputs(
         largest: tokens of the largest micro batch, padding included.
 
     Raises:
-        UserError: a machine has less memory free than its ranks would keep there.
+        UserError: a model whose code checkpoints its layers itself, or a machine that has less memory free than its
+            ranks would keep there.
     """
     if not config.offloads:
         return
+    layers = len(layers_of(model))
+    if layers == 0:
+        raise UserError(
+            f"activation_checkpointing: offload: {type(model).__name__} checkpoints its layers in its own code, where "
+            "their inputs cannot be taken: write yes"
+        )
     if args.device.type != "cuda":
         launch.say("activation_checkpointing: offload: activations are in host memory already: the same as yes here.")
         return
     every = (config.training.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
-    away = -(-model.config.get_text_config().num_hidden_layers // every) - 1  # layers that give their input away
+    away = -(-layers // every) - 1  # layers that give their input away
     size = input_bytes(model, args, largest)
     buffer_bytes = min(BUFFER, 1 << (size - 1).bit_length())
     needed = away * -(-size // buffer_bytes) * buffer_bytes
