@@ -1,6 +1,6 @@
 """What an MLP computed in tiles takes, and how far its gradients are from those of all tokens at once.
 
-    python benchmarks/tiling.py                                   # 32,768 tokens; 1024 x 3072, float32
+    python benchmarks/tiling.py                                   # 32,768 tokens; 256 x 768, float32
     python benchmarks/tiling.py --tokens 65536 --dtype bfloat16
 
 A layer's second half (norm, gated MLP, residual), computed again in backward as checkpointing does, forward and
@@ -31,8 +31,8 @@ from ds_sft.training.tiling import TiledMLP
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32_768, help="of the row [%(default)s]")
-    parser.add_argument("--hidden", type=int, default=1024, help="size of a hidden state [%(default)s]")
-    parser.add_argument("--intermediate", type=int, default=3072, help="and between the matrices [%(default)s]")
+    parser.add_argument("--hidden", type=int, default=256, help="size of a hidden state [%(default)s]")
+    parser.add_argument("--intermediate", type=int, default=768, help="and between the matrices [%(default)s]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of it all [%(default)s]")
     given = parser.parse_args()
     found = {}
