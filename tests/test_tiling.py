@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.integrations import deepspeed as deepspeed_integration
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import tiling
 from ds_sft.training.offload import InputOffload
-from ds_sft.training.tiling import TiledMLP, is_tiled, pays, tile_mlps, tiles
+from ds_sft.training.tiling import TiledMLP, pays, tile_mlps, tiles
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
 from tests.test_adapters import choose
 from tests.test_offload import BUFFER, LateCopies
@@ -249,7 +250,19 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         for layer in model.model.layers:
             vars(layer.mlp).pop("forward", None)
         tile_mlps(model, config, trained(), ALONE, largest=largest)
-        assert (sum(map(is_tiled, model.modules())), capsys.readouterr().out) == (tiled, said)
+        found = sum(isinstance(module.forward, TiledMLP) for module in model.modules())
+        assert (found, capsys.readouterr().out) == (tiled, said)
+
+
+def test_under_zero_3_an_mlp_is_gathered_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tiles it has, which differ between ranks."""
+    from deepspeed.utils import z3_leaf_module
+
+    for enabled in (False, True):
+        monkeypatch.setattr(deepspeed_integration, "is_deepspeed_zero3_enabled", lambda enabled=enabled: enabled)
+        model = make_model(tiled=False)
+        tile_mlps(model, asked("yes"), trained(), ALONE, largest=100)
+        assert [z3_leaf_module(module) for module in model.modules()].count(True) == (2 if enabled else 0)
 
 
 def test_mlps_that_cannot_be_tiled(capsys: pytest.CaptureFixture[str]) -> None:

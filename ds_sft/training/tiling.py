@@ -128,10 +128,6 @@ class _Filled(torch.autograd.Function):
         return gradient, None
 
 
-def is_tiled(module: nn.Module) -> bool:
-    return isinstance(module.forward, TiledMLP)
-
-
 def tile_mlps(model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch, *, largest: int) -> None:
     """As `tiled_mlp` asks, let the MLPs of a model compute tiles, and say it.
 
@@ -169,7 +165,8 @@ def pays(model: PreTrainedModel, config: Config, args: TrainingArguments, larges
     """What `auto` comes to: tiles where they cost no product, as each layer is computed again, and memory is theirs."""
     options = dict(args.activation_checkpointing_kwargs or {})
     compiled = args.torch_compile or config.fused_kernels == "compile"
-    again = args.activation_checkpointing and not options.get("use_reentrant") and options.get("every_n_layers", 1) == 1
+    by_graph = not options.get("use_reentrant", True) and options.get("every_n_layers", 1) == 1
+    again = args.activation_checkpointing and by_graph
     if compiled or not again or largest < MANY:
         return False
     shape = model.config.get_text_config()
