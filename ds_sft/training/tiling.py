@@ -4,7 +4,7 @@ A gated MLP makes four tensors of [tokens, intermediate] and as many gradients: 
 layer under way takes. Each token is computed by itself, so tiles give the same output. In backward each tile is
 computed again, and the gradients of the weights are summed over tiles in float32, in one place: autograd, and with it
 DistributedDataParallel, ZeRO and the working copy, gets each once. A layer that is computed again in backward anyway
-ends where its MLP begins, and the products are as many as without tiles.
+ends where its MLP begins, and the products are as many as without tiles (but for families with a norm behind the MLP).
 
 DeepSpeed's `TiledMLP` (`runtime/sequence_parallel/ulysses_sp.py`, 0.19.8) computes the MLP three times under
 checkpointing. Its backward runs one for each tile, which reaches the weights each time: it tells ZeRO to wait for the
