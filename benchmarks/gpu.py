@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --json gpu.json                     # Qwen3-0.6B's shape, synthetic dialogues
     python benchmarks/gpu.py --train_file rows.jsonl --tokenizer DIR --budget 480
     python benchmarks/gpu.py --only 16k 16k-zero2 trl            # a look
+    python benchmarks/gpu.py --only 64k-row 64k-whole 64k-offload 128k-offload    # long rows
     python benchmarks/gpu.py --shape 4b --only 16k-recomputed    # what is recomputed counted: column "of a product"
     python benchmarks/gpu.py --shape tiny                        # does it run? also on a CPU; lengths are 1/32
 
@@ -104,6 +105,12 @@ RUNS = [
         target=">= 40,000, <= 25 GiB"),
     Run("64k-row", "ours, a row of 65,536 tokens, checkpointing", recompute=True, length=65_536, rows=1, less=5,
         target="trains"),
+    Run("64k-whole", "the same, MLPs of all tokens at once", recompute=True, length=65_536, rows=1, less=5,
+        keys={"tiled_mlp": "no"}),
+    Run("64k-offload", "ours, a row of 65,536 tokens, layers' inputs on the host", recompute=True, length=65_536,
+        rows=1, less=5, keys={"gradient_checkpointing": "offload"}, target=">= 90 % of 64k-row; unmeasured"),
+    Run("128k-offload", "ours, a row of 131,072 tokens, layers' inputs on the host", recompute=True, length=131_072,
+        rows=1, less=10, keys={"gradient_checkpointing": "offload"}, target="trains; unmeasured"),
     Run("16k-recomputed", "ours, 16,384 tokens, checkpointing", recompute=True, tokens=16_384,
         target="4b: >= 55 % of a product"),
     Run("16k-none", "ours, 16,384 tokens, fused_kernels: none", tokens=16_384, keys={"fused_kernels": "none"}),

@@ -50,7 +50,8 @@ def test_ours_are_asked_for_with_keys_that_exist(run: gpu.Run, folder: Path) -> 
     given = flags(run.name, folder)
     config = load_config([word for pair in given.items() for word in pair])
     assert (config.training["max_steps"], config.training["logging_steps"]) == (30 // run.less, 10 // run.less)
-    assert config.training.get("activation_checkpointing", False) is run.recompute
+    assert bool(config.training.get("activation_checkpointing", False)) is run.recompute
+    assert config.offloads is ("offload" in run.name)
     assert config.training.get("use_cpu", False) is False
     assert config.batching == "padding_free"
 

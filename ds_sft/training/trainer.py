@@ -40,6 +40,7 @@ from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.model import computing_dtype
 from ds_sft.training.nonfinite import FiniteTrainer
+from ds_sft.training.offload import offload_of
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.routing import routing_of
@@ -123,6 +124,8 @@ class SFTTrainer(FiniteTrainer):
 
     def begin_training(self) -> None:
         super().begin_training()
+        if (offload := offload_of(self.model)) is not None:
+            offload.wrap(self.model)  # checkpointing was just switched on
         if self.is_deepspeed_enabled:
             self.meter.time_engine(self.model_wrapped)
         elif self.args.world_size > 1:
