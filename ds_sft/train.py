@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.config import OUR_ORDERS, Config, given_twice, load_config
+from ds_sft.config import OUR_ORDERS, RECORD, Config, given_twice, load_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
@@ -475,7 +475,7 @@ def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None
     if launch.is_main:
         for old in (PREEMPTED, RESULTS, KEPT):
             (config.output_dir / old).unlink(missing_ok=True)
-        config.save(config.output_dir / "config.yaml")
+        config.save(config.output_dir / RECORD)
         write_json(config.output_dir / "data_report.json", report)
 
 

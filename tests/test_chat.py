@@ -156,7 +156,7 @@ def test_mistakes_are_one_line(
     assert main(["chat", str(folder), *words]) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.startswith(f"ds-sft: error: {said}")
+    assert err.startswith(f"ds_sft: error: {said}")
     assert len(err.splitlines()) == 1
 
 
@@ -479,7 +479,7 @@ def test_beside_the_base(
     assert capfd.readouterr().out == f"{folder}:\nParis.\n{base}:\nRome!\n"
     assert main(["chat", str(base), "--template", "reference", "--once", "Who?", "--beside"]) == 2
     said = f"--beside: {base} is no run's, so nothing says what it was trained from: name a model"
-    assert capfd.readouterr().err == f"ds-sft: error: {said}\n"
+    assert capfd.readouterr().err == f"ds_sft: error: {said}\n"
 
 
 def test_beside_another_model(model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_nothing_is_replaced(
     else:
         (folder / there).write_text("mine", encoding="utf-8")
     assert main(["init", *words]) == 2
-    said = f"ds-sft: error: {there} is there already, and nothing is replaced: move it away\n"
+    said = f"ds_sft: error: {there} is there already, and nothing is replaced: move it away\n"
     assert capsys.readouterr().err == said
     assert [path for path in folder.rglob("*") if path.is_file()] == ([] if dangling else [folder / there])
 
@@ -86,7 +86,7 @@ def test_a_folder_is_no_configuration(folder: Path, capsys: pytest.CaptureFixtur
     (folder / "runs").mkdir()
     for words in (["runs"], ["runs", "--slurm"]):
         assert main(["init", *words]) == 2
-        said = "ds-sft: error: runs is there already, and nothing is replaced: move it away\n"
+        said = "ds_sft: error: runs is there already, and nothing is replaced: move it away\n"
         assert capsys.readouterr() == ("", said)
     assert [path.name for path in folder.iterdir()] == ["runs"]
 
@@ -94,4 +94,4 @@ def test_a_folder_is_no_configuration(folder: Path, capsys: pytest.CaptureFixtur
 def test_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "file").write_text("", encoding="utf-8")
     assert main(["init", "file/run.yaml"]) == 2
-    assert capsys.readouterr().err == "ds-sft: error: file/run.yaml: cannot be written: file: File exists\n"
+    assert capsys.readouterr().err == "ds_sft: error: file/run.yaml: cannot be written: file: File exists\n"

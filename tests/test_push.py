@@ -101,7 +101,7 @@ def refused(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["push", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    return lines[0].removeprefix("ds-sft: error: ")
+    return lines[0].removeprefix("ds_sft: error: ")
 
 
 # ---- What arrives
@@ -517,7 +517,7 @@ def test_interrupted(
     assert said.out.splitlines()[-1] == (
         "me/model has all files of this push or none. The same command goes on: what arrived stays there."
     )
-    assert said.err == "\nds-sft: interrupted\n"
+    assert said.err == "\nds_sft: interrupted\n"
     assert hub.repos["me/model"].files == {}
     assert main(["push", str(finished), "me/model"]) == 0
     assert sorted(hub.repos["me/model"].files) == MODEL

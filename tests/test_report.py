@@ -272,14 +272,14 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], words: list[st
     write_run(here / "runs/a")
     (here / "empty").mkdir()
     assert main(["report", *words]) == 2
-    assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
+    assert capsys.readouterr().err == f"ds_sft: error: {said}\n"
 
 
 def test_without_plotly(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(here / "out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["report", "out"]) == 2
-    assert capsys.readouterr().err == "ds-sft: error: report: needs plotly: pip install plotly\n"
+    assert capsys.readouterr().err == "ds_sft: error: report: needs plotly: pip install plotly\n"
 
 
 # ---- The page

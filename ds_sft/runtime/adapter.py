@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.config import RECORD, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import base_of, is_adapter, read_json, whole_of
 from ds_sft.runtime.quantized import nf4_config, settle, skeleton
@@ -89,6 +90,23 @@ def from_anywhere(name: str) -> str:
 # ---- Reading
 
 
+def find_base(folder: Path) -> str:
+    """The model that the adapter in `folder` was trained on, as `base_of`, or where it lies since it has moved together
+    with the output folder, whose config.yaml finds it again.
+
+    Raises:
+        UserError: the adapter names none.
+    """
+    name, record = base_of(folder), folder.resolve().parent / RECORD
+    if not Path(name).is_absolute() or Path(name).is_dir() or not record.is_file():
+        return name
+    try:
+        moved = load_config(["--config", str(record)]).model_name_or_path
+    except UserError:
+        return name
+    return from_anywhere(moved) if Path(moved).is_dir() else name
+
+
 def facts_of(folder: Path) -> dict[str, str]:
     """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; empty if peft wrote it.
 
@@ -133,7 +151,7 @@ def _load_base_as_trained(folder: Path, **options: Any) -> Any:
     """The base of the adapter in `folder`, in 4 bits where it was trained beside these."""
     import torch
 
-    name, facts = base_of(folder), facts_of(folder)
+    name, facts = find_base(folder), facts_of(folder)
     if facts.get(QUANTIZATION, "none") == "none":
         return load_base(name, **options)
     dtype = getattr(torch, facts[COMPUTED_IN])

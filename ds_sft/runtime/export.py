@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
-from ds_sft.plan.adapter import base_of
 from ds_sft.runtime import adapter
 from ds_sft.runtime.distributed import Launch, barrier, print_line
 from ds_sft.runtime.identity import BASE
@@ -103,7 +102,7 @@ def finish_adapter(
     A merged model that is in `output_dir` is another adapter's, and goes.
     """
     save_tokenizer(tokenizer, folder, chat_template, end_ids)
-    base = model_folder(base_of(folder))
+    base = model_folder(adapter.find_base(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
     for file in folder.iterdir():
@@ -117,7 +116,7 @@ def finish_adapter(
 
 def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
     """Say it where the base of the adapter in `folder` knows other ends: who serves both reads the base's files."""
-    base = model_folder(base_of(folder))
+    base = model_folder(adapter.find_base(folder))
     if base is not None and not set(end_ids) <= set(own_ends(base)):
         print_line(
             f"The base ends answers at other tokens: who serves it with the adapter gives the server "
@@ -131,7 +130,7 @@ def say_how_its_base_is_loaded(folder: Path) -> None:
     if loading:
         print_line(
             f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
-            f"from_pretrained({base_of(folder)!r}, {loading}). A merged model is whole by itself."
+            f"from_pretrained({adapter.find_base(folder)!r}, {loading}). A merged model is whole by itself."
         )
 
 
