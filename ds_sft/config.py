@@ -103,7 +103,7 @@ NOT_NEGATIVE = ("lora_dropout", "router_aux_loss_coef", "num_predictions", "eval
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
-TEMPLATES = ("reference", "tokenizer")  # values of `template` that are no file
+TEMPLATES = ("reference", "tokenizer", "hermes")  # values of `template` that are no file
 PATHS: dict[str, tuple[str, ...]] = {  # keys that may name a file or a folder -> values that never do
     **dict.fromkeys(("model_name_or_path", *FILES, "output_dir", "cache_dir"), ()),
     "template": TEMPLATES, "deepspeed": ENGINES, "resume": tuple(RESUME_WORDS),
@@ -143,7 +143,7 @@ class Config:
                            choices=("auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"),
                            default="auto")  # fmt: skip
     data_fields: dict[str, str] | None = key("names of fields in the files: {question: prompt}", default=None)
-    template: str = key("reference (ChatML), tokenizer (the model's own chat template), or a Jinja file",
+    template: str = key("reference (ChatML), tokenizer (the model's own), hermes (ChatML with tools), or a Jinja file",
                         default="reference")  # fmt: skip
     mask: str = key("answers to learn; `train` in a message overrides it", choices=("all", "last"), default="all")
     thinking: str = key("<think> blocks in answers; empty: an empty one before each",

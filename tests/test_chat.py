@@ -320,7 +320,8 @@ def test_params(chat: Chat) -> None:
     chat.do("/params do_sample true temperature 0.5 max_new_tokens=7")
     assert (chat.generation, chat.most) == ({"do_sample": True, "temperature": 0.5}, 7)
     for words, said in [
-        ("temprature 1", r"/params: expected options one of do_sample, temperature, .*"),
+        ("temprature 1", r"/params: temprature: no such option: did you mean temperature\?"),
+        ("foo", r"/params: foo: no such option: expected one of do_sample, temperature, .*, reasoning"),
         ("temperature 0", r"/params: expected temperature to be a number above 0"),
         ("temperature", r"/params: expected names and values in turn, such as temperature 0.7, found 'temperature'"),
         ("do_sample false", r"/params: expected do_sample: true beside temperature, which greedy answers ignore"),

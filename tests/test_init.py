@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_sft.cli import main
+from ds_sft.commands.init import next_steps
 from ds_sft.config import ENGINES, load_config
 from tests.test_house import ROOT
 
@@ -32,9 +34,18 @@ def test_a_configuration_that_loads(folder: Path, capsys: pytest.CaptureFixture[
     assert [step.split("#")[0].strip() for step in steps] == [
         "ds-sft preview run.yaml",
         "ds-sft plan run.yaml",
-        "ds-sft train --config run.yaml",
-        f"torchrun --nproc_per_node gpu {ROOT}/ds_sft/train.py --config run.yaml",  # of this clone
+        "ds-sft train run.yaml",
+        f"torchrun --nproc_per_node 2 {ROOT}/ds_sft/train.py run.yaml",  # of this clone
     ]
+
+
+def test_all_gpus_are_proposed_where_there_are_any(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere torchrun would end with "gpu"; two processes run anywhere."""
+    for there, said in ((True, "torchrun --nproc_per_node gpu "), (False, "torchrun --nproc_per_node 2 ")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert said in next_steps(Path("run.yaml"), slurm=False)
 
 
 def test_every_key_has_its_comment(folder: Path) -> None:
