@@ -279,13 +279,14 @@ def load_model_to_train(
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import computing_dtype, load_model, make_room
+    from ds_sft.training.model import computing_dtype, load_model, make_room, say_not_loaded
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
+    say_not_loaded(model, config.model_name_or_path, launch)
     make_room(model, tokenizer, config)
     choose_weights(model, config, args, launch)
     if not padded:

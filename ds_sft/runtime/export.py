@@ -105,13 +105,18 @@ def finish_adapter(
     base = model_folder(adapter.find_base(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read it
+    let_others_read(folder)
     _remove_weights(output_dir)
     for name in ("config.json", GENERATION):
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(output_dir / adapter.FOLDER, ignore_errors=True)
     folder.rename(output_dir / adapter.FOLDER)
+
+
+def let_others_read(folder: Path) -> None:
+    """Let everybody read the files in a folder: safetensors writes its own with mode 0600, for this user alone."""
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
@@ -279,8 +284,8 @@ def mend_generation_config(model: Any) -> None:
 def move_into(output_dir: Path, folder: Path) -> None:
     """Put finished files in place; weights of an earlier export, perhaps in other shards, go first."""
     _remove_weights(output_dir)
+    let_others_read(folder)
     for file in sorted(folder.iterdir()):
-        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read the model
         os.replace(file, output_dir / file.name)
     folder.rmdir()
 
