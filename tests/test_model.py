@@ -136,7 +136,7 @@ def test_unusable_weights(copy: Path, damage: str) -> None:
 def test_weights_that_transformers_leaves_out_are_told_of(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Layers behind the last one, as DeepSeek's and GLM's that predict further tokens; and those of a name of their own.
+    """Layers behind the last one, as those of DeepSeek and GLM that predict further tokens; and some of another name.
     A pattern that names a layer the model has is of another size of the family."""
     config = make(copy)
     patterns = [r"model\.layers\.1.*", r"model\.layers\.2.*", r"^mtp.*"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
 from typing import Any
 
@@ -179,6 +180,23 @@ def test_the_fullest_and_the_emptiest_expert_of_any_layer() -> None:
     experts_of(model)[0](torch.zeros(4, 32), chosen[0], torch.ones(4, 2))
     assert [counts.tolist() for counts in routing.counts] == [[0, 0, 0, 0]] * 2
     assert routing.logged() == {"expert_share_max": 0.0, "expert_share_min": 0.0}
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does() -> None:
+    """A checkpoint between two log entries has what was counted, whichever rank goes on with it."""
+    whole, before, after, other = (prepared(make("qwen3_moe")) for _ in range(4))
+    learn(whole, [ROWS[:2], ROWS[2:]])
+    learn(before, [ROWS[:2], ROWS[2:]])
+    state = json.loads(json.dumps(routing_of(before).state()))
+    routing_of(after).restore(state, is_main=True)
+    routing_of(other).restore(state, is_main=False)
+    assert routing_of(other).state()["counts"] == [[0, 0, 0, 0]] * 2
+    for model in (whole, after):
+        learn(model, [ROWS])
+    assert routing_of(whole).state() == routing_of(after).state() != state
+    found = routing_of(after).logged()
+    assert list(found) == ["aux_loss", "expert_share_max", "expert_share_min"]
+    assert found == routing_of(whole).logged()
 
 
 def test_a_dense_model_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
