@@ -418,10 +418,12 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
     while words:
         word = words.pop(0)
         file = word.endswith((".yaml", ".yml")) or Path(word).exists()
-        if file and not flags.keys() - {"local_rank"}:  # the first, but for what `deepspeed` puts before all words
+        first = not flags.keys() - {"local_rank"}  # which `deepspeed` puts before all words
+        if file and first:
             word = f"--config={word}"
         if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r}: expected {f'--config {word}' if file else '--key value'}")
+            expected = f"--config {word}" if file else f"{'FILE.yaml or ' if first else ''}--key value"
+            raise UserError(f"{word!r}: expected {expected}")
         name, equals, value = word[2:].partition("=")
         if name != "config":
             _known(name, "--", others)
@@ -498,7 +500,7 @@ def _found_again(given: dict[str, Given], started: Path, record: Path) -> dict[s
     sought = [(name, value.value) for name, value in paths.items() if name not in MADE]
     home = next((place for place in places if any(_located(value, place, name) != value for name, value in sought)),
                 started)  # fmt: skip
-    if home == Path.cwd():
+    if home.is_dir() and home.samefile(Path.cwd()):
         return given
     located = {name: replace(value, value=_located(value.value, home, name)) for name, value in paths.items()}
     return {**given, **located}

@@ -231,7 +231,7 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
            f"not before it, found {steps!r}") for steps in ("0-2", "5-4", "ten", "3-", "1-2-3")),
         (["--seed"], "--seed: expected a value after it"),
         (["--config"], "--config: expected a value after it"),
-        (["train.jsonl"], "'train.jsonl': expected --key value"),
+        (["train.jsonl"], "'train.jsonl': expected FILE.yaml or --key value"),
         (["--fp16", "yes", "--bf16", "yes"], "--fp16: yes beside bf16: yes: take one of the two"),
         ([*NEEDED, "--report_to", "[none, tensorboard]"], "--report_to: none, tensorboard: none is said alone"),
         (["my.yaml"], "my.yaml: no such file (the current directory is {here})"),
@@ -241,7 +241,7 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--logging_steps", "0"], "--logging_steps: expected a number above 0, found '0'"),
         (["--save_steps", "0"], "--save_steps: expected a number above 0, found '0'"),
         (["--num_train_epochs", "0"], "--num_train_epochs: expected a number above 0, found '0'"),
-        (["-x"], "'-x': expected --key value"),
+        (["-x"], "'-x': expected FILE.yaml or --key value"),
         (["--config", "none.yaml"], "none.yaml: no such file (the current directory is {here})"),
         (
             ["--config", "."],

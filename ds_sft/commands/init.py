@@ -70,8 +70,9 @@ def next_steps(file: Path, *, slurm: bool) -> str:
     import torch  # here: the files are written before it is imported
 
     name = shlex.quote(str(file))
-    several = ("gpu", "all GPUs of this machine"), ("2", "two CPU processes; where there are GPUs: gpu instead of 2")
-    ranks, what = several[0] if torch.cuda.is_available() else several[1]
+    ranks, what = "2", "two CPU processes; where there are GPUs: gpu instead of 2"
+    if torch.cuda.is_available():
+        ranks, what = "gpu", "all GPUs of this machine"
     steps = [
         (f"ds-sft preview {name}", "what a model sees of the first rows, and what it learns"),
         (f"ds-sft plan {name}", "memory, disk and time"),
