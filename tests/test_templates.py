@@ -453,7 +453,7 @@ def test_the_form_in_which_a_call_is_whole(
 def test_a_call_without_its_arguments_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(call_template("f.name"), encoding="utf-8")
-    with pytest.raises(BadRow, match=r"leaves out the call of 'weather' or its arguments; expected .* FILE"):
+    with pytest.raises(BadRow, match=r"leaves out the call of 'weather' or its arguments; expected .* hermes"):
         run("llama", called(AT), template=str(file))
 
 
