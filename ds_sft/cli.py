@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return call(words[0], words[1:])
     except UserError as error:
-        print(f"ds-sft: error: {error}", file=sys.stderr)
+        print(f"ds_sft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nds-sft: interrupted", file=sys.stderr)
+        print("\nds_sft: interrupted", file=sys.stderr)
         return 130
 
 

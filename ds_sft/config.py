@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import glob
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ NOT_NEGATIVE = ("lora_dropout", "router_aux_loss_coef", "num_predictions", "eval
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
+TEMPLATES = ("reference", "tokenizer", "hermes")  # values of `template` that are no file
+PATHS: dict[str, tuple[str, ...]] = {  # keys that may name a file or a folder -> values that never do
+    **dict.fromkeys(("model_name_or_path", *FILES, "output_dir", "cache_dir"), ()),
+    "template": TEMPLATES, "deepspeed": ENGINES, "resume": tuple(RESUME_WORDS),
+}  # fmt: skip
+MADE = ("output_dir", "cache_dir")  # those of them that a run makes
+RECORD = "config.yaml"  # what a run leaves of its keys in its output folder
+STARTED_IN = "started_in"  # a line of it that is no key: the folder that its relative paths are of
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
     "do_sample": (bool, 0, 1, "true or false"),
@@ -149,7 +158,7 @@ class Config:
                            choices=("auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"),
                            default="auto")  # fmt: skip
     data_fields: dict[str, str] | None = key("names of fields in the files: {question: prompt}", default=None)
-    template: str = key("reference (ChatML), tokenizer (the model's own chat template), or a Jinja file",
+    template: str = key("reference (ChatML), tokenizer (the model's own), hermes (ChatML with tools), or a Jinja file",
                         default="reference")  # fmt: skip
     mask: str = key("answers to learn; `train` in a message overrides it", choices=("all", "last"), default="all")
     thinking: str = key("<think> blocks in answers; empty: an empty one before each",
@@ -263,9 +272,9 @@ class Config:
         return ours | {name: value for name, value in self.training.items() if name not in SECRETS}
 
     def save(self, path: Path) -> None:
-        """Write YAML that `--config` reads back to an equal configuration."""
+        """Write YAML that `--config` reads back to an equal configuration; elsewhere, to one of the same files."""
         beside = path.with_name(path.name + ".tmp")
-        keys = {name: _whole(value) for name, value in self.to_dict().items()}
+        keys = {name: _whole(value) for name, value in self.to_dict().items()} | {STARTED_IN: str(Path.cwd())}
         text = yaml.safe_dump(keys, allow_unicode=True, sort_keys=False, width=1000)
         beside.write_text("# Every key of this run; feed it back with --config.\n" + text, encoding="utf-8")
         os.replace(beside, path)
@@ -293,6 +302,11 @@ class Given:
     where: str  # "run.yaml:3: " or "--"
     value: Any  # text, or a list or dict of a YAML file
     plain: bool = True  # not quoted: null and ~ mean nothing
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is a way to write that there is no value."""
+        return isinstance(self.value, str) and self.plain and self.value.lower() in ("", "null", "~", "none")
 
 
 # ---- What keys exist
@@ -378,6 +392,8 @@ def _known(name: str, where: str, flags: Iterable[str] = ()) -> Key:
 def load_config(argv: Sequence[str], prog: str = "train.py", *, flags: Iterable[str] = ()) -> Config:
     """The configuration that a command line describes. `--help` prints and raises SystemExit.
 
+    The first word may be the file, without --config.
+
     Args:
         flags: names of flags that a command has beside the keys, and has taken out; one may be meant by a wrong key.
 
@@ -399,14 +415,14 @@ def config_file(given: str) -> Path:
     Raises:
         UserError: a folder that has none.
     """
-    path, name = Path(given), "config.yaml"
+    path = Path(given)
     if not path.is_dir():
         return path
-    if not (path / name).is_file():
+    if not (path / RECORD).is_file():
         above = path.resolve().parent  # of an adapter or a checkpoint
-        meant = f"did you mean {above / name}?" if (above / name).is_file() else "give the YAML file of a run"
-        raise UserError(f"{path}: a folder, and no output folder of a run, which has a {name}: {meant}")
-    return path / name
+        meant = f"did you mean {above / RECORD}?" if (above / RECORD).is_file() else "give the YAML file of a run"
+        raise UserError(f"{path}: a folder, and no output folder of a run, which has a {RECORD}: {meant}")
+    return path / RECORD
 
 
 def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:
@@ -425,9 +441,13 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
     words = list(argv)
     while words:
         word = words.pop(0)
+        file = word.endswith((".yaml", ".yml")) or Path(word).exists()
+        first = not flags.keys() - {"local_rank"}  # which `deepspeed` puts before all words
+        if file and first:
+            word = f"--config={word}"
         if not word.startswith("--") or word == "--":
-            file = word.endswith((".yaml", ".yml"))
-            raise UserError(f"{word!r}: expected {f'--config {word}' if file else '--key value'}")
+            expected = f"--config {word}" if file else f"{'FILE.yaml or ' if first else ''}--key value"
+            raise UserError(f"{word!r}: expected {expected}")
         name, equals, value = word[2:].partition("=")
         if name != "config":
             _known(name, "--", others)
@@ -467,7 +487,9 @@ def _read_yaml(path: Path) -> dict[str, Given]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: expected lines of `key: value`")
-    return _given_of(root, path)
+    given = _given_of(root, path)
+    started = given.pop(STARTED_IN, None)
+    return given if started is None else _found_again(given, Path(str(started.value)), path)
 
 
 def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
@@ -476,7 +498,8 @@ def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
     for key_node, node in root.value:
         line = key_node.start_mark.line + 1
         name = str(key_node.value)
-        _known(name, f"{path}:{line}: ")
+        if name != STARTED_IN:
+            _known(name, f"{path}:{line}: ")
         if name in given:
             raise UserError(f"{path}:{line}: {name} is given twice, first in line {lines[name]}")
         lines[name] = line
@@ -484,6 +507,39 @@ def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
         value = node.value if scalar else _plain(node)
         given[name] = Given(f"{path}:{line}: ", value, plain=not scalar or node.style is None)
     return given
+
+
+def _found_again(given: dict[str, Given], started: Path, record: Path) -> dict[str, Given]:
+    """The keys of a run with the relative paths among them as they are named from here.
+
+    They are of the folder where the run was started. It may have been moved with the output folder in it: that is so
+    where one of them is found from there. What is not found stays as it is written, as the name of a model of the hub.
+    """
+    places, record = [started], record.absolute()
+    output_dir = started / str(given["output_dir"].value) if "output_dir" in given else started
+    if (record.parent.name, record.name) == (output_dir.name, RECORD) and started in output_dir.parents:
+        above = os.path.relpath(started, output_dir)
+        places.insert(0, Path(os.path.normpath(record.parent / above)))
+    paths = {name: value for name, value in given.items() if name in PATHS and not value.empty}
+    sought = [(name, value.value) for name, value in paths.items() if name not in MADE]
+    home = next((place for place in places if any(_located(value, place, name) != value for name, value in sought)),
+                started)  # fmt: skip
+    if home.is_dir() and home.samefile(Path.cwd()):
+        return given
+    located = {name: replace(value, value=_located(value.value, home, name)) for name, value in paths.items()}
+    return {**given, **located}
+
+
+def _located(value: Any, home: Path, name: str) -> Any:
+    """A path, a glob, or a list of these and of mappings with one, the value of a key, where it is in `home`."""
+    if isinstance(value, list):
+        return [_located(item, home, name) for item in value]
+    if isinstance(value, dict):
+        return {inner: _located(item, home, name) if inner == "path" else item for inner, item in value.items()}
+    if not isinstance(value, str) or value in ("", *PATHS[name]) or value.startswith(("/", "~")):
+        return value
+    there = home.is_dir() if name in MADE else (home / value).exists() or any(glob.iglob(str(home / value)))
+    return str(home / value) if there else value
 
 
 def _plain(node: Any) -> Any:
@@ -670,7 +726,7 @@ def _check_push(config: Config, given: Mapping[str, Given]) -> None:
 
 def _convert(known: Key, given: Given) -> Any:
     value = given.value
-    empty = isinstance(value, str) and given.plain and value.lower() in ("", "null", "~", "none")
+    empty = given.empty
     if empty and known.optional and not (value.lower() == "none" and known.name == "report_to"):
         return None
     if given.where == "--" and value == "":
@@ -895,7 +951,7 @@ OUR_WORDS = {
 def help_text(prog: str) -> str:
     """Ours first, then every field of TrainingArguments."""
     lines = [
-        f"usage: {prog} --config FILE.yaml [--key value ...]",
+        f"usage: {prog} FILE.yaml [--key value ...]",
         "",
         "Fine-tunes a chat model on dialogues. Every key below goes into the YAML file or on the command line,",
         "spelled the same; flags win over the file, the file over the defaults.",

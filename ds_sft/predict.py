@@ -16,8 +16,8 @@ from ds_sft.config import SAMPLING, Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
-from ds_sft.plan.adapter import base_of, is_adapter
-from ds_sft.runtime.adapter import exported, load_on_disk
+from ds_sft.plan.adapter import is_adapter
+from ds_sft.runtime.adapter import exported, find_base, load_on_disk
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.placement import cache_size, place
 from ds_sft.training.limits import positions_left
@@ -109,7 +109,7 @@ def placement(model_path: str, tokens: int, config: Config) -> dict[str, Any]:
     """Keywords that put the model, and the keys and values of so many tokens, on one GPU where they fit."""
     from transformers import AutoConfig
 
-    name = base_of(Path(model_path)) if is_adapter(Path(model_path)) else model_path
+    name = find_base(Path(model_path)) if is_adapter(Path(model_path)) else model_path
     found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     placed = place(name, working=cache_size(found, tokens), use_cpu=bool(config.training.get("use_cpu")))
     if placed.remark:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.config import OUR_ORDERS, Config, given_twice, load_config
+from ds_sft.config import OUR_ORDERS, RECORD, Config, given_twice, load_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
@@ -284,7 +284,7 @@ def load_model_to_train(
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
-    from ds_sft.training.model import computing_dtype, load_model, make_room
+    from ds_sft.training.model import computing_dtype, load_model, make_room, say_not_loaded
     from ds_sft.training.offload import offload_inputs
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
@@ -293,6 +293,7 @@ def load_model_to_train(
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
+    say_not_loaded(model, config.model_name_or_path, launch)
     make_room(model, tokenizer, config)
     choose_weights(model, config, args, launch)
     if not padded:
@@ -484,7 +485,7 @@ def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None
     if launch.is_main:
         for old in (PREEMPTED, RESULTS, KEPT):
             (config.output_dir / old).unlink(missing_ok=True)
-        config.save(config.output_dir / "config.yaml")
+        config.save(config.output_dir / RECORD)
         write_json(config.output_dir / "data_report.json", report)
 
 

@@ -480,7 +480,7 @@ def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pyt
     source, out = checkpoint(bases, tmp_path / "run", base="0123456789"), tmp_path / "out"
     found = hash_base(str(bases["tied"]))
     assert said(source, out) == (
-        f"ds-sft: error: {source}: {bases['tied']} differs in its weights from the base that it was trained on (hash "
+        f"ds_sft: error: {source}: {bases['tied']} differs in its weights from the base that it was trained on (hash "
         f"0123456789, found {found}): give its own: --base FOLDER\n"
     )
     elsewhere = make_adapter(bases["tied"], tmp_path / "sent")
@@ -488,18 +488,18 @@ def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pyt
     file.write_text(file.read_text(encoding="utf-8").replace(str(bases["tied"]), "/not/here"), encoding="utf-8")
     elsewhere = elsewhere.rename(tmp_path / "received")
     assert said(elsewhere, out) == (
-        f"ds-sft: error: {elsewhere}: its base /not/here is neither a folder here nor in the hub's cache: say "
+        f"ds_sft: error: {elsewhere}: its base /not/here is neither a folder here nor in the hub's cache: say "
         "where it is, --base FOLDER, or fetch it: hf download\n"
     )
     assert said(bases["tied"], out, "--merge") == (
-        f"ds-sft: error: {bases['tied']}: has no adapter (adapter_config.json): leave out --merge\n"
+        f"ds_sft: error: {bases['tied']}: has no adapter (adapter_config.json): leave out --merge\n"
     )
     assert said(bases["tied"], out, "--merge=no").endswith(": leave out --adapter-only\n")
     assert said(bases["tied"], out, "--base", bases["untied"]) == (
-        f"ds-sft: error: {bases['tied']}: has all its weights: leave out --base\n"
+        f"ds_sft: error: {bases['tied']}: has all its weights: leave out --base\n"
     )
     assert said(source, out, "--base", tmp_path / "no") == (
-        f"ds-sft: error: --base: {tmp_path / 'no'}: no such folder (the current directory is {Path.cwd()}), and not a "
+        f"ds_sft: error: --base: {tmp_path / 'no'}: no such folder (the current directory is {Path.cwd()}), and not a "
         "hub id such as Qwen/Qwen3-0.6B\n"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

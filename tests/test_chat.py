@@ -156,7 +156,7 @@ def test_mistakes_are_one_line(
     assert main(["chat", str(folder), *words]) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.startswith(f"ds-sft: error: {said}")
+    assert err.startswith(f"ds_sft: error: {said}")
     assert len(err.splitlines()) == 1
 
 
@@ -320,7 +320,8 @@ def test_params(chat: Chat) -> None:
     chat.do("/params do_sample true temperature 0.5 max_new_tokens=7")
     assert (chat.generation, chat.most) == ({"do_sample": True, "temperature": 0.5}, 7)
     for words, said in [
-        ("temprature 1", r"/params: expected options one of do_sample, temperature, .*"),
+        ("temprature 1", r"/params: temprature: no such option: did you mean temperature\?"),
+        ("foo", r"/params: foo: no such option: expected one of do_sample, temperature, .*, reasoning"),
         ("temperature 0", r"/params: expected temperature to be a number above 0"),
         ("temperature", r"/params: expected names and values in turn, such as temperature 0.7, found 'temperature'"),
         ("do_sample false", r"/params: expected do_sample: true beside temperature, which greedy answers ignore"),
@@ -479,7 +480,7 @@ def test_beside_the_base(
     assert capfd.readouterr().out == f"{folder}:\nParis.\n{base}:\nRome!\n"
     assert main(["chat", str(base), "--template", "reference", "--once", "Who?", "--beside"]) == 2
     said = f"--beside: {base} is no run's, so nothing says what it was trained from: name a model"
-    assert capfd.readouterr().err == f"ds-sft: error: {said}\n"
+    assert capfd.readouterr().err == f"ds_sft: error: {said}\n"
 
 
 def test_beside_another_model(model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -40,12 +40,12 @@ def test_the_rank_that_deepspeeds_launcher_puts_before_the_command(capsys: pytes
 )
 def test_unknown_commands(capsys: pytest.CaptureFixture[str], word: str, said: str) -> None:
     assert main([word]) == 2
-    assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
+    assert capsys.readouterr().err == f"ds_sft: error: {said}\n"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
-    [(UserError("wrong"), 2, "ds-sft: error: wrong\n"), (KeyboardInterrupt(), 130, "\nds-sft: interrupted\n")],
+    [(UserError("wrong"), 2, "ds_sft: error: wrong\n"), (KeyboardInterrupt(), 130, "\nds_sft: interrupted\n")],
 )
 def test_how_a_command_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
@@ -89,10 +89,10 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -
 def test_a_flag_that_is_wrong(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
     assert main(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ds-sft: error: {said}")
+    assert line.startswith(f"ds_sft: error: {said}")
 
 
 def test_the_installed_script() -> None:
     script = Path(sys.executable).parent / "ds-sft"
     done = subprocess.run([script, "demp"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "ds-sft: error: unknown command 'demp': did you mean demo?\n")
+    assert (done.returncode, done.stderr) == (2, "ds_sft: error: unknown command 'demp': did you mean demo?\n")

@@ -258,16 +258,17 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
            f"not before it, found {steps!r}") for steps in ("0-2", "5-4", "ten", "3-", "1-2-3")),
         (["--seed"], "--seed: expected a value after it"),
         (["--config"], "--config: expected a value after it"),
-        (["train.jsonl"], "'train.jsonl': expected --key value"),
+        (["train.jsonl"], "'train.jsonl': expected FILE.yaml or --key value"),
         (["--fp16", "yes", "--bf16", "yes"], "--fp16: yes beside bf16: yes: take one of the two"),
         ([*NEEDED, "--report_to", "[none, tensorboard]"], "--report_to: none, tensorboard: none is said alone"),
-        (["my.yaml"], "'my.yaml': expected --config my.yaml"),
+        (["my.yaml"], "my.yaml: no such file (the current directory is {here})"),
+        (["--seed", "1", "my.yaml"], "'my.yaml': expected --config my.yaml"),
         (["--learning_rate", "-1"], "--learning_rate: expected 0 or more, found '-1'"),
         (["--weight_decay", "-0.1"], "--weight_decay: expected 0 or more, found '-0.1'"),
         (["--logging_steps", "0"], "--logging_steps: expected a number above 0, found '0'"),
         (["--save_steps", "0"], "--save_steps: expected a number above 0, found '0'"),
         (["--num_train_epochs", "0"], "--num_train_epochs: expected a number above 0, found '0'"),
-        (["-x"], "'-x': expected --key value"),
+        (["-x"], "'-x': expected FILE.yaml or --key value"),
         (["--config", "none.yaml"], "none.yaml: no such file (the current directory is {here})"),
         (
             ["--config", "."],
@@ -384,6 +385,54 @@ def test_every_default_is_read_back(tmp_path: Path) -> None:
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_paths_of_a_run_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder, also where the project has moved, or the output folder alone out of it; what names no path, or
+    what is nowhere, stays as it is written. Where the run was started all does."""
+    project = tmp_path / "project"
+    for folder in ("models/base", "data", "runs/one"):
+        (project / folder).mkdir(parents=True)
+    for file in ("data/a.jsonl", "data/b.jsonl", "own.jinja", "engine.json"):
+        (project / file).write_text("", encoding="utf-8")
+    monkeypatch.chdir(project)
+    keys = {"model_name_or_path": "models/base", "train_file": "[{path: data/a.jsonl, weight: 2}, hub:x/y, no/rows]",
+            "eval_file": "data/[ab].jsonl", "output_dir": "runs/one", "cache_dir": "cache", "template": "own.jinja",
+            "deepspeed": "engine.json"}  # fmt: skip
+    config = load_config([word for name, value in keys.items() for word in (f"--{name}", value)])
+    config.save(Path("runs/one/config.yaml"))
+    assert load_config(["runs/one"]) == config
+
+    def names(folder: Path, output: Path) -> None:
+        """What the keys are, read from `tmp_path`, of the project in `folder` and the run in `output`."""
+        monkeypatch.chdir(tmp_path)
+        found = load_config([str(output)])
+        assert {name: value_of(found, name) for name in keys} == {
+            "model_name_or_path": f"{folder}/models/base",
+            "train_file": [{"path": f"{folder}/data/a.jsonl", "weight": 2}, "hub:x/y", "no/rows"],
+            "eval_file": f"{folder}/data/[ab].jsonl",
+            "output_dir": f"{folder}/runs/one",
+            "cache_dir": f"{folder}/cache",
+            "template": f"{folder}/own.jinja",
+            "deepspeed": f"{folder}/engine.json",
+        }
+
+    names(project, project / "runs/one")
+    (project / "runs/one").rename(tmp_path / "one")
+    names(project, tmp_path / "one")
+    (tmp_path / "one").rename(project / "runs/one")
+    names(project.rename(tmp_path / "moved"), tmp_path / "moved/runs/one")
+
+
+def test_the_first_word_may_be_the_file(tmp_path: Path) -> None:
+    """Also behind what DeepSpeed's launcher puts before it; and a run's output folder."""
+    file = tmp_path / "config.yaml"
+    file.write_text("max_length: 7\n", encoding="utf-8")
+    for words in ([str(file)], [str(tmp_path)], ["--local_rank=0", str(file)], ["--config", str(file)]):
+        assert load_config([*words, *NEEDED]).max_length == 7
+    assert said_of(str(file), "--config", str(file)) == (
+        "--config is given twice: a run has one file, and flags beside it"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "trackers"),
     [
@@ -479,7 +528,7 @@ def test_help_needs_no_torch(flags: list[str]) -> None:
         "except SystemExit as end: print(end.code, [n for n in ('torch', 'transformers') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.startswith("usage: train.py --config FILE.yaml [--key value ...]\n")
+    assert done.stdout.startswith("usage: train.py FILE.yaml [--key value ...]\n")
     assert done.stdout.endswith("\n0 []\n")
 
 

@@ -210,6 +210,11 @@ def test_tokenizer_writes_chatml_that_ends_with_the_pad_token(demo_dir: Path) ->
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_others_may_read_the_model(demo_dir: Path) -> None:
+    """safetensors writes its own file for this user alone."""
+    assert {file.stat().st_mode & 0o777 for file in (demo_dir / "model").iterdir()} == {0o644}
+
+
 def test_model_reloads_and_answers(demo_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -83,6 +83,20 @@ def test_not_all_fit(
     assert capsys.readouterr().out == ""
 
 
+def test_the_final_weights_come_beside_the_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the first checkpoint fits and the last weights do not the run starts: who stays may make room."""
+    for room, said in (
+        (9 * GIB, ""),
+        (9 * GIB - 1, "2 checkpoints of about 4.0 GiB and final weights of about 1.0 GiB"),
+    ):
+        free(monkeypatch, room)
+        check_space(config(tmp_path, save_steps=60), 4 * GIB, STEPS, ALONE, export=GIB)
+        out = capsys.readouterr().out
+        assert (said in out, bool(out)) == (True, bool(said))
+
+
 def test_before_a_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     free(monkeypatch, 2 * GIB)
     assert no_room(tmp_path, 2 * GIB) is None

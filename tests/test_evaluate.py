@@ -56,7 +56,7 @@ def run(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def read(name: str = "evaluation.json") -> dict[str, Any]:
+def read(name: str = "out/evaluate.json") -> dict[str, Any]:
     found: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
     return found
 
@@ -101,7 +101,7 @@ def test_before_and_after(run: Path, tokenizer: Any, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "Answers (after): 9 of 9 rows" in said
     assert "all: 9 rows" in said
-    assert said.splitlines()[-1] == "Wrote evaluation.json and evaluation.jsonl."
+    assert said.splitlines()[-1] == "Wrote out/evaluate.json and out/evaluate.jsonl."
 
 
 def test_answers_are_those_of_predictions(run: Path, tokenizer: Any) -> None:
@@ -112,7 +112,7 @@ def test_answers_are_those_of_predictions(run: Path, tokenizer: Any) -> None:
     (file,) = find_files("eval.jsonl", "eval_file")
     samples: list[Any] = [row for _, row in read_dialogues(file, reading_of(config))]
     predicted = predict(config, samples, tokenizer)
-    lines = read_lines(Path("evaluation.jsonl"))
+    lines = read_lines(Path("out/evaluate.jsonl"))
     assert [line["model"] for line in lines] == ["before"] * 9 + ["after"] * 9
     assert [line["source"] for line in lines] == [f"eval.jsonl:{i}" for i in range(1, 10)] * 2
     assert [line["prediction"] for line in lines[:9]] == [row.before for row in predicted]
@@ -139,7 +139,7 @@ def test_each_source_and_all_of_them(run: Path, capsys: pytest.CaptureFixture[st
     assert every["loss"]["value"] == pytest.approx(total / every["supervised_tokens"])
     assert list(every) == ["supervised_tokens", "answered", "cut", "loss", "perplexity"]
     assert found["difference"] is None
-    assert not Path("evaluation.jsonl").exists()
+    assert not Path("out/evaluate.jsonl").exists()
     assert "Weights are for learning: every row is measured once." in capsys.readouterr().out
 
 
@@ -175,8 +175,8 @@ def test_two_models_are_asked_as_they_were_taught(run: Path, capsys: pytest.Capt
 def test_a_model_and_its_copy_do_not_differ(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """However far the rows are apart: both have the same draws."""
     shutil.copytree("out", "copied")
-    assert main(["evaluate", "--compare", "out", "copied"]) == 0
-    part = read()["sources"]["all"]
+    assert main(["evaluate", "--compare", "out", "copied", "--out", "two.json"]) == 0
+    part = read("two.json")["sources"]["all"]
     assert part["models"]["out"] == part["models"]["copied"]
     assert part["models"]["out"]["loss"]["low"] < part["models"]["out"]["loss"]["high"]
     nothing = {"value": 0, "low": 0, "high": 0, "better": 0, "worse": 0}
@@ -186,13 +186,64 @@ def test_a_model_and_its_copy_do_not_differ(run: Path, capsys: pytest.CaptureFix
     assert "asked as it was taught" not in said
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_is_evaluated_from_any_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moved: bool
+) -> None:
+    """The base, the rows and the cache that its relative paths name are found, also where the whole project has moved;
+    the numbers are beside the run, and nothing is where the command was called."""
+    words = ["--loss-only", "--limit", "4"]
+    config = load_config(["--config", "out", "--cache_dir", "cached"])
+    config.save(Path("out/config.yaml"))
+    assert main(["evaluate", "out", *words]) == 0
+    here, project = read()["sources"], run / "project"
+    if moved:
+        files = [path for path in run.iterdir() if path.name != "model"]
+        project.mkdir()
+        for path in files:
+            path.rename(project / path.name)
+    (run / "elsewhere").mkdir()
+    monkeypatch.chdir(run / "elsewhere")
+    folder = project if moved else run
+    (folder / "out/evaluate.json").unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(folder / "out"), *words]) == 0
+    assert "Without the model before training" not in capsys.readouterr().out
+    found = read(str(folder / "out/evaluate.json"))
+    assert found["sources"]["all"] == here["all"]
+    assert found["data"] == [str(folder / "eval.jsonl")]
+    assert list(Path().iterdir()) == []
+
+
+def test_models_that_no_run_has_left_keep_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does a comparison: there is no folder where anyone would look. It is said before the work."""
+    there = sorted(run.rglob("*"))
+    words = [
+        "--data",
+        "eval.jsonl",
+        "--limit",
+        "2",
+        "--template",
+        "reference",
+        "--predict_max_new_tokens",
+        "2",
+        "--use_cpu",
+        "yes",
+    ]
+    said = "Nothing will be written: --out FILE.json keeps the numbers, and the answers beside it."
+    for subject in (["base"], ["--compare", "base", "out"]):
+        assert main(["evaluate", *subject, *words]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == said
+    assert sorted(run.rglob("*")) == there
+
+
 def test_answers_are_greedy_whatever_the_run_did(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", "out", "--no-before", "--limit", "4"]
     assert main(words) == 0
-    greedy = Path("evaluation.jsonl").read_bytes()
+    greedy = Path("out/evaluate.jsonl").read_bytes()
     capsys.readouterr()
     assert main([*words, "--generation", "{do_sample: true, temperature: 9.0}"]) == 0
-    assert Path("evaluation.jsonl").read_bytes() == greedy
+    assert Path("out/evaluate.jsonl").read_bytes() == greedy
     said = "out: greedy answers, so that numbers come again; generation says do_sample."
     assert said in capsys.readouterr().out.splitlines()
 
@@ -203,11 +254,11 @@ def test_losses_of_other_tokens_are_not_compared(run: Path, capsys: pytest.Captu
         shutil.copytree("out", folder)
         keys = yaml.safe_load(Path("out/config.yaml").read_text(encoding="utf-8")) | changes
         Path(f"{folder}/config.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
-    assert main(["evaluate", "--compare", "out", "short"]) == 0
-    assert list(read()["sources"]["all"]["difference"]) == ["exact_match", "chrf", "rouge_l"]
+    assert main(["evaluate", "--compare", "out", "short", "--out", "two.json"]) == 0
+    assert list(read("two.json")["sources"]["all"]["difference"]) == ["exact_match", "chrf", "rouge_l"]
     assert "max_length differ" in capsys.readouterr().out
-    assert main(["evaluate", "--compare", "out", "short2", "--loss-only"]) == 0
-    kept = read()["sources"]["all"]["rows"]
+    assert main(["evaluate", "--compare", "out", "short2", "--loss-only", "--out", "two.json"]) == 0
+    kept = read("two.json")["sources"]["all"]["rows"]
     assert 0 < kept < 9
     said = f"{9 - kept} rows are left out: not all models have room for them (max_length)."
     assert said in capsys.readouterr().out
@@ -229,9 +280,9 @@ def test_an_interrupted_one_keeps_its_answers(
     answer_batch = measure.answer_batch
     monkeypatch.setattr(measure, "answer_batch", interrupted)
     assert main(["evaluate", "out"]) == 130
-    assert len(read_lines(Path("evaluation.jsonl"))) == 4  # of two batches
-    assert "evaluation.jsonl has the answers so far." in capsys.readouterr().out
-    assert not Path("evaluation.json").exists()
+    assert len(read_lines(Path("out/evaluate.jsonl"))) == 4  # of two batches
+    assert "out/evaluate.jsonl has the answers so far." in capsys.readouterr().out
+    assert not Path("out/evaluate.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +306,7 @@ def test_nothing_of_the_users_is_overwritten(
 def test_an_earlier_evaluation_is_replaced(run: Path) -> None:
     for limit in ("3", "2"):
         assert main(["evaluate", "out", "--no-before", "--limit", limit]) == 0
-        assert len(read_lines(Path("evaluation.jsonl"))) == int(limit)
+        assert len(read_lines(Path("out/evaluate.jsonl"))) == int(limit)
 
 
 def test_without_the_packages_the_loss_can_be_had(
@@ -275,7 +326,7 @@ def test_rows_that_a_run_has_set_aside_are_its_validation_rows(run: Path) -> Non
     keys = yaml.safe_load(Path("out/config.yaml").read_text(encoding="utf-8")) | {"eval_file": None, "val_size": 4}
     Path("out/config.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
     assert main(["evaluate", "out", "--no-before"]) == 0
-    aside = [line["source"] for line in read_lines(Path("evaluation.jsonl"))]
+    aside = [line["source"] for line in read_lines(Path("out/evaluate.jsonl"))]
     config = load_config(["--config", "out/config.yaml"])
     data = load_data(config, load_tokenizer(config, LAUNCH), LAUNCH)
     assert aside == [data.where("eval", row) for row in range(4)]
@@ -333,8 +384,8 @@ def rows(*given: Any) -> Callable[[Path], None]:
         (as_it_is, ["--compare", "out", "out"], "--compare: out is given twice: there is nothing to compare"),
         (as_it_is, ["out", "--limit", "0"], "--limit: expected a number of rows, 1 or more, found 0"),
         (as_it_is, ["out", "--limt", "3"], "--limt: unknown key: did you mean --limit?"),
-        (as_it_is, ["out", "--out", "no/x.json"], "--out: expected FILE.json in a folder that is there"),
-        (as_it_is, ["out", "--out", "x.jsonl"], "--out: expected FILE.json in a folder that is there"),
+        (as_it_is, ["out", "--out", "no/x.json"], "--out: expected FILE.json in a folder that can be written"),
+        (as_it_is, ["out", "--out", "x.jsonl"], "--out: expected FILE.json in a folder that can be written"),
         (as_it_is, ["out", "--data", "no.jsonl"], "no.jsonl: no such file"),
         (as_it_is, ["base"], "base: no validation rows are known of it (eval_file, val_size): write --data FILE"),
         (as_it_is, ["--compare", "base", "out"], "--compare: base has no eval_file: name rows with --data FILE"),
@@ -397,7 +448,7 @@ def test_an_adapter_has_its_base_before_it(run: Path) -> None:
     for file in Path("base").glob("tokenizer*"):
         shutil.copy(file, "adapter")
     words = ["--template", "reference", "--system_prompt", "S", "--use_cpu", "yes", "--loss-only"]
-    assert main(["evaluate", "adapter", "--data", "eval.jsonl", *words]) == 0
-    found = read()
+    assert main(["evaluate", "adapter", "--data", "eval.jsonl", "--out", "one.json", *words]) == 0
+    found = read("one.json")
     assert {name: model["path"] for name, model in found["models"].items()} == {"before": "base", "after": "adapter"}
     assert found["sources"]["all"]["difference"]["loss"]["value"] != 0

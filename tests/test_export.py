@@ -189,8 +189,8 @@ def test_it_ends_and_renders_as_the_run_trained(
     template.unlink()
     assert export([str(plain), str(tmp_path / "gone")]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
-        f"template: {template}: No such file or directory; expected reference, tokenizer, or a Jinja file: the end of "
-        f"an answer and the chat template in {tmp_path / 'gone'} are those of the model before"
+        f"template: {template}: No such file or directory; expected reference, tokenizer, hermes, or a Jinja file: the "
+        f"end of an answer and the chat template in {tmp_path / 'gone'} are those of the model before"
     )
 
 

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_sft.cli import main
+from ds_sft.commands.init import next_steps
 from ds_sft.config import ENGINES, load_config
 from tests.test_house import ROOT
 
@@ -32,9 +34,18 @@ def test_a_configuration_that_loads(folder: Path, capsys: pytest.CaptureFixture[
     assert [step.split("#")[0].strip() for step in steps] == [
         "ds-sft preview run.yaml",
         "ds-sft plan run.yaml",
-        "ds-sft train --config run.yaml",
-        f"torchrun --nproc_per_node gpu {ROOT}/ds_sft/train.py --config run.yaml",  # of this clone
+        "ds-sft train run.yaml",
+        f"torchrun --nproc_per_node 2 {ROOT}/ds_sft/train.py run.yaml",  # of this clone
     ]
+
+
+def test_all_gpus_are_proposed_where_there_are_any(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere torchrun would end with "gpu"; two processes run anywhere."""
+    for there, said in ((True, "torchrun --nproc_per_node gpu "), (False, "torchrun --nproc_per_node 2 ")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert said in next_steps(Path("run.yaml"), slurm=False)
 
 
 def test_every_key_has_its_comment(folder: Path) -> None:
@@ -77,7 +88,7 @@ def test_nothing_is_replaced(
     else:
         (folder / there).write_text("mine", encoding="utf-8")
     assert main(["init", *words]) == 2
-    said = f"ds-sft: error: {there} is there already, and nothing is replaced: move it away\n"
+    said = f"ds_sft: error: {there} is there already, and nothing is replaced: move it away\n"
     assert capsys.readouterr().err == said
     assert [path for path in folder.rglob("*") if path.is_file()] == ([] if dangling else [folder / there])
 
@@ -86,7 +97,7 @@ def test_a_folder_is_no_configuration(folder: Path, capsys: pytest.CaptureFixtur
     (folder / "runs").mkdir()
     for words in (["runs"], ["runs", "--slurm"]):
         assert main(["init", *words]) == 2
-        said = "ds-sft: error: runs is there already, and nothing is replaced: move it away\n"
+        said = "ds_sft: error: runs is there already, and nothing is replaced: move it away\n"
         assert capsys.readouterr() == ("", said)
     assert [path.name for path in folder.iterdir()] == ["runs"]
 
@@ -94,4 +105,4 @@ def test_a_folder_is_no_configuration(folder: Path, capsys: pytest.CaptureFixtur
 def test_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "file").write_text("", encoding="utf-8")
     assert main(["init", "file/run.yaml"]) == 2
-    assert capsys.readouterr().err == "ds-sft: error: file/run.yaml: cannot be written: file: File exists\n"
+    assert capsys.readouterr().err == "ds_sft: error: file/run.yaml: cannot be written: file: File exists\n"

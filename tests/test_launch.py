@@ -161,7 +161,7 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     assert main(["launch", "--dry-run", "run.yaml", *words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("ds-sft: error: ")
+    assert error.startswith("ds_sft: error: ")
     assert said in error
     assert error.count("\n") == 1
 

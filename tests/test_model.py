@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
@@ -22,6 +23,7 @@ from ds_sft.training.model import (
     make_room,
     read_ahead,
     resize_embeddings,
+    say_not_loaded,
     training_dtype,
     uses_padding,
 )
@@ -129,6 +131,26 @@ def test_unusable_weights(copy: Path, damage: str) -> None:
     with pytest.raises(UserError, match=r"^model_name_or_path: ") as caught:
         load_model(make(copy), arguments())
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_transformers_leaves_out_are_told_of(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers behind the last one, as those of DeepSeek and GLM that predict further tokens; and some of another name.
+    A pattern that names a layer the model has is of another size of the family."""
+    config = make(copy)
+    patterns = [r"model\.layers\.1.*", r"model\.layers\.2.*", r"^mtp.*"]
+    monkeypatch.setattr(Qwen3ForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns)
+    say_not_loaded(load_model(config, arguments()), str(copy), ALONE)
+    assert capsys.readouterr().out == ""
+    weights = load_file(copy / "model.safetensors")
+    more = {name: torch.zeros(2) for name in ("model.layers.2.eh_proj.weight", "mtp.fc.weight")}
+    save_file(weights | more, copy / "model.safetensors", metadata={"format": "pt"})
+    say_not_loaded(load_model(config, arguments()), str(copy), ALONE)
+    assert capsys.readouterr().out == (
+        f"{copy}: 2 of its tensors are not loaded, model.layers.2.eh_proj.weight the first: transformers has no layers "
+        "for them (multi-token prediction, as a rule). They are not trained, and the final model is without them.\n"
+    )
 
 
 def test_an_attention_that_does_not_exist(model_dir: Path) -> None:

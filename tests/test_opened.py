@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from ds_sft.cli import main
 from ds_sft.commands.opened import Opened, open_model
 from ds_sft.config import Config
 from ds_sft.data.encode import Encoder
@@ -20,6 +21,8 @@ from ds_sft.data.records import Dialogue
 from ds_sft.data.serving import authors_template, serving
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
+from ds_sft.plan.adapter import base_of
+from ds_sft.runtime.adapter import find_base
 from ds_sft.runtime.distributed import Launch
 from tests.families import FAMILIES
 from tests.test_adapter_files import make_adapter
@@ -125,9 +128,30 @@ def test_an_adapter_without_its_base(model_dir: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(model_dir, tmp_path / "base"))
     adapter = make_adapter(base, tmp_path / "out")
     base.rename(tmp_path / "moved")
-    said = rf"^{adapter}: its base {base} \(no such folder.*\): write into {adapter}/adapter_config.json where it is$"
+    said = (
+        rf"^{adapter}/adapter_config.json: base_model_name_or_path: {base}: no such folder.*: write there where the "
+        "base of the adapter is now$"
+    )
     with pytest.raises(UserError, match=said):
         opened(adapter)
+
+
+def test_an_adapter_finds_a_base_that_has_moved_with_its_run(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter_config.json has the place of then; the run's config.yaml has the folder that both were in."""
+    project = tmp_path / "project"
+    base = Path(shutil.copytree(model_dir, project / "base"))
+    monkeypatch.chdir(project)
+    make_adapter(base, project / "out")
+    keys: dict[str, Any] = {"model_name_or_path": "base", "train_file": "t", "adapter": "lora"}
+    Config(**keys, training={"output_dir": "out"}).save(project / "out/config.yaml")
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    assert opened("moved/out").path == "moved/out/adapter"
+    assert find_base(Path("moved/out/adapter")) == str(tmp_path / "moved/base")
+    assert main(["export", "moved/out/adapter", "exported", "--adapter-only"]) == 0
+    assert base_of(Path("exported/adapter")) == str(tmp_path / "moved/base")
 
 
 def test_a_run_that_is_not_finished(model_dir: Path, tmp_path: Path) -> None:

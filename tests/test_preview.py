@@ -102,6 +102,15 @@ def test_the_page_has_every_token_with_its_id(run: Any, tokenizer: Any, tmp_path
         assert said in page, said
 
 
+def test_the_name_of_a_file_is_one_line(run: Any, tmp_path: Path) -> None:
+    """However narrow the terminal: it can be copied."""
+    folder = tmp_path / ("a folder with a long name" * 5)
+    folder.mkdir()
+    (tmp_path / "rows.jsonl").rename(folder / "rows.jsonl")
+    said = run("--train_file", str(folder / "rows.jsonl"))
+    assert f"train: {folder / 'rows.jsonl'}" in said.splitlines()
+
+
 def test_a_batch_after_padding_and_after_packing(run: Any, tmp_path: Path) -> None:
     flat = run("--rows", "1,2", "--batch")
     assert re.search(r"sequence 1 of a batch of 1 x \d+ tokens", flat)
@@ -125,6 +134,8 @@ def test_mistakes(run: Any) -> None:
     assert "--split eval: expected one of train" in run("--split", "eval", code=2)
     assert "--html: expected a value" in run("--html", code=2)
     assert "--html none/x.html: cannot be written: No such file" in run("--html", "none/x.html", code=2)
+    rows = "--limit: preview shows rows by their numbers: write --rows 1-3 for the first three"
+    assert rows in run("--limit", "3", code=2)
     with pytest.raises(UserError):
         row_numbers("0", 5)
     assert row_numbers("1-3,2,9-11", 10) == [0, 1, 2, 1, 8, 9]

@@ -17,6 +17,7 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
+from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.hub import push_as_asked, why_not
 from ds_sft.runtime.parcel import pack
@@ -96,12 +97,51 @@ def adapted(finished: Path) -> Path:
     return finished
 
 
+@pytest.mark.parametrize(
+    ("kept", "words", "said", "code"),
+    [
+        (None, [], "nobody has seen that {adapter} fits {BASE}: its weights are not here (hf download {BASE}).", 0),
+        ("the same", [], "", 0),
+        ("the same but for its name", [], "", 0),
+        ("config.json", [], "{BASE} differs in its config.json from the base that {adapter} was trained on: ", 2),
+        ("weights", [], "{BASE} differs in its weights from the base that {adapter} was trained on: ", 2),
+        ("weights", ["--unverified"],
+         "nobody has seen that {adapter} fits {BASE}: it differs in its weights from the base of training.", 0),
+    ],
+)  # fmt: skip
+def test_the_base_that_is_named_is_compared_with_the_one_of_training(
+    adapted: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    kept: str | None, words: list[str], said: str, code: int,
+) -> None:  # fmt: skip
+    """As far as the hub's cache has it: whoever loads the adapter gets this base."""
+    copy, adapter = adapted.parent / "cached", adapted / "adapter"
+    if kept is not None:
+        shutil.copytree(model_dir, copy)
+        monkeypatch.setattr("ds_sft.runtime.parcel.model_folder", lambda name: copy if name == BASE else None)
+    (adapter / "trained_on.json").write_text(json.dumps({"base": hash_base(str(model_dir))}), encoding="utf-8")
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    if kept == "the same but for its name":
+        (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": "x"}), encoding="utf-8")
+    elif kept == "config.json":
+        (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}), encoding="utf-8")
+    elif kept == "weights":
+        (copy / "model.safetensors").write_bytes(b"others")
+    assert main(["push", str(adapted), "me/adapter", "--base", BASE, "--dry-run", *words]) == code
+    shown = capsys.readouterr()
+    line = f"--base: {said.format(adapter=adapter, BASE=BASE)}" if said else ""
+    end = "name that one; --unverified pushes it as it is"
+    assert shown.err == (f"ds_sft: error: {line}{end}\n" if code else "")
+    assert [found for found in shown.out.splitlines() if found.startswith("--base")] == (
+        [line] if line and not code else []
+    )
+
+
 def refused(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that `ds-sft push` ends with."""
     assert main(["push", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    return lines[0].removeprefix("ds-sft: error: ")
+    return lines[0].removeprefix("ds_sft: error: ")
 
 
 # ---- What arrives
@@ -517,7 +557,7 @@ def test_interrupted(
     assert said.out.splitlines()[-1] == (
         "me/model has all files of this push or none. The same command goes on: what arrived stays there."
     )
-    assert said.err == "\nds-sft: interrupted\n"
+    assert said.err == "\nds_sft: interrupted\n"
     assert hub.repos["me/model"].files == {}
     assert main(["push", str(finished), "me/model"]) == 0
     assert sorted(hub.repos["me/model"].files) == MODEL

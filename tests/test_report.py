@@ -78,6 +78,16 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ]
 
 
+def test_scores_of_a_runs_own_answers(tmp_path: Path) -> None:
+    """Of the model after training, in the table of results; nothing where no answer was scored."""
+    models = {when: {name: {"value": value + more} for name, value in (("exact_match", 5.0), ("chrf", 7.4))}
+              for when, more in (("before", 0.0), ("after", 30.0))}  # fmt: skip
+    scored = {**RESULTS, "evaluation": {"sources": {"all": {"models": models}}}}
+    found = numbers_of(read_run(write_run(tmp_path / "scored", **{"run.json": scored}), "scored"))
+    assert [found[name] for name in ("exact match", "chrF", "ROUGE-L")] == ["35.0", "37.4", ""]
+    assert numbers_of(read_run(write_run(tmp_path / "out"), "out"))["chrF"] == ""
+
+
 @pytest.mark.parametrize("seconds", [10.0, 145.0], ids=["a short one", "one longer than what was logged"])
 def test_time_is_that_of_all_starts(tmp_path: Path, seconds: float) -> None:
     """`run.json` knows the last start alone."""
@@ -272,14 +282,14 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], words: list[st
     write_run(here / "runs/a")
     (here / "empty").mkdir()
     assert main(["report", *words]) == 2
-    assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
+    assert capsys.readouterr().err == f"ds_sft: error: {said}\n"
 
 
 def test_without_plotly(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(here / "out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["report", "out"]) == 2
-    assert capsys.readouterr().err == "ds-sft: error: report: needs plotly: pip install plotly\n"
+    assert capsys.readouterr().err == "ds_sft: error: report: needs plotly: pip install plotly\n"
 
 
 # ---- The page

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.data.layout import collate_flat, collate_padded
 from ds_sft.errors import UserError
+from ds_sft.runtime.checkpoint import Checkpoint, read_manifest
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.experts import experts_of
 from ds_sft.training.loss import supervise
 from ds_sft.training.routing import Routing, counted_tokens, prepare_experts, routing_of
 from tests.test_loss import SMALL, apart
+from tests.test_trainer import make_trainer
 
 ALONE, CPU = Launch(launcher="python"), torch.device("cpu")
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21, 22]]
@@ -179,6 +183,42 @@ def test_the_fullest_and_the_emptiest_expert_of_any_layer() -> None:
     experts_of(model)[0](torch.zeros(4, 32), chosen[0], torch.ones(4, 2))
     assert [counts.tolist() for counts in routing.counts] == [[0, 0, 0, 0]] * 2
     assert routing.logged() == {"expert_share_max": 0.0, "expert_share_min": 0.0}
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does() -> None:
+    """A checkpoint between two log entries has what was counted, whichever rank goes on with it."""
+    whole, before, after, other = (prepared(make("qwen3_moe")) for _ in range(4))
+    learn(whole, [ROWS[:2], ROWS[2:]])
+    learn(before, [ROWS[:2], ROWS[2:]])
+    state = json.loads(json.dumps(routing_of(before).state()))
+    routing_of(after).restore(state, is_main=True)
+    routing_of(other).restore(state, is_main=False)
+    assert routing_of(other).state()["counts"] == [[0, 0, 0, 0]] * 2
+    for model in (whole, after):
+        learn(model, [ROWS])
+    assert routing_of(whole).state() == routing_of(after).state() != state
+    found = routing_of(after).logged()
+    assert list(found) == ["aux_loss", "expert_share_max", "expert_share_min"]
+    assert found == routing_of(whole).logged()
+
+
+def test_a_checkpoint_between_two_log_entries_has_them(tmp_path: Path) -> None:
+    """In a real training: the entry of step 3 of a run resumed from step 2 is that of the run itself."""
+    keys = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    whole = make_trainer(tmp_path / "out", model=prepared(make("qwen3_moe")), **keys)
+    whole.train()
+    folder = tmp_path / "out" / "checkpoint-2"
+    start = Checkpoint(folder, read_manifest(folder))
+    resumed = make_trainer(tmp_path / "resumed", model=prepared(make("qwen3_moe")), resumed=start, **keys)
+    resumed.train(resume_from_checkpoint=str(folder))
+    told = [
+        {name: entry[name] for name in ("step", "loss", "aux_loss", "expert_share_max", "expert_share_min")}
+        for one in (whole, resumed)
+        for entry in one.state.log_history
+        if "aux_loss" in entry and entry["step"] == 3
+    ]
+    assert told[0] == told[-1]
+    assert len(told) == 2
 
 
 def test_a_dense_model_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:

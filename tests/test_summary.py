@@ -9,9 +9,9 @@ import pytest
 from ds_sft.training.metrics import PARTS
 from ds_sft.training.report import summary
 
-SPEED = {"tokens": 4000, "supervised_tokens_per_second": 50.0, "waiting_share": 0.0, "padding_share": 0.0,
-         **{f"{part}_share": 0.1 for part in PARTS}}  # fmt: skip
-RUN = {"steps": 8, "tokens": 4000, "train_seconds": 20.0, "tokens_per_second": 200.0, "speed": SPEED,
+SPEED = {"tokens": 4000, "seconds": 20.0, "supervised_tokens_per_second": 50.0, "waiting_share": 0.0,
+         "padding_share": 0.0, **{f"{part}_share": 0.1 for part in PARTS}}  # fmt: skip
+RUN = {"steps": 8, "tokens": 4000, "train_seconds": 25.0, "tokens_per_second": 200.0, "speed": SPEED,
        "peak_memory": [{"host_gib": 1.25}, {"host_gib": 1.5}], "eval_loss_first": None, "eval_loss": None,
        "best_checkpoint": None, "plan": None}  # fmt: skip
 PLAN = {"planned_gib": 0.5, "measured_gib": 0.625, "freed_gib": 0.0}

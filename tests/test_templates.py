@@ -184,6 +184,49 @@ def test_tools() -> None:
     assert run("qwen", dialogue(*turns, tools=TOOLS)) == (whole, learned)
 
 
+def test_hermes_is_a_template_with_tools() -> None:
+    """For models whose own has none: what it renders, to the letter, and what is learned of it."""
+    two = {"content": "Both.", "tool_calls": [*CALL["tool_calls"], {"function": {"name": "time", "arguments": {}}}]}
+    turns = (("user", "q"), ("assistant", two), ("tool", "20"), ("tool", "noon"), ("assistant", "20 at noon."))
+    whole, learned = run("llama", dialogue(*turns, tools=TOOLS), template="hermes", system_prompt="S")
+    calls = (
+        'Both.\n<tool_call>\n{"name": "weather", "arguments": {"at": "巴黎"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>'
+    )
+    assert whole == (
+        "<|im_start|>system\nS\n\nYou can call functions. Their signatures are within <tools></tools>:\n<tools>\n"
+        '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}\n</tools>\n\n'
+        "Write each call within <tool_call></tool_call>, as JSON with the name and the arguments:\n"
+        '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n" + calls + "\n"
+        "<|im_start|>user\n<tool_response>\n20\n</tool_response>\n<tool_response>\nnoon\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n20 at noon.<|im_end|>\n"
+    )
+    assert learned == [calls, "20 at noon.<|im_end|>"]
+
+
+def test_the_ids_that_hermes_lets_learn(tokenizer: Any) -> None:
+    """Of <tool_call>{"name": "f", "arguments": {}}</tool_call> in three lines, and of Paris.; 2 is <|im_end|>."""
+    call = {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    turns = (("user", "q"), ("assistant", call), ("tool", "1"), ("assistant", "Paris."))
+    ((_, labels),) = encode(tokenizer, [dialogue(*turns)], template="hermes", system_prompt="").rows()
+    assert labels == [
+        *[-100] * 11, 30, 86, 81, 81, 78, 65, 69, 268, 78, 32, 201, 93, 4, 80, 67, 79, 71, 4, 28, 223, 4, 72, 4, 14,
+        223, 4, 67, 84, 73, 87, 79, 71, 80, 86, 85, 4, 28, 223, 93, 95, 95, 201, 30, 17, 86, 81, 81, 78, 65, 69, 268,
+        78, 32, 2, *[-100] * 43, 302, 312, 16, 2, -100,
+    ]  # fmt: skip
+
+
+def test_hermes_writes_no_more_than_was_said() -> None:
+    """Without tools it is plain ChatML; without a system prompt there is no system turn; reasoning is kept or not."""
+    thought = {"content": "a", "reasoning_content": "hm"}
+    plain = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    for keys, answer in (({}, "<think>\nhm\n</think>\n\na"), ({"thinking": "drop"}, "a"),
+                         ({"thinking": "empty"}, "<think>\n\n</think>\n\na")):  # fmt: skip
+        found = run("qwen", dialogue(("user", "q"), ("assistant", thought)), template="hermes", **keys)
+        assert found == (f"{plain}{answer}<|im_end|>\n", [f"{answer}<|im_end|>"])
+
+
 def decoded_prompt(name: str, talk: Dialogue) -> str:
     prompt = Encoder(FAMILY[name], config(template="tokenizer", system_prompt="")).prompt(talk)
     return str(FAMILY[name].backend_tokenizer.decode(prompt, skip_special_tokens=False))
@@ -410,7 +453,7 @@ def test_the_form_in_which_a_call_is_whole(
 def test_a_call_without_its_arguments_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(call_template("f.name"), encoding="utf-8")
-    with pytest.raises(BadRow, match=r"leaves out the call of 'weather' or its arguments; expected .* FILE"):
+    with pytest.raises(BadRow, match=r"leaves out the call of 'weather' or its arguments; expected .* hermes"):
         run("llama", called(AT), template=str(file))
 
 
@@ -439,10 +482,12 @@ def test_templates_without_tools_are_not_given_any(name: str, said: str) -> None
     with pytest.raises(BadRow, match=said):
         run(name, dialogue(*turns))
     with pytest.raises(
-        BadRow, match=r"leaves out the tool 'weather'; expected rows without, or the key template: FILE"
+        BadRow, match=r"leaves out the tool 'weather'; expected rows without, or the key template: hermes"
     ):
         run(name, dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS))
-    with pytest.raises(BadRow, match=r"the reference template has no form for tools; expected none, or .* FILE.jinja"):
+    with pytest.raises(
+        BadRow, match=r"the reference template has no form for tools; expected none, or .* hermes \(ChatML"
+    ):
         run(name, dialogue(("user", "q"), ("assistant", "a"), tools=TOOLS), template="reference")
 
 

@@ -36,11 +36,13 @@ def make_trainer(
     dropout: float = 0.0,
     read_ahead: bool | None = None,
     resumed: Checkpoint | None = None,
+    model: Any = None,
     **arguments: Any,
 ) -> SFTTrainer:
-    """Of a tiny model and rows of 3 to 14 tokens; `ours`: with our attention and loss."""
+    """Of a tiny model and rows of 3 to 14 tokens; `ours`: with our attention and loss, unless `model` has its own."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=dropout)).train()
+    ours = ours and model is None
+    model = model or LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=dropout)).train()
     if ours:
         if padded:
             know_padding(model)

@@ -67,7 +67,7 @@ def test_commands(installed: Installed, model_dir: Path, tmp_path: Path) -> None
     launch = ("launch", *keys, "--dry-run")
     moved = installed.ds_sft(*launch, "--deepspeed", "ds_configs/zero2.json", cwd=tmp_path)  # written in a clone
     assert (moved.returncode, moved.stderr) == (
-        2, "ds-sft: error: deepspeed: ds_configs/zero2.json: no such file; write zero2, which needs none\n"
+        2, "ds_sft: error: deepspeed: ds_configs/zero2.json: no such file; write zero2, which needs none\n"
     )  # fmt: skip
     rest = f"--config run.yaml --model_name_or_path {shlex.quote(str(model_dir))} --train_file rows.jsonl"
     found: dict[str, Any] = json.loads(installed.ds_sft(*launch, "--json", cwd=tmp_path).stdout)
@@ -92,7 +92,7 @@ def test_nothing_is_submitted_without_templates(installed: Installed, model_dir:
     done = run([str(installed.bin / "ds-sft"), *words], cwd=tmp_path, env={**installed.env, "PATH": path})
     assert done.code == 2
     assert done.output.endswith(
-        "ds-sft: error: there is no slurm/train.sbatch here: `ds-sft init --slurm` writes the templates\n"
+        "ds_sft: error: there is no slurm/train.sbatch here: `ds-sft init --slurm` writes the templates\n"
     )
     assert "submitted" not in done.output
 

@@ -127,10 +127,11 @@ def _base(opened: Opened) -> str:
     """
     from pathlib import Path
 
-    from ds_sft.plan.adapter import base_of, is_adapter
+    from ds_sft.plan.adapter import is_adapter
+    from ds_sft.runtime.adapter import find_base
 
     if is_adapter(Path(opened.path)):
-        return base_of(Path(opened.path))
+        return find_base(Path(opened.path))
     if not opened.trained:
         raise UserError(f"--beside: {opened.name} is no run's, so nothing says what it was trained from: name a model")
     return opened.config.model_name_or_path

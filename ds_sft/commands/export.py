@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import is_size, load_config
+from ds_sft.config import RECORD, is_size, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.source import is_folder
 
@@ -149,7 +149,7 @@ def _dtype(given: argparse.Namespace) -> torch.dtype:
     import yaml
 
     name = given.dtype
-    record = given.checkpoint.resolve().parent / "config.yaml"
+    record = given.checkpoint.resolve().parent / RECORD
     if name == "auto" and record.is_file():
         keys = yaml.safe_load(record.read_text(encoding="utf-8"))
         trained = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
@@ -167,12 +167,13 @@ def _folder_of_config(given: argparse.Namespace) -> Path:
     Raises:
         UserError: the base is not here.
     """
-    from ds_sft.plan.adapter import base_of, is_adapter
+    from ds_sft.plan.adapter import is_adapter
+    from ds_sft.runtime.adapter import find_base
     from ds_sft.runtime.size import model_folder
 
     if not is_adapter(given.checkpoint):
         return Path(given.checkpoint)
-    base = given.base or base_of(given.checkpoint)
+    base = given.base or find_base(given.checkpoint)
     folder = model_folder(base)
     if folder is None:
         raise UserError(
@@ -318,7 +319,7 @@ def _tell_servers(given: argparse.Namespace, tokenizer: Any, folder: Path) -> No
     from ds_sft.data.serving import serving
     from ds_sft.runtime.export import end_answers_at, save_tokenizer
 
-    record = given.checkpoint.resolve().parent / "config.yaml"
+    record = given.checkpoint.resolve().parent / RECORD
     if not record.is_file():
         return
     try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import Config, load_config
+from ds_sft.config import RECORD, Config, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
 from ds_sft.runtime.adapter import (
@@ -23,6 +23,7 @@ from ds_sft.runtime.adapter import (
     ROPE_SCALING,
     WEIGHTS,
     facts_of,
+    find_base,
     from_anywhere,
     load_base,
 )
@@ -65,7 +66,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         NoRoom: --merge, and the disk or the memory has none; nothing is written.
         UserError: the base is another one than was trained on, or the adapter does not fit it.
     """
-    base, facts = given.base or base_of(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
+    base, facts = given.base or find_base(given.checkpoint), facts_of(given.checkpoint) | _facts(manifest)
     require_base(given.checkpoint, base, facts.get(BASE), GIVE_BASE)
     if given.merge:
         require_room(given.out, base, dtype, given.trust_remote_code)
@@ -103,8 +104,9 @@ def _write_adapter(given: argparse.Namespace, facts: Mapping[str, Any]) -> list[
     partial.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         shutil.copy(given.checkpoint / name, partial)
-    if given.base:
-        keys = read_json(partial / CONFIG) | {"base_model_name_or_path": from_anywhere(given.base)}
+    base = given.base or find_base(given.checkpoint)
+    if from_anywhere(base) != base_of(given.checkpoint):
+        keys = read_json(partial / CONFIG) | {"base_model_name_or_path": from_anywhere(base)}
         write_json(partial / CONFIG, keys)
     if facts:
         write_json(partial / FACTS, facts)
@@ -120,7 +122,7 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
     from ds_sft.data.serving import serving
 
     beside = (given.checkpoint / "tokenizer_config.json").is_file() or not is_adapter(given.checkpoint)
-    source = given.checkpoint if beside else given.base or base_of(given.checkpoint)  # peft writes none
+    source = given.checkpoint if beside else given.base or find_base(given.checkpoint)  # peft writes none
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     config = config_beside(given.checkpoint)
     try:
@@ -135,7 +137,7 @@ def _served(given: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[in
 
 def config_beside(checkpoint: Path) -> Config | None:
     """The configuration of the run that has left a folder; None where it is nowhere."""
-    record = checkpoint.resolve().parent / "config.yaml"
+    record = checkpoint.resolve().parent / RECORD
     return load_config(["--config", str(record)]) if record.is_file() else None
 
 

@@ -67,12 +67,17 @@ def write(files: dict[Path, Path]) -> None:
 
 def next_steps(file: Path, *, slurm: bool) -> str:
     """What to do with the files, as commands."""
+    import torch  # here: the files are written before it is imported
+
     name = shlex.quote(str(file))
+    ranks, what = "2", "two CPU processes; where there are GPUs: gpu instead of 2"
+    if torch.cuda.is_available():
+        ranks, what = "gpu", "all GPUs of this machine"
     steps = [
         (f"ds-sft preview {name}", "what a model sees of the first rows, and what it learns"),
         (f"ds-sft plan {name}", "memory, disk and time"),
-        (f"ds-sft train --config {name}", "one GPU, or a CPU"),
-        (f"{command('torchrun', '--nproc_per_node', 'gpu')} --config {name}", "all GPUs of this machine"),
+        (f"ds-sft train {name}", "one GPU, or a CPU"),
+        (f"{command('torchrun', '--nproc_per_node', ranks)} {name}", what),
     ]
     if slurm:
         steps.append((f"ds-sft launch {name} --nodes 2 --gpus-per-node 8", "a cluster; slurm/README.md first"))

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ds_sft.config import Config, load_config
+from ds_sft.config import RECORD, TEMPLATES, Config, load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, is_adapter
+from ds_sft.plan.adapter import CONFIG, is_adapter
 from ds_sft.plan.source import require_model
 from ds_sft.runtime.checkpoint import newest_complete
 from ds_sft.runtime.distributed import Launch
@@ -29,9 +29,7 @@ from ds_sft.runtime.distributed import Launch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RECORD = "config.yaml"  # what a run leaves of its keys
 STATE = "trainer_state.json"  # Trainer's file of every checkpoint, and of nothing else
-NO_FILES = ("reference", "tokenizer")  # templates that are no file
 
 
 @dataclass(frozen=True)
@@ -109,16 +107,18 @@ def _require_base(folder: Path) -> None:
     Raises:
         UserError: it is not.
     """
-    from ds_sft.runtime.adapter import BASE, facts_of
+    from ds_sft.runtime.adapter import BASE, facts_of, find_base
     from ds_sft.runtime.base import require_base
 
-    base = base_of(folder)
+    base = find_base(folder)
     try:
         require_model(base)
     except UserError as error:
         said = _without_key(error).removeprefix(f"{base}: ")
-        raise UserError(f"{folder}: its base {base} ({said}): write into {folder / CONFIG} where it is") from None
-    require_base(folder, base, facts_of(folder).get(BASE), f"write it into {folder / CONFIG}")
+        place = f"{folder / CONFIG}: base_model_name_or_path"
+        raise UserError(f"{place}: {base}: {said}: write there where the base of the adapter is now") from None
+    remedy = f"write it as base_model_name_or_path into {folder / CONFIG}"
+    require_base(folder, base, facts_of(folder).get(BASE), remedy)
 
 
 def keys_alone(words: Sequence[str], flags: Sequence[str], name: str = "-") -> Config:
@@ -138,7 +138,7 @@ def _keys(name: str, run: Path | None, words: Sequence[str], flags: Sequence[str
         return keys_alone(["--template", "tokenizer", "--system_prompt", "", *words], flags, name), False
     config = load_config(["--config", str(record), *words], flags=flags)
     given = any(word.partition("=")[0] == "--template" for word in words)
-    if config.template in NO_FILES or given:
+    if config.template in TEMPLATES or given:
         return config, True
     return replace(config, template="tokenizer"), True  # the file may have moved; the model has what was in it
 
@@ -150,8 +150,8 @@ def _require_template(checkpoint: Path) -> None:
         UserError: it is not.
     """
     record = checkpoint.resolve().parent / RECORD
-    template = load_config(["--config", str(record)]).template if record.is_file() else NO_FILES[0]
-    if template not in NO_FILES and not Path(template).expanduser().is_file():
+    template = load_config(["--config", str(record)]).template if record.is_file() else TEMPLATES[0]
+    if template not in TEMPLATES and not Path(template).expanduser().is_file():
         raise UserError(
             f"{record}: template: {template}: no such file (the current directory is {Path.cwd()}): put it back, or go "
             "to the folder where the run was started"

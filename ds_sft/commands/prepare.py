@@ -42,11 +42,8 @@ def read_config(argv: Sequence[str], command: str, flags: Iterable[str] = ()) ->
     Raises:
         UserError: no configuration, or a mistake in it.
     """
-    words = list(argv)
-    if words and not words[0].startswith("--"):
-        words.insert(0, "--config")
-    if not words:
+    if not argv:
         raise UserError(f"expected ds-sft {command} CONFIG.yaml; --help says more")
-    config = load_config(words, f"ds-sft {command}", flags=flags)
+    config = load_config(argv, f"ds-sft {command}", flags=flags)
     configured_engine(config)  # not needed here, but a run would end with what is wrong in it
     return config

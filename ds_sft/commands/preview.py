@@ -33,6 +33,7 @@ With an adapter or train_only also which weights are trained, and the size of a 
 Any key of the configuration may follow: --max_length 1024 shows what it would cost."""
 OPEN, CLOSE = "⟦", "⟧"
 SHOWN = 20_000  # tokens of a row or a sequence that are shown, half of them its first: browsers choke on a million
+COUNTS = ("limit", "n", "num", "num_rows", "head")  # how other commands would ask for the first rows
 OPTIONS = {"rows": "1-5", "split": "train", "html": None}
 
 
@@ -149,6 +150,8 @@ def take_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             if not equals and not words:
                 raise UserError(f"--{name}: expected a value after it")
             options[name] = value if equals else words.pop(0)
+        elif word.startswith("--") and name in COUNTS:
+            raise UserError(f"--{name}: preview shows rows by their numbers: write --rows 1-3 for the first three")
         else:
             left.append(word)
     return options, left

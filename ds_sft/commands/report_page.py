@@ -16,10 +16,11 @@ from ds_sft.commands.page import frame
 from ds_sft.commands.plan_tables import duration
 from ds_sft.commands.report_figures import AXES, Picture, color_of, curves, lengths, memory, time_by_part
 from ds_sft.commands.report_runs import Run, is_number
+from ds_sft.config import STARTED_IN
 
 SHOWN = 50  # questions
 EMPTY = '<span class="soft">nothing</span>'
-OF_THE_FOLDER = ("output_dir", "run_name")  # keys that differ wherever there are two runs
+OF_THE_FOLDER = ("output_dir", "run_name", STARTED_IN)  # keys that differ wherever there are two runs
 FACTS = ("launcher", "world_size", "zero_stage", "device", "parameters", "trained_parameters", "git_commit")
 # Plotly would show a button that sends a figure with its data to its makers' server.
 DRAWING = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "plotlyServerURL": "",
@@ -158,6 +159,7 @@ def numbers_of(run: Run) -> dict[str, str]:
         "waiting": (speed.get("waiting_share"), ".1%"),
         "memory, GiB": (run.memory_gib, ".2f"),
     }
+    found |= {name: (value, ".1f") for name, value in run.scores.items()}
     texts = {name: "" if value is None else format(value, spec) for name, (value, spec) in found.items()}
     return {"state": run.state, **texts, "training time": duration(speed["seconds"]) if run.parts else ""}
 

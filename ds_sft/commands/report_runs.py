@@ -19,6 +19,7 @@ from ds_sft.runtime.preempt import PREEMPTED
 from ds_sft.runtime.results import RESULTS
 
 METRICS, CONFIG, DATA, PREDICTIONS = "metrics.jsonl", "config.yaml", "data_report.json", "predictions.jsonl"
+SCORES = {"exact_match": "exact match", "chrf": "chrF", "rouge_l": "ROUGE-L"}  # of an evaluation -> their names
 OF_ALL = ("waiting_share", "padding_share")  # shares that are no part of the time
 
 
@@ -51,6 +52,13 @@ class Run:
         """Of the model that was exported; of a run that has not finished, the last."""
         best = self.results.get("eval_loss")
         return best if is_number(best) else self.last("eval_loss")
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """What `evaluate_rows` has found of the answers of the model that was exported."""
+        found = (self.results.get("evaluation") or {}).get("sources", {}).get("all", {}).get("models", {})
+        last = found.get("after", {})
+        return {label: (last.get(name) or {}).get("value") for name, label in SCORES.items()}
 
     @cached_property
     def places(self) -> list[dict[str, float | None]]:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import xxhash
 from filelock import FileLock
 
-from ds_sft.config import Config
+from ds_sft.config import TEMPLATES, Config
 from ds_sft.data.encode import Encoded, Encoder, use_threads
 from ds_sft.data.files import BadRow, DataFile, Progress, Raw
 from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
@@ -171,7 +171,7 @@ def settings_key(config: Config, tokenizer: Any) -> str:
         version("tokenizers"), version("transformers"), version("pyarrow"),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
-    if config.template not in ("reference", "tokenizer") and Path(config.template).expanduser().is_file():
+    if config.template not in TEMPLATES and Path(config.template).expanduser().is_file():
         digest.update(Path(config.template).expanduser().read_bytes())
     # The backend's own description holds vocabulary, merges, normaliser and special tokens.
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -180,6 +180,7 @@ def settings_key(config: Config, tokenizer: Any) -> str:
         "content",
         "encode",
         "files",
+        "hermes",
         "records",
         "rendered",
         "shapes",

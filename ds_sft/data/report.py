@@ -104,12 +104,14 @@ def print_report(report: dict[str, dict[str, Any]], launch: Launch) -> None:
 
     table = Table(title="Data", title_justify="left")
     table.add_column("")
-    for split, counts in report.items():
-        table.add_column(f"{split}: {counts['file']}", justify="right", overflow="fold")
+    for split in report:
+        table.add_column(split, justify="right")
     rows = {split: _table_rows(counts) for split, counts in report.items()}
     for name in dict.fromkeys(name for counts in rows.values() for name in counts):
         table.add_row(name, *(counts.get(name, "0") for counts in rows.values()))
     console = Console(markup=False)
+    for split, counts in report.items():  # in a column of the table a terminal would break a path
+        console.print(f"{split}: {counts['file']}", soft_wrap=True)
     console.print(table)
     for split, counts in report.items():
         for line in advice(split, counts):

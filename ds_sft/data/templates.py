@@ -1,7 +1,8 @@
 """Dialogues -> the text a model reads, cut into pieces that are learned and pieces that are not.
 
-Three templates: the reference script's ChatML, the tokenizer's own chat template, a Jinja file. Pieces are encoded
-apart, so that no token spans the border where generation starts; joined, their texts are what the template renders.
+Four templates: the reference script's ChatML, the tokenizer's own chat template, ours with tools (`hermes.py`), a Jinja
+file. Pieces are encoded apart, so that no token spans the border where generation starts; joined, their texts are what
+the template renders.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from ds_sft.config import Config
 from ds_sft.data.content import THINKING
 from ds_sft.data.files import BadRow
+from ds_sft.data.hermes import HERMES
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
@@ -52,7 +54,10 @@ def open_template(config: Config, tokenizer: Any) -> Reference | ChatTemplate:
         source = tokenizer.chat_template
         source = source.get("default") if isinstance(source, dict) else source
         if not source:
-            raise UserError("template: tokenizer: this tokenizer has no chat template; give a Jinja file, or reference")
+            raise UserError("template: tokenizer: this tokenizer has no chat template; write reference or hermes "
+                            "(ChatML, without tools and with), or a Jinja file")  # fmt: skip
+    elif config.template == "hermes":
+        source = HERMES
     else:
         source = _read(Path(config.template).expanduser())
     return ChatTemplate(
@@ -69,7 +74,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"template: {path}: {reason}; expected reference, tokenizer, or a Jinja file") from None
+        raise UserError(f"template: {path}: {reason}; expected reference, tokenizer, hermes, or a Jinja file") from None
 
 
 def learned_messages(dialogue: Dialogue, mask: str) -> list[bool]:
@@ -119,7 +124,7 @@ def full_content(message: Message) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n{message.content}" if reasoning else message.content
 
 
-A_TEMPLATE_WITH_TOOLS = "the key template: FILE.jinja, the chat template of a model that was trained with tools"
+A_TEMPLATE_WITH_TOOLS = "the key template: hermes (ChatML with tools), or a Jinja file that has them"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ds_sft.data.dataset import Data, Measured
 from ds_sft.errors import UserError
 from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, choose, measure, places_of, read_items
 from ds_sft.evaluation.report import answer_line, describe, write_answers
-from ds_sft.plan.adapter import base_of, is_adapter
-from ds_sft.runtime.adapter import exported
+from ds_sft.plan.adapter import is_adapter
+from ds_sft.runtime.adapter import exported, find_base
 from ds_sft.runtime.distributed import Launch, print_line
 from ds_sft.runtime.work import Work
 from ds_sft.training.limits import check_limits
@@ -38,7 +38,7 @@ def prepare(subject: Subject, measured: Measured, launch: Launch) -> Prepared:
         UserError: it has not.
     """
     path = Path(subject.path)
-    name = base_of(path) if is_adapter(path) else subject.path
+    name = find_base(path) if is_adapter(path) else subject.path
     data = Data(measured.data, None, measured.report, [], {"train": measured.rows}, {"train": measured.files})
     check_limits(replace(subject.config, model_name_or_path=name), subject.tokenizer, data, launch)
     return Prepared(subject, measured)
@@ -65,14 +65,15 @@ def seed_of(config: Config) -> int:
 
 
 def evaluate(
-    prepared: Sequence[Prepared], chosen: Sequence[Place], work: Work, *, answers: Path | None
+    prepared: Sequence[Prepared], chosen: Sequence[Place], work: Work, *, loss_only: bool, answers: Path | None
 ) -> dict[str, Any] | None:
     """Measure the models one after the other, the last first; what `describe` says, on rank 0. All ranks must call it.
 
     Args:
         chosen: the dialogues, see `common_places`.
-        answers: the file of the answers, written while they come and in the end in the order of the data. None: only
-            the loss is measured.
+        loss_only: nobody is asked for answers.
+        answers: the file of the answers, written while they come and in the end in the order of the data. None: they
+            are scored, and kept nowhere.
     """
     items = asked_alike({one.subject.name: read_items(one.subject, one.measured, chosen) for one in prepared})
     _say_unanswered(items[prepared[0].subject.name], work.launch)
@@ -80,15 +81,15 @@ def evaluate(
     with open_answers(answers if work.launch.is_main else None) as file:
         for one in reversed(prepared):
             name = one.subject.name
-            if answers is not None and (one.subject.config.generation or {}).get("do_sample"):
+            if not loss_only and (one.subject.config.generation or {}).get("do_sample"):
                 work.launch.say(f"{name}: greedy answers, so that numbers come again; generation says do_sample.")
 
             def keep(item: Item, answer: dict[str, Any], name: str = name) -> None:
-                assert file is not None
-                file.write(answer_line(name, item, answer))
-                file.flush()
+                if file is not None:
+                    file.write(answer_line(name, item, answer))
+                    file.flush()
 
-            found[name] = measure(one.subject, items[name], one.measured, work, answers=answers is not None, hear=keep)
+            found[name] = measure(one.subject, items[name], one.measured, work, answers=not loss_only, hear=keep)
     work.end()
     if not work.launch.is_main:
         return None
@@ -110,7 +111,9 @@ def evaluate_run(config: Config, data: Data, tokenizer: Any) -> dict[str, Any] |
     paths["after"] = str(exported(config.output_dir))
     prepared = [Prepared(Subject(name, path, config, tokenizer), measured) for name, path in paths.items()]
     chosen = choose(list(places_of(measured)), config.evaluate_rows, seed_of(config))
-    return evaluate(prepared, chosen, Work(Launch(launcher="python")), answers=config.output_dir / ANSWERS)
+    return evaluate(
+        prepared, chosen, Work(Launch(launcher="python")), loss_only=False, answers=config.output_dir / ANSWERS
+    )
 
 
 def _say_unanswered(items: Sequence[Item], launch: Launch) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.config import RECORD, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import base_of, is_adapter, read_json, whole_of
 from ds_sft.plan.rope import CHANGED
@@ -92,6 +93,23 @@ def from_anywhere(name: str) -> str:
 # ---- Reading
 
 
+def find_base(folder: Path) -> str:
+    """The model that the adapter in `folder` was trained on, as `base_of`, or where it lies since it has moved together
+    with the output folder, whose config.yaml finds it again.
+
+    Raises:
+        UserError: the adapter names none.
+    """
+    name, record = base_of(folder), folder.resolve().parent / RECORD
+    if not Path(name).is_absolute() or Path(name).is_dir() or not record.is_file():
+        return name
+    try:
+        moved = load_config(["--config", str(record)]).model_name_or_path
+    except UserError:
+        return name
+    return from_anywhere(moved) if Path(moved).is_dir() else name
+
+
 def facts_of(folder: Path) -> dict[str, Any]:
     """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`, and `ROPE_SCALING` where
     there was one; empty if peft wrote it.
@@ -119,7 +137,7 @@ def changes_of_config(folder: Path, *, trust_remote_code: bool = False) -> dict[
     scaling = facts_of(folder).get(ROPE_SCALING)
     if scaling is None:
         return {}
-    text = read_config(base_of(folder), trust_remote_code=trust_remote_code, scaling=scaling).get_text_config()
+    text = read_config(find_base(folder), trust_remote_code=trust_remote_code, scaling=scaling).get_text_config()
     return {name: getattr(text, name) for name in CHANGED}
 
 
@@ -147,7 +165,7 @@ def _load_base_as_trained(folder: Path, **options: Any) -> Any:
     """The base of the adapter in `folder`, in 4 bits where it was trained beside these."""
     import torch
 
-    name, facts = base_of(folder), facts_of(folder)
+    name, facts = find_base(folder), facts_of(folder)
     if facts.get(QUANTIZATION, "none") == "none":
         return load_base(name, facts.get(ROPE_SCALING), **options)
     dtype = getattr(torch, facts[COMPUTED_IN])

@@ -59,7 +59,8 @@ def export_size(model: Any, config: Config, site: Site) -> int:
 
 
 def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: int = 0, export: int = 0) -> None:
-    """Say it if the checkpoints of `size` bytes after step `done` do not all fit; all ranks must call it.
+    """Say it if the checkpoints of `size` bytes after step `done` do not all fit beside the final weights; all ranks
+    must call it.
 
     `export`: bytes of the final weights.
 
@@ -82,10 +83,13 @@ def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: in
                 f"output_dir: {where}: the final weights take about {in_units(final)}, the disk has {in_units(free)} "
                 "free: make room, or take another output_dir"
             )
-        if free < needed * number:
+        if free < needed * number + final:
+            weights = f" and final weights of about {in_units(final)}" if final else ""
+            ends = "ends the run (on_save_error: continue does without it)"
             site.launch.say(
-                f"Warning: {where}: {number} checkpoints of about {in_units(needed)} will be there at once, the disk "
-                f"has {in_units(free)} free: a smaller save_total_limit keeps fewer."
+                f"Warning: {where}: {number} checkpoints of about {in_units(needed)}{weights} will be there at once, "
+                f"the disk has {in_units(free)} free: a smaller save_total_limit keeps fewer. The first "
+                f"that does not fit {ends if config.on_save_error == 'stop' else 'is done without'}."
             )
             return
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
-from ds_sft.plan.adapter import base_of
 from ds_sft.runtime import adapter
 from ds_sft.runtime.distributed import Launch, barrier, print_line
 from ds_sft.runtime.identity import BASE
@@ -105,11 +104,10 @@ def finish_adapter(
     A merged model that is in `output_dir` is another adapter's, and goes.
     """
     save_tokenizer(tokenizer, folder, chat_template, end_ids)
-    base = model_folder(base_of(folder))
+    base = model_folder(adapter.find_base(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read it
+    let_others_read(folder)
     _remove_weights(output_dir)
     for name in ("config.json", GENERATION):
         (output_dir / name).unlink(missing_ok=True)
@@ -117,9 +115,15 @@ def finish_adapter(
     folder.rename(output_dir / adapter.FOLDER)
 
 
+def let_others_read(folder: Path) -> None:
+    """Let everybody read the files in a folder: safetensors writes its own with mode 0600, for this user alone."""
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
     """Say it where the base of the adapter in `folder` knows other ends: who serves both reads the base's files."""
-    base = model_folder(base_of(folder))
+    base = model_folder(adapter.find_base(folder))
     if base is not None and not set(end_ids) <= set(own_ends(base)):
         print_line(
             f"The base ends answers at other tokens: who serves it with the adapter gives the server "
@@ -134,7 +138,7 @@ def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool) -> None
     if loading:
         print_line(
             f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
-            f"from_pretrained({base_of(folder)!r}, {loading}). A merged model is whole by itself."
+            f"from_pretrained({adapter.find_base(folder)!r}, {loading}). A merged model is whole by itself."
         )
     if changes := adapter.changes_of_config(folder, trust_remote_code=trust_remote_code):
         print_line(
@@ -304,8 +308,8 @@ def mend_generation_config(model: Any) -> None:
 def move_into(output_dir: Path, folder: Path) -> None:
     """Put finished files in place; weights of an earlier export, perhaps in other shards, go first."""
     _remove_weights(output_dir)
+    let_others_read(folder)
     for file in sorted(folder.iterdir()):
-        file.chmod(0o644)  # safetensors writes 0600: others on a cluster could not read the model
         os.replace(file, output_dir / file.name)
     folder.rmdir()
 

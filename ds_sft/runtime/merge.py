@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, whole_of
+from ds_sft.plan.adapter import CONFIG, whole_of
 from ds_sft.runtime.adapter import (
     ADAPTER,
     COMPUTED_IN,
@@ -25,6 +25,7 @@ from ds_sft.runtime.adapter import (
     ROPE_SCALING,
     WEIGHTS,
     facts_of,
+    find_base,
     load_base,
 )
 from ds_sft.runtime.distributed import print_line
@@ -89,7 +90,7 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
     """
     import torch
 
-    base, facts = base_of(adapter), facts_of(adapter)
+    base, facts = find_base(adapter), facts_of(adapter)
     require_room(out, base, dtype, trust_remote_code)
     require_memory(base, dtype, trust_remote_code)
     in_4_bits = facts.get(QUANTIZATION, "none") != "none"
@@ -202,7 +203,7 @@ def _shape(shape: list[int] | None) -> str:
 
 
 def _another_base(adapter: Path, why: str) -> str:
-    return f"{adapter}: not an adapter of {base_of(adapter)}: {why}; give the model it was trained on as its base"
+    return f"{adapter}: not an adapter of {find_base(adapter)}: {why}; give the model it was trained on as its base"
 
 
 def refuse_tied(model: Any, adapter: Path) -> None:

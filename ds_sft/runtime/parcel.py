@@ -19,9 +19,13 @@ import yaml
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
 from ds_sft.plan.source import looks_like_path
-from ds_sft.runtime.adapter import FACTS, FOLDER, WEIGHTS, changes_of_config, facts_of, loading_in_4_bits
+from ds_sft.runtime.adapter import BASE, FACTS, FOLDER, WEIGHTS, changes_of_config, facts_of, loading_in_4_bits
+from ds_sft.runtime.base import KINDS, hash_base
 from ds_sft.runtime.card import Facts, model_card
+from ds_sft.runtime.distributed import print_line
+from ds_sft.runtime.identity import base_differs
 from ds_sft.runtime.results import KEPT, RESULTS
+from ds_sft.runtime.size import model_folder
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TOKENIZER = (
@@ -84,7 +88,7 @@ def pack(
         )
     files = _allowed(source)
     _require_no_paths(source, files)
-    facts = _facts(folder, source, repo, run, base=base, license=license)
+    facts = _facts(folder, source, repo, run, base=base, license=license, unverified=unverified)
     texts = {CARD: model_card(facts)}
     if facts.adapter:
         known = {**read_json(source / CONFIG), "base_model_name_or_path": facts.base}
@@ -181,11 +185,20 @@ def _texts(value: Any, where: str = "") -> list[tuple[str, str]]:
 
 
 def _facts(
-    folder: Path, source: Path, repo: str, run: dict[str, Any], *, base: str | None, license: str | None
+    folder: Path,
+    source: Path,
+    repo: str,
+    run: dict[str, Any],
+    *,
+    base: str | None,
+    license: str | None,
+    unverified: bool,
 ) -> Facts:
     record, report = folder / "config.yaml", folder / "data_report.json"
     keys = yaml.safe_load(record.read_text(encoding="utf-8")) if run and record.is_file() else {}
     data = read_json(report) if run and report.is_file() else {}
+    if base is not None and is_adapter(source):
+        require_same_base(source, base, unverified=unverified)
     datasets = dict.fromkeys(name for split in data.values() for name in split.get("hub_datasets", []))
     return Facts(
         repo=repo,
@@ -199,6 +212,34 @@ def _facts(
         base_changes=changes_of_config(source) if is_adapter(source) else {},
         license=license,
     )
+
+
+def require_same_base(source: Path, base: str, *, unverified: bool) -> None:
+    """See that a model of the hub is the base that an adapter was trained on; say it where nobody can tell here.
+
+    Args:
+        source: the adapter's folder.
+        base: hub id; compared is what the hub's cache has of it.
+        unverified: another one is said, and not refused.
+
+    Raises:
+        UserError: it is another one.
+    """
+    known, copy = facts_of(source).get(BASE), model_folder(base)
+    if known is None:
+        why = "the adapter does not say on which it was trained"
+    elif copy is None or not any(path for kind in KINDS for path in copy.glob(kind)):
+        why = f"its weights are not here (hf download {base})"
+    elif (other := base_differs(known, hash_base(str(copy)))) is None:
+        return
+    elif unverified:
+        why = f"it differs in its {other} from the base of training"
+    else:
+        raise UserError(
+            f"--base: {base} differs in its {other} from the base that {source} was trained on: name that one; "
+            "--unverified pushes it as it is"
+        )
+    print_line(f"--base: nobody has seen that {source} fits {base}: {why}.")
 
 
 def _hub_base(source: Path, run: dict[str, Any]) -> str | None:

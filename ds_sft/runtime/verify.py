@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.plan.adapter import base_of, is_adapter
-from ds_sft.runtime.adapter import FOLDER, exported, load_on_disk
+from ds_sft.plan.adapter import is_adapter
+from ds_sft.runtime.adapter import FOLDER, exported, find_base, load_on_disk
 from ds_sft.runtime.distributed import print_line
 from ds_sft.runtime.placement import is_out_of_memory, logits_size, place
 from ds_sft.runtime.results import KEPT, write_json
@@ -216,7 +216,7 @@ def _ask(
     import torch.nn.functional as F
     from transformers import AutoConfig
 
-    name = base_of(folder) if is_adapter(folder) else str(folder)
+    name = find_base(folder) if is_adapter(folder) else str(folder)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     longest = max((len(row["input_ids"]) for row in rows), default=0)
     placement = place(name, working=logits_size(config, longest), use_cpu=use_cpu)

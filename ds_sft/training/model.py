@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import ctypes
 import inspect
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,6 +22,7 @@ from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import mend_generation_config
 from ds_sft.runtime.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
 from ds_sft.runtime.rotary import read_config, scaled_options
+from ds_sft.runtime.size import model_folder, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +168,40 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         )
     mend_generation_config(model)
     return model
+
+
+def say_not_loaded(model: PreTrainedModel, name: str, launch: Launch) -> None:
+    """Say which published weights transformers has no layers for, and leaves out without a word: those that predict
+    further tokens (MTP) of DeepSeek-V3, GLM-4.5 and others."""
+    if not launch.is_main:
+        return
+    known = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
+    layers = model.config.get_text_config().num_hidden_layers  # one size's last layer is another's in the middle
+    left = [key for key in published_weights(name) if re.search(known, key) and not 0 <= _layer(key) < layers]
+    if left:
+        launch.say(
+            f"{name}: {len(left):,} of its tensors are not loaded, {left[0]} the first: transformers has no layers for "
+            "them (multi-token prediction, as a rule). They are not trained, and the final model is without them."
+        )
+
+
+def _layer(key: str) -> int:
+    """61 of model.layers.61.eh_proj.weight; -1 of what is in no layer."""
+    found = re.match(r"model\.layers\.(\d+)\.", key)
+    return int(found[1]) if found else -1
+
+
+def published_weights(name: str) -> list[str]:
+    """Names of the tensors in a model's safetensors files; none where it has none here."""
+    folder = model_folder(name)
+    if folder is None:
+        return []
+    with suppress(OSError, ValueError, KeyError):
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            return sorted(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return sorted(tensor_shapes(folder / "model.safetensors"))
+    return []
 
 
 def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:

@@ -57,8 +57,8 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "best_checkpoint": best_checkpoint(trainer),
         "tokens": speed["tokens"] + (resumed.manifest["tokens"] if resumed else 0),
         # What follows is of this start.
-        "tokens_per_second": round(speed["tokens"] / train_seconds, 2) if speed["tokens"] else None,
-        "train_seconds": round(train_seconds, 2),
+        "tokens_per_second": round(speed["tokens_per_second"], 2) if speed["tokens"] else None,  # no evaluations
+        "train_seconds": round(train_seconds, 2),  # with evaluations
         "seconds": round(seconds, 2),
         "speed": speed,
         "peak_memory": gather(peak_memory()),  # of each rank
@@ -92,7 +92,7 @@ def best_checkpoint(trainer: Trainer) -> str | None:
 def summary(results: dict[str, Any]) -> str:
     """The last lines a user reads."""
     all_tokens, now = results["tokens"], results["speed"]["tokens"]
-    rate = f" in {results['train_seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
+    rate = f" in {results['speed']['seconds']:,.0f} s ({results['tokens_per_second']:,.0f} tokens/s)" if now else ""
     lines = [
         f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
         f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}.",

@@ -53,6 +53,7 @@ from ds_sft.runtime.trained import (
 )
 from ds_sft.training.hyperparameters import Asked
 from ds_sft.training.metrics import factors, share_of_experts
+from ds_sft.training.routing import routing_of
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
@@ -166,6 +167,9 @@ class ResumableTrainer(Trainer):
         self._total_loss_scalar = known["loss_total"]
         self.skipped_steps, self.skipped_unlogged = known.get("skipped_steps", (0, 0))
         self.tokens_seen = known["tokens"] if self.args.process_index == 0 else 0
+        routing = routing_of(self.model)
+        if routing is not None and known.get("routing"):
+            routing.restore(known["routing"], is_main=self.args.process_index == 0)
 
     @property
     def other_world_size(self) -> bool:
@@ -427,6 +431,7 @@ class ResumableTrainer(Trainer):
         a_step = self.batching.slots  # micro batches
         metrics = Path(args.output_dir) / "metrics.jsonl"
         (tokens,) = sum_over_ranks(self.tokens_seen, device=args.device)
+        routing = routing_of(self.model)
         return {
             "step": state.global_step,
             "epoch": state.epoch,
@@ -443,6 +448,7 @@ class ResumableTrainer(Trainer):
             "loss_total": self._total_loss_scalar,
             "skipped_steps": [self.skipped_steps, self.skipped_unlogged],
             "tokens": int(tokens),
+            "routing": routing.state() if routing is not None else None,
             # Where rows were dealt anew, and where they could be now; see `micro_batches.Seam`.
             "seam": asdict(self.batching.seam),
             "here": asdict(self.batching.here(state.global_step)) if self.deals_rows else None,

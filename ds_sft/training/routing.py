@@ -112,14 +112,34 @@ class Routing:
         found = self.balancing.logged() if self.balancing is not None else {}
         if not self.counts:
             return found
-        counts = torch.stack(self.counts)
+        counts = self._of_all_ranks()
         for kept in self.counts:
             kept.zero_()
-        if dist.is_initialized():
-            dist.all_reduce(counts)
         shares = counts * self.chosen / counts.sum(-1, keepdim=True).clamp(min=1)
         fullest, emptiest = torch.stack([shares.max(), shares.min()]).tolist()
         return found | {"expert_share_max": round(fullest, 6), "expert_share_min": round(emptiest, 6)}
+
+    def state(self) -> dict[str, Any]:
+        """What `logged` would tell of, of all ranks, for a checkpoint's JSON; all ranks must call it."""
+        counts = self._of_all_ranks().tolist() if self.counts else []
+        aux_loss = [self.balancing.total.item(), self.balancing.steps] if self.balancing is not None else None
+        return {"counts": counts, "chosen": self.chosen, "aux_loss": aux_loss}
+
+    def restore(self, state: dict[str, Any], *, is_main: bool) -> None:
+        """Take up a `state`; counts that were of all ranks, maybe of another number of them, go on on rank 0."""
+        self.chosen = state["chosen"]
+        for kept, counts in zip(self.counts, state["counts"], strict=True):
+            kept.copy_(torch.tensor(counts) * is_main)
+        if self.balancing is not None and state["aux_loss"] is not None:
+            total, self.balancing.steps = state["aux_loss"]
+            self.balancing.total = torch.tensor(total)
+
+    def _of_all_ranks(self) -> torch.Tensor:
+        """The counts, [layers, experts]."""
+        counts = torch.stack(self.counts)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        return counts
 
 
 def routing_of(model: Any) -> Routing | None:

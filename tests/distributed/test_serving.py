@@ -95,7 +95,7 @@ def test_a_run_and_its_checkpoint_are_talked_to(
     (out / "model.safetensors").unlink()  # as of a run that has not come to its end
     assert main(["chat", str(out), "--once", "Who?"]) == 2
     said = f"{out}: the run in it has left no final model yet; its newest checkpoint can be asked: {out}/checkpoint-30"
-    assert capsys.readouterr().err == f"ds-sft: error: {said}\n"
+    assert capsys.readouterr().err == f"ds_sft: error: {said}\n"
 
 
 def test_what_servers_read(learned: Path) -> None:
