@@ -169,7 +169,7 @@ def _load_base_as_trained(folder: Path, **options: Any) -> Any:
     if facts.get(QUANTIZATION, "none") == "none":
         return load_base(name, facts.get(ROPE_SCALING), **options)
     dtype = getattr(torch, facts[COMPUTED_IN])
-    bare = skeleton(name, trust_remote_code=options["trust_remote_code"])
+    bare = skeleton(name, trust_remote_code=options.get("trust_remote_code", False))
     quantization = nf4_config(bare, dtype, whole_of(folder))
     options |= {"dtype": dtype, "quantization_config": quantization}
     model = load_base(name, facts.get(ROPE_SCALING), **options)
@@ -189,7 +189,7 @@ def load_base(name: str, scaling: Scaling = None, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        options |= scaled_options(name, scaling, trust_remote_code=options["trust_remote_code"])
+        options |= scaled_options(name, scaling, trust_remote_code=options.get("trust_remote_code", False))
         return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error

@@ -131,7 +131,7 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
         )
 
 
-def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool) -> None:
+def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Say it of an adapter in `folder` that was trained beside a base in 4 bits, or one with scaled positions: peft's
     files do not."""
     loading = adapter.loading_in_4_bits(adapter.facts_of(folder))
