@@ -156,11 +156,12 @@ def test_weights_are_updated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 def test_ranks_of_zero_have_bits_of_their_own(engine: Any, stream: int, capsys: pytest.CaptureFixture[str]) -> None:
     args: Any = SimpleNamespace(learning_rate=1e-5, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-7, seed=5,
                                 process_index=3, deepspeed=engine)  # fmt: skip
-    config: Any = SimpleNamespace(optimizer_dtype="bfloat16")
+    config: Any = SimpleNamespace(optimizer_dtype="bfloat16", training={})
     assert optimizer_of(config, args, Launch(launcher="python")) == (
         StochasticAdamW, {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-7, "seed": 5, "stream": stream}
     )  # fmt: skip
     assert capsys.readouterr().out == (
         "Optimizer: AdamW in bfloat16, stochastic rounding: weights, gradients and two moments of 2 bytes each.\n"
     )
-    assert optimizer_of(SimpleNamespace(optimizer_dtype="float32"), args, Launch(launcher="python")) is None  # type: ignore[arg-type]
+    config.optimizer_dtype = "float32"
+    assert optimizer_of(config, args, Launch(launcher="python")) is None

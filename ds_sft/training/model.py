@@ -40,7 +40,7 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
         launch.say(remark)
     from transformers import AutoConfig
 
-    require_bitsandbytes(config.quantization)
+    require_bitsandbytes(config.quantization, config.training.get("optim", ""))
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
