@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.release import _clear_bitsandbytes
 from ds_sft.training import optimizer
 from ds_sft.training.optimizer import LOW, StochasticAdamW, optimizer_of, round_into
 
@@ -150,6 +152,18 @@ def test_weights_are_updated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(optimizer, "CHUNK", 800)
     assert all(torch.equal(a, b) for a, b in zip(learn((40, 50), (7,), (300,)), whole, strict=True))
     assert updated == [[800], [800], [400, 7, 300]] * 3
+
+
+def test_what_bitsandbytes_remembers_of_a_model_is_given_back() -> None:
+    """Trainer names its embedding there: its float32 weights would stay for good."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    embedding = torch.nn.Embedding(4, 2)
+    gone = weakref.ref(embedding)
+    GlobalOptimManager.get_instance().register_module_override(embedding, "weight", {"optim_bits": 32})
+    _clear_bitsandbytes()
+    del embedding
+    assert gone() is None
 
 
 @pytest.mark.parametrize(("engine", "stream"), [(None, 0), ({"zero_optimization": {"stage": 2}}, 3)])
