@@ -38,7 +38,8 @@ VARIANTS = {
     "adamw_8bit": ["--optim", "adamw_8bit"],
     "muon": ["--optim", "muon"],
 }
-ENGINES = {"plain": [], "DDP": [], "ZeRO-2": ["--deepspeed", "zero2"], "ZeRO-3": ["--deepspeed", "zero3"]}
+ENGINES = {"plain": None, "DDP": None, "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+BUCKET = 100_000  # elements: DeepSpeed's buffers have one size for every model, many times that of a small one
 MEASURED = range(
     3, 9
 )  # calls of the optimizer at which bytes are counted: DeepSpeed calls it for each group of weights
@@ -125,7 +126,7 @@ def measure(variant: str, engine: str, keys: Sequence[str], folder: Path, rows: 
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     report = folder / "report.json"
-    flags = [*keys, *VARIANTS[variant], *ENGINES[engine], "--output_dir", str(folder / "output"),
+    flags = [*keys, *VARIANTS[variant], *engine_of(engine), "--output_dir", str(folder / "output"),
              "--per_device_train_batch_size", str(rows // ranks)]  # fmt: skip
     done = subprocess.run(
         [*launcher, __file__, "rank", variant, str(report), *flags], capture_output=True, text=True, check=False
@@ -137,6 +138,16 @@ def measure(variant: str, engine: str, keys: Sequence[str], folder: Path, rows: 
     loss = fmean([row["loss"] for row in rows if "loss" in row][-LAST:])
     after = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
     return {**json.loads(report.read_text(encoding="utf-8")), "loss": loss, "eval_loss": after}
+
+
+def engine_of(engine: str) -> list[str]:
+    """The key `deepspeed`: what comes with the package, with small buffers."""
+    name = ENGINES[engine]
+    if name is None:
+        return []
+    options = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    options["zero_optimization"]["reduce_bucket_size"] = BUCKET
+    return ["--deepspeed", json.dumps(options)]
 
 
 def table(args: argparse.Namespace, model: Path, parameters: int) -> Iterator[str]:

@@ -464,8 +464,12 @@ def test_one_key_makes_an_engine_of_bfloat16() -> None:
             "zero_optimization.offload_optimizer.device: cpu: DeepSpeed's CPU Adam rounds to nearest, which loses "
             "small updates (optimizer_dtype: bfloat16); delete the block, or write optimizer_dtype: float32",
         ),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}},
+            'data_types.grad_accum_dtype: "fp32": under optimizer_dtype: bfloat16 gradients are, too; delete it',
+        ),
     ],
-    ids=["its optimizer", "offloaded"],
+    ids=["its optimizer", "offloaded", "accumulated in float32"],
 )
 def test_what_would_round_to_nearest_is_refused(changes: dict[str, Any], said: str) -> None:
     engine = {"zero_optimization": {"stage": 2}} | changes

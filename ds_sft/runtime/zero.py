@@ -312,6 +312,10 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
     rounding = "rounds to nearest, which loses small updates (optimizer_dtype: bfloat16)"
     if (kind := _get(engine, "optimizer.type")) is not None:
         yield f"optimizer.type: {_show(kind)}: DeepSpeed's own optimizer {rounding}; delete the block"
+    if (dtype := _get(engine, "data_types.grad_accum_dtype")) not in (None, "bf16"):
+        yield (
+            f"data_types.grad_accum_dtype: {_show(dtype)}: under optimizer_dtype: bfloat16 gradients are, too; delete it"
+        )
     if (device := _device(engine, "offload_optimizer")) != "none":
         yield (
             f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed's CPU Adam {rounding}; delete the block, "
