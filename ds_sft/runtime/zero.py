@@ -314,7 +314,8 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
         yield f"optimizer.type: {_show(kind)}: DeepSpeed's own optimizer {rounding}; delete the block"
     if (dtype := _get(engine, "data_types.grad_accum_dtype")) not in (None, "bf16"):
         yield (
-            f"data_types.grad_accum_dtype: {_show(dtype)}: under optimizer_dtype: bfloat16 gradients are, too; delete it"
+            f"data_types.grad_accum_dtype: {_show(dtype)}: under optimizer_dtype: bfloat16 gradients are, too; "
+            "delete it"
         )
     if (device := _device(engine, "offload_optimizer")) != "none":
         yield (
