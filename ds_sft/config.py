@@ -90,6 +90,9 @@ ELSEWHERE = {  # what other programs call a key of ours
     "init_lora_weights": "lora_init",
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
+MUON = "muon"  # a value of `optim` that transformers has not
+UNTESTED_OPTIMS = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's
+TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
@@ -206,6 +209,8 @@ class Config:
                          choices=("default", "gaussian", "orthogonal"), default="default")  # fmt: skip
     train_only: list[str] | None = key("without adapters: weights to train, by parts of names such as [layers.27., "
                                        "lm_head, norm]; the others are frozen", default=None)  # fmt: skip
+    optimizer_dtype: str = key("of the weights that are updated, gradients and states; bfloat16: 8 bytes a parameter, "
+                               "rounded at random", choices=("float32", "bfloat16"), default="float32")  # fmt: skip
     quantization: str = key("of the frozen weights under an adapter: nf4, 4 bits (bitsandbytes)",
                             choices=("none", "nf4"), default="none")  # fmt: skip
     merge: str = key("also export the model with its adapter merged; auto: where the disk has room",
@@ -366,6 +371,7 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
         help_text = str(ast.literal_eval(text)) if isinstance(text, ast.Constant) else ""
     # A list of options (debug) is checked by transformers; here only keys with one value.
     enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
+    enum += (MUON,) if name == "optim" else ()
     return Key(name, annotation, default, " ".join(help_text.split()), enum)
 
 
@@ -637,6 +643,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     _check_batching(config, given)
     _check_checkpointing(config, given)
     _check_adapter(config, given)
+    _check_optimizer(config, given)
     _check_push(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
@@ -708,6 +715,27 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
+
+
+def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
+    """Optimizers that no run here has, and keys that leave `optimizer_dtype` nothing to be of."""
+    optim = config.training.get("optim", TORCH_ADAMW[0])
+    if optim in UNTESTED_OPTIMS:
+        raise UserError(f"{given['optim'].where}optim: {optim}: no training with it is tested: write adamw_8bit")
+    if optim == MUON and config.adapter != "none":
+        raise UserError(
+            f"{given['optim'].where}optim: {MUON}: an adapter's matrices are no updates of their own, their product "
+            f"is: leave out one of optim: {MUON} and adapter: {config.adapter}"
+        )
+    if config.optimizer_dtype == "float32":
+        return
+    place = f"{given['optimizer_dtype'].where}optimizer_dtype: {config.optimizer_dtype}: "
+    if not config.training.get("bf16"):
+        raise UserError(f"{place}forward and backward are not in bfloat16: write bf16: yes too, or leave it out")
+    if config.adapter != "none":
+        raise UserError(f"{place}the states of adapter: {config.adapter} are small, and stay float32: leave it out")
+    if optim not in TORCH_ADAMW:
+        raise UserError(f"{place}optim: {optim} rounds to nearest, which loses small updates: leave out one of the two")
 
 
 def _check_push(config: Config, given: Mapping[str, Given]) -> None:

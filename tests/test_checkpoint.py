@@ -302,6 +302,22 @@ def test_what_states_are_made_for_is_refused_whatever_is_written(tmp_path: Path)
             start(tmp_path, other, resume_anyway=anyway)
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adafactor"])
+def test_states_that_deepspeed_cannot_convert_stay_where_they_are(tmp_path: Path, optim: str) -> None:
+    """Without it 8-bit states go on, whole on every rank; AdamW's are converted."""
+    save(tmp_path, 4, world_size=2, zero_stage=2)
+    sharded = {**RUN, "zero_stage": 2}
+    with pytest.raises(UserError) as error:
+        start(tmp_path, sharded, training={"optim": optim})
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoint-4: 2 ranks saved it, and DeepSpeed converts no states of optim: {optim} to 1; "
+        "start 2 ranks, or --resume never"
+    )
+    assert start(tmp_path, sharded, training={"optim": "adamw_torch"}).universal
+    save(tmp_path, 6, world_size=2, zero_stage=None)
+    assert not start(tmp_path, training={"optim": optim}).universal
+
+
 def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six a step, of 3 ranks; now one rank has all six, and 4 ranks cannot share them."""
     save(tmp_path, 4, world_size=3, gradient_accumulation_steps=2, rows_a_step=None, micro_batches_a_step=6)

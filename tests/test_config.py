@@ -537,3 +537,40 @@ def test_yaml_is_plain_yaml(tmp_path: Path) -> None:
     config = load_config(NEEDED)
     config.save(tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["max_length"] == 2048
+
+
+OPTIMIZERS = {
+    "in float32": (["--optimizer_dtype", "bfloat16", "--bf16", "no"],
+                   "--optimizer_dtype: bfloat16: forward and backward are not in bfloat16: write bf16: yes too, or "
+                   "leave it out"),
+    "fp16": (["--optimizer_dtype", "bfloat16", "--fp16", "yes"],
+             "--optimizer_dtype: bfloat16: forward and backward are not in bfloat16: write bf16: yes too, or leave it "
+             "out"),
+    "an adapter": (["--optimizer_dtype", "bfloat16", "--adapter", "lora"],
+                   "--optimizer_dtype: bfloat16: the states of adapter: lora are small, and stay float32: leave it "
+                   "out"),
+    "8 bits": (["--optimizer_dtype", "bfloat16", "--optim", "adamw_8bit"],
+               "--optimizer_dtype: bfloat16: optim: adamw_8bit rounds to nearest, which loses small updates: leave out "
+               "one of the two"),
+    "muon beside an adapter": (["--optim", "muon", "--adapter", "lora"],
+                               "--optim: muon: an adapter's matrices are no updates of their own, their product is: "
+                               "leave out one of optim: muon and adapter: lora"),
+    "torchao's": (["--optim", "adamw_torch_8bit"],
+                  "--optim: adamw_torch_8bit: no training with it is tested: write adamw_8bit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_no_run_has_is_refused(name: str) -> None:
+    flags, said = OPTIMIZERS[name]
+    with pytest.raises(UserError) as error:
+        load_config([*NEEDED, *flags])
+    assert str(error.value) == said
+
+
+def test_optimizers_that_transformers_knows_and_one_that_it_does_not() -> None:
+    for optim in ("muon", "adamw_8bit", "adamw_torch"):
+        assert load_config([*NEEDED, "--optim", optim]).training["optim"] == optim
+    assert (
+        load_config([*NEEDED, "--optimizer_dtype", "bfloat16", "--optim", "adamw_torch"]).optimizer_dtype == "bfloat16"
+    )

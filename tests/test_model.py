@@ -189,17 +189,20 @@ def test_rows_are_laid_end_to_end_unless_asked_otherwise(model_dir: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("args", "expected"),
+    ("args", "optimizer_dtype", "expected"),
     [
-        (arguments(bf16=True), torch.float32),  # no engine that keeps masters: the weights are the masters
-        (arguments(deepspeed={}), torch.float32),
-        (arguments(bf16=True, deepspeed={}), torch.bfloat16),
-        (arguments(fp16=True, deepspeed={}), torch.float16),
+        (arguments(bf16=True), "float32", torch.float32),  # no engine that keeps masters: the weights are the masters
+        (arguments(bf16=True), "bfloat16", torch.bfloat16),
+        (arguments(deepspeed={}), "float32", torch.float32),
+        (arguments(bf16=True, deepspeed={}), "float32", torch.bfloat16),
+        (arguments(bf16=True, deepspeed={}), "bfloat16", torch.bfloat16),
+        (arguments(fp16=True, deepspeed={}), "float32", torch.float16),
     ],
 )
-def test_dtype_of_the_weights(model_dir: Path, args: Any, expected: torch.dtype) -> None:
-    assert training_dtype(args) == expected
-    assert {p.dtype for p in load_model(make(model_dir), args).parameters()} == {expected}
+def test_dtype_of_the_weights(model_dir: Path, args: Any, optimizer_dtype: str, expected: torch.dtype) -> None:
+    config = make(model_dir, optimizer_dtype=optimizer_dtype)
+    assert training_dtype(config, args) == expected
+    assert {p.dtype for p in load_model(config, args).parameters()} == {expected}
 
 
 def test_a_generation_config_that_contradicts_itself_can_be_saved(copy: Path, tmp_path: Path) -> None:

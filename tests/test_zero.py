@@ -294,6 +294,18 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         {},
         "zero_optimization.offload_optimizer.super_offload: true: no training with it is tested; delete it",
     ),
+    "masters in bfloat16": (
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True}},
+        {},
+        "bf16.bf16_master_weights_and_grads: true: DeepSpeed rounds to nearest, and loses small updates; delete it, "
+        "and give the run optimizer_dtype: bfloat16",
+    ),
+    "Muon": (
+        {"zero_optimization": {"stage": 2}},
+        {"optim": "muon"},
+        "zero_optimization: optim: muon wants whole matrices, and DeepSpeed's flat partitions have none; delete the "
+        "deepspeed key, or write optim: adamw_torch",
+    ),
     "no ZeRO": (
         {"zero_optimization": None},
         {},
@@ -429,6 +441,42 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
 def test_a_contradiction_is_refused(name: str) -> None:
     engine, training, said = REFUSED[name]
     assert lint(engine, **training) == f"deepspeed: {said}"
+
+
+def test_one_key_makes_an_engine_of_bfloat16() -> None:
+    engine = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+    both = replace(make(engine), optimizer_dtype="bfloat16")
+    narrow = {"enabled": "auto", "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    assert engine_config(both, LAUNCHED) == {**engine, **SIZES, "bf16": narrow}
+    assert engine_config(make(engine), LAUNCHED) == {**engine, **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}},
+            'optimizer.type: "AdamW": DeepSpeed\'s own optimizer rounds to nearest, which loses small updates '
+            "(optimizer_dtype: bfloat16); delete the block",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device: cpu: DeepSpeed's CPU Adam rounds to nearest, which loses "
+            "small updates (optimizer_dtype: bfloat16); delete the block, or write optimizer_dtype: float32",
+        ),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}},
+            'data_types.grad_accum_dtype: "fp32": under optimizer_dtype: bfloat16 gradients are, too; delete it',
+        ),
+    ],
+    ids=["its optimizer", "offloaded", "accumulated in float32"],
+)
+def test_what_would_round_to_nearest_is_refused(changes: dict[str, Any], said: str) -> None:
+    engine = {"zero_optimization": {"stage": 2}} | changes
+    assert lint(engine) is None
+    with pytest.raises(UserError) as caught:
+        engine_config(replace(make(engine), optimizer_dtype="bfloat16"), LAUNCHED)
+    assert str(caught.value) == f"deepspeed: {said}"
 
 
 def test_without_a_launcher_only_what_needs_the_ranks_is_not_looked_at() -> None:

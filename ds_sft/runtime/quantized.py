@@ -27,14 +27,20 @@ if TYPE_CHECKING:
 BLOCK = 64  # weights that share a magnitude
 
 
-def require_bitsandbytes(wanted: str) -> None:
+# How the values of `optim` begin that are optimizers of bitsandbytes.
+THEIR_OPTIMS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
+
+
+def require_bitsandbytes(quantization: str, optim: str) -> None:
     """Before anything is loaded.
 
     Raises:
-        UserError: the key `quantization` wants a package that is not installed.
+        UserError: one of the two keys wants a package that is not installed.
     """
-    if wanted != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization: {wanted}: bitsandbytes is not installed: pip install bitsandbytes")
+    wants = {"quantization": quantization != "none" and quantization, "optim": optim.startswith(THEIR_OPTIMS) and optim}
+    for key, value in wants.items():
+        if value and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"{key}: {value}: bitsandbytes is not installed: pip install bitsandbytes")
 
 
 def require_float(model_config: Any, name: str, wanted: str) -> None:

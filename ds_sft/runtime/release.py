@@ -9,8 +9,9 @@ after `Accelerator.free_memory`, too, which ends the engine's hooks and forgets 
 - `FWD_MODULE_STACK` of `deepspeed.runtime.zero.parameter_offload`, a global: ZeRO-3 pushes the module, and it stays.
 - the `lru_cache` around `PartitionedParameterCoordinator.__params_to_release`, which belongs to the class: its keys are
   coordinators and modules, from where parameters lead to their `ds_tensor` and to the engine.
+- the `GlobalOptimManager` of bitsandbytes 0.50, where Trainer names each embedding whose states are to stay float32.
 
-So the trainer is emptied, whoever still has it, and the two are cleared.
+So the trainer is emptied, whoever still has it, and the three are cleared.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def release(trainer: Trainer) -> None:
     trainer.accelerator.free_memory()
     vars(trainer).clear()
     _clear_deepspeed()
+    _clear_bitsandbytes()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -54,3 +56,10 @@ def _clear_deepspeed() -> None:
         offload.FWD_MODULE_STACK.clear()
         traced = coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
         inspect.getclosurevars(traced).nonlocals["func"].cache_clear()  # inside a decorator that hides it
+
+
+def _clear_bitsandbytes() -> None:
+    """Where a run before had one of its optimizers of 8 bits."""
+    theirs = sys.modules.get("bitsandbytes.optim.optimizer")
+    if theirs is not None:
+        theirs.GlobalOptimManager.get_instance().module_weight_config_triple.clear()

@@ -1,0 +1,112 @@
+"""Optimizers of fewer bytes a parameter under the engines: they learn what float32 does, and go on bit-equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ds_sft.commands.export import main as export
+from ds_sft.runtime.universal import load_data_only
+from tests.distributed.test_adapters import RANKS, keys_of
+from tests.distributed.test_resume import dropout_dir, job, metrics, run_jobs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
+__all__ = ["dropout_dir"]  # a fixture
+
+STEPS, MIDDLE = 6, 3
+ENGINES = ["plain", "ddp", "zero2", "zero3"]
+VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "bfloat16": (ENGINES, {"optimizer_dtype": "bfloat16"}),
+    "8bit": (ENGINES, {"optim": "adamw_8bit"}),
+    "muon": (["plain", "ddp"], {"optim": "muon"}),
+}
+CASES = [(kind, name) for kind, (names, _) in VARIANTS.items() for name in names]
+
+
+@pytest.fixture(scope="module")
+def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, one after the other: whole, and again from the checkpoint in the middle; dropout in attention."""
+    folder = tmp_path_factory.mktemp("optimizers")
+    common = {"save_steps": MIDDLE, "max_steps": STEPS, "eval_strategy": "no", "weight_decay": 0.1}
+    jobs = [job(keys_of(dropout_dir, folder, "plain", common), None, output_dir="float32")]
+    for kind, name in CASES:
+        keys = keys_of(dropout_dir, folder, name, {**common, **VARIANTS[kind][1]})
+        run = f"{name}-{kind}"
+        jobs.append(job(keys, RANKS[name], output_dir=run))
+        jobs.append(job(keys, RANKS[name], output_dir=f"{run}-again", resume=f"{run}/checkpoint-{MIDDLE}"))
+    for name in ("zero2", "zero3"):
+        keys = keys_of(dropout_dir, folder, name, {**common, **VARIANTS["bfloat16"][1]})
+        jobs.append(job(keys, 1, output_dir=f"{name}-one", resume=f"{name}-bfloat16/checkpoint-{MIDDLE}"))
+    run_jobs(folder, jobs)
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run) if "loss" in row]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_it_goes_on_bit_equal(folder: Path, kind: str, name: str) -> None:
+    found, wanted = folder / f"{name}-{kind}-again", folder / f"{name}-{kind}"
+    assert metrics(found) == metrics(wanted)
+    before, weights, whole = (load_file(run / "model.safetensors") for run in
+                              (wanted / f"checkpoint-{MIDDLE}", found, wanted))  # fmt: skip
+    assert [key for key in whole if not torch.equal(weights[key], whole[key])] == []
+    matrices = [key for key, value in whole.items() if value.dim() > 1]
+    assert [key for key in matrices if torch.equal(before[key].to(whole[key].dtype), whole[key])] == []  # all learn
+    assert {value.dtype for value in whole.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "8bit"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_it_learns_what_float32_does(folder: Path, kind: str, name: str) -> None:
+    """The same rows with other draws of dropout on two ranks."""
+    wanted = losses(folder / "float32")
+    assert losses(folder / f"{name}-{kind}") == pytest.approx(wanted, rel=2e-2)
+    assert wanted[-1] < 0.95 * wanted[0]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_another_number_of_ranks_goes_on(folder: Path, name: str) -> None:
+    assert losses(folder / f"{name}-one") == pytest.approx(losses(folder / f"{name}-bfloat16"), rel=2e-2)
+
+
+def dtypes(kept: dict[Any, Any]) -> set[torch.dtype]:
+    """Of tensors in mappings; bitsandbytes puts its own one deeper."""
+    inside = [dtypes(value) for value in kept.values() if isinstance(value, dict)]
+    return {value.dtype for value in kept.values() if torch.is_tensor(value) and value.dim()}.union(*inside)
+
+
+def states(folder: Path, name: str, kind: str) -> set[torch.dtype]:
+    """The dtypes of what a checkpoint has of an optimizer's states, and of masters, where they are in it."""
+    load_data_only()
+    checkpoint = folder / f"{name}-{kind}" / f"checkpoint-{STEPS}"
+    if not name.startswith("zero"):
+        return dtypes(torch.load(checkpoint / "optimizer.pt")["state"])
+    file = next(checkpoint.glob("global_step*/*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+    content = torch.load(file)["optimizer_state_dict"]
+    base = content["base_optimizer_state"] if name == "zero2" else content["optimizer_state_dict"]
+    masters = content["single_partition_of_fp32_groups" if name == "zero2" else "fp32_flat_groups"]
+    return dtypes(base["state"]) | dtypes(dict(enumerate(masters)))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_stays_is_narrow(folder: Path, name: str) -> None:
+    assert states(folder, name, "bfloat16") == {torch.bfloat16}
+    assert torch.uint8 in states(folder, name, "8bit")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_checkpoint_has_the_weights_of_the_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = folder / f"{name}-bfloat16"
+    assert export([str(run / f"checkpoint-{STEPS}"), "exported"]) == 0
+    found, wanted = load_file(Path("exported") / "model.safetensors"), load_file(run / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
