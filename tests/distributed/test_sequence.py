@@ -145,15 +145,14 @@ def test_a_checkpoint_goes_on_with_other_groups(model_dir: Path, tmp_path: Path)
     saving = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     groups = {"again": 2, "four": 4, "one": 1}
     resumed = {"plain": ["again", "four", "one"], "zero2": ["four"], "zero3": ["again", "four"]}
-    runs, later = {}, {}
+    pair = shared(model_dir, tmp_path, "none", 2, 2, **{**saving, "gradient_accumulation_steps": 4})
+    runs, later = {}, {"pair": pair, "pair-again": {**pair, "resume": "pair/checkpoint-2"}}  # plain ones come first
     for name, others in resumed.items():
         runs[name] = shared(model_dir, tmp_path, "none" if name == "plain" else name, 2, 2, **saving)
         later[f"{name}-fewer"] = {**runs[name], "resume": f"{name}/checkpoint-2"}
         for other in others:
             keys = {**later[f"{name}-fewer"], "sequence_parallel": groups[other]}
             runs[f"{name}-{other}"] = {**keys, "per_device_train_batch_size": 1 if other == "one" else 2}
-    pair = {**runs["plain"], "gradient_accumulation_steps": 4}
-    later |= {"pair": pair, "pair-again": {**pair, "resume": "pair/checkpoint-2"}}
     said = ""
     for ranks, these in ((4, runs), (2, later)):
         files = [str(write_yaml(tmp_path / f"{key}.yaml", {**keys, "output_dir": key})) for key, keys in these.items()]
