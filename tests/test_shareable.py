@@ -71,9 +71,9 @@ def test_an_adapter_on_the_output_projection() -> None:
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (3, "sequence_parallel: 2: the run has 3 ranks, which make no groups of 2: write 1, 3, or start a multiple of "
+        (3, "sequence_parallel: 2: the run has 3 ranks, no groups of 2: write 1, 3, or start a multiple of "
             "2 ranks (deepspeed, torchrun, srun)"),
-        (1, "sequence_parallel: 2: the run has 1 rank, which make no groups of 2: write 1, or start a multiple of 2 "
+        (1, "sequence_parallel: 2: the run has 1 rank, no groups of 2: write 1, or start a multiple of 2 "
             "ranks (deepspeed, torchrun, srun)"),
     ],
 )  # fmt: skip

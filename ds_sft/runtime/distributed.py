@@ -127,8 +127,8 @@ def require_groups(size: int, launch: Launch) -> None:
     if ranks % size:
         sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise UserError(
-            f"sequence_parallel: {size}: the run has {ranks} rank{'s' if ranks > 1 else ''}, which make no groups of "
-            f"{size}: write {sizes}, or start a multiple of {size} ranks (deepspeed, torchrun, srun)"
+            f"sequence_parallel: {size}: the run has {ranks} rank{'s' if ranks > 1 else ''}, no groups of {size}: "
+            f"write {sizes}, or start a multiple of {size} ranks (deepspeed, torchrun, srun)"
         )
 
 
