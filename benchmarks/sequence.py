@@ -9,7 +9,8 @@ token but the first is supervised, layers are computed again in backward. A meas
 one row in fresh processes that are pinned to cores. Speed is given by the clock, and by the CPU time of the slowest
 rank, as if it had its cores to itself, which other work on the machine changes less. Memory is the kernel's peak of
 resident memory (VmHWM, reset) of the fuller rank, above what it held with the weights; gradients, as large as the
-weights and the same for any row, are in it. A line through the lengths gives the bytes of a token, and with them the row that two ranks hold in what one needs.
+weights and the same for any row, are in it. A line through the lengths gives the bytes of a token, and with them the
+row that two ranks hold in what one needs.
 """
 
 from __future__ import annotations
@@ -58,9 +59,8 @@ def arguments() -> argparse.Namespace:
 
 def show_speed(given: argparse.Namespace) -> None:
     tokens = given.tokens[0]
-    print(
-        "| ranks | cores of each | tokens/s | times one rank on one core | by CPU time | times |\n|---|---|---|---|---|---|"
-    )
+    print("| ranks | cores of each | tokens/s | times one rank on one core | by CPU time | times |")
+    print("|---|---|---|---|---|---|")
     alone = (0.0, 0.0)
     for ranks, cores in ((1, 1), (1, 2), (2, 1)):
         found = in_fresh_processes(given, ranks, cores, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -177,6 +178,15 @@ def lint(given: dict[str, Any], launch: Launch = LAUNCHED, **training: Any) -> s
     except UserError as error:
         return str(error)
     return None
+
+
+def test_a_batch_of_ranks_that_share_rows() -> None:
+    """DeepSpeed would count the rows of ranks; no step has as many."""
+    for written in (8, 4):
+        engine = {"train_batch_size": written, "zero_optimization": {"stage": 2}}
+        shared = dataclasses.replace(make(engine), sequence_parallel=2)
+        with pytest.raises(UserError, match=f'train_batch_size: {written}: the run has sequence_parallel: 2; write "'):
+            engine_config(shared, LAUNCHED)
 
 
 @pytest.mark.parametrize("launch", [ALONE, LAUNCHED], ids=["alone", "launched"])
