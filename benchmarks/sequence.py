@@ -5,12 +5,13 @@
     python benchmarks/sequence.py memory                      # 4,096 to 16,384 tokens: one rank, and two
 
 The model has Qwen3's parts, hidden 512, MLP 1,536, 8 heads of 64, 4 for keys, a vocabulary of 16,384, in float32; every
-token but the first is supervised, layers are computed again in backward. A measurement is one forward and backward of
-one row in fresh processes that are pinned to cores. Speed is given by the clock, and by the CPU time of the slowest
-rank, as if it had its cores to itself, which other work on the machine changes less. Memory is the kernel's peak of
-resident memory (VmHWM, reset) of the fuller rank, above what it held with the weights; gradients, as large as the
-weights and the same for any row, are in it. A line through the lengths gives the bytes of a token, and with them the
-row that two ranks hold in what one needs.
+token but the first is supervised, layers are computed again in backward. (For memory the vocabulary is 2,048: the loss
+forms logits in chunks of 256 MiB, whatever the row, and of so few no row here fills one.) A measurement is one forward
+and backward of one row in fresh processes that are pinned to cores. Speed is given by the clock, and by the CPU time of
+the slowest rank, as if it had its cores to itself, which other work on the machine changes less. Memory is the kernel's
+peak of resident memory (VmHWM, reset) of the fuller rank, above what it held with the weights; gradients, as large as
+the weights and the same for any row, are in it. A line through the lengths gives the bytes of a token, and with them
+the row that two ranks hold in what one needs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-VOCAB = 16_384
+VOCAB = {"speed": 16_384, "memory": 2048}
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     os.sched_setaffinity(0, cores[first : first + given.cores])
     torch.set_num_threads(given.cores)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{given.port}", rank=given.rank, world_size=given.ranks)
-    model = make_model(given.layers, given.ranks)
+    model = make_model(given.layers, given.ranks, VOCAB[given.what])
     learn(model, given, 64)
     batch = make_batch(given, given.tokens[0])
     before = status("VmRSS")
@@ -136,7 +137,7 @@ def learn(model: Any, given: argparse.Namespace, tokens: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def make_model(layers: int, ranks: int) -> Any:
+def make_model(layers: int, ranks: int, vocab: int) -> Any:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -146,7 +147,7 @@ def make_model(layers: int, ranks: int) -> Any:
     from ds_sft.training.sequence import join_group
 
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=VOCAB, hidden_size=512, intermediate_size=1536, num_hidden_layers=layers,
+    config = Qwen3Config(vocab_size=vocab, hidden_size=512, intermediate_size=1536, num_hidden_layers=layers,
                          num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=131_072,
                          tie_word_embeddings=True)  # fmt: skip
     model = Qwen3ForCausalLM(config).train()
@@ -162,7 +163,7 @@ def make_batch(given: argparse.Namespace, tokens: int) -> dict[str, Any]:
 
     from ds_sft.data.layout import collate_share
 
-    ids = torch.randint(VOCAB, (tokens,), generator=torch.Generator().manual_seed(1)).numpy()
+    ids = torch.randint(VOCAB[given.what], (tokens,), generator=torch.Generator().manual_seed(1)).numpy()
     batch: dict[str, Any] = collate_share([{"input_ids": ids, "labels": ids}], place=given.rank, size=given.ranks)
     return batch
 

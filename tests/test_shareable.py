@@ -60,11 +60,11 @@ def test_one_rank_asks_nothing(tmp_path: Path) -> None:
     require_shareable(Config(model_name_or_path=str(tmp_path / "absent"), train_file="rows.jsonl"))
 
 
-def test_an_adapter_on_the_output_projection() -> None:
-    """The model keeps its own loss then, which shifts labels within a part."""
+def test_a_model_that_keeps_its_own_loss_all_the_same() -> None:
+    """It would shift labels within a part."""
     model = make("llama")
     model.row_attention = Attention("row by row", "", group=SequenceGroup(2, None))
-    with pytest.raises(UserError, match=r"^sequence_parallel: 2: the output projection is no plain matrix"):
+    with pytest.raises(UserError, match=r"^sequence_parallel: 2: with what is trained of it the model keeps a loss"):
         require_shared(model)
 
 

@@ -69,14 +69,14 @@ def _rope_types(text: Any) -> list[str]:
 
 
 def require_shared(model: PreTrainedModel) -> None:
-    """See that what is trained, adapters and all, has the attention and the loss that share rows.
+    """See that what is trained, adapters and all, has the loss that `require_shareable` saw in the bare model.
 
     Raises:
-        UserError: an adapter is in the way.
+        UserError: it has not.
     """
     attention = attention_of(model)
     if attention is not None and attention.group is not None and supervised_loss(model) is None:
         raise UserError(
-            f"sequence_parallel: {attention.group.size}: the output projection is no plain matrix, so the model keeps "
-            "a loss of its own, which would lose the first token of every part: leave it out of lora_targets"
+            f"sequence_parallel: {attention.group.size}: with what is trained of it the model keeps a loss of its own, "
+            "which would lose the first token of every part: write 1, or leave the output projection as it is"
         )
