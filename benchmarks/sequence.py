@@ -100,6 +100,8 @@ def in_fresh_processes(given: argparse.Namespace, ranks: int, cores: int, tokens
     words = [sys.executable, __file__, given.what, f"--layers={given.layers}", f"--tokens={tokens}",
              f"--ranks={ranks}", f"--cores={cores}", f"--port={port}"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    if given.what == "memory":  # else the C library keeps freed blocks for later, how many is chance
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     running = [
         subprocess.Popen([*words, f"--rank={rank}"], stdout=subprocess.PIPE, text=True, env=environment)
         for rank in range(ranks)
