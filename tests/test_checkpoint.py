@@ -334,6 +334,30 @@ def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, caps
         _fit(choose("auto", tmp_path, ALONE), {}, filled, four)
 
 
+def test_ranks_that_share_rows_have_fewer_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twelve rows a step, of 4 ranks. Groups of two take twice as many micro batches; eight ranks are four groups."""
+    save(tmp_path, 4, world_size=4, gradient_accumulation_steps=3, rows_a_step=12, micro_batches_a_step=12)
+    keys = {"output_dir": str(tmp_path), "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
+    shared = replace(config(tmp_path, sequence_parallel=2), training=keys)
+    found = choose("auto", tmp_path, ALONE)
+    assert found is not None
+    for ranks, accumulation, said in (
+        (4, 6, "The checkpoint is of 4 ranks, this run has 4 with sequence_parallel: 2: "),
+        (8, 3, "The checkpoint is of 4 ranks, this run has 8 with sequence_parallel: 2: "),
+    ):
+        start = _fit(found, {}, shared, Site(Launch(launcher="python", world_size=ranks), shared=True))
+        assert (start.accumulation, start.seam, start.universal) == (accumulation, {}, False)
+        assert start.changed["sequence_parallel"] == (1, 2)
+        assert f"{said}gradient_accumulation_steps is set to {accumulation}" in capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        _fit(found, {}, shared, Site(Launch(launcher="python", world_size=10), shared=True))
+    assert str(error.value) == (
+        f"{found.path} learned from 12 rows a step, which 10 ranks with sequence_parallel: 2 x 1 rows "
+        "(per_device_train_batch_size) cannot make up. What can: 2, 4, 6, 8, 12, 24 ranks (sequence_parallel: 2) with "
+        "per_device_train_batch_size 1"
+    )
+
+
 def test_only_what_decides_the_result_is_compared(tmp_path: Path) -> None:
     def keys(**training: Any) -> dict[str, Any]:
         return identity(config(tmp_path, training={"bf16": True, **training}), None, "abc")

@@ -18,6 +18,7 @@ from ds_sft.runtime.peak import device_peak, known_peak
 from ds_sft.training import metrics
 from ds_sft.training.metrics import WAITS, Clock, Flops, Interval, Meter, count_flops
 from ds_sft.training.progress import describe
+from ds_sft.training.sequence import SequenceGroup
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}  # fmt: skip
@@ -213,6 +214,19 @@ def timed_engine(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> tuple[Meter, Engi
     meter, engine = make_meter("cuda", world_size=2), Engine(gpu)
     meter.time_engine(engine)
     return meter, engine
+
+
+def test_an_exchange_is_communication() -> None:
+    """Until the end of training; then it is the group's own again."""
+    meter, group, parts = make_meter("cpu", world_size=2), SequenceGroup(2, None), []
+    group.exchange = lambda given: parts.append(meter.clock.open[-1]) or given  # type: ignore[method-assign]
+    own = group.exchange
+    meter.time_exchange(group)
+    with meter.clock.part("forward_backward"):
+        assert group.exchange(torch.ones(2)).tolist() == [1, 1]
+    meter.stop()
+    assert parts == ["communication"]
+    assert group.exchange is own
 
 
 def make_meter(device: str, world_size: int = 1) -> Meter:

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from ds_sft.config import TRAINING_DEFAULTS, Config
 from ds_sft.data.batches import single_rows
+from ds_sft.data.layout import collate_share
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.packing import PackedRows, Plan
 from ds_sft.errors import RunError, UserError
@@ -180,6 +181,28 @@ def test_a_loss_of_nan_is_not_carried_into_the_next_entry(watching: Any, monkeyp
     watching.control.should_log = True
     watching._maybe_log_save_evaluate()
     assert watching._tr_loss == 0
+
+
+def test_the_rows_of_ranks_that_share_them(watching: Any) -> None:
+    """Ranks 0 and 1 have the parts of one micro batch, 2 and 3 those of another."""
+    watching.batching = dataclasses.replace(watching.batching, accumulation=1, ranks=2, group=2)
+    assert [watching._rows(1, rank, 0) for rank in range(4)] == [
+        ["rows.jsonl:1", "rows.jsonl:3"],
+        ["rows.jsonl:1", "rows.jsonl:3"],
+        ["rows.jsonl:2", "rows.jsonl:4"],
+        ["rows.jsonl:2", "rows.jsonl:4"],
+    ]
+
+
+def test_a_part_of_a_row_that_predicts_the_next_part(watching: Any) -> None:
+    """It supervises a token that is not among its labels; a loss that is no number is no loss over nothing there."""
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, -100]}]
+    for place, kept in ((0, NAN), (1, 0.0)):
+        watching.micro_losses = []
+        batch = collate_share(rows, place=place, size=2)
+        assert batch["labels"][..., 1:].tolist() == [[-100]]
+        loss = watching.compute_loss(None, batch, torch.tensor(NAN))
+        assert loss.item() == pytest.approx(kept, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -179,6 +180,15 @@ def lint(given: dict[str, Any], launch: Launch = LAUNCHED, **training: Any) -> s
     return None
 
 
+def test_a_batch_of_ranks_that_share_rows() -> None:
+    """DeepSpeed would count the rows of ranks; no step has as many."""
+    for written in (8, 4):
+        engine = {"train_batch_size": written, "zero_optimization": {"stage": 2}}
+        shared = dataclasses.replace(make(engine), sequence_parallel=2)
+        with pytest.raises(UserError, match=f'train_batch_size: {written}: the run has sequence_parallel: 2; write "'):
+            engine_config(shared, LAUNCHED)
+
+
 @pytest.mark.parametrize("launch", [ALONE, LAUNCHED], ids=["alone", "launched"])
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.name)
 def test_what_is_shipped_is_accepted(file: Path, launch: Launch) -> None:
@@ -275,7 +285,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
     "sequence parallelism": (
         {"sequence_parallel_size": 2},
         {},
-        "sequence_parallel_size: 2: a row is not divided among ranks here; delete it",
+        "sequence_parallel_size: 2: ranks share rows by the run's key sequence_parallel; write that, and delete it",
     ),
     "DeepCompile": (
         {"compile": {"deepcompile": True}},

@@ -107,7 +107,7 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
     check_company(config, known, longest, place)
     if longest <= limit:
         return
-    if table_of_positions(_empty_model(config, found), limit):
+    if table_of_positions(empty_model(config, found), limit):
         raise UserError(
             f"max_length: {config.max_length}: {place} has {longest:,} tokens, and the model a table of {limit:,} "
             f"positions: write max_length: {limit}"
@@ -125,7 +125,7 @@ def check_scaling(config: Config, found: Any) -> None:
         UserError: its code reads no such thing.
     """
     assert config.rope_scaling is not None
-    model = _empty_model(config, found)
+    model = empty_model(config, found)
     if model is not None and not knows_scaling(model, config.rope_scaling):
         kind = config.rope_scaling["rope_type"]
         raise UserError(f"rope_scaling: {type(model).__name__} computes no {kind} positions: leave it out")
@@ -168,7 +168,7 @@ def _longest(data: Data) -> tuple[int, str]:
     return max(ends, key=lambda end: end[0])
 
 
-def _empty_model(config: Config, found: Any) -> PreTrainedModel | None:
+def empty_model(config: Config, found: Any) -> PreTrainedModel | None:
     """The model without memory for its weights; None where it cannot be made so."""
     import torch
     from transformers import AutoModelForCausalLM
