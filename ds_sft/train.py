@@ -138,7 +138,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
-    model = load_model_to_train(config, args, tokenizer, launch, padded=padded, largest=batching.largest)
+    model = load_model_to_train(config, args, tokenizer, launch, padded=padded, largest=batching.largest_part)
     size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
@@ -284,7 +284,7 @@ def load_model_to_train(
 ) -> PreTrainedModel:
     """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss.
 
-    `largest`: tokens of the largest micro batch, for what is kept of it and where.
+    `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
     from ds_sft.training.adapters import choose_weights
     from ds_sft.training.attention import keep_rows_apart

@@ -587,10 +587,10 @@ def test_a_later_merge_is_verified_by_the_loss_that_training_had(
     monkeypatch.setattr(
         "ds_sft.train.merge_and_verify", lambda config, rows, loss, run: calls.append((rows, loss, run))
     )
-    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: f"{count} rows"))
+    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
     launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)
     merge_later(given, data, launch, StopRequests(launch))
-    assert calls == ([("8 rows", 2.5, done)] if asked else [])
+    assert calls == ([([{"input_ids": [7]}] * 8, 2.5, done)] if asked else [])
     (tmp_path / "model.safetensors").touch()  # by a start that was killed before it was verified
     merge_later(given, data, launch, StopRequests(launch))
     assert len(calls) == 2 * asked

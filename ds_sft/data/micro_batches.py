@@ -118,6 +118,11 @@ class Batching:
         """Tokens of the largest micro batch, padding included, of the first epoch."""
         return int(self.epoch(0).computed.max())
 
+    @property
+    def largest_part(self) -> int:
+        """As `largest`, of one rank: where ranks share rows, its part of them."""
+        return math.ceil(self.largest / self.group)
+
     @cached_property
     def num_bins(self) -> int | None:
         """Micro batches of an epoch, the same in all: how well rows fit depends on their lengths only."""
