@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from ds_sft.config import Config  # noqa: E402
 from ds_sft.plan.layouts import shipped_engine  # noqa: E402
-from ds_sft.plan.memory import Run, model_states, peak  # noqa: E402
+from ds_sft.plan.memory import model_states, peak  # noqa: E402
+from ds_sft.plan.run import Run  # noqa: E402
 from ds_sft.plan.shape import read_shape  # noqa: E402
 from ds_sft.plan.weights import choice_of  # noqa: E402
 

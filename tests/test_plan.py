@@ -22,8 +22,11 @@ from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan import layouts
+from ds_sft.plan.activations import CHUNK_BYTES, chunk_logits
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time, traffic
 from ds_sft.plan.disk import checkpoint_bytes
+from ds_sft.plan.gathered import gathered_at
+from ds_sft.plan.gradients import Reduction, joined_parts, reductions
 from ds_sft.plan.layouts import (
     LAYOUTS,
     NAMED,
@@ -34,22 +37,11 @@ from ds_sft.plan.layouts import (
     recommend,
     shipped_engine,
 )
-from ds_sft.plan.memory import (
-    CHUNK_BYTES,
-    Engine,
-    Memory,
-    Reduction,
-    Run,
-    chunk_logits,
-    gathered_at,
-    joined_parts,
-    owned,
-    peak,
-    reductions,
-    states,
-)
+from ds_sft.plan.memory import Memory, peak
+from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.states import owned, states
 from ds_sft.plan.sweep import nodes_of
 from ds_sft.runtime import expectation
 from ds_sft.runtime.distributed import Launch

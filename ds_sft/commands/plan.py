@@ -26,6 +26,7 @@ from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
 from ds_sft.config import ALIASES, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
+from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
 from ds_sft.plan.layouts import (
@@ -39,7 +40,7 @@ from ds_sft.plan.layouts import (
     run_of,
     shipped_engine,
 )
-from ds_sft.plan.memory import Engine, activations
+from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
 from ds_sft.runtime.host import memory_here

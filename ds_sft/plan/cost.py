@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_sft.plan.memory import Engine, Run, trained_weights
+from ds_sft.plan.run import Engine, Run, trained_weights
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.weights import ALL, Choice
 

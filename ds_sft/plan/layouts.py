@@ -12,7 +12,8 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, Step, step_time
-from ds_sft.plan.memory import Engine, Memory, Run, peak
+from ds_sft.plan.memory import Memory, peak
+from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.weights import choice_of
 

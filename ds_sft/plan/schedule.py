@@ -12,7 +12,7 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time
-from ds_sft.plan.memory import Run
+from ds_sft.plan.run import Run
 from ds_sft.plan.steps import Steps, steps_of
 
 COUNTED = 256 * 2**20  # bytes of a file that are searched for line ends; the rest is estimated from them

@@ -13,7 +13,7 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import read_json
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
-from ds_sft.plan.memory import trained_weights
+from ds_sft.plan.run import trained_weights
 from ds_sft.plan.shape import FAMILIES, MIXTURES, Shape, read_shape
 from ds_sft.plan.weights import ALL, Choice, weights_of
 
