@@ -89,6 +89,7 @@ ELSEWHERE = {  # what other programs call a key of ours
     "init_lora_weights": "lora_init",
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
+BFLOAT16_OPTIMS = ("adamw_torch", "adamw_torch_fused")  # values of `optim` beside optimizer_dtype: bfloat16
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
@@ -178,6 +179,8 @@ class Config:
                          choices=("default", "gaussian", "orthogonal"), default="default")  # fmt: skip
     train_only: list[str] | None = key("without adapters: weights to train, by parts of names such as [layers.27., "
                                        "lm_head, norm]; the others are frozen", default=None)  # fmt: skip
+    optimizer_dtype: str = key("of what an optimizer step keeps: float32 (weights, states), or bfloat16: half the memory, "
+                               "rounded at random", choices=("float32", "bfloat16"), default="float32")  # fmt: skip
     quantization: str = key("of the frozen weights under an adapter: nf4, 4 bits (bitsandbytes)",
                             choices=("none", "nf4"), default="none")  # fmt: skip
     merge: str = key("also export the model with its adapter merged; auto: where the disk has room",
@@ -556,6 +559,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
     _check_adapter(config, given)
+    _check_optimizer(config, given)
     _check_push(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
@@ -608,6 +612,19 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
+
+
+def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys that leave `optimizer_dtype` nothing to be of."""
+    if config.optimizer_dtype == "float32":
+        return
+    place = f"{given['optimizer_dtype'].where}optimizer_dtype: {config.optimizer_dtype}: "
+    if not config.training.get("bf16"):
+        raise UserError(f"{place}forward and backward are not in bfloat16: write bf16: yes too, or leave it out")
+    if config.adapter != "none":
+        raise UserError(f"{place}the states of adapter: {config.adapter} are small, and stay float32: leave it out")
+    if (optim := config.training.get("optim", BFLOAT16_OPTIMS[0])) not in BFLOAT16_OPTIMS:
+        raise UserError(f"{place}optim: {optim} rounds to nearest, which loses small updates: leave out one of the two")
 
 
 def _check_push(config: Config, given: Mapping[str, Given]) -> None:
