@@ -48,6 +48,9 @@ class Run:
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
     fused: bool = False  # norms, rotations and gates by Liger (`training/fused.py`)
     choice: Choice = ALL  # of what is trained
+    sequence: int = 1  # ranks that share each row (`sequence_parallel`)
+    inputs_on_host: bool = False  # what checkpointing keeps of layers (`activation_checkpointing: offload`)
+    narrow: bool = False  # weights, gradients and states are bfloat16 (`optimizer_dtype`)
 
     @property
     def weights(self) -> Weights:
@@ -60,8 +63,13 @@ class Run:
 
     @property
     def weight(self) -> int:
-        """Bytes of a trained parameter in the model: DeepSpeed keeps float32 masters beside 16-bit weights."""
-        return self.width if self.engine.stage is not None else FP32
+        """Bytes of a trained parameter in the model: DeepSpeed keeps masters beside 16-bit weights."""
+        return self.width if self.engine.stage is not None or self.narrow else FP32
+
+    @property
+    def master(self) -> int:
+        """Bytes of a parameter in what DeepSpeed updates."""
+        return 2 if self.narrow else FP32
 
     @property
     def width(self) -> int:
@@ -69,9 +77,20 @@ class Run:
         return 2 if self.half else FP32
 
     @property
-    def tokens(self) -> int:
+    def batch_tokens(self) -> int:
+        """Of a micro batch, which the ranks of a sequence group share."""
         tokens = self.micro_batch * self.length
         return tokens if self.max_tokens is None else min(tokens, self.max_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro batch that are a rank's."""
+        return -(-self.batch_tokens // self.sequence)
+
+    @property
+    def groups(self) -> int:
+        """Of ranks with different rows."""
+        return self.ranks // self.sequence
 
     @property
     def way(self) -> str:
@@ -94,7 +113,7 @@ class Run:
     @property
     def pairs(self) -> int:
         """Pairs of tokens that attention's mask or scores cover."""
-        return self.tokens * (self.tokens if self.packed or self.flat else self.length)
+        return self.batch_tokens * (self.batch_tokens if self.packed or self.flat else self.length)
 
 
 @lru_cache(maxsize=64)
@@ -109,8 +128,8 @@ def inputs_kept(run: Run, learned: Learned, *names: str) -> bool:
 
 
 def supervised(run: Run) -> int:
-    """Supervised tokens of a micro batch."""
-    return round(run.tokens * run.learned)
+    """Supervised tokens of a rank's part of a micro batch, which can have all of them."""
+    return min(run.tokens, round(run.batch_tokens * run.learned))
 
 
 def gates_kept(run: Run, learned: Learned, name: str, intermediate: int) -> int:
