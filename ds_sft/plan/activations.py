@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_sft.plan.attention import attention_kept, scores_kept
+from ds_sft.plan.attention import attention_backward, attention_kept, scores_kept
 from ds_sft.plan.blocks import Experts
 from ds_sft.plan.experts import adapted_experts, experts_backward, experts_kept
 from ds_sft.plan.run import Run, gates_kept, inputs_kept, supervised
@@ -25,12 +25,15 @@ def layer_activations(run: Run, layer: int = 0) -> int:
     if layer < run.weights.first:
         return 0
     learned, mixture = run.weights.learned(layer), run.shape.experts_in(layer)
-    if mixture is None:
-        mlp = run.tokens * gates_kept(run, learned, "mlp", run.shape.intermediate)
-    else:
-        mlp = experts_kept(run, learned, mixture)
     kept = _norms(run, learned, mixture) + attention_kept(run, learned) + _adapters(run, layer)
-    return run.tokens * kept + mlp + scores_kept(run)
+    return run.tokens * kept + _mlp_kept(run, learned, mixture) + scores_kept(run)
+
+
+def _mlp_kept(run: Run, learned: Learned, mixture: Experts | None) -> int:
+    """What is between the second norm and the residual."""
+    if mixture is not None:
+        return experts_kept(run, learned, mixture)
+    return run.tokens * gates_kept(run, learned, "mlp", run.shape.intermediate)
 
 
 def _adapters(run: Run, layer: int) -> int:
@@ -90,16 +93,23 @@ def activations(run: Run, *, checkpointing: bool) -> int:
 
 
 def layer_backward(run: Run, layer: int) -> int:
-    """Gradients of activations alive at once in a layer's backward: of the residual and of the gated MLP.
+    """Activations of a layer and their gradients at the fullest moment of its backward: in the MLP, or in attention.
 
-    4 bits are unpacked a matrix at a time.
+    Those of the MLP are gone when attention has its turn. 4 bits are unpacked a matrix at a time.
     """
     unpacked = max((weight.size for weight in run.weights.of_layer(layer) if weight.four_bits), default=0)
-    residual, experts = run.tokens * 2 * run.shape.hidden * FP32, run.shape.experts_in(layer)
+    residual = run.tokens * 2 * run.shape.hidden * FP32
+    behind = attention_backward(run) - _mlp_kept(run, run.weights.learned(layer), run.shape.experts_in(layer))
+    return layer_activations(run, layer) + residual + max(_mlp_backward(run, layer), behind) + unpacked * run.width
+
+
+def _mlp_backward(run: Run, layer: int) -> int:
+    """Gradients alive at once in the backward of the gated MLP, or of experts."""
+    experts = run.shape.experts_in(layer)
     if experts is None:
-        return residual + run.tokens * 3 * run.shape.intermediate * run.width + unpacked * run.width
+        return run.tokens * 3 * run.shape.intermediate * run.width
     sums = adapted_experts(run, run.weights.learned(layer), experts)  # their gradients are made, for the adapters'
-    return residual + experts_backward(run, experts) + max(sums, default=0) + unpacked * run.width
+    return experts_backward(run, experts) + max(sums, default=0)
 
 
 def outside_layers(run: Run) -> int:

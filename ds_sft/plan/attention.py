@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ds_sft.plan.run import Run, inputs_kept
 from ds_sft.plan.weights import FP32, Learned
 
@@ -15,12 +17,12 @@ def attention_kept(run: Run, learned: Learned) -> int:
     s, w = run.shape, run.width
     if s.latent is not None:
         return _latent_attention(run, learned)
-    keys_values = 2 * (s.kv_size if _groups_inside(run) else s.q_size)
+    keys_values = 2 * (exchanged_keys(run) if _groups_inside(run) else s.q_size)
     # gpt-oss: a sink's own share, and which score is the largest.
     log_sums = s.heads * FP32 if run.way != "eager" else s.heads * (w + INDEX) * s.sinks
     behind = inputs_kept(run, learned, "self_attn.o_proj")
-    # Of each row, and all rows' in one; eager attention does not need its own.
-    outputs = 1 + behind if run.row_by_row else behind if run.way == "eager" else 1
+    # Of each row, and all rows' in one, or of all tokens, and of its own; eager attention does not need its own.
+    outputs = 1 + behind if run.row_by_row or run.sequence > 1 else behind if run.way == "eager" else 1
     kept = (s.q_size + keys_values + outputs * s.q_size) * w + log_sums
     if s.head_norms and run.fused:  # their inputs; what they write is rotated where it lies
         kept += (s.q_size + s.kv_size) * w + (s.heads + s.kv_heads) * FP32
@@ -28,6 +30,27 @@ def attention_kept(run: Run, learned: Learned) -> int:
         normalised = ("self_attn.q_norm" in learned) * s.q_size + ("self_attn.k_norm" in learned) * s.kv_size
         kept += (s.q_size + s.kv_size) * FP32 + normalised * w + (s.heads + s.kv_heads) * FP32
     return kept
+
+
+def exchanged_keys(run: Run) -> int:
+    """Width of the keys that attention reads: fewer heads than ranks that share a row are there several times."""
+    return math.lcm(run.shape.kv_heads, run.sequence) * run.shape.head_dim
+
+
+def exchanged(run: Run) -> int:
+    """Bytes of what a rank gives to an exchange of queries, keys and values, and of what it gets for it."""
+    return run.tokens * (run.shape.q_size + 2 * exchanged_keys(run)) * run.width
+
+
+def attention_backward(run: Run) -> int:
+    """Gradients alive at once in attention's backward: of its output, queries, keys and values.
+
+    Ranks that share a row have the last three twice, before and after they are exchanged.
+    """
+    s = run.shape
+    keys = s.kv_size if s.latent is None else s.q_size
+    made = run.tokens * (s.v_size + s.q_size + 2 * keys) * run.width
+    return made if run.sequence == 1 else run.tokens * s.v_size * run.width + 2 * exchanged(run)
 
 
 def _latent_attention(run: Run, learned: Learned) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate
 
-from ds_sft.plan.run import Run
+from ds_sft.plan.run import Run, without_batch
 
 
 def gathered_at(run: Run) -> list[int]:
@@ -14,9 +15,14 @@ def gathered_at(run: Run) -> list[int]:
     (`partitioned_param_coordinator.py`, `__params_to_release`): models up to about half of it stay whole from forward
     to backward. `stage3_prefetch_bucket_size` more are fetched ahead.
     """
+    if run.engine.stage != 3:
+        return [0] * (run.shape.layers + 1)
+    return _gathered_at(without_batch(run))
+
+
+@lru_cache(maxsize=256)
+def _gathered_at(run: Run) -> list[int]:
     s, engine = run.shape, run.engine
-    if engine.stage != 3:
-        return [0] * (s.layers + 1)
     modules = [_gathered_modules(run, layer) for layer in range(s.layers)]
     whole = [sum(sizes) for sizes in modules]
     behind = [*accumulate(reversed(whole), initial=0)][::-1]  # in all layers from this one on

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from ds_sft.plan.run import Run
+from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.states import in_share, largest_copy, owned, partition, share_of
 from ds_sft.plan.weights import FP32
 
@@ -28,10 +28,7 @@ def fullest(points: list[Reduction]) -> Reduction:
 
 def reductions(run: Run, rank: int) -> list[Reduction]:
     """Gradients as each parameter gets its own, from the model's end to its start, and when the last are reduced."""
-    # The batch does not matter: the search for the largest one asks again and again.
-    same = Run(shape=run.shape, engine=run.engine, ranks=run.ranks, micro_batch=1, length=1, half=run.half,
-               accumulation=min(run.accumulation, 2), checkpointing=False, lazy=run.lazy,
-               choice=run.choice)  # fmt: skip
+    same = replace(without_batch(run), accumulation=min(run.accumulation, 2), checkpointing=False)
     return _reductions(same, rank)
 
 

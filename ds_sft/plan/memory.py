@@ -36,6 +36,8 @@ from ds_sft.plan.run import Run, supervised
 from ds_sft.plan.states import copy_that_stays, differing_ranks, host, in_share, owned, states, working_copy
 from ds_sft.plan.weights import FP32
 
+ON_DEVICE = 2  # layers' inputs that are not on the host: of the layer in backward, and of the next, on its way
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -77,26 +79,45 @@ def _moments(run: Run) -> Iterator[tuple[str, dict[str, int]]]:
     """The parts beside `states` at each moment that could be the fullest."""
     yield "loading", loading(run)
     yield "validation", validation(run)
+    layers = _layers(run)
     for rank in differing_ranks(run):
-        yield from _backward(run, rank)
+        yield from _backward(run, rank, layers)
         yield "optimizer step", step(run, rank)
 
 
-def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
-    s, weights, reached = run.shape, run.weights, reductions(run, rank)
-    layers = [layer_activations(run, i) for i in range(s.layers)]
-    kept = layers
-    if run.checkpointing:
-        kept = [kept_between_layers(run) if i >= weights.first else 0 for i in range(s.layers)]
-    below = [0, *accumulate(kept)]
-    gathered, head = gathered_at(run), weights.head * run.width  # bytes of the projection's gradient
+@dataclass(frozen=True)
+class Layers:
+    """Bytes that are the same on all ranks, when `i` layers are still to go backward, i = 0 ... layers."""
 
-    def moment(layers: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
-        """`layers` still to go backward, `waiting` bytes of a gradient in autograd."""
+    outside: int
+    below: list[int]  # kept of these layers
+    backward: list[int]  # of the layer behind these
+    gathered: list[int]
+
+
+def _layers(run: Run) -> Layers:
+    s, first = run.shape, run.weights.first
+    if run.checkpointing:
+        kept = [kept_between_layers(run) if i >= first else 0 for i in range(s.layers)]
+    else:
+        kept = [layer_activations(run, i) for i in range(s.layers)]
+    below = [0, *accumulate(kept)]
+    if run.inputs_on_host:
+        below = [min(size, ON_DEVICE * kept_between_layers(run)) for size in below]
+    backward = [layer_backward(run, i) if i >= first else 0 for i in range(s.layers)]
+    return Layers(outside_layers(run), below, backward, gathered_at(run))
+
+
+def _backward(run: Run, rank: int, layers: Layers) -> Iterator[tuple[str, dict[str, int]]]:
+    s, weights, reached = run.shape, run.weights, reductions(run, rank)
+    head = weights.head * run.width  # bytes of the projection's gradient
+
+    def moment(number: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
+        """`number` of layers still to go backward, `waiting` bytes of a gradient in autograd."""
         return {
-            "activations": outside_layers(run) + below[layers],
+            "activations": layers.outside + layers.below[number],
             "working copy": working_copy(run),
-            "gathered parameters": gathered[layers],
+            "gathered parameters": layers.gathered[number],
             "gradients": at.kept + at.passing + waiting,
             "buckets": at.buckets,
             **parts,
@@ -114,13 +135,13 @@ def _backward(run: Run, rank: int) -> Iterator[tuple[str, dict[str, int]]]:
         at = fullest(reached[done : done + here] or [at])
         done += here
         parts = moment(i, at, waiting)
-        parts["activations"] += layers[i] + layer_backward(run, i)
+        parts["activations"] += layers.backward[i]
         yield f"backward of layer {i}", parts
     if weights.embedding:
         at = replace(reached[-2], passing=max(waiting + weights.embedding * run.width, reached[-2].passing))
         yield "embedding", moment(0, at)
     last = reached[-1]
-    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
+    at_end = {"gathered parameters": layers.gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
     yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
 
 

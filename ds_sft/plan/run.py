@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ds_sft.plan.shape import TAKEN, Shape
@@ -120,6 +120,12 @@ class Run:
 def trained_weights(shape: Shape, choice: Choice) -> Weights:
     taken = TAKEN.get(shape.family, ())
     return weights_of(shape.shapes(), choice, layers=shape.layers, met=shape.met, taken=taken)
+
+
+def without_batch(run: Run) -> Run:
+    """What does not depend on the batch is asked again and again in search of the largest one: with this, once."""
+    return replace(run, micro_batch=1, length=1, max_tokens=None, accumulation=1, eval_batch=0, learned=1.0, sequence=1,
+                   padded=False, packed=False, flat=False, inputs_on_host=False)  # fmt: skip
 
 
 def inputs_kept(run: Run, learned: Learned, *names: str) -> bool:
