@@ -31,8 +31,8 @@ INDIFFERENT = {
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
     # how the machine is used; the size of a step is compared on its own, with the number of ranks
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "sequence_parallel", "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "fused_kernels", "merge",
+    "sequence_parallel", "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "fused_kernels", "tiled_mlp", "merge",
     "deepspeed",  # its content counts, not its name
 }  # fmt: skip
 # What a checkpoint's own states would hide, and is set anew after they were loaded: see training/hyperparameters.py.
@@ -105,6 +105,8 @@ def identity(
     # A number of rows a step is the same rows however they are laid out; filled micro batches are others.
     layout = () if config.fills_batches else ("batching", "max_tokens_per_batch")
     given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT and name not in layout}
+    if config.offloads:
+        given["activation_checkpointing"] = True  # wherever it is kept, the result is the same
     keys = {name: value for name, value in given.items() if name in TRAINING_DEFAULTS or not _is_default(name, value)}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
