@@ -6,6 +6,7 @@ from ds_sft.plan.attention import attention_backward, attention_kept, scores_kep
 from ds_sft.plan.blocks import Experts
 from ds_sft.plan.experts import adapted_experts, experts_backward, experts_kept
 from ds_sft.plan.run import Run, gates_kept, inputs_kept, supervised
+from ds_sft.plan.states import kept_between_layers
 from ds_sft.plan.weights import FP32, Learned
 
 # Float32 logits of a chunk of the loss, bytes: 1,365 tokens at a vocabulary of 49,152, 441 at 151,936. On a CPU the
@@ -33,7 +34,7 @@ def _mlp_kept(run: Run, learned: Learned, mixture: Experts | None) -> int:
     """What is between the second norm and the residual."""
     if mixture is not None:
         return experts_kept(run, learned, mixture)
-    return run.tokens * gates_kept(run, learned, "mlp", run.shape.intermediate)
+    return 0 if run.tile else run.tokens * gates_kept(run, learned, "mlp", run.shape.intermediate)
 
 
 def _adapters(run: Run, layer: int) -> int:
@@ -54,7 +55,8 @@ def _adapters(run: Run, layer: int) -> int:
 def _norms(run: Run, learned: Learned, experts: Experts | None) -> int:
     """Both norms of a layer and the input of the matrices behind them, a token."""
     h, w = run.shape.hidden, run.width
-    outputs = inputs_kept(run, learned, *_of_attention(run)) + inputs_kept(run, learned, *_behind_norm(run, experts))
+    behind = run.tile is not None or inputs_kept(run, learned, *_behind_norm(run, experts))
+    outputs = inputs_kept(run, learned, *_of_attention(run)) + behind
     if run.fused:  # the residual, output, a factor
         return (2 + outputs) * h * w + 2 * FP32
     # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
@@ -77,11 +79,6 @@ def _behind_norm(run: Run, experts: Experts | None) -> tuple[str, ...]:
         return ("mlp.gate_proj", "mlp.up_proj")
     shared = (f"{experts.shared_name}.gate_proj", f"{experts.shared_name}.up_proj", "mlp.shared_expert_gate")
     return shared if experts.sigmoid and run.half else (experts.router, *shared)
-
-
-def kept_between_layers(run: Run) -> int:
-    """What checkpointing keeps of a layer: its input."""
-    return run.tokens * run.shape.hidden * run.width
 
 
 def activations(run: Run, *, checkpointing: bool) -> int:
@@ -107,9 +104,18 @@ def _mlp_backward(run: Run, layer: int) -> int:
     """Gradients alive at once in the backward of the gated MLP, or of experts."""
     experts = run.shape.experts_in(layer)
     if experts is None:
-        return run.tokens * 3 * run.shape.intermediate * run.width
+        return _tile_backward(run, layer) if run.tile else run.tokens * 3 * run.shape.intermediate * run.width
     sums = adapted_experts(run, run.weights.learned(layer), experts)  # their gradients are made, for the adapters'
     return experts_backward(run, experts) + max(sums, default=0)
+
+
+def _tile_backward(run: Run, layer: int) -> int:
+    """A tile of the MLP computed again with its gradients, sums of its weights', all tokens' output and gradient."""
+    assert run.tile is not None
+    s, learned = run.shape, run.weights.learned(layer)
+    tile = run.tile * (gates_kept(run, learned, "mlp", s.intermediate) + 3 * s.intermediate * run.width)
+    sums = sum(w.size for w in run.weights.of_layer(layer) if w.trained and ".mlp." in w.name)
+    return tile + sums * FP32 + 2 * run.tokens * s.hidden * run.width
 
 
 def outside_layers(run: Run) -> int:

@@ -47,11 +47,11 @@ def _gathered_at(run: Run) -> list[int]:
 def _gathered_modules(run: Run, layer: int) -> list[int]:
     """Elements of each module of a layer that stage 3 gathers: small parameters stay whole.
 
-    A module's own parameters are gathered together: of a mixture all experts' matrices.
+    A module's own parameters are gathered together: of a mixture all experts' matrices, of an MLP in tiles all three.
     """
     found: dict[str, int] = {}
     for weight in run.weights.of_layer(layer):
         if weight.used and weight.size > run.engine.persistence_threshold:
-            module = weight.name.rpartition(".")[0]
+            module = weight.name.rpartition(".mlp." if run.tile and ".mlp." in weight.name else ".")[0]
             found[module] = found.get(module, 0) + weight.size
     return [*found.values()]

@@ -15,7 +15,6 @@ from itertools import accumulate
 
 from ds_sft.plan.activations import (
     chunk_logits,
-    kept_between_layers,
     layer_activations,
     layer_backward,
     loss_inputs,
@@ -33,10 +32,17 @@ from ds_sft.plan.gradients import (
     step_gradients,
 )
 from ds_sft.plan.run import Run, supervised
-from ds_sft.plan.states import copy_that_stays, differing_ranks, host, in_share, owned, states, working_copy
+from ds_sft.plan.states import (
+    copy_that_stays,
+    differing_ranks,
+    host,
+    in_share,
+    kept_between_layers,
+    owned,
+    states,
+    working_copy,
+)
 from ds_sft.plan.weights import FP32
-
-ON_DEVICE = 2  # layers' inputs that are not on the host: of the layer in backward, and of the next, on its way
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def _layers(run: Run) -> Layers:
         kept = [layer_activations(run, i) for i in range(s.layers)]
     below = [0, *accumulate(kept)]
     if run.inputs_on_host:
-        below = [min(size, ON_DEVICE * kept_between_layers(run)) for size in below]
+        below = [min(size, kept_between_layers(run)) for size in below]  # the next one to go backward
     backward = [layer_backward(run, i) if i >= first else 0 for i in range(s.layers)]
     return Layers(outside_layers(run), below, backward, gathered_at(run))
 

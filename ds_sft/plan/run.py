@@ -8,6 +8,9 @@ from functools import lru_cache
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
+# Tokens of a tile of the MLP; of the micro batches that are computed in tiles where `tiled_mlp` is auto.
+TILE, TILED_FROM = 4096, 16_384
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
@@ -50,6 +53,7 @@ class Run:
     choice: Choice = ALL  # of what is trained
     sequence: int = 1  # ranks that share each row (`sequence_parallel`)
     inputs_on_host: bool = False  # what checkpointing keeps of layers (`activation_checkpointing: offload`)
+    tiling: str = "auto"  # `tiled_mlp`
     narrow: bool = False  # weights, gradients and states are bfloat16 (`optimizer_dtype`)
 
     @property
@@ -86,6 +90,15 @@ class Run:
     def tokens(self) -> int:
         """Of a micro batch that are a rank's."""
         return -(-self.batch_tokens // self.sequence)
+
+    @property
+    def tile(self) -> int | None:
+        """Tokens that an MLP computes at a time; None: all."""
+        s = self.shape
+        if self.tiling == "no" or s.experts is not None or self.choice.dropout:
+            return None
+        pays = self.tokens >= TILED_FROM and 7 * s.intermediate >= 16 * s.hidden
+        return min(TILE, self.tokens) if self.tiling == "yes" or pays else None
 
     @property
     def groups(self) -> int:
@@ -125,7 +138,8 @@ def trained_weights(shape: Shape, choice: Choice) -> Weights:
 def without_batch(run: Run) -> Run:
     """What does not depend on the batch is asked again and again in search of the largest one: with this, once."""
     return replace(run, micro_batch=1, length=1, max_tokens=None, accumulation=1, eval_batch=0, learned=1.0, sequence=1,
-                   padded=False, packed=False, flat=False, inputs_on_host=False)  # fmt: skip
+                   padded=False, packed=False, flat=False, inputs_on_host=False,
+                   tiling="no" if run.tile is None else "yes")  # fmt: skip
 
 
 def inputs_kept(run: Run, learned: Learned, *names: str) -> bool:

@@ -8,6 +8,7 @@ from ds_sft.plan.run import Run
 from ds_sft.plan.weights import FP32
 
 MOMENTS = 8  # Adam's two, in float32
+PINNED = 32 * 2**20  # bytes of a buffer that layers' inputs are offloaded to, at most (`training/offload.py`)
 
 
 def states(run: Run) -> dict[str, int]:
@@ -50,7 +51,21 @@ def host(run: Run) -> dict[str, int]:
             parts["buckets"] = share * run.weight + largest_copy(run)
             if run.accumulation > 1:
                 parts["gradients"] += max(partition(run, rank) for rank in differing_ranks(run)) * run.weight
+    if run.inputs_on_host:
+        parts["layer inputs"] = max(run.shape.layers - run.weights.first - 1, 0) * _pinned(run)
     return {part: size for part, size in parts.items() if size}
+
+
+def kept_between_layers(run: Run) -> int:
+    """What checkpointing keeps of a layer: its input."""
+    return run.tokens * run.shape.hidden * run.width
+
+
+def _pinned(run: Run) -> int:
+    """A layer's input in whole buffers of pinned memory; the last layer's stays on the device."""
+    size = kept_between_layers(run)
+    buffer = min(PINNED, 1 << (size - 1).bit_length())
+    return -(-size // buffer) * buffer
 
 
 def largest_copy(run: Run) -> int:
