@@ -8,7 +8,6 @@ from itertools import accumulate
 
 from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.states import in_share, largest_copy, owned, partition, share_of
-from ds_sft.plan.weights import FP32
 
 NORM = 8  # DeepSpeed sums squares of gradients in float64 (runtime/zero/utils.py, get_norm_dtype)
 
@@ -38,6 +37,8 @@ def _reductions(run: Run, rank: int) -> list[Reduction]:
     kept, buckets = gradients_before(run, rank), standing_buckets(run)
     if engine.stage is None:
         cast = run.width if run.width != w else 0  # the gradient of a working copy is there in 16 bits too
+        if in_buckets(run):
+            return [Reduction(0, size * w, buckets) for size in [*reversed(run.weights.trained), 0]]
         sizes = [*reversed(run.weights.trained), 0]
         done = [0, *accumulate(sizes[:-1])]
         return [Reduction(kept or d * w, size * (w + cast), buckets) for d, size in zip(done, sizes, strict=True)]
@@ -145,7 +146,7 @@ def gradients_before(run: Run, rank: int) -> int:
     engine, w = run.engine, run.weight
     if engine.stage == 3:
         return 0 if engine.offload_optimizer else owned(run) * w
-    if run.accumulation == 1:
+    if run.accumulation == 1 or in_buckets(run):
         return 0
     if engine.stage in (None, 1):
         return run.weights.number_trained * w
@@ -162,7 +163,7 @@ def gradients(run: Run, rank: int) -> int:
     if engine.stage == 3:
         return gradients_before(run, rank)
     if engine.stage in (None, 1):
-        return run.weights.number_trained * run.weight
+        return 0 if in_buckets(run) else run.weights.number_trained * run.weight
     return 0 if engine.offload_optimizer else (1 + (run.accumulation > 1)) * partition(run, rank) * run.weight
 
 
@@ -176,11 +177,21 @@ def step_gradients(run: Run, rank: int) -> int:
 def standing_buckets(run: Run) -> int:
     """Bytes of the reduction buffers that are there all the time.
 
-    DistributedDataParallel's (`gradient_as_bucket_view` is off), stage 3's, and what stage 2 sends to the host from.
+    DistributedDataParallel's, stage 3's, and what stage 2 sends to the host from.
     """
+    return _standing_buckets(without_batch(run))
+
+
+def in_buckets(run: Run) -> bool:
+    """Whether gradients are in DistributedDataParallel's buckets alone (`gradient_as_bucket_view`)."""
+    return run.narrow and run.engine.stage is None and run.ranks > 1
+
+
+@lru_cache(maxsize=256)
+def _standing_buckets(run: Run) -> int:
     engine = run.engine
     if engine.stage is None:
-        return run.weights.number_trained * FP32 if run.ranks > 1 else 0
+        return run.weights.number_trained * run.weight if run.ranks > 1 else 0
     if engine.stage < 3:
         return largest_copy(run) if engine.offload_optimizer else 0
     filled = max((_size(bucket) for bucket in _bucketed(run) if not _large(run, bucket)), default=0)

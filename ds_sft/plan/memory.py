@@ -27,6 +27,7 @@ from ds_sft.plan.gradients import (
     Reduction,
     fullest,
     gradients_before,
+    in_buckets,
     reductions,
     standing_buckets,
     step_gradients,
@@ -43,6 +44,9 @@ from ds_sft.plan.states import (
     working_copy,
 )
 from ds_sft.plan.weights import FP32
+
+# A step of bfloat16 states is computed in float32, so many elements at once; bytes of each.
+NARROW_CHUNK, NARROW_STEP = 2**22, 6 * FP32
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def model_states(run: Run) -> int:
     Wherever they are, and with the buffers that DeepSpeed never frees; without DDP's, which Python cannot see.
     """
     held = max(step_gradients(run, rank) for rank in differing_ranks(run))
-    buckets = 0 if run.engine.stage is None else standing_buckets(replace(run, lazy=False))
+    buckets = 0 if run.engine.stage is None and not in_buckets(run) else standing_buckets(replace(run, lazy=False))
     return sum(states(run).values()) + sum(host(run).values()) + held + buckets + copy_that_stays(run)
 
 
@@ -155,10 +159,12 @@ def step(run: Run, rank: int) -> dict[str, int]:
     """The optimizer step: gradients as they were reduced, then flattened, then in float32 for the fused Adam."""
     engine, share = run.engine, owned(run)
     held = step_gradients(run, rank)
+    chunk = NARROW_STEP * min(NARROW_CHUNK, share) if run.narrow else 0
     if engine.stage is None or engine.offload_optimizer:
-        return {"gradients": held, "buckets": standing_buckets(run), "working copy": copy_that_stays(run)}
+        return {"gradients": held, "buckets": standing_buckets(run), "working copy": copy_that_stays(run),
+                "step buffers": chunk}  # fmt: skip
     part = min(share, engine.sub_group) if engine.stage == 3 else share
-    flat = part * (run.weight + FP32 if run.weight != FP32 else FP32)
+    flat = part * (run.weight + FP32 if run.weight != run.master else run.weight) + chunk
     if engine.stage == 3:
         norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
@@ -169,11 +175,12 @@ def step(run: Run, rank: int) -> dict[str, int]:
 def validation(run: Run) -> dict[str, int]:
     """A validation batch: a chunk of its logits."""
     s = run.shape
-    wide = run.eval_batch * run.length * max(s.hidden, s.intermediate) * 2 * FP32
+    tokens = -(-run.eval_batch * run.length // run.sequence)
+    wide = tokens * max(s.hidden, s.intermediate) * 2 * FP32
     if s.experts is not None:  # sorted tokens, both projections, the product
-        routes = run.eval_batch * run.length * s.experts.chosen
+        routes = tokens * s.experts.chosen
         wide = max(wide, routes * (2 * s.hidden + 3 * s.experts.intermediate) * run.width)
-    size = chunk_logits(run, run.eval_batch * run.length) if run.eval_batch else 0
+    size = chunk_logits(run, tokens) if run.eval_batch else 0
     copy = working_copy(run) if run.eval_batch else 0
     return {"logits": size, "activations": wide, "working copy": copy, "gathered parameters": gathered_at(run)[-1],
             "buckets": standing_buckets(run)}  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from ds_sft.plan.run import Run
 from ds_sft.plan.weights import FP32
 
-MOMENTS = 8  # Adam's two, in float32
+MOMENTS = 8  # Adam's two, in float32; half of that in bfloat16
 PINNED = 32 * 2**20  # bytes of a buffer that layers' inputs are offloaded to, at most (`training/offload.py`)
 
 
@@ -17,17 +17,22 @@ def states(run: Run) -> dict[str, int]:
     frozen = frozen_bytes(run)
     if engine.stage is None:
         trained = weights.number_trained
-        return {"parameters": trained * FP32, "frozen weights": frozen, "optimizer states": trained * MOMENTS}
+        return {"parameters": trained * run.weight, "frozen weights": frozen, "optimizer states": moments(run)}
     whole = weights.number_trained if engine.stage < 3 else 0
-    masters = 0 if engine.stage == 3 and run.weight == FP32 else share * FP32  # float32 shares are their own masters
+    own = engine.stage == 3 and run.weight == FP32  # float32 shares are their own masters
     on_device = {"parameters": (whole or (0 if engine.offload_param else share)) * run.weight,
                  "frozen weights": 0 if engine.offload_param else frozen}  # fmt: skip
     if engine.stage == 3:
         on_device["parameters"] += persistent(run) * run.weight
         on_device["parameters"] += -(-weights.number // engine.hierarchical) * run.weight * (engine.hierarchical > 1)
     if not engine.offload_optimizer:
-        on_device |= {"master weights": masters, "optimizer states": share * MOMENTS}
+        on_device |= {"master weights": 0 if own else share * run.master, "optimizer states": moments(run)}
     return on_device
+
+
+def moments(run: Run) -> int:
+    """States of the optimizer for what a rank owns."""
+    return owned(run) * MOMENTS * run.master // FP32
 
 
 def frozen_bytes(run: Run) -> int:
@@ -44,7 +49,7 @@ def host(run: Run) -> dict[str, int]:
     if engine.offload_param:
         parts |= {"parameters": share * run.weight, "frozen weights": frozen_bytes(run)}
     if engine.offload_optimizer:
-        parts |= {"master weights": share * FP32, "optimizer states": share * MOMENTS, "gradients": share * FP32}
+        parts |= {"master weights": share * FP32, "optimizer states": moments(run), "gradients": share * FP32}
         if engine.stage == 3:
             parts["gradients"] += share * run.weight  # grad_partitions_flat_buffer
         else:
