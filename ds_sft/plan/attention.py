@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ds_sft.plan.run import Run, inputs_kept
+from ds_sft.plan.shape import Shape
 from ds_sft.plan.weights import FP32, Learned
 
 # Tokens of a row up to which attention on a CPU in 16 bits computes its scores again: 4 MiB a head, for a moment.
@@ -17,7 +18,7 @@ def attention_kept(run: Run, learned: Learned) -> int:
     s, w = run.shape, run.width
     if s.latent is not None:
         return _latent_attention(run, learned)
-    keys_values = 2 * (exchanged_keys(run) if _groups_inside(run) else s.q_size)
+    keys_values = 2 * (exchanged_keys(s, run.sequence) if _groups_inside(run) else s.q_size)
     # gpt-oss: a sink's own share, and which score is the largest.
     log_sums = s.heads * FP32 if run.way != "eager" else s.heads * (w + INDEX) * s.sinks
     behind = inputs_kept(run, learned, "self_attn.o_proj")
@@ -32,14 +33,14 @@ def attention_kept(run: Run, learned: Learned) -> int:
     return kept
 
 
-def exchanged_keys(run: Run) -> int:
+def exchanged_keys(shape: Shape, group: int) -> int:
     """Width of the keys that attention reads: fewer heads than ranks that share a row are there several times."""
-    return math.lcm(run.shape.kv_heads, run.sequence) * run.shape.head_dim
+    return math.lcm(shape.kv_heads, group) * shape.head_dim
 
 
-def exchanged(run: Run) -> int:
-    """Bytes of what a rank gives to an exchange of queries, keys and values, and of what it gets for it."""
-    return run.tokens * (run.shape.q_size + 2 * exchanged_keys(run)) * run.width
+def exchanged_width(shape: Shape, group: int) -> int:
+    """Of queries, keys and values of a token, as ranks that share a row exchange them."""
+    return shape.q_size + 2 * exchanged_keys(shape, group)
 
 
 def attention_backward(run: Run) -> int:
@@ -50,7 +51,8 @@ def attention_backward(run: Run) -> int:
     s = run.shape
     keys = s.kv_size if s.latent is None else s.q_size
     made = run.tokens * (s.v_size + s.q_size + 2 * keys) * run.width
-    return made if run.sequence == 1 else run.tokens * s.v_size * run.width + 2 * exchanged(run)
+    twice = s.v_size + 2 * exchanged_width(s, run.sequence)
+    return made if run.sequence == 1 else run.tokens * twice * run.width
 
 
 def _latent_attention(run: Run, learned: Learned) -> int:

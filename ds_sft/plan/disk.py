@@ -6,8 +6,8 @@ from typing import Protocol
 
 from ds_sft.config import Config
 
-MASTER_BYTES = 4  # a float32 weight
-ADAM_BYTES = 8  # two float32 moments a parameter
+MASTER_BYTES = 4  # a float32 weight; half of it under `optimizer_dtype: bfloat16`
+ADAM_BYTES = 8  # two float32 moments a parameter; the same
 
 
 class Sized(Protocol):
