@@ -24,11 +24,12 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, Config, config_file, load_config, with_changes
+from ds_sft.config import ALIASES, BFLOAT16_OPTIMS, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
+from ds_sft.plan.fits import Card, Reach, reaches
 from ds_sft.plan.layouts import (
     LAYOUTS,
     NAMED,
@@ -36,10 +37,10 @@ from ds_sft.plan.layouts import (
     engine_of,
     name_of,
     options,
-    recommend,
     run_of,
     shipped_engine,
 )
+from ds_sft.plan.recommend import group_sizes, recommend, ways
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
@@ -185,7 +186,8 @@ class Plan:
         )
         limits = (self.hardware, given.gpu_memory, self.host_memory)
         self.options = options(self.base, *limits)
-        self.best = recommend(self.base, *limits, filled=config.fills_batches)
+        self.groups = group_sizes(config, self.base[self.configured], self.hardware.gpus_per_node)
+        self.best = recommend(self.base, *limits, groups=self.groups, filled=config.fills_batches)
 
     @property
     def chosen(self) -> Option:
@@ -199,6 +201,17 @@ class Plan:
             return rows_of_epoch(self.config, count_quickly)
         except UserError:
             return None
+
+    def reaches(self) -> list[Reach]:
+        """The longest row and the largest model of each layout in each way; none for a CPU."""
+        if self.on_cpu:
+            return []
+        card = Card(
+            per_node=self.hardware.gpus_per_node, gpu_memory=self.given.gpu_memory, host_memory=self.host_memory
+        )
+        asked = [way for equals in ways(self.groups) for way in equals]
+        return [*reaches(lambda shape: layouts(self.config, shape, self.hardware.ranks)[1], self.shape, asked, card,
+                         narrow_too=may_be_narrow(self.config))]  # fmt: skip
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
@@ -256,6 +269,7 @@ class Plan:
             "filled": self.config.fills_batches,
             "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
+            "reaches": [_reach(found) for found in self.reaches()],
             "disk": disk,
             "schedule": vars(times),
             "time_limit": self.given.time_limit,
@@ -301,6 +315,24 @@ class Plan:
             "hiding_bandwidth": hiding_bandwidth(o.run, self.hardware),
             "step_seconds": vars(o.step) if self._knows_speed else None,
         }
+
+
+def _reach(found: Reach) -> dict[str, Any]:
+    """With the keys to write."""
+    return {
+        "name": found.layout,
+        "optimizer_dtype": "bfloat16" if found.narrow else "float32",
+        "activation_checkpointing": found.way.word,
+        "sequence_parallel": found.way.sequence,
+        "longest_row": found.longest,
+        "largest_model": found.largest,
+    }
+
+
+def may_be_narrow(config: Config) -> bool:
+    """Whether the states of its optimizer could be bfloat16."""
+    optim = config.training.get("optim", BFLOAT16_OPTIMS[0])
+    return bool(config.training.get("bf16")) and config.adapter == "none" and optim in BFLOAT16_OPTIMS
 
 
 def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ def fullest(points: list[Reduction]) -> Reduction:
 
 def reductions(run: Run, rank: int) -> list[Reduction]:
     """Gradients as each parameter gets its own, from the model's end to its start, and when the last are reduced."""
-    same = replace(without_batch(run), accumulation=min(run.accumulation, 2), checkpointing=False)
+    same = replace(without_batch(run), checkpointing=False)
     return _reductions(same, rank)
 
 

@@ -9,8 +9,9 @@ file: `states.py`, `gradients.py`, `gathered.py`, `activations.py` (`attention.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from ds_sft.plan.activations import (
@@ -32,7 +33,7 @@ from ds_sft.plan.gradients import (
     standing_buckets,
     step_gradients,
 )
-from ds_sft.plan.run import Run, supervised
+from ds_sft.plan.run import Run, supervised, without_batch
 from ds_sft.plan.states import (
     copy_that_stays,
     differing_ranks,
@@ -68,11 +69,11 @@ class Memory:
 
 def peak(run: Run, *, loading: bool = True) -> Memory:
     """The fullest moment of the fullest rank; `loading`: also before the first step."""
-    on_host = host(run)
-    fixed = states(run) | {"compiled products": compiled_products(run)}
-    moments = ((name, {**fixed, **parts}) for name, parts in _moments(run) if loading or name != "loading")
-    name, device = max(moments, key=lambda moment: sum(moment[1].values()))
-    return Memory(name, {part: size for part, size in device.items() if size}, on_host)
+    alive, products = _activations(run), {"compiled products": compiled_products(run)}
+    moments = [moment for moment in _moments(without_batch(run)) if loading or moment.name != "loading"]
+    fullest = max(moments, key=lambda moment: moment.size + sum(alive.at(moment)))
+    parts = fullest.parts | products | dict(zip(("activations", "logits"), alive.at(fullest), strict=True))
+    return Memory(fullest.name, {part: size for part, size in parts.items() if size}, host(run))
 
 
 def model_states(run: Run) -> int:
@@ -85,74 +86,100 @@ def model_states(run: Run) -> int:
     return sum(states(run).values()) + sum(host(run).values()) + held + buckets + copy_that_stays(run)
 
 
-def _moments(run: Run) -> Iterator[tuple[str, dict[str, int]]]:
-    """The parts beside `states` at each moment that could be the fullest."""
-    yield "loading", loading(run)
-    yield "validation", validation(run)
-    layers = _layers(run)
-    for rank in differing_ranks(run):
-        yield from _backward(run, rank, layers)
-        yield "optimizer step", step(run, rank)
+@dataclass(frozen=True)
+class Moment:
+    """A point of a step that could be the fullest: bytes that do not depend on the batch, and what is beside them."""
+
+    name: str
+    parts: dict[str, int]
+    layers: int | None = None  # that backward has not reached; None: there are no activations
+    inside: int = 0  # 1: backward is in the layer behind these
+    logits: int = 0  # 1: hidden states of supervised tokens; 2: and a chunk of logits
+
+    @cached_property
+    def size(self) -> int:
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Bytes that are the same on all ranks, when `i` layers are still to go backward, i = 0 ... layers."""
+class Activations:
+    """Bytes that depend on the batch, the same on all ranks."""
 
     outside: int
-    below: list[int]  # kept of these layers
-    backward: list[int]  # of the layer behind these
-    gathered: list[int]
+    below: list[int]  # kept of so many layers
+    backward: list[int]  # in that of each layer
+    logits: tuple[int, int, int]  # as `Moment.logits` counts
+    validation: tuple[int, int]
+
+    def at(self, moment: Moment) -> tuple[int, int]:
+        """Activations of layers, and of the loss."""
+        if moment.layers is None:
+            return self.validation if moment.name == "validation" else (0, 0)
+        inside = self.backward[moment.layers] if moment.inside else 0
+        return self.outside + self.below[moment.layers] + inside, self.logits[moment.logits]
 
 
-def _layers(run: Run) -> Layers:
-    s, first = run.shape, run.weights.first
+def _activations(run: Run) -> Activations:
+    first, between = run.weights.first, kept_between_layers(run)
     if run.checkpointing:
-        kept = [kept_between_layers(run) if i >= first else 0 for i in range(s.layers)]
+        kept = [between if i >= first else 0 for i in range(run.shape.layers)]
     else:
-        kept = [layer_activations(run, i) for i in range(s.layers)]
+        kept = _of_layers(run, layer_activations)
     below = [0, *accumulate(kept)]
     if run.inputs_on_host:
-        below = [min(size, kept_between_layers(run)) for size in below]  # the next one to go backward
-    backward = [layer_backward(run, i) if i >= first else 0 for i in range(s.layers)]
-    return Layers(outside_layers(run), below, backward, gathered_at(run))
+        below = [min(size, between) for size in below]  # the next one to go backward
+    states = loss_inputs(run)
+    logits = (0, states, states + chunk_logits(run, supervised(run)))
+    return Activations(outside_layers(run), below, _of_layers(run, layer_backward), logits, validation(run))
 
 
-def _backward(run: Run, rank: int, layers: Layers) -> Iterator[tuple[str, dict[str, int]]]:
-    s, weights, reached = run.shape, run.weights, reductions(run, rank)
+def _of_layers(run: Run, ask: Callable[[Run, int], int]) -> list[int]:
+    """A size of each layer, asked of those alone that differ from the ones before."""
+    alike = run.weights.alike
+    asked = {layer: ask(run, layer) if layer >= run.weights.first else 0 for layer in set(alike)}
+    return [asked[layer] for layer in alike]
+
+
+@lru_cache(maxsize=256)
+def _moments(run: Run) -> list[Moment]:
+    """Of each rank that differs from the others."""
+    stay = states(run)
+    whole = {"working copy": working_copy(run), "gathered parameters": gathered_at(run)[-1],
+             "buckets": standing_buckets(run)}  # fmt: skip
+    found = [Moment("loading", stay | loading(run)), Moment("validation", stay | whole)]
+    for rank in differing_ranks(run):
+        found += [*_backward(run, rank, stay), Moment("optimizer step", stay | step(run, rank))]
+    return found
+
+
+def _backward(run: Run, rank: int, stay: dict[str, int]) -> Iterator[Moment]:
+    s, weights, reached, gathered = run.shape, run.weights, reductions(run, rank), gathered_at(run)
     head = weights.head * run.width  # bytes of the projection's gradient
 
-    def moment(number: int, at: Reduction, waiting: int = 0, **parts: int) -> dict[str, int]:
-        """`number` of layers still to go backward, `waiting` bytes of a gradient in autograd."""
-        return {
-            "activations": layers.outside + layers.below[number],
-            "working copy": working_copy(run),
-            "gathered parameters": layers.gathered[number],
-            "gradients": at.kept + at.passing + waiting,
-            "buckets": at.buckets,
-            **parts,
-        }
+    def moment(name: str, layers: int, at: Reduction, waiting: int = 0, **alive: int) -> Moment:
+        """`waiting` bytes of a gradient in autograd."""
+        parts = {"working copy": working_copy(run), "gathered parameters": gathered[layers],
+                 "gradients": at.kept + at.passing + waiting, "buckets": at.buckets}  # fmt: skip
+        return Moment(name, stay | parts, layers, **alive)
 
     # The projection's gradient is formed in forward.
     at = Reduction(gradients_before(run, rank), head, standing_buckets(run))
-    yield "loss", moment(s.layers, at, logits=chunk_logits(run, supervised(run)) + loss_inputs(run))
+    yield moment("loss", s.layers, at, logits=2)
     waiting = head if s.tied else 0  # for the embedding's own, to be added
     done = weights.trained_behind
     at = fullest(reached[:done] or [replace(at, passing=0)])
-    yield "output projection", moment(s.layers, at, waiting, logits=loss_inputs(run))
+    yield moment("output projection", s.layers, at, waiting, logits=1)
     for i in reversed(range(weights.first, s.layers)):
         here = weights.trained_in_layers[i]
         at = fullest(reached[done : done + here] or [at])
         done += here
-        parts = moment(i, at, waiting)
-        parts["activations"] += layers.backward[i]
-        yield f"backward of layer {i}", parts
+        yield moment(f"backward of layer {i}", i, at, waiting, inside=1)
     if weights.embedding:
         at = replace(reached[-2], passing=max(waiting + weights.embedding * run.width, reached[-2].passing))
-        yield "embedding", moment(0, at)
+        yield moment("embedding", 0, at)
     last = reached[-1]
-    at_end = {"gathered parameters": layers.gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
-    yield "end of backward", {**at_end, "gradients": last.kept + last.passing}
+    at_end = {"gathered parameters": gathered[0], "buckets": last.buckets, "working copy": copy_that_stays(run)}
+    yield Moment("end of backward", stay | at_end | {"gradients": last.kept + last.passing})
 
 
 def step(run: Run, rank: int) -> dict[str, int]:
@@ -172,18 +199,16 @@ def step(run: Run, rank: int) -> dict[str, int]:
     return {"gradients": held, "step buffers": max(flat, norm), "buckets": standing_buckets(run)}
 
 
-def validation(run: Run) -> dict[str, int]:
-    """A validation batch: a chunk of its logits."""
-    s = run.shape
-    tokens = -(-run.eval_batch * run.length // run.sequence)
+def validation(run: Run) -> tuple[int, int]:
+    """Activations of a validation batch, and a chunk of its logits."""
+    if not run.eval_batch:
+        return 0, 0
+    s, tokens = run.shape, -(-run.eval_batch * run.length // run.sequence)
     wide = tokens * max(s.hidden, s.intermediate) * 2 * FP32
     if s.experts is not None:  # sorted tokens, both projections, the product
         routes = tokens * s.experts.chosen
         wide = max(wide, routes * (2 * s.hidden + 3 * s.experts.intermediate) * run.width)
-    size = chunk_logits(run, tokens) if run.eval_batch else 0
-    copy = working_copy(run) if run.eval_batch else 0
-    return {"logits": size, "activations": wide, "working copy": copy, "gathered parameters": gathered_at(run)[-1],
-            "buckets": standing_buckets(run)}  # fmt: skip
+    return wide, chunk_logits(run, tokens)
 
 
 def loading(run: Run) -> dict[str, int]:

@@ -137,7 +137,8 @@ def trained_weights(shape: Shape, choice: Choice) -> Weights:
 
 def without_batch(run: Run) -> Run:
     """What does not depend on the batch is asked again and again in search of the largest one: with this, once."""
-    return replace(run, micro_batch=1, length=1, max_tokens=None, accumulation=1, eval_batch=0, learned=1.0, sequence=1,
+    return replace(run, micro_batch=1, length=1, max_tokens=None, accumulation=min(run.accumulation, 2),
+                   eval_batch=0, learned=1.0, sequence=1,
                    padded=False, packed=False, flat=False, inputs_on_host=False,
                    tiling="no" if run.tile is None else "yes")  # fmt: skip
 
