@@ -40,7 +40,7 @@ from ds_sft.plan.layouts import (
     run_of,
     shipped_engine,
 )
-from ds_sft.plan.recommend import group_sizes, recommend, ways
+from ds_sft.plan.recommend import Remedy, group_sizes, recommend, remedies, way_of, ways
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
@@ -206,12 +206,18 @@ class Plan:
         """The longest row and the largest model of each layout in each way; none for a CPU."""
         if self.on_cpu:
             return []
-        card = Card(
-            per_node=self.hardware.gpus_per_node, gpu_memory=self.given.gpu_memory, host_memory=self.host_memory
-        )
+        card = Card(self.hardware.gpus_per_node, self.given.gpu_memory, self.host_memory)
         asked = [way for equals in ways(self.groups) for way in equals]
         return [*reaches(lambda shape: layouts(self.config, shape, self.hardware.ranks)[1], self.shape, asked, card,
                          narrow_too=may_be_narrow(self.config))]  # fmt: skip
+
+    def remedies(self) -> list[Remedy]:
+        """What would fit where nothing does."""
+        if self.best is not None or self.on_cpu:
+            return []
+        return [*remedies(lambda ranks: layouts(self.config, self.shape, ranks)[1], self.hardware,
+                          self.given.gpu_memory, self.host_memory, groups=self.groups, filled=self.config.fills_batches,
+                          narrow_too=may_be_narrow(self.config))]  # fmt: skip
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
@@ -231,9 +237,10 @@ class Plan:
         stage, trained, twice = run.engine.stage, run.weights.number_trained, run.weights.twice
         final = export_bytes(self.shape, 4 if self.config.export_dtype == "float32" or not run.half else 2)
         if run.choice.whole:
-            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight)
+            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight, master_bytes=run.master)
         else:
-            one = trained_checkpoint_bytes(trained, twice, stage=stage, weight_bytes=run.weight)
+            one = trained_checkpoint_bytes(trained, twice, stage=stage, weight_bytes=run.weight,
+                                           master_bytes=run.master)  # fmt: skip
             final = final_bytes(final, trained, twice, self.config)
         number = times.checkpoints
         if number != 0 and training.get("save_total_limit"):
@@ -269,7 +276,11 @@ class Plan:
             "filled": self.config.fills_batches,
             "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
+            "group": self.config.sequence_parallel,
             "reaches": [_reach(found) for found in self.reaches()],
+            "remedies": [
+                {"write": [*found.words, keys_of(found.best)], **self._row(found.best)} for found in self.remedies()
+            ],
             "disk": disk,
             "schedule": vars(times),
             "time_limit": self.given.time_limit,
@@ -300,6 +311,9 @@ class Plan:
             "micro_batch": o.run.micro_batch,
             "accumulation": o.run.accumulation,
             "checkpointing": o.run.checkpointing,
+            "activation_checkpointing": way_of(o.run).word,
+            "sequence_parallel": o.run.sequence,
+            "groups": o.run.groups,
             "fullest_moment": o.memory.moment,
             "gpu": {**o.memory.device, "Python and its libraries" if self.on_cpu else "allocator margin": o.margin},
             "gpu_total": o.gpu_bytes,
@@ -307,7 +321,7 @@ class Plan:
                 "checkpointing": activations(o.run, checkpointing=True),
                 "without": activations(o.run, checkpointing=False),
             },
-            "tokens_per_micro_batch": o.run.tokens,
+            "tokens_per_micro_batch": o.run.batch_tokens,
             "host": o.memory.host,
             "node_total": o.node_bytes,
             "fits": o.fits,
@@ -315,6 +329,12 @@ class Plan:
             "hiding_bandwidth": hiding_bandwidth(o.run, self.hardware),
             "step_seconds": vars(o.step) if self._knows_speed else None,
         }
+
+
+def keys_of(best: Option) -> str:
+    """The layout and the way of an option, as keys of a run."""
+    engine = f"deepspeed: {NAMED[best.name]}, " if best.name in NAMED else ""
+    return engine + way_of(best.run).keys
 
 
 def _reach(found: Reach) -> dict[str, Any]:
@@ -378,11 +398,12 @@ def recommended(plan: Plan) -> Config:
     engine = training.get("deepspeed") if best.name == plan.configured else None
     if engine is None and best.name in NAMED:
         engine = NAMED[best.name]
-    training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": run.checkpointing,
+    checkpointing = "offload" if run.inputs_on_host else run.checkpointing
+    training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": checkpointing,
                  "deepspeed": engine}  # fmt: skip
     most = run.max_tokens
     if config.fills_batches:
-        most = run.tokens
+        most = run.batch_tokens
     else:
         training["per_device_train_batch_size"] = run.micro_batch
-    return replace(config, max_tokens_per_batch=most, training=training)
+    return replace(config, max_tokens_per_batch=most, sequence_parallel=run.sequence, training=training)

@@ -24,7 +24,7 @@ QWEN3 = {  # https://huggingface.co/Qwen: hidden, intermediate, layers, heads; 8
 TIED = ("0.6B", "1.7B", "4B")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Card:
     """What a rank may take."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ds_sft.config import AGAINST_SEQUENCE_PARALLEL, Config
 from ds_sft.plan.cost import Hardware
 from ds_sft.plan.layouts import NAMED, Option, option
 from ds_sft.plan.run import Run
+
+MOST_NODES = 64  # that are proposed where nothing fits
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Way:
     def word(self) -> str:
         """The value of `activation_checkpointing`."""
         return "offload" if self.inputs_on_host else "yes" if self.checkpointing else "no"
+
+    @property
+    def keys(self) -> str:
+        """What to write."""
+        shared = f", sequence_parallel: {self.sequence}" if self.sequence > 1 else ""
+        return f"activation_checkpointing: {self.word}{shared}"
 
     def of(self, run: Run) -> Run:
         """The run in this way; groups of several ranks take more micro batches for the same step."""
@@ -80,6 +88,37 @@ def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, ho
             if found:
                 return _least_divided(found)
     return None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change with which something fits: keys of the run, or flags of `ds-sft plan`."""
+
+    words: tuple[str, ...]
+    best: Option
+
+
+def remedies(base: Callable[[int], Mapping[str, Run]], hardware: Hardware, gpu_memory: float, host: float | None, *,
+             groups: Sequence[int], filled: bool, narrow_too: bool) -> Iterator[Remedy]:  # fmt: skip
+    """What would fit where nothing does as it is asked: states in bfloat16, more nodes.
+
+    Args:
+        base: the layouts on so many ranks.
+    """
+
+    def tried(runs: Mapping[str, Run], there: Hardware) -> Option | None:
+        return recommend(runs, there, gpu_memory, host, groups=groups, filled=filled)
+
+    if narrow_too:
+        runs = {name: replace(run, narrow=True) for name, run in base(hardware.ranks).items()}
+        kept = {name: run for name, run in runs.items() if not run.engine.offload_optimizer}
+        if best := tried(kept, hardware):
+            yield Remedy(("optimizer_dtype: bfloat16",), best)
+    for nodes in (hardware.nodes * 2**power for power in range(1, MOST_NODES.bit_length())):
+        there = replace(hardware, nodes=nodes)
+        if nodes <= MOST_NODES and (best := tried(base(there.ranks), there)):
+            yield Remedy((f"--nodes {nodes}",), best)
+            return
 
 
 def _least_divided(found: Sequence[Option]) -> Option:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
-from ds_sft.plan.run import Run
+from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.weights import FP32
 
 MOMENTS = 8  # Adam's two, in float32; half of that in bfloat16
@@ -43,7 +44,14 @@ def frozen_bytes(run: Run) -> int:
 
 
 def host(run: Run) -> dict[str, int]:
-    """What a rank keeps in host memory because of offloading (`stage_1_and_2.py` and `stage3.py`, `__init__`)."""
+    """What a rank keeps in host memory because of offloading."""
+    inputs = max(run.shape.layers - run.weights.first - 1, 0) * _pinned(run) if run.inputs_on_host else 0
+    return _states_on_host(without_batch(run)) | ({"layer inputs": inputs} if inputs else {})
+
+
+@lru_cache(maxsize=256)
+def _states_on_host(run: Run) -> dict[str, int]:
+    """As `stage_1_and_2.py` and `stage3.py` have it, `__init__`."""
     engine, share = run.engine, owned(run)
     parts: dict[str, int] = {}
     if engine.offload_param:
@@ -56,8 +64,6 @@ def host(run: Run) -> dict[str, int]:
             parts["buckets"] = share * run.weight + largest_copy(run)
             if run.accumulation > 1:
                 parts["gradients"] += max(partition(run, rank) for rank in differing_ranks(run)) * run.weight
-    if run.inputs_on_host:
-        parts["layer inputs"] = max(run.shape.layers - run.weights.first - 1, 0) * _pinned(run)
     return {part: size for part, size in parts.items() if size}
 
 
