@@ -40,6 +40,7 @@ from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.model import computing_dtype
 from ds_sft.training.nonfinite import FiniteTrainer
+from ds_sft.training.offload import offload_of
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.routing import routing_of
@@ -122,6 +123,8 @@ class SFTTrainer(FiniteTrainer):
     # ---- Measuring: see training/metrics.py
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if (offload := offload_of(self.model)) is not None:
+            offload.wrap(self.model)  # checkpointing was just switched on
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
             self.meter.time_engine(self.model_wrapped)
