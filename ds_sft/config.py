@@ -187,7 +187,7 @@ class Config:
                          choices=("default", "gaussian", "orthogonal"), default="default")  # fmt: skip
     train_only: list[str] | None = key("without adapters: weights to train, by parts of names such as [layers.27., "
                                        "lm_head, norm]; the others are frozen", default=None)  # fmt: skip
-    optimizer_dtype: str = key("of what an optimizer step keeps: float32 (weights, states), or bfloat16: half the memory, "
+    optimizer_dtype: str = key("of the weights that are updated, gradients and states; bfloat16: 8 bytes a parameter, "
                                "rounded at random", choices=("float32", "bfloat16"), default="float32")  # fmt: skip
     quantization: str = key("of the frozen weights under an adapter: nf4, 4 bits (bitsandbytes)",
                             choices=("none", "nf4"), default="none")  # fmt: skip

@@ -109,6 +109,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.model import uses_padding
+    from ds_sft.training.optimizer import optimizer_of
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -146,6 +147,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             eval_dataset=data.eval,
             data_collator=collate,
             processing_class=with_template(tokenizer, served.chat_template),  # checkpoints have it
+            optimizer_cls_and_kwargs=optimizer_of(config, args, launch),
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),

@@ -66,6 +66,7 @@ REFUSED = {
     "lora_init": "the adapter that was trained began otherwise",
     "quantization": "what was trained was trained beside other frozen weights",
     "resize_embeddings": "weights and states have the old number of rows",
+    "optimizer_dtype": "weights and states are of the old precision",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "the states are cut up by the old one"),

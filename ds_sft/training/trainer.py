@@ -112,9 +112,12 @@ class SFTTrainer(FiniteTrainer):
         # What is compiled would be compiled again for other weights: autocast casts them there.
         alone = self.args.world_size == 1
         compiled = self.args.torch_compile or (compiles_layers(self.model) and not alone)
-        own = self.args.bf16 and not self.is_deepspeed_enabled and not compiled
+        masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
+        own = self.args.bf16 and masters and not self.is_deepspeed_enabled and not compiled
         kind = WorkingCopy if alone else LentCopy
         self.working_copy = kind(self.model) if own else None
+        if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
