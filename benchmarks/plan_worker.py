@@ -156,6 +156,7 @@ def main() -> None:
     import ds_sft.runtime.export
     import ds_sft.training.model
     from ds_sft import train
+    from ds_sft.training.optimizer import StochasticAdamW
 
     around(ds_sft.training.model, "load_model", recorder.start, lambda _: (give_back_memory(), recorder.mark("engine")))
     around(train, "load_model_to_train", lambda: None, own_frozen)
@@ -173,7 +174,8 @@ def main() -> None:
         around(DeepSpeedZeroOptimizer, "step", step, lambda _: recorder.mark("after"))
         around(DeepSpeedZeroOptimizer_Stage3, "step", step, lambda _: recorder.mark("after"))
     else:
-        around(torch.optim.AdamW, "step", step, lambda _: recorder.mark("after"))
+        for optimizer in (torch.optim.AdamW, StochasticAdamW):
+            around(optimizer, "step", step, lambda _: recorder.mark("after"))
 
     def end() -> None:
         recorder.finish()

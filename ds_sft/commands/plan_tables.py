@@ -116,9 +116,11 @@ def reach_table(plan: dict[str, Any]) -> Table:
     table = Table(title=f"The longest row that fits, k of 1,024 tokens; the largest Qwen3 at {plan['max_length']:,}")
     for name in ("", *(f"{word} x {group}" if group > 1 else word for word, group in columns)):
         table.add_column(name, justify="right" if name else "left")
-    cells = {(found["name"], found["optimizer_dtype"], *_way(found)): found for found in reaches}
-    for name, dtype in dict.fromkeys((found["name"], found["optimizer_dtype"]) for found in reaches):
-        shown = (_reached(cells[(name, dtype, *way)]) for way in columns)
+    rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for found in reaches:
+        rows.setdefault((found["name"], found["optimizer_dtype"]), {})[_way(found)] = _reached(found)
+    for (name, dtype), cells in rows.items():
+        shown = (cells[way] for way in columns)
         table.add_row(name if dtype == "float32" else f"{name}, {dtype}", *shown)
     table.caption = ("Columns: activation_checkpointing; x N: sequence_parallel: N. bfloat16: optimizer_dtype. "
                      "One row in a micro batch.")  # fmt: skip

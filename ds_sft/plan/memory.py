@@ -46,8 +46,9 @@ from ds_sft.plan.states import (
 )
 from ds_sft.plan.weights import FP32
 
-# A step of bfloat16 states is computed in float32, so many elements at once; bytes of each.
-NARROW_CHUNK, NARROW_STEP = 2**22, 6 * FP32
+# A step of bfloat16 states is computed so many elements at once, with nine numbers of 4 bytes for each
+# (`training/optimizer.py`).
+NARROW_CHUNK, NARROW_STEP = 2**22, 9 * FP32
 
 
 @dataclass(frozen=True)

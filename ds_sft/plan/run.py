@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -98,7 +99,9 @@ class Run:
         if self.tiling == "no" or s.experts is not None or self.choice.dropout:
             return None
         pays = self.tokens >= TILED_FROM and 7 * s.intermediate >= 16 * s.hidden
-        return min(TILE, self.tokens) if self.tiling == "yes" or pays else None
+        if self.tokens <= TILE or not (self.tiling == "yes" or pays):
+            return None
+        return math.ceil(self.tokens / math.ceil(self.tokens / TILE))  # tiles of about equal size
 
     @property
     def groups(self) -> int:
@@ -136,8 +139,11 @@ def trained_weights(shape: Shape, choice: Choice) -> Weights:
 
 
 def without_batch(run: Run) -> Run:
-    """What does not depend on the batch is asked again and again in search of the largest one: with this, once."""
-    return replace(run, micro_batch=1, length=1, max_tokens=None, accumulation=min(run.accumulation, 2),
+    """What does not depend on the batch is asked again and again in search of the largest one: with this, once.
+
+    But for whether MLPs are computed in tiles, as those of a row of this length can be.
+    """
+    return replace(run, micro_batch=1, length=TILE + 1, max_tokens=None, accumulation=min(run.accumulation, 2),
                    eval_batch=0, learned=1.0, sequence=1,
                    padded=False, packed=False, flat=False, inputs_on_host=False,
                    tiling="no" if run.tile is None else "yes")  # fmt: skip
