@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from ds_sft.config import Config  # noqa: E402
 from ds_sft.plan.layouts import shipped_engine  # noqa: E402
 from ds_sft.plan.memory import model_states, peak  # noqa: E402
+from ds_sft.plan.optimizer import optimizer_of  # noqa: E402
 from ds_sft.plan.run import Run  # noqa: E402
 from ds_sft.plan.shape import read_shape  # noqa: E402
 from ds_sft.plan.weights import choice_of  # noqa: E402
@@ -90,6 +91,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "mlp": {"train_only": ["mlp"]},
     "upper": {"train_only": ["layers.4.", "layers.5.", "norm"]},
     "narrow": {"optimizer_dtype": "bfloat16"},
+    "8bit": {"training": {"optim": "adamw_8bit"}},
     "shared": {"sequence_parallel": 2},
     "tiled": {"tiled_mlp": "yes"},
     "whole-mlp": {"tiled_mlp": "no"},
@@ -221,6 +223,7 @@ def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> t
         choice=choice_of(config),
         sequence=config.sequence_parallel,
         tiling=config.tiled_mlp,
+        optimizer=optimizer_of(config),
         narrow=config.optimizer_dtype == "bfloat16",
     )
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)
@@ -235,7 +238,7 @@ def run_folder(case: Case, folder: Path) -> Path:
 
 def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
     """What each rank measured. Ends the program where the training fails."""
-    rows = folder / "rows.jsonl"
+    rows = folder / f"rows-{case.length}.jsonl"
     if not rows.exists():
         line = json.dumps({"question": "?", "answer": "abcdefgh " * case.length})
         rows.write_text((line + "\n") * 64, encoding="utf-8")
@@ -253,7 +256,7 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         "save_strategy": "no",
         "num_predictions": 0,
         "swanlab_mode": "disabled",
-        **KEYS[case.keys],
+        **{**KEYS[case.keys], **KEYS[case.keys].get("training", {})},
     }
     if case.layout != "none":
         keys["deepspeed"] = engine_file(case.layout, folder)

@@ -40,6 +40,7 @@ from ds_sft.plan.layouts import (
     run_of,
     shipped_engine,
 )
+from ds_sft.plan.optimizer import state_bytes
 from ds_sft.plan.recommend import Remedy, group_sizes, recommend, remedies, way_of, ways
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
@@ -234,13 +235,14 @@ class Plan:
     def disk(self) -> dict[str, int | None]:
         """Bytes that the run writes, and what is free; None where only its rows would tell."""
         training, run, times = self.config.training, self.chosen.run, self.schedule()
+        kept = state_bytes(self.config)
         stage, trained, twice = run.engine.stage, run.weights.number_trained, run.weights.twice
         final = export_bytes(self.shape, 4 if self.config.export_dtype == "float32" or not run.half else 2)
         if run.choice.whole:
-            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight, master_bytes=run.master)
+            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight, kept=kept)
         else:
             one = trained_checkpoint_bytes(trained, twice, stage=stage, weight_bytes=run.weight,
-                                           master_bytes=run.master)  # fmt: skip
+                                           kept=kept)  # fmt: skip
             final = final_bytes(final, trained, twice, self.config)
         number = times.checkpoints
         if number != 0 and training.get("save_total_limit"):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ds_sft.plan.optimizer import ADAMW, MUON
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
@@ -55,6 +56,7 @@ class Run:
     sequence: int = 1  # ranks that share each row (`sequence_parallel`)
     inputs_on_host: bool = False  # what checkpointing keeps of layers (`activation_checkpointing: offload`)
     tiling: str = "auto"  # `tiled_mlp`
+    optimizer: str = ADAMW  # or another of `plan/optimizer.py`
     narrow: bool = False  # weights, gradients and states are bfloat16 (`optimizer_dtype`)
 
     @property
@@ -63,8 +65,9 @@ class Run:
 
     @property
     def refused(self) -> bool:
-        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits."""
-        return self.choice.four_bits and self.engine.stage == 3
+        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, Muon wants whole matrices."""
+        stage = self.engine.stage
+        return (self.choice.four_bits and stage == 3) or (self.optimizer == MUON and stage is not None)
 
     @property
     def weight(self) -> int:

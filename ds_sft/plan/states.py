@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
+from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS, MOMENTS, eight_bits, whole_moments
 from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.weights import FP32
 
-MOMENTS = 8  # Adam's two, in float32; half of that in bfloat16
 PINNED = 32 * 2**20  # bytes of a buffer that layers' inputs are offloaded to, at most (`training/offload.py`)
 
 
@@ -32,7 +32,11 @@ def states(run: Run) -> dict[str, int]:
 
 
 def moments(run: Run) -> int:
-    """States of the optimizer for what a rank owns."""
+    """States of the optimizer for what a rank owns: of DeepSpeed's flat parts all are alike."""
+    if run.engine.stage is None and run.optimizer != ADAMW:
+        return whole_moments(run.optimizer, (w for w in run.weights.every if w.trained))
+    if run.optimizer == EIGHT_BITS:
+        return eight_bits(owned(run))
     return owned(run) * MOMENTS * run.master // FP32
 
 
