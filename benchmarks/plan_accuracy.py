@@ -198,6 +198,8 @@ def long_cases() -> Iterator[Case]:
     yield Case(small, "zero2", 2, False, micro_batch=1, length=4096)
     yield Case(small, "zero3", 2, True, micro_batch=1, length=8192, keys="shared")
     yield Case(small, "none", 1, True, keys="narrow")
+    yield Case(small, "none", 1, True, keys="8bit")
+    yield Case(small, "zero2", 2, True, keys="8bit")
     yield Case(middle, "none", 1, True, keys="narrow")
     for keys in ("tiled", "whole-mlp"):
         yield Case(small, "none", 1, True, micro_batch=1, length=16384, keys=keys)

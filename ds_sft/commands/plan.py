@@ -41,7 +41,7 @@ from ds_sft.plan.layouts import (
     shipped_engine,
 )
 from ds_sft.plan.optimizer import state_bytes
-from ds_sft.plan.recommend import Remedy, group_sizes, recommend, remedies, way_of, ways
+from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies, way_of, ways
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
@@ -208,9 +208,14 @@ class Plan:
         if self.on_cpu:
             return []
         card = Card(self.hardware.gpus_per_node, self.given.gpu_memory, self.host_memory)
-        asked = [way for equals in ways(self.groups) for way in equals]
+        every = [way for equals in ways(self.groups) for way in equals]
+        asked = every if self.given.json else [way for way in every if self._is_shown(way)]
         return [*reaches(lambda shape: layouts(self.config, shape, self.hardware.ranks)[1], self.shape, asked, card,
                          narrow_too=may_be_narrow(self.config))]  # fmt: skip
+
+    def _is_shown(self, way: Way) -> bool:
+        """Whether the table has a column for it: of larger groups for what takes least memory alone."""
+        return way.sequence == self.config.sequence_parallel or way.inputs_on_host
 
     def remedies(self) -> list[Remedy]:
         """What would fit where nothing does."""
@@ -278,7 +283,6 @@ class Plan:
             "filled": self.config.fills_batches,
             "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
-            "group": self.config.sequence_parallel,
             "reaches": [_reach(found) for found in self.reaches()],
             "remedies": [
                 {"write": [*found.words, keys_of(found.best)], **self._row(found.best)} for found in self.remedies()

@@ -112,7 +112,7 @@ def cost_table(plan: dict[str, Any]) -> Table:
 def reach_table(plan: dict[str, Any]) -> Table:
     """The longest row and the largest model that fit: a row for each layout, a column for each way."""
     reaches = plan["reaches"]
-    columns = [way for way in dict.fromkeys(map(_way, reaches)) if way[1] == plan["group"] or way[0] == "offload"]
+    columns = [*dict.fromkeys(map(_way, reaches))]
     table = Table(title=f"The longest row that fits, k of 1,024 tokens; the largest Qwen3 at {plan['max_length']:,}")
     for name in ("", *(f"{word} x {group}" if group > 1 else word for word, group in columns)):
         table.add_column(name, justify="right" if name else "left")

@@ -10,6 +10,7 @@ from ds_sft.plan.layouts import needed
 from ds_sft.plan.recommend import Way
 from ds_sft.plan.run import TILED_FROM, Run
 from ds_sft.plan.shape import Shape, shape_of
+from ds_sft.plan.states import states
 
 UNIT = 1024  # tokens that rows are counted in
 LONGEST = 4096  # of these units: 4 million tokens, above what any data has
@@ -34,6 +35,9 @@ class Card:
 
     def room(self, run: Run) -> float:
         """Bytes that are left of a GPU or, where that is less, of a node; below 0 it does not fit."""
+        over = self.gpu_memory - sum(states(run).values())
+        if over < 0:
+            return over
         memory, margin, node_bytes = needed(run, self.per_node, self.gpu_memory)
         node = float("inf") if self.host_memory is None else self.host_memory - node_bytes
         return min(node, self.gpu_memory - memory.device_bytes - margin)
@@ -63,10 +67,23 @@ def reaches(
     models = {name: found for name in QWEN3 if (found := _layouts_of(layouts, qwen3(name)))}
     for narrow in (False, True)[: 1 + narrow_too]:
         for name, run in asked.items():
-            for way in ways if not (narrow and run.engine.offload_optimizer) else ():
-                changed = replace(way.of(run), narrow=narrow)
-                runs = {model: replace(way.of(found[name]), narrow=narrow) for model, found in models.items()}
-                yield Reach(name, narrow, way, longest_row(changed, card), largest_model(runs, card))
+            if not (narrow and run.engine.offload_optimizer):
+                runs = {model: found[name] for model, found in models.items()}
+                yield from _of_layout(name, run, runs, ways, card, narrow=narrow)
+
+
+def _of_layout(
+    name: str, asked: Run, models: Mapping[str, Run], ways: Sequence[Way], card: Card, *, narrow: bool
+) -> Iterator[Reach]:
+    names = [*models]
+    fitting: dict[str, int] = {}  # how many models fit: more ranks that share a row never take more
+    for way in ways:
+        number = fitting.get(way.word, 0)
+        while number < len(names) and card.room(replace(way.of(models[names[number]]), narrow=narrow)) >= 0:
+            number += 1
+        fitting[way.word] = number
+        longest = longest_row(replace(way.of(asked), narrow=narrow), card)
+        yield Reach(name, narrow, way, longest, names[number - 1] if number else None)
 
 
 def _layouts_of(layouts: Callable[[Shape], Mapping[str, Run]], shape: Shape) -> Mapping[str, Run]:
@@ -111,19 +128,6 @@ def last_with_room(room: Callable[[int], float], first: int, last: int) -> int:
                 found = room(guess)
                 first, low, last, high = (guess, found, last, high) if found >= 0 else (first, low, guess, found)
     return first
-
-
-def largest_model(runs: Mapping[str, Run], card: Card) -> str | None:
-    """The largest of models of growing size that fits."""
-    names = [*runs]
-    low, high = 0, len(names)
-    while low < high:
-        middle = (low + high) // 2
-        if card.room(runs[names[middle]]) >= 0:
-            low = middle + 1
-        else:
-            high = middle
-    return names[low - 1] if low else None
 
 
 def qwen3(name: str) -> Shape:

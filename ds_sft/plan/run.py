@@ -147,7 +147,8 @@ def without_batch(run: Run) -> Run:
     But for whether MLPs are computed in tiles, as those of a row of this length can be.
     """
     return replace(run, micro_batch=1, length=TILE + 1, max_tokens=None, accumulation=min(run.accumulation, 2),
-                   eval_batch=0, learned=1.0, sequence=1,
+                   eval_batch=0, learned=1.0,
+                   checkpointing=run.checkpointing and run.engine.stage == 3, sequence=1,
                    padded=False, packed=False, flat=False, inputs_on_host=False,
                    tiling="no" if run.tile is None else "yes")  # fmt: skip
 
