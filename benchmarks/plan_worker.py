@@ -58,6 +58,7 @@ class Recorder:
         """The baseline: libraries are loaded and the process group is up, the model is not there yet."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # blocks freed until now, as of hashing the base, would be taken for in use
+        self.series.unlink(missing_ok=True)  # of a run before that was killed
         poll = subprocess.Popen([sys.executable, "-c", POLL, str(os.getpid()), str(self.series)])
         while not (self.series.exists() and self.series.read_text().endswith("\n")):
             assert poll.poll() is None, "nobody watches the memory"

@@ -119,7 +119,7 @@ def last_with_room(room: Callable[[int], float], first: int, last: int) -> int:
     """
     if first > last or (low := room(first)) < 0:
         return 0
-    if (high := room(last)) >= 0:
+    if first == last or (high := room(last)) >= 0:
         return last
     while last - first > 1:
         line = first + int((last - first) * low / (low - high))

@@ -144,8 +144,9 @@ def _check_groups(group: int, shape: Shape, ranks: int) -> None:
     """Refuse ranks that cannot share rows evenly."""
     for number, what in ((ranks, "ranks"), (shape.heads, "attention heads")):
         if number % group:
-            fitting = [n for n in range(1, number + 1) if number % n == 0 and n < group]
-            raise UserError(f"sequence_parallel: {group}: does not divide {number} {what}: write {fitting[-1]}")
+            *fewer, last = [str(n) for n in range(1, number + 1) if number % n == 0 and n < group]
+            sizes = f"{', '.join(fewer)} or {last}" if fewer else last
+            raise UserError(f"sequence_parallel: {group}: does not divide {number} {what}: write {sizes}")
 
 
 def chosen_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> str:
