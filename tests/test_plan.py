@@ -419,6 +419,7 @@ def test_offloading_is_for_what_nothing_else_fits(capsys: pytest.CaptureFixture[
 
 def test_memory_of_the_host_that_nobody_checked_is_named() -> None:
     found = {"name": "ZeRO-3 offload", "micro_batch": 1, "accumulation": 1, "checkpointing": True, "gpu_total": 2**30,
+             "activation_checkpointing": "yes", "sequence_parallel": 1, "groups": 8,
              "step_seconds": {"total": 2.0}, "tokens_per_micro_batch": 1, "node_total": 2**40,
              "host": {"parameters": 1}}  # fmt: skip
     planned = {"recommended": found, "ranks": 8, "filled": False}

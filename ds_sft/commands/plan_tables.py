@@ -178,7 +178,9 @@ def recommendation(plan: dict[str, Any], *, host_checked: bool) -> str:
 def _who(best: dict[str, Any]) -> str:
     """Who has rows of its own."""
     group = best["sequence_parallel"]
-    return f"{best['groups']} GPUs" if group == 1 else f"{best['groups']} groups of {group} GPUs"
+    if group == 1:
+        return f"{best['groups']} GPUs"
+    return f"{best['groups']} group{'s' if best['groups'] > 1 else ''} of {group} GPUs"
 
 
 def _kept(best: dict[str, Any]) -> str:
