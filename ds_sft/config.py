@@ -119,6 +119,19 @@ GENERATION: dict[str, tuple[Any, float, float, str]] = {
     "no_repeat_ngram_size": (int, 0, 1e9, "a whole number, 0 or more"),
 }
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+# What `rope_scaling` may say: type -> its options and whether each must be given. The names are transformers' own.
+ROPE_TYPES: dict[str, dict[str, bool]] = {
+    "linear": {"factor": True},
+    "yarn": {"factor": True, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
+             "beta_slow": False, "mscale": False, "mscale_all_dim": False, "truncate": False},
+    "llama3": {"factor": True, "original_max_position_embeddings": False, "low_freq_factor": True,
+               "high_freq_factor": True},
+}  # fmt: skip
+UNSCALED_ROPE = {  # types whose rotation of a row depends on the other rows of its micro batch
+    "dynamic": "it turns all rows of a micro batch by the longest so far",
+    "longrope": "it turns all rows of a micro batch by the longest",
+}
+A_ROPE_SCALING = "a mapping such as {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}"
 
 
 def key(help_text: str, *, choices: tuple[str, ...] = (), **options: Any) -> Any:
@@ -163,6 +176,8 @@ class Config:
     preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
     cache_dir: str | None = key("encoded data; default: DS_SFT_CACHE, else ~/.cache/ds_sft", default=None)
     trust_remote_code: bool = key("run code that comes with the model", default=False)
+    rope_scaling: dict[str, Any] | None = key("rotary positions for rows longer than the model was made for, such as "
+                                              "{rope_type: yarn, factor: 4.0}", default=None)  # fmt: skip
     resize_embeddings: bool = key("add rows, the mean of the others, for tokens that the model has none for",
                                   default=False)  # fmt: skip
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
@@ -822,6 +837,8 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:
         check_generation(value)
+    if known.name == "rope_scaling" and value is not None:
+        check_rope_scaling(value)
     if known.name == "profile_steps" and value is not None and step_range(value) is None:
         raise ValueError("steps such as 10-12, the first 1 or more, the last not before it")
     if known.name == "hub_strategy" and value != "end":
@@ -852,6 +869,46 @@ def check_generation(options: Any) -> None:
     sampling = [name for name in SAMPLING if name in options]
     if sampling and not options.get("do_sample"):
         raise ValueError(f"do_sample: true beside {sampling[0]}, which greedy answers ignore")
+
+
+def check_rope_scaling(options: Any) -> None:
+    """Names and numbers of `rope_scaling`; whether a model can take it `runtime/rope.py` finds out.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    if not isinstance(options, dict) or not options:
+        raise ValueError(A_ROPE_SCALING)
+    if "type" in options:
+        raise ValueError("rope_type, the name of today, in place of type")
+    kind = options.get("rope_type")
+    if kind in UNSCALED_ROPE:
+        raise ValueError(f"rope_type to be one of {', '.join(ROPE_TYPES)} ({kind}: {UNSCALED_ROPE[kind]})")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES, str(kind))}")
+    known = ROPE_TYPES[kind] | {"rope_theta": False}
+    for name, value in options.items():
+        if name != "rope_type" and name not in known:
+            raise ValueError(f"options of {kind} {_one_of(known, name)}")
+        if noun := _rope_noun(name, value):
+            raise ValueError(f"{name} to be {noun}")
+    missing = [name for name, needed in known.items() if needed and name not in options]
+    if missing:
+        raise ValueError(f"{missing[0]} beside rope_type: {kind}")
+    if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
+        raise ValueError("high_freq_factor to be above low_freq_factor")
+
+
+def _rope_noun(name: str, value: Any) -> str | None:
+    """What an option of `rope_scaling` should be; None where it is that."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "truncate":
+        return None if isinstance(value, bool) else "true or false"
+    if name == "original_max_position_embeddings":
+        return None if isinstance(value, int) and number and value > 0 else "a whole number of tokens, such as 32768"
+    if name == "factor":
+        return None if number and 1 <= value < math.inf else "a number, 1 or more"
+    return None if name == "rope_type" or (number and 0 < value < math.inf) else "a number above 0"
 
 
 def step_range(text: str) -> tuple[int, int] | None:

@@ -348,14 +348,14 @@ def finish(
 ) -> None:
     """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
     from ds_sft.runtime.expectation import compare_with_plan
-    from ds_sft.runtime.export import VERIFIED_ROWS, export_model
+    from ds_sft.runtime.export import export_model, rows_to_verify
     from ds_sft.runtime.release import release
     from ds_sft.training.report import best_checkpoint, describe_run, summary
 
     planned = compare_with_plan(expected, launch)
     if best_checkpoint(trainer):
         launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
-    rows = (data.eval or data.train).take(VERIFIED_ROWS)
+    rows = rows_to_verify(data.eval or data.train)
     trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
     run_identity = trainer.run.identity
     export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
@@ -390,7 +390,7 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
 def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) -> None:
     """Merge the adapter of a finished run that was not merged, and is asked for by now; all ranks must call it."""
     from ds_sft.plan.adapter import read_json
-    from ds_sft.runtime.export import VERIFIED_ROWS
+    from ds_sft.runtime.export import rows_to_verify
 
     if config.merge != "yes":
         return
@@ -398,7 +398,7 @@ def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) 
         results = read_json(config.output_dir / RESULTS) if launch.is_main else {}
         # Not by its files: they may be of a start that was killed before they were verified.
         if (results.get("adapter") or {}).get("not_merged") is not None:
-            rows = (data.eval or data.train).take(VERIFIED_ROWS)
+            rows = rows_to_verify(data.eval or data.train)
             merge_and_verify(config, rows, (results["export"] or {}).get("loss_trained"), results)
 
 

@@ -74,6 +74,7 @@ MEANT = [
     ("include_num_input_tokens_seen", "no", False), ("include_num_input_tokens_seen", "all", "all"),
     ("gradient_checkpointing", "no", False), ("warmup_steps", "0.03", 0.03), ("swanlab_mode", "cloud", "cloud"),
     ("generation", "{do_sample: yes, temperature: 7e-1}", {"do_sample": True, "temperature": 0.7}),
+    ("rope_scaling", "{rope_type: yarn, factor: 4}", {"rope_type": "yarn", "factor": 4}),
     ("generation", "{num_beams: 2}", {"num_beams": 2}), ("generation", "null", None),
     ("export_max_shard_size", "500mb", "500mb"), ("profile_steps", "10-12", "10-12"), ("verify_export", "no", False),
 ]  # fmt: skip
@@ -142,6 +143,23 @@ def test_a_bare_flag_is_true() -> None:
         ("generation", "{do_sample: true, top_p: 1.5}", "top_p to be a number above 0, 1 at most"),
         ("generation", "{num_beams: 2.5}", "num_beams to be a whole number, 1 or more"),
         ("generation", "{max_new_tokens: 4}", "no max_new_tokens here: its key is predict_max_new_tokens"),
+        ("rope_scaling", "yarn", "a mapping such as {rope_type: yarn, factor: 4.0, original_max_position_embeddings: "
+         "32768}"),
+        ("rope_scaling", "{factor: 2}", "rope_type to be one of linear, yarn, llama3"),
+        ("rope_scaling", "{rope_type: yarm, factor: 2}", "rope_type to be one of linear, yarn, llama3"),
+        ("rope_scaling", "{rope_type: dynamic, factor: 2}", "rope_type to be one of linear, yarn, llama3 (dynamic: it "
+         "turns all rows of a micro batch by the longest so far)"),
+        ("rope_scaling", "{type: yarn, factor: 2}", "rope_type, the name of today, in place of type"),
+        ("rope_scaling", "{rope_type: yarn}", "factor beside rope_type: yarn"),
+        ("rope_scaling", "{rope_type: yarn, factor: 0.5}", "factor to be a number, 1 or more"),
+        ("rope_scaling", "{rope_type: yarn, factor: yes}", "factor to be a number, 1 or more"),
+        ("rope_scaling", "{rope_type: linear, factor: 2, beta_fast: 32}", "options of linear one of factor, rope_theta"),
+        ("rope_scaling", "{rope_type: yarn, factor: 2, beta_fast: -1}", "beta_fast to be a number above 0"),
+        ("rope_scaling", "{rope_type: yarn, factor: 2, truncate: 1}", "truncate to be true or false"),
+        ("rope_scaling", "{rope_type: yarn, factor: 2, original_max_position_embeddings: 3e4}",
+         "original_max_position_embeddings to be a whole number of tokens, such as 32768"),
+        ("rope_scaling", "{rope_type: llama3, factor: 2, low_freq_factor: 4, high_freq_factor: 4}",
+         "high_freq_factor to be above low_freq_factor"),
         ("export_max_shard_size", "5", "a size such as 5GB or 500MB"),
     ],
 )  # fmt: skip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.cli import main
@@ -151,11 +151,9 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64, **THETA}
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (ROTARY, '64 positions | {"factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0, '
-                 '"rope_type": "yarn"} into config.json of a copy of the model.'),
+        (ROTARY, "64 positions | {rope_type: yarn, factor: 2.0, original_max_position_embeddings: 64}."),
         ({**ROTARY, "rope_parameters": {"rope_type": "linear", "factor": 1.5, **THETA}},
-         '96 positions | {"factor": 2.0, "rope_theta": 10000.0, "rope_type": "linear"} into config.json of a copy of '
-         "the model, in place of its rope_parameters or rope_scaling."),
+         "96 positions | {rope_type: linear, factor: 2.0}."),
         ({"model_type": "nemotron_h", "max_position_embeddings": 64}, "64 positions | "),
     ],
 )  # fmt: skip
@@ -163,7 +161,7 @@ def test_rotary_positions_that_were_not_trained_are_a_warning(
     check: Any, tmp_path: Path, model: dict[str, Any], said: str
 ) -> None:
     limit, remedy = said.split(" | ")
-    remedy = f', or write "rope_parameters": {remedy}' if remedy else "."
+    remedy = f", or write rope_scaling: {remedy}" if remedy else "."
     assert check(model, LONG) == (
         f"Warning: {tmp_path}/train.jsonl:2 has 110 tokens, more than the {limit} that the model was made for "
         f"(max_position_embeddings): lower max_length{remedy}\n"
@@ -171,11 +169,63 @@ def test_rotary_positions_that_were_not_trained_are_a_warning(
     assert check(model, LONG, max_length=64) == ""
 
 
-def test_what_the_warning_advises_ends_it(check: Any) -> None:
-    said = check(ROTARY, LONG)
-    rope = json.loads(said[said.index("{") : said.index("}") + 1])
-    assert rope == {**YARN, "factor": 2.0}
-    assert check({**ROTARY, "rope_parameters": rope}, LONG) == ""
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 1.5, **THETA}], ids=["plain", "scaled"])
+def test_what_the_warning_advises_ends_it(check: Any, rope: dict[str, Any]) -> None:
+    model = ROTARY | ({"rope_parameters": rope} if rope else {})
+    said = check(model, LONG)
+    advised = yaml.safe_load(said[said.index("{") : said.index("}") + 1])
+    assert check(model, LONG, rope_scaling=advised) == ""
+
+
+def test_scaling_that_does_not_reach_is_a_warning_too(check: Any) -> None:
+    said = check(ROTARY, LONG, rope_scaling={"rope_type": "yarn", "factor": 1.5})
+    assert said.endswith("lower max_length, or write rope_scaling: {rope_type: yarn, factor: 2.0}.\n")
+
+
+LONGROPE = {
+    "model_type": "phi3",
+    "intermediate_size": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+}
+DYNAMIC = {**ROTARY, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **THETA}}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (LONGROPE, "(longrope) depend on other rows: it turns all rows of a micro batch by the longest: write "
+                   "max_length: 64, or packing: none with per_device_train_batch_size: 1 and "
+                   "per_device_eval_batch_size: 1"),
+        (DYNAMIC, "(dynamic) depend on other rows: it turns all rows of a micro batch by the longest so far: write "
+                  "max_length: 64, or rope_scaling: {rope_type: yarn, factor: 4.0}"),
+    ],
+    ids=["longrope", "dynamic"],
+)  # fmt: skip
+def test_no_row_is_turned_by_the_length_of_another(
+    check: Any, tmp_path: Path, model: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check(model, LONG, max_tokens_per_batch=512)
+    where = f"max_length: 2048: {tmp_path}/train.jsonl:2 has 110 tokens, and beyond 64 the model's rotary positions "
+    assert str(caught.value) == where + said
+    assert check(model, LONG, max_tokens_per_batch=512, max_length=64) == ""
+    if model is DYNAMIC:
+        assert check(model, LONG, rope_scaling={"rope_type": "yarn", "factor": 4.0}) == ""
+    else:
+        assert check(model, LONG) == ""  # one row a micro batch
+
+
+def test_they_would_be() -> None:
+    """A row of 40 tokens beside one of 100: laid end to end it is no longer what it is alone."""
+    for keys in (LONGROPE, DYNAMIC):
+        config = AutoConfig.for_model(**{**SMALL, **keys})
+        rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+        alone, _ = rotary(torch.zeros(1), torch.arange(40)[None])
+        beside, _ = rotary(torch.zeros(1), torch.cat([torch.arange(40), torch.arange(100)])[None])
+        assert not torch.equal(alone[0], beside[0, :40])
 
 
 def test_rows_that_share_a_sequence_count_alone(check: Any) -> None:

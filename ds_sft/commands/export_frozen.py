@@ -20,6 +20,7 @@ from ds_sft.runtime.adapter import (
     FACTS,
     FOLDER,
     QUANTIZATION,
+    ROPE_SCALING,
     WEIGHTS,
     facts_of,
     from_anywhere,
@@ -72,7 +73,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
     end_ids = _write_adapter(given, facts)
     print(f"{given.checkpoint} -> {given.out / FOLDER}: an adapter of {base}.")
     say_where_answers_end(given.out / FOLDER, end_ids)
-    say_how_its_base_is_loaded(given.out / FOLDER)
+    say_how_its_base_is_loaded(given.out / FOLDER, trust_remote_code=given.trust_remote_code)
     if given.adapter_only:
         return
     try:
@@ -84,17 +85,18 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
         print(f"{given.out}: {base} with the adapter merged in float32, in {str(dtype).split('.')[1]}.")
 
 
-def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a run writes beside its adapter at the end, see `runtime/adapter.py`, from a checkpoint's manifest."""
     keys = manifest.get("config")
     if keys is None:
         return {}
     computed_in = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
     facts = {QUANTIZATION: keys.get("quantization", "none"), COMPUTED_IN: computed_in}
+    facts |= {ROPE_SCALING: keys[ROPE_SCALING]} if keys.get(ROPE_SCALING) else {}
     return facts | ({BASE: manifest[BASE]} if BASE in manifest else {})
 
 
-def _write_adapter(given: argparse.Namespace, facts: Mapping[str, str]) -> list[int]:
+def _write_adapter(given: argparse.Namespace, facts: Mapping[str, Any]) -> list[int]:
     """Tokens that end its answers."""
     partial = given.out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
@@ -157,7 +159,7 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
     base = given.base or config.model_name_or_path
     require_base(given.checkpoint, base, manifest.get(BASE), GIVE_BASE)
     computed_in = getattr(torch, _facts(manifest).get(COMPUTED_IN, "float32"))
-    model = load_base(base, dtype=computed_in, trust_remote_code=given.trust_remote_code)
+    model = load_base(base, config.rope_scaling, dtype=computed_in, trust_remote_code=given.trust_remote_code)
     weights = load_file(given.checkpoint / TRAINED)
     _make_room(model, weights)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -199,7 +199,8 @@ def _open(name: str, path: str, launch: Launch, config: Config, trained: bool) -
         if is_adapter(Path(path)):
             tokenizer = open_tokenizer(path, launch, trust_remote_code=config.trust_remote_code)
         else:
-            tokenizer = load_tokenizer(replace(config, model_name_or_path=path, quantization="none"), launch)
+            as_it_is = replace(config, model_name_or_path=path, quantization="none", rope_scaling=None)
+            tokenizer = load_tokenizer(as_it_is, launch)
     except UserError as error:
         raise UserError(_without_key(error)) from None
     if trained and isinstance(tokenizer.chat_template, str):

@@ -32,6 +32,7 @@ With an adapter or train_only also which weights are trained, and the size of a 
 
 Any key of the configuration may follow: --max_length 1024 shows what it would cost."""
 OPEN, CLOSE = "⟦", "⟧"
+SHOWN = 20_000  # tokens of a row or a sequence that are shown, half of them its first: browsers choke on a million
 OPTIONS = {"rows": "1-5", "split": "train", "html": None}
 
 
@@ -45,6 +46,7 @@ class Token:
     special: bool
     padding: bool = False
     starts_row: bool = False  # the first of a packed row
+    left_out: int = 0  # tokens that this one stands for and that are not shown
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,9 @@ class Shown:
 
     title: str
     tokens: list[Token]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(token.ids) for token in self.tokens if not token.padding)
-
-    @property
-    def num_learned(self) -> int:
-        return sum(len(token.ids) for token in self.tokens if token.learned)
-
-    @property
-    def num_padding(self) -> int:
-        return sum(len(token.ids) for token in self.tokens if token.padding)
+    num_tokens: int  # shown or not, without padding
+    num_learned: int
+    num_padding: int = 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         shown = batch_of(rows.select(numbers), config, tokenizer, launch)
     else:
         shown = [
-            Shown(f"row {n + 1} · {title}", tokens_of(rows[n]["input_ids"], rows[n]["labels"], tokenizer))
+            shown_of(f"row {n + 1} · {title}", rows[n]["input_ids"], rows[n]["labels"], tokenizer)
             for n, title in zip(numbers, titles, strict=True)
         ]
     if options["html"]:
@@ -208,12 +201,38 @@ def _sequences(batch: dict[str, Any], tokenizer: Any, number: str) -> list[Shown
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [None] * len(ids)
     shape = " x ".join(map(str, batch["input_ids"].shape))
     return [
-        Shown(
+        shown_of(
             f"sequence {i + 1} of {f'batch{number}, of' if number else 'a batch of'} {shape} tokens",
-            tokens_of(ids[i], labels[i], tokenizer, mask=masks[i], positions=positions[i]),
+            ids[i],
+            labels[i],
+            tokenizer,
+            mask=masks[i],
+            positions=positions[i],
         )
         for i in range(len(ids))
     ]
+
+
+def shown_of(
+    title: str,
+    ids: Sequence[int],
+    labels: Sequence[int],
+    tokenizer: Any,
+    *,
+    mask: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+) -> Shown:
+    """A row or a sequence as it is shown: of a long one its first and its last tokens."""
+    num_padding = 0 if mask is None else list(mask).count(0)
+    counts = len(ids) - num_padding, len(labels) - list(labels).count(IGNORE_INDEX), num_padding
+    ends = [slice(0, SHOWN // 2), slice(len(ids) - SHOWN // 2, len(ids))] if len(ids) > SHOWN else [slice(0, len(ids))]
+    parts = [
+        tokens_of(ids[end], labels[end], tokenizer, mask=mask and mask[end], positions=positions and positions[end])
+        for end in ends
+    ]
+    if len(parts) > 1:
+        parts.insert(1, [Token("", (), learned=False, special=False, left_out=len(ids) - SHOWN)])
+    return Shown(title, [token for part in parts for token in part], *counts)
 
 
 def tokens_of(
@@ -277,6 +296,10 @@ def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str
     print_report(report, launch)
 
 
+def left_out(token: Token) -> str:
+    return f"⎯⎯ {token.left_out:,} tokens are not shown ⎯⎯"
+
+
 def _as_text(sequence: Shown, *, plain: bool) -> Text:
     """Tokens in their styles; `plain`: with marks around what is learned, where no style is seen."""
     from rich.text import Text
@@ -286,6 +309,8 @@ def _as_text(sequence: Shown, *, plain: bool) -> Text:
         if plain and before and (token.starts_row or not token.learned):
             text.append(CLOSE)
             before = False
+        if token.left_out:
+            text.append(f"\n{left_out(token)}\n", style="dim")
         if token.starts_row and text:
             text.append("\n⎯⎯ next row, position 0 ⎯⎯\n", style="dim")
         if plain and token.learned and not before:

@@ -129,6 +129,10 @@ def _sequence(sequence: Shown) -> str:
 
 
 def _token(token: Token, *, first: bool) -> str:
+    from ds_sft.commands.preview import left_out
+
+    if token.left_out:
+        return f'<span class="next">{left_out(token)}</span>'
     classes = "t" + " l" * token.learned + " s" * token.special + " p" * token.padding
     ids = " ".join(map(str, token.ids))
     text = escape(token.text)

@@ -45,7 +45,7 @@ MAX_FIELDS = 100  # names of fields that are counted; rows may bring names witho
 OTHER_FIELDS = "(others)"
 BLOCK_BYTES = 8 * 2**20  # of JSON in a block, about: what a process holds at a time
 FIRST_BLOCKS, FIRST_ROWS, BLOCK_ROWS = 16, 2000, 16_000  # small blocks first, so that small files keep all cores busy
-BATCH_ROWS = 1000  # rows encoded together
+BATCH_ROWS, BATCH_BYTES = 1000, 2**20  # rows encoded together, at most; a longer one by itself
 SAY_SECONDS = 10.0  # between two lines of progress in a log
 STATS = np.dtype(
     [
@@ -355,7 +355,7 @@ def _blocks(file: DataFile, progress: Progress) -> Iterator[Block]:
     number, rows, size = 0, [], 0
     for line, raw in file.rows(progress):
         rows.append((line, raw))
-        size += len(raw) if isinstance(raw, bytes) else _rough_size(raw)
+        size += _rough_size(raw)
         if len(rows) >= (FIRST_ROWS if number < FIRST_BLOCKS else BLOCK_ROWS) or size >= BLOCK_BYTES:
             yield number, rows
             number, rows, size = number + 1, [], 0
@@ -363,7 +363,22 @@ def _blocks(file: DataFile, progress: Progress) -> Iterator[Block]:
         yield number, rows
 
 
-def _rough_size(raw: Any) -> int:
+def _batches(rows: list[tuple[int, Raw]]) -> Iterator[list[tuple[int, Raw]]]:
+    """A block's rows in batches: beside a block a process then needs a few times a batch, or its longest row."""
+    start, size = 0, 0
+    for end, (_, raw) in enumerate(rows):
+        size += _rough_size(raw)
+        if end > start and (end - start >= BATCH_ROWS or size > BATCH_BYTES):
+            yield rows[start:end]
+            start, size = end, _rough_size(raw)
+    if rows:
+        yield rows[start:]
+
+
+def _rough_size(raw: Raw) -> int:
+    """Bytes of JSON, about."""
+    if isinstance(raw, bytes):
+        return len(raw)
     return sum(map(len, map(str, raw.values()))) if isinstance(raw, dict) else 100
 
 
@@ -448,8 +463,8 @@ def encode_block(builder: Builder, folder: Path, name: str, rows: list[tuple[int
     """
     counts, stats, lost = Counts(), [np.zeros(0, STATS)], [np.zeros(0, STATS)]
     with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for start in range(0, len(rows), BATCH_ROWS):
-            encoded, lines = _encode_batch(builder, rows[start : start + BATCH_ROWS], counts)
+        for batch in _batches(rows):
+            encoded, lines = _encode_batch(builder, batch, counts)
             writer.write_batch(_record_batch(encoded))
             stats.append(_stats(encoded, lines))
             lost.append(_lost(encoded, lines))

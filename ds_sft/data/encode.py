@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, takewhile
 from typing import Any
 
@@ -32,6 +32,7 @@ LONGER = "longer than max_length"
 HIDDEN = BadRow("special-token text", "text of this row becomes special tokens once the tokenizer has normalised it "
                 "(as <|IM_END|> where it lowers case); remove it, or write allow_special_tokens: true")  # fmt: skip
 BYTE = re.compile("<0x[0-9A-F]{2}>")
+GROUP = 2**18  # letters of texts that are encoded together
 BEFORE = "\n"  # what text is encoded after where the tokenizer puts a space before every text
 
 
@@ -200,14 +201,15 @@ class Encoder:
             text = f"the dialogue cannot be rendered: {type(error).__name__}: {str(error)[:150]}"
             raise BadRow("cannot be rendered", text) from None
 
-    def _ids(self, pieces: Sequence[Piece]) -> list[list[int]]:
+    def _ids(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Token ids of each piece, encoded apart."""
-        ids: list[list[int]] = [[piece.text] if isinstance(piece.text, int) else [] for piece in pieces]
+        ids = [np.array([piece.text] if isinstance(piece.text, int) else [], np.int32) for piece in pieces]
         for plain in (False, True):
             chosen = [i for i, piece in enumerate(pieces) if piece.plain is plain and isinstance(piece.text, str)]
             texts = [str(pieces[i].text) for i in chosen]
-            for i, found in zip(chosen, self._encode_texts(texts, plain=plain) if texts else [], strict=True):
-                ids[i] = found
+            encoded = (ids for group in _grouped(texts) for ids in self._encode_texts(group, plain=plain))
+            for i, found in zip(chosen, encoded, strict=True):
+                ids[i] = np.array(found, np.int32)
         return ids
 
     def _encode_texts(self, texts: list[str], *, plain: bool) -> list[list[int]]:
@@ -229,7 +231,7 @@ class Encoder:
         flat = list(chain.from_iterable(rows))
         ids = self._ids(flat)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        input_ids = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        input_ids = np.concatenate([np.zeros(0, np.int32), *ids])
         learned = np.repeat(np.fromiter((piece.learned for piece in flat), bool, len(flat)), lengths)
         num_pieces = np.fromiter(map(len, rows), np.int64, len(rows))
         row_of_piece = np.repeat(np.arange(len(rows)), num_pieces)
@@ -270,20 +272,24 @@ class Encoder:
         edges = [first, *borders, len(messages)]
         parts: list[list[Piece]] = []
         start = unlearned = 0
+        exchanges = 1  # of the part before: this one has about as many
         while start < len(edges) - 1:
-            end = start + 1
-            best = self._part(dialogue, learned, first, edges[start], edges[end])
-            while end < len(edges) - 1:
-                longer = self._part(dialogue, learned, first, edges[start], edges[end + 1])
-                if sum(map(len, self._ids(longer))) > self.max_length:
-                    break
-                best, end = longer, end + 1
+            part = partial(self._part, dialogue, learned, first, edges[start])
+            fits = partial(self._fits, part, edges)
+            end = last_that_fits(fits, start + 1, len(edges) - 1, guess=start + exchanges)
+            best = part(edges[end])
             if any(piece.learned for piece in best):
                 parts.append(best)
             else:
-                unlearned += sum(map(len, self._ids(best)))
-            start = end
+                unlearned += self._tokens(best)
+            start, exchanges = end, end - start
         return parts, unlearned
+
+    def _fits(self, part: Callable[[int], list[Piece]], edges: Sequence[int], end: int) -> bool:
+        return self._tokens(part(edges[end])) <= self.max_length
+
+    def _tokens(self, pieces: Sequence[Piece]) -> int:
+        return sum(map(len, self._ids(pieces)))
 
     def _part(self, dialogue: Dialogue, learned: list[bool], first: int, start: int, end: int) -> list[Piece]:
         messages = (*dialogue.messages[:first], *dialogue.messages[start:end])
@@ -333,8 +339,40 @@ def has_textless_answer(dialogue: Dialogue, mask: str, thinking: str) -> bool:
     )
 
 
+def last_that_fits(fits: Callable[[int], bool], low: int, high: int, *, guess: int) -> int:
+    """The largest number up to `high` that fits, where those below it do; `low` if none, which is not asked.
+
+    It asks about two numbers where the guess is right, and else a few more the further it is off.
+    """
+    best, beyond, step, number = low, high + 1, 1, guess
+    while best + 1 < beyond:
+        number = min(max(number, best + 1), beyond - 1)
+        if fits(number):
+            best, number = number, number + step
+        else:
+            beyond, number = number, number - step
+        step *= 2
+        if low < best and beyond <= high:
+            number = (best + beyond) // 2
+    return best
+
+
 def _begins_exchange(messages: Sequence[Message], index: int) -> bool:
     return messages[index].role == "user" and messages[index - 1].role == "assistant"
+
+
+def _grouped(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in groups of about GROUP letters: for each token of a group the tokenizer keeps some hundred bytes."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _length(piece: Piece) -> int:

@@ -30,6 +30,7 @@ from ds_sft.errors import UserError
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory
 CHUNK = 1 << 20  # bytes read at a time
+BATCH_ROWS, BATCH_BYTES = 256, 8 * 2**20  # of a Parquet file, read at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
          ".parquet": "parquet"}  # fmt: skip
@@ -517,11 +518,14 @@ def _parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, Raw]]:
             while block := stream.read(CHUNK):
                 plain.write(block)
             source = plain
-        number = 0
-        for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(batch_size=256):
-            for row in _parquet_batch(batch):
-                number += 1
-                yield number, row
+        number, file = 0, pq.ParquetFile(source, pre_buffer=False)
+        for group in range(file.num_row_groups):
+            known = file.metadata.row_group(group)
+            rows = BATCH_BYTES * known.num_rows // max(1, known.total_byte_size)  # as rows of this group are on average
+            for batch in file.iter_batches(batch_size=min(max(1, rows), BATCH_ROWS), row_groups=[group]):
+                for row in _parquet_batch(batch):
+                    number += 1
+                    yield number, row
 
 
 def _parquet_batch(batch: pa.RecordBatch) -> Iterator[Raw]:

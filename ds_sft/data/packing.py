@@ -8,6 +8,7 @@ learned as if it were alone.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: in
     order = shuffle.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]  # space left -> numbers of packs
+    with_space: dict[int, list[int]] = defaultdict(list)  # space left -> numbers of packs
     spaces: list[int] = []  # with a pack, ascending
     for row in order.tolist():
         length = int(lengths[row])

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import base_of, is_adapter, read_json, whole_of
+from ds_sft.plan.rope import CHANGED
 from ds_sft.runtime.quantized import nf4_config, settle, skeleton
+from ds_sft.runtime.rotary import Scaling, read_config, scaled_options
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +26,11 @@ ADAPTER = "default"  # peft's name of the one adapter in a model
 WEIGHTS = "adapter_model.safetensors"  # peft's name
 PREFIX = "base_model.model."  # of every tensor: peft's wrapper around a model, which ours does without
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
-# What the adapter was trained beside, in a file of ours: a hash of the base's files, how these were quantised, and the
-# dtype of forward and backward. (In safetensors' metadata, which has no order, the same adapter had other bytes.)
+# What the adapter was trained beside, in a file of ours: a hash of the base's files, how these were quantised, the
+# dtype of forward and backward, how its rotary positions were scaled. (In safetensors' metadata, which has no order,
+# the same adapter had other bytes.)
 FACTS = "trained_on.json"
-BASE, QUANTIZATION, COMPUTED_IN = "base", "quantization", "computed_in"
+BASE, QUANTIZATION, COMPUTED_IN, ROPE_SCALING = "base", "quantization", "computed_in", "rope_scaling"
 
 
 # ---- Writing
@@ -89,8 +92,9 @@ def from_anywhere(name: str) -> str:
 # ---- Reading
 
 
-def facts_of(folder: Path) -> dict[str, str]:
-    """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`; empty if peft wrote it.
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What the adapter in `folder` was trained beside: `BASE`, `QUANTIZATION`, `COMPUTED_IN`, and `ROPE_SCALING` where
+    there was one; empty if peft wrote it.
 
     Raises:
         UserError: its file is damaged.
@@ -98,7 +102,7 @@ def facts_of(folder: Path) -> dict[str, str]:
     return read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
 
 
-def loading_in_4_bits(facts: Mapping[str, str]) -> str:
+def loading_in_4_bits(facts: Mapping[str, Any]) -> str:
     """Arguments of `from_pretrained`, as code, that load the base as training had it; "" where it was in 16 bits."""
     if facts.get(QUANTIZATION, "none") == "none":
         return ""
@@ -107,6 +111,16 @@ def loading_in_4_bits(facts: Mapping[str, str]) -> str:
         f"dtype={dtype!r}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
         f"bnb_4bit_compute_dtype={dtype!r})"
     )
+
+
+def changes_of_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Keys of the base's config.json that the adapter in `folder` was trained with other values of: rotary positions
+    that were scaled; none as a rule."""
+    scaling = facts_of(folder).get(ROPE_SCALING)
+    if scaling is None:
+        return {}
+    text = read_config(base_of(folder), trust_remote_code=trust_remote_code, scaling=scaling).get_text_config()
+    return {name: getattr(text, name) for name in CHANGED}
 
 
 def load_on_disk(name: str | Path, **options: Any) -> Any:
@@ -135,17 +149,21 @@ def _load_base_as_trained(folder: Path, **options: Any) -> Any:
 
     name, facts = base_of(folder), facts_of(folder)
     if facts.get(QUANTIZATION, "none") == "none":
-        return load_base(name, **options)
+        return load_base(name, facts.get(ROPE_SCALING), **options)
     dtype = getattr(torch, facts[COMPUTED_IN])
     bare = skeleton(name, trust_remote_code=options["trust_remote_code"])
     quantization = nf4_config(bare, dtype, whole_of(folder))
-    model = load_base(name, **{**options, "dtype": dtype}, quantization_config=quantization)
+    options |= {"dtype": dtype, "quantization_config": quantization}
+    model = load_base(name, facts.get(ROPE_SCALING), **options)
     settle(model)
     return model
 
 
-def load_base(name: str, **options: Any) -> Any:
+def load_base(name: str, scaling: Scaling = None, **options: Any) -> Any:
     """The model that an adapter is put on.
+
+    Args:
+        scaling: of its rotary positions, the key `rope_scaling` that the adapter was trained with.
 
     Raises:
         UserError: it is not there.
@@ -153,6 +171,7 @@ def load_base(name: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
+        options |= scaled_options(name, scaling, trust_remote_code=options["trust_remote_code"])
         return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error

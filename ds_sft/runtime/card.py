@@ -5,8 +5,10 @@ Numbers, names of the hub and versions only: no path, host or user, no row of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from shlex import quote
 from string import Template
 from typing import Any
 
@@ -63,7 +65,7 @@ SERVE_ADAPTER = """
 ```bash
 hf download $repo --local-dir $name
 vllm serve $base --tokenizer $name --generation-config $name \\
-    --enable-lora --max-lora-rank $rank --lora-modules $name=$name
+    --enable-lora --max-lora-rank $rank --lora-modules $name=$name$overrides
 ```
 """
 # What of a run's keys others need to train alike; keys with a text of the user's or a path are not among them.
@@ -72,7 +74,8 @@ TRAINING_KEYS = (
     "lora_init", "train_only", "quantization",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_tokens_per_batch", "max_length", "overlong", "packing", "mask", "thinking", "bf16", "fp16", "seed",
+    "max_tokens_per_batch", "max_length", "rope_scaling", "overlong", "packing", "mask", "thinking", "bf16", "fp16",
+    "seed",
 )  # fmt: skip
 OF_ADAPTERS = TRAINING_KEYS[:10]
 DATA_ROWS = {
@@ -98,6 +101,7 @@ class Facts:
         datasets: hub ids.
         adapter: whether an adapter is pushed, and not a whole model.
         loading: arguments of `from_pretrained` for a base in 4 bits, see `loading_in_4_bits`; "" for others.
+        base_changes: keys of the base's config.json with the values that an adapter was trained with.
         license: an identifier of the hub's such as apache-2.0; None: not chosen.
     """
 
@@ -109,6 +113,7 @@ class Facts:
     datasets: list[str]
     adapter: bool
     loading: str
+    base_changes: Mapping[str, Any]
     license: str | None
 
 
@@ -144,7 +149,8 @@ def _use(facts: Facts) -> str:
         "repo": facts.repo,
         "name": facts.repo.partition("/")[2],
         "base": facts.base,
-        "loading": facts.loading or 'dtype="auto"',
+        "loading": ", ".join([facts.loading or 'dtype="auto"', *(f"{k}={v!r}" for k, v in facts.base_changes.items())]),
+        "overrides": f" \\\n    --hf-overrides {quote(json.dumps(facts.base_changes))}" if facts.base_changes else "",
         "more": "BitsAndBytesConfig, " if facts.loading else "",
     }
     text = USE_ADAPTER if facts.adapter else USE_MODEL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,8 +29,7 @@ PARTIAL = ".export"  # files are written here, then renamed into the output fold
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
 
-
-VERIFIED_ROWS = 8
+VERIFIED_ROWS, VERIFIED_TOKENS = 8, 8192  # tokens of a row: a fresh process makes logits of them all, 5 GB in float32
 
 
 def export_dtype(config: Config) -> torch.dtype:
@@ -46,9 +46,10 @@ def _computed_in(config: Config) -> str:
     return "bfloat16" if config.training.get("bf16") else "float16" if config.training.get("fp16") else "float32"
 
 
-def adapter_facts(config: Config, *, base: str) -> dict[str, str]:
+def adapter_facts(config: Config, *, base: str) -> dict[str, Any]:
     """What is remembered beside an adapter; `base`: hash of the base's files, "" where none was made."""
-    facts = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
+    facts: dict[str, Any] = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
+    facts |= {adapter.ROPE_SCALING: config.rope_scaling} if config.rope_scaling else {}
     return facts | ({adapter.BASE: base} if base else {})
 
 
@@ -82,7 +83,7 @@ def export_model(
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
             launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
             say_where_answers_end(config.output_dir / adapter.FOLDER, end_ids)
-            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER)
+            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER, trust_remote_code=config.trust_remote_code)
     else:
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
@@ -125,14 +126,36 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
         )
 
 
-def say_how_its_base_is_loaded(folder: Path) -> None:
-    """Say it of an adapter in `folder` that was trained beside a base in 4 bits: peft's files do not."""
+def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool) -> None:
+    """Say it of an adapter in `folder` that was trained beside a base in 4 bits, or one with scaled positions: peft's
+    files do not."""
     loading = adapter.loading_in_4_bits(adapter.facts_of(folder))
     if loading:
         print_line(
             f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
             f"from_pretrained({base_of(folder)!r}, {loading}). A merged model is whole by itself."
         )
+    if changes := adapter.changes_of_config(folder, trust_remote_code=trust_remote_code):
+        print_line(
+            f"Its base was trained with other positions than its config.json says. Whoever serves both gives them: "
+            f"vllm serve --hf-overrides {shlex.quote(json.dumps(changes))}. A merged model is whole by itself."
+        )
+
+
+def rows_to_verify(rows: Any) -> Any:
+    """The first rows of a data set, of a long one a stretch with the first token that is learned."""
+    from datasets import Dataset
+
+    first = rows.take(VERIFIED_ROWS)
+    if all(len(row["input_ids"]) <= VERIFIED_TOKENS for row in first):
+        return first
+    return Dataset.from_list([_stretch(row) for row in first], features=first.features)
+
+
+def _stretch(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    learned = next((i for i, label in enumerate(row["labels"]) if label != -100), 0)
+    start = max(0, min(learned - VERIFIED_TOKENS // 2, len(row["labels"]) - VERIFIED_TOKENS))
+    return {name: row[name][start : start + VERIFIED_TOKENS] for name in ("input_ids", "labels")}
 
 
 def check_export(rows: Any, trained_loss: float | None, config: Config) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from ds_sft.runtime.adapter import (
     FOLDER,
     PREFIX,
     QUANTIZATION,
+    ROPE_SCALING,
     WEIGHTS,
     facts_of,
     load_base,
@@ -93,7 +94,7 @@ def merge(adapter: Path, out: Path, dtype: torch.dtype, *, max_shard_size: str, 
     require_memory(base, dtype, trust_remote_code)
     in_4_bits = facts.get(QUANTIZATION, "none") != "none"
     published = facts[COMPUTED_IN] if in_4_bits else "auto"  # the rounded weights have the dtype that they computed in
-    model = load_base(base, dtype=published, trust_remote_code=trust_remote_code)
+    model = load_base(base, facts.get(ROPE_SCALING), dtype=published, trust_remote_code=trust_remote_code)
     if in_4_bits:
         round_base(model, getattr(torch, facts[COMPUTED_IN]), whole_of(adapter))
     with torch.no_grad():

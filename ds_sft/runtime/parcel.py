@@ -19,7 +19,7 @@ import yaml
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
 from ds_sft.plan.source import looks_like_path
-from ds_sft.runtime.adapter import FACTS, FOLDER, WEIGHTS, facts_of, loading_in_4_bits
+from ds_sft.runtime.adapter import FACTS, FOLDER, WEIGHTS, changes_of_config, facts_of, loading_in_4_bits
 from ds_sft.runtime.card import Facts, model_card
 from ds_sft.runtime.results import KEPT, RESULTS
 
@@ -196,6 +196,7 @@ def _facts(
         datasets=list(datasets),
         adapter=is_adapter(source),
         loading=loading_in_4_bits(facts_of(source)),
+        base_changes=changes_of_config(source) if is_adapter(source) else {},
         license=license,
     )
 

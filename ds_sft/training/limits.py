@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import Config
+from ds_sft.config import ROPE_TYPES, UNSCALED_ROPE, Config
 from ds_sft.data.dataset import Data
 from ds_sft.errors import UserError
-from ds_sft.plan.shape import SCALED_BY_FACTOR, VOCAB_MULTIPLE, positions_of, resized_vocab, rope_of
+from ds_sft.plan.rope import ORIGINAL, REPLACED, trained_positions
+from ds_sft.plan.shape import VOCAB_MULTIPLE, positions_of, resized_vocab, rope_of
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.rotary import knows_scaling, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +26,8 @@ def check_limits(config: Config, tokenizer: PreTrainedTokenizerBase, data: Data,
     Raises:
         UserError: a token without a row in the embedding, or a row that is longer than a table of positions.
     """
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    name, scaling = config.model_name_or_path, config.rope_scaling
+    found = read_config(name, trust_remote_code=config.trust_remote_code, scaling=scaling)
     vocab = getattr(found.get_text_config(), "vocab_size", None)
     if vocab is not None and config.resize_embeddings:
         launch.say(_describe_resizing(vocab, tokenizer))
@@ -100,7 +100,12 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
     """
     known = _plain_config(found)
     limit, (longest, place) = positions_of(known), _longest(data)
-    if limit is None or longest <= limit:
+    if config.rope_scaling is not None:
+        check_scaling(config, found)
+    if limit is None:
+        return
+    check_company(config, known, longest, place)
+    if longest <= limit:
         return
     if table_of_positions(empty_model(config, found), limit):
         raise UserError(
@@ -110,6 +115,43 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
     launch.say(
         f"Warning: {place} has {longest:,} tokens, more than the {limit:,} positions that the model was made for "
         f"(max_position_embeddings): lower max_length{_how_to_scale(known, longest)}."
+    )
+
+
+def check_scaling(config: Config, found: Any) -> None:
+    """See that a model turns its queries and keys by what `rope_scaling` has put into its configuration.
+
+    Raises:
+        UserError: its code reads no such thing.
+    """
+    assert config.rope_scaling is not None
+    model = _empty_model(config, found)
+    if model is not None and not knows_scaling(model, config.rope_scaling):
+        kind = config.rope_scaling["rope_type"]
+        raise UserError(f"rope_scaling: {type(model).__name__} computes no {kind} positions: leave it out")
+
+
+def check_company(config: Config, known: dict[str, Any], longest: int, place: str) -> None:
+    """See that no row is turned by the length of another: a `dynamic` or `longrope` model looks at the longest of a
+    micro batch, laid end to end or padded, and a `dynamic` one at those before it, too.
+
+    Raises:
+        UserError: a row is long enough for that.
+    """
+    kind = rope_of(known).get("rope_type", "")
+    if kind not in UNSCALED_ROPE or longest <= (trained := trained_positions(known)):
+        return
+    factor = float(math.ceil(max(longest, positions_of(known) or 0) / trained))
+    alone = config.packing == "none" and not config.fills_batches and config.micro_batch == 1
+    if kind == "longrope" and alone and config.training.get("per_device_eval_batch_size", 1) == 1:
+        return
+    remedy = (
+        "packing: none with per_device_train_batch_size: 1 and per_device_eval_batch_size: 1" if kind == "longrope"
+        else f"rope_scaling: {{rope_type: yarn, factor: {factor}}}"
+    )  # fmt: skip
+    raise UserError(
+        f"max_length: {config.max_length}: {place} has {longest:,} tokens, and beyond {trained:,} the model's rotary "
+        f"positions ({kind}) depend on other rows: {UNSCALED_ROPE[kind]}: write max_length: {trained}, or {remedy}"
     )
 
 
@@ -167,15 +209,11 @@ def positions_left(model: PreTrainedModel) -> int | None:
 
 def _how_to_scale(known: dict[str, Any], longest: int) -> str:
     """How rotary positions reach `longest`, where one set of them serves all layers."""
-    rope, instead = rope_of(known), ""
-    kind = rope.get("rope_type")
-    if kind == "default":
-        rope |= {"rope_type": "yarn", "original_max_position_embeddings": known["max_position_embeddings"]}
-    elif kind in SCALED_BY_FACTOR:
-        instead = ", in place of its rope_parameters or rope_scaling"
-    else:
+    kind = rope_of(known).get("rope_type")
+    if kind not in REPLACED:
         return ""
-    trained = rope.get("original_max_position_embeddings") or known["max_position_embeddings"]
-    rope["factor"] = float(math.ceil(longest / trained))
-    written = json.dumps(rope, sort_keys=True)
-    return f', or write "rope_parameters": {written} into config.json of a copy of the model{instead}'
+    trained = trained_positions(known)
+    factor = float(math.ceil(longest / trained))
+    if kind in ROPE_TYPES:  # what else its author has chosen stays
+        return f", or write rope_scaling: {{rope_type: {kind}, factor: {factor}}}"
+    return f", or write rope_scaling: {{rope_type: yarn, factor: {factor}, {ORIGINAL}: {trained}}}"

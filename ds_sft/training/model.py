@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
-from ds_sft.plan.shape import resized_vocab
+from ds_sft.plan.shape import positions_of, resized_vocab
 from ds_sft.plan.source import require_model
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import mend_generation_config
 from ds_sft.runtime.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
+from ds_sft.runtime.rotary import read_config, scaled_options
 
 if TYPE_CHECKING:
     import torch
@@ -38,15 +39,16 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
     name = config.model_name_or_path
     if remark := require_model(name):
         launch.say(remark)
-    from transformers import AutoConfig
-
     require_bitsandbytes(config.quantization)
     try:
-        found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        found = read_config(name, trust_remote_code=config.trust_remote_code, scaling=config.rope_scaling)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
     require_float(found, name, config.quantization)
-    return open_tokenizer(name, launch, trust_remote_code=config.trust_remote_code)
+    tokenizer = open_tokenizer(name, launch, trust_remote_code=config.trust_remote_code)
+    if config.rope_scaling is not None:  # a server takes the smaller of the tokenizer's length and the model's
+        tokenizer.model_max_length = max(tokenizer.model_max_length, positions_of(found.get_text_config().to_dict()))
+    return tokenizer
 
 
 def open_tokenizer(name: str, launch: Launch, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -139,7 +141,9 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    options: dict[str, Any] = {"dtype": loading_dtype(config, args), "trust_remote_code": config.trust_remote_code}
+    name, trust = config.model_name_or_path, config.trust_remote_code
+    options: dict[str, Any] = {"dtype": loading_dtype(config, args), "trust_remote_code": trust}
+    options |= scaled_options(name, config.rope_scaling, trust_remote_code=trust)
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if args.device.type == "cuda" and not is_deepspeed_zero3_enabled():
