@@ -367,7 +367,7 @@ def test_a_length_beyond_the_positions_of_the_model_is_noted(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = config_file.parent / "model" / "config.json"
-    file.write_text(json.dumps({**TINY, "max_position_embeddings": 128}), encoding="utf-8")
+    file.write_text(json.dumps({**TINY, "max_position_embeddings": 128, "rope_theta": 1e4}), encoding="utf-8")
     main(["plan", "run.yaml"])
     assert "positions" not in capsys.readouterr().out
     main(["plan", "run.yaml", "--max_length", "129"])
@@ -376,6 +376,10 @@ def test_a_length_beyond_the_positions_of_the_model_is_noted(
         "warns if a row is.\n"
     ) in capsys.readouterr().out
     assert plan(capsys)["model"]["positions"] == 128
+    longer = ("--max_length", "512", "--rope_scaling", "{rope_type: yarn, factor: 4}")
+    assert plan(capsys, *longer)["model"]["positions"] == 512
+    assert main(["plan", "run.yaml", *longer]) == 0
+    assert "positions" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("config_file")

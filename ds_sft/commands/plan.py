@@ -42,9 +42,10 @@ from ds_sft.plan.layouts import (
 )
 from ds_sft.plan.optimizer import state_bytes
 from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies, way_of, ways
+from ds_sft.plan.rope import scaled
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
-from ds_sft.plan.shape import Shape, shape_of_run
+from ds_sft.plan.shape import Shape, positions_of, read_config, shape_of_run
 from ds_sft.runtime.host import memory_here
 from ds_sft.runtime.storage import nearest
 from ds_sft.runtime.zero import configured_engine
@@ -268,7 +269,7 @@ class Plan:
                 "trained": self.chosen.run.weights.number_trained,
                 "tied": self.shape.tied,
                 "family": self.shape.family,
-                "positions": self.shape.positions,
+                "positions": positions_of_run(self.config, self.shape),
             },
             "adapter": self.config.adapter,
             "quantization": self.config.quantization,
@@ -335,6 +336,19 @@ class Plan:
             "hiding_bandwidth": hiding_bandwidth(o.run, self.hardware),
             "step_seconds": vars(o.step) if self._knows_speed else None,
         }
+
+
+def positions_of_run(config: Config, shape: Shape) -> int | None:
+    """Positions that the model has in this run: with `rope_scaling` those that it reaches.
+
+    Raises:
+        UserError: that key is not for this model.
+    """
+    if config.rope_scaling is None:
+        return shape.positions
+    found, _ = read_config(config.model_name_or_path)
+    own = {name: value for name, value in found.items() if name != "rope_scaling"}  # else it replaces the new one
+    return positions_of(own | scaled(found, config.rope_scaling))
 
 
 def keys_of(best: Option) -> str:

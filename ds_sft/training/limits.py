@@ -125,7 +125,7 @@ def check_scaling(config: Config, found: Any) -> None:
         UserError: its code reads no such thing.
     """
     assert config.rope_scaling is not None
-    model = _empty_model(config, found)
+    model = empty_model(config, found)
     if model is not None and not knows_scaling(model, config.rope_scaling):
         kind = config.rope_scaling["rope_type"]
         raise UserError(f"rope_scaling: {type(model).__name__} computes no {kind} positions: leave it out")
