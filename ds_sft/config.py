@@ -90,7 +90,9 @@ ELSEWHERE = {  # what other programs call a key of ours
     "init_lora_weights": "lora_init",
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
-BFLOAT16_OPTIMS = ("adamw_torch", "adamw_torch_fused")  # values of `optim` beside optimizer_dtype: bfloat16
+MUON = "muon"  # a value of `optim` that transformers has not
+UNTESTED_OPTIMS = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's
+TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
             "predict_max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -359,6 +361,7 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
         help_text = str(ast.literal_eval(text)) if isinstance(text, ast.Constant) else ""
     # A list of options (debug) is checked by transformers; here only keys with one value.
     enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
+    enum += (MUON,) if name == "optim" else ()
     return Key(name, annotation, default, " ".join(help_text.split()), enum)
 
 
@@ -694,7 +697,15 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
 
 
 def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
-    """Keys that leave `optimizer_dtype` nothing to be of."""
+    """Optimizers that no run here has, and keys that leave `optimizer_dtype` nothing to be of."""
+    optim = config.training.get("optim", TORCH_ADAMW[0])
+    if optim in UNTESTED_OPTIMS:
+        raise UserError(f"{given['optim'].where}optim: {optim}: no training with it is tested: write adamw_8bit")
+    if optim == MUON and config.adapter != "none":
+        raise UserError(
+            f"{given['optim'].where}optim: {MUON}: an adapter's matrices are no updates of their own, their product "
+            f"is: leave out one of optim: {MUON} and adapter: {config.adapter}"
+        )
     if config.optimizer_dtype == "float32":
         return
     place = f"{given['optimizer_dtype'].where}optimizer_dtype: {config.optimizer_dtype}: "
@@ -702,7 +713,7 @@ def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
         raise UserError(f"{place}forward and backward are not in bfloat16: write bf16: yes too, or leave it out")
     if config.adapter != "none":
         raise UserError(f"{place}the states of adapter: {config.adapter} are small, and stay float32: leave it out")
-    if (optim := config.training.get("optim", BFLOAT16_OPTIMS[0])) not in BFLOAT16_OPTIMS:
+    if optim not in TORCH_ADAMW:
         raise UserError(f"{place}optim: {optim} rounds to nearest, which loses small updates: leave out one of the two")
 
 

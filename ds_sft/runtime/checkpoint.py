@@ -24,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from ds_sft.config import OUR_ORDERS, Config
+from ds_sft.config import OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.identity import DATA, DEALING, Changes, changes, in_words, unchangeable
@@ -308,6 +308,10 @@ def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Sta
         UserError: this number of ranks cannot have as many (says which can); rows would come twice or never.
     """
     then, launch = found.manifest, site.launch
+    other_ranks = then["world_size"] != launch.world_size
+    universal = other_ranks and then["zero_stage"] is not None
+    if universal:
+        _require_convertible(found, config, launch.world_size)
     accumulation = _accumulation(found, config, site)
     micro_batches = accumulation * _groups(config, launch)
     a_step = {"rows_a_step": config.micro_batch * micro_batches, "micro_batches_a_step": micro_batches}
@@ -328,7 +332,7 @@ def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Sta
         accumulation=accumulation,
         seam=then.get("here") or {} if dealt_anew else then.get("seam") or {},
         changed=changed | batch | size,
-        universal=then["world_size"] != launch.world_size and then["zero_stage"] is not None,
+        universal=universal,
     )
 
 
@@ -395,6 +399,17 @@ def _require_one_folder(found: Checkpoint, site: Site) -> None:
         raise UserError(
             f"{found.path}: {then['world_size']} ranks saved it, each node its own part; to resume on "
             f"{ranks} copy the parts into one folder that all nodes share"
+        )
+
+
+def _require_convertible(found: Checkpoint, config: Config, ranks: int) -> None:
+    """See that DeepSpeed can convert the states: it knows `exp_avg` and `exp_avg_sq`, whole, and dies of others."""
+    optim = config.training.get("optim")
+    if optim is not None and optim not in TORCH_ADAMW:
+        before = found.manifest["world_size"]
+        raise UserError(
+            f"{found.path}: {before} ranks saved it, and DeepSpeed converts no states of optim: {optim} to {ranks}; "
+            f"start {before} ranks, or --resume never"
         )
 
 

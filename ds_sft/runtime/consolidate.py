@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Find the weights of a folder `checkpoint-N`; float32 masters where ZeRO-1, 2 or 3 keep them.
+    """Find the weights of a folder `checkpoint-N`; masters where ZeRO-1, 2 or 3 keep them, float32 for the most part.
 
     Raises:
         UserError: no checkpoint, a shard is missing or cannot be read.
@@ -154,7 +154,7 @@ def _stage2(shapes: Sequence[dict[str, torch.Size]], masters: Sequence[dict[str,
         start = 0
         for (name, shape), padding in zip(group.items(), paddings, strict=True):
             weights[name] = Weight(
-                tuple(shape), _reader([(pieces, start, start + shape.numel())], shape), torch.float32
+                tuple(shape), _reader([(pieces, start, start + shape.numel())], shape), pieces[0].dtype
             )
             start += shape.numel() + padding
         _check_end(start, sum(piece.numel() for piece in pieces), slack=2 * len(masters))
@@ -166,7 +166,7 @@ def _stage3(shapes: Sequence[dict[str, torch.Size]], pieces: Sequence[Sequence[t
     weights, start = {}, 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         stop = start + -(-shape.numel() // len(pieces))
-        weights[name] = Weight(tuple(shape), _reader([(p, start, stop) for p in pieces], shape), torch.float32)
+        weights[name] = Weight(tuple(shape), _reader([(p, start, stop) for p in pieces], shape), pieces[0][0].dtype)
         start = stop
     _check_end(start, sum(piece.numel() for piece in pieces[0]), slack=0)
     return weights

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import ENGINES, Config, training_keys
+from ds_sft.config import ENGINES, MUON, Config, training_keys
 from ds_sft.errors import UserError, nearest
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.shipped import CONFIGS, command
@@ -188,6 +188,11 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
             yield (
                 f"zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: "
                 f"{config.quantization}; write 2, or leave quantization out"
+            )
+        if training.get("optim") == MUON:
+            yield (
+                f"zero_optimization: optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; "
+                "delete the deepspeed key, or write optim: adamw_torch"
             )
         yield from _batch_size(engine, training, launch, group=config.sequence_parallel)
         yield from _missing_tools(engine)

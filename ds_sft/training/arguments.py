@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import OUR_ORDERS, SECRETS, Config
+from ds_sft.config import MUON, OUR_ORDERS, SECRETS, Config
 from ds_sft.data.micro_batches import Batching, Seam, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
@@ -34,6 +34,8 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["activation_checkpointing"] = bool(keys.get("activation_checkpointing"))  # to offload is ours, offload.py
     keys["deepspeed"] = engine
+    if keys.get("optim") == MUON:  # `optimizer_of` makes it, and transformers does not know it
+        keys["optim"] = "adamw_torch"
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]
     keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py

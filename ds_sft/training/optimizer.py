@@ -14,30 +14,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ds_sft.config import Config
+from ds_sft.config import MUON, Config
 from ds_sft.runtime.distributed import Launch
+from ds_sft.training.muon import muon_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-CHUNK = 2**22  # elements that are float32 at a time, 24 bytes each
+# Elements that are float32 at a time, 24 bytes each: on a CPU what its cache holds, on a GPU enough for a kernel.
+CHUNK, CHUNK_ON_GPU = 2**18, 2**23
 LOW = 0xFFFF  # the bits of a float32 that a bfloat16 does not have
 
 
-def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tuple[type, dict[str, Any]] | None:
-    """Class and options of the optimizer, as Trainer takes them; None: it chooses by the key `optim`."""
-    if config.optimizer_dtype == "float32":
-        return None
+def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tuple[Any, dict[str, Any]] | None:
+    """What makes the optimizer, and with which options, as Trainer takes them; None: it chooses by the key `optim`."""
     options = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
-        "seed": args.seed,
-        # Ranks of DistributedDataParallel have the same weights and must round alike; those of ZeRO have parts of them.
-        "stream": args.process_index if args.deepspeed is not None else 0,
     }
+    if config.training.get("optim") == MUON:
+        launch.say("Optimizer: Muon for hidden matrices, AdamW for the others.")
+        return (lambda: muon_of), {**options, "weight_decay": args.weight_decay}
+    if config.optimizer_dtype == "float32":
+        return None
     launch.say("Optimizer: AdamW in bfloat16, stochastic rounding: weights, gradients and two moments of 2 bytes each.")
-    return StochasticAdamW, options
+    # Ranks of DistributedDataParallel have the same weights and must round alike; those of ZeRO have parts of them.
+    stream = args.process_index if args.deepspeed is not None else 0
+    return StochasticAdamW, {**options, "seed": args.seed, "stream": stream}
 
 
 class Piece(NamedTuple):
@@ -99,16 +103,17 @@ class StochasticAdamW(torch.optim.Optimizer):
             generator = torch.Generator(parameter.device)
             generator.manual_seed(hash((self.seed, self.stream, place, state["step"])))
             whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            for parts in zip(*(tensor.view(-1).split(CHUNK) for tensor in whole), strict=True):
-                noise = torch.empty_like(parts[0], dtype=torch.int32).random_(generator=generator)
-                yield Piece(*parts, noise, state["step"])
+            flat = [tensor.view(-1).split(_chunk(parameter)) for tensor in whole]
+            for weight, gradient, average, square in zip(*flat, strict=True):
+                noise = torch.empty_like(weight, dtype=torch.int32).random_(generator=generator)
+                yield Piece(weight, gradient, average, square, noise, state["step"])
 
 
 def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that are updated by one call each operation, of about `CHUNK` elements."""
+    """Pieces that are updated by one call each operation, no more than a chunk."""
     waiting: list[Piece] = []
     for piece in pieces:
-        if waiting and sum(other.weight.numel() for other in waiting) + piece.weight.numel() > CHUNK:
+        if waiting and sum(other.weight.numel() for other in [*waiting, piece]) > _chunk(piece.weight):
             yield waiting
             waiting = []
         waiting.append(piece)
@@ -118,8 +123,8 @@ def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def _update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
     lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
-    weights, averages, squares = ([_wide(piece[part]) for piece in pieces] for part in (0, 2, 3))
-    gradients = [_wide(piece.gradient) for piece in pieces]
+    weights, gradients = [_wide(piece.weight) for piece in pieces], [_wide(piece.gradient) for piece in pieces]
+    averages, squares = [_wide(piece.exp_avg) for piece in pieces], [_wide(piece.exp_avg_sq) for piece in pieces]
     torch._foreach_lerp_(averages, gradients, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -143,6 +148,10 @@ def round_into(narrow: torch.Tensor, wide: torch.Tensor, noise: torch.Tensor) ->
     """
     wide.view(torch.int32).add_(noise).bitwise_and_(~LOW)
     narrow.copy_(wide)
+
+
+def _chunk(tensor: torch.Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else CHUNK_ON_GPU
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""Muon for the matrices between embedding and output projection, AdamW for all else, as one optimizer.
+
+Muon (Jordan, 2024, kellerjordan.github.io/posts/muon) makes a momentum's singular values about equal, and keeps one
+state where AdamW has two. Steps are as long as AdamW's (Liu et al., 2502.16982, equation 4), so the same learning rate
+and decay serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_sft.errors import UserError
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW, with one list of parameter groups and one state between them."""
+
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], **adamw: Any) -> None:
+        """Groups as optimizers take them; `adamw` are options of AdamW, of which Muon takes `lr`."""
+        muon = torch.optim.Muon(matrices, lr=adamw["lr"], adjust_lr_fn="match_rms_adamw")
+        self.parts: list[torch.optim.Optimizer] = [muon, torch.optim.AdamW(others, **adamw)]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both have the groups and states of this optimizer, whose they are for Trainer and checkpoints."""
+        numbers = [len(part.param_groups) for part in self.parts]
+        self.parts[0].param_groups = self.param_groups[: numbers[0]]
+        self.parts[1].param_groups = self.param_groups[numbers[0] :]
+        for part in self.parts:
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def muon_of(model: nn.Module, *, weight_decay: float, **adamw: Any) -> MuonAndAdamW:
+    """The optimizer of what is trained of a model; biases and norms without decay, as Trainer has it.
+
+    Raises:
+        UserError: no matrix is trained, or no other weight.
+    """
+    inside = hidden_matrices(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter in inside]
+    others = [parameter for parameter in trained if parameter not in inside]
+    if not (matrices and others):
+        raise UserError("optim: muon: it wants hidden matrices and other weights to train: write optim: adamw_torch")
+    split = [([p for p in others if p.ndim > 1], weight_decay), ([p for p in others if p.ndim < 2], 0.0)]
+    return MuonAndAdamW(
+        [{"params": matrices, "weight_decay": weight_decay}],
+        [{"params": group, "weight_decay": decay} for group, decay in split if group],
+        **adamw,
+    )
+
+
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of linear layers, but of those that are the embedding or the output projection."""
+    ends = {parameter for module in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+            for parameter in module.parameters()}  # fmt: skip
+    found: set[Any] = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    return found - ends
