@@ -24,7 +24,7 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, BFLOAT16_OPTIMS, Config, config_file, load_config, with_changes
+from ds_sft.config import ALIASES, TORCH_ADAMW, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
@@ -371,8 +371,8 @@ def _reach(found: Reach) -> dict[str, Any]:
 
 def may_be_narrow(config: Config) -> bool:
     """Whether the states of its optimizer could be bfloat16."""
-    optim = config.training.get("optim", BFLOAT16_OPTIMS[0])
-    return bool(config.training.get("bf16")) and config.adapter == "none" and optim in BFLOAT16_OPTIMS
+    optim = config.training.get("optim", TORCH_ADAMW[0])
+    return bool(config.training.get("bf16")) and config.adapter == "none" and optim in TORCH_ADAMW
 
 
 def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, Any]]:

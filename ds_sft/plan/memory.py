@@ -46,9 +46,9 @@ from ds_sft.plan.states import (
 )
 from ds_sft.plan.weights import FP32
 
-# A step of bfloat16 states is computed so many elements at once, with nine numbers of 4 bytes for each
-# (`training/optimizer.py`).
-NARROW_CHUNK, NARROW_STEP = 2**22, 9 * FP32
+# A step of bfloat16 states is computed so many elements at once (`training/optimizer.py`), with nine numbers of 4 bytes
+# for each.
+CHUNK, CHUNK_ON_GPU, CHUNK_BYTES = 2**18, 2**23, 9 * FP32
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def step(run: Run, rank: int) -> dict[str, int]:
     """The optimizer step: gradients as they were reduced, then flattened, then in float32 for the fused Adam."""
     engine, share = run.engine, owned(run)
     held = step_gradients(run, rank)
-    chunk = NARROW_STEP * min(NARROW_CHUNK, share) if run.narrow else 0
+    chunk = CHUNK_BYTES * min(CHUNK if run.lazy else CHUNK_ON_GPU, share) if run.narrow else 0
     if engine.stage is None or engine.offload_optimizer:
         return {"gradients": held, "buckets": standing_buckets(run), "working copy": copy_that_stays(run),
                 "step buffers": chunk}  # fmt: skip

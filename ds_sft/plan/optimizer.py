@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ds_sft.config import Config
+from ds_sft.config import MUON, TORCH_ADAMW, Config
 from ds_sft.plan.weights import EMBEDDING, FP32, Weight
 
-ADAMW, EIGHT_BITS, MUON = "adamw_torch", "adamw_8bit", "muon"
+ADAMW, EIGHT_BITS = "adamw_torch", "adamw_8bit"
 # What transformers calls them -> which of these has as many states.
 OPTIMIZERS = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), ADAMW),
+    **dict.fromkeys(TORCH_ADAMW, ADAMW),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), EIGHT_BITS),
     MUON: MUON,
 }

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ds_sft.plan.optimizer import ADAMW, MUON
+from ds_sft.config import MUON
+from ds_sft.plan.optimizer import ADAMW
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
