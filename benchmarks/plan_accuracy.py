@@ -202,8 +202,8 @@ def long_cases() -> Iterator[Case]:
     yield Case(small, "zero2", 2, True, keys="8bit")
     yield Case(middle, "none", 1, True, keys="narrow")
     for keys in ("tiled", "whole-mlp"):
-        yield Case(small, "none", 1, True, micro_batch=1, length=16384, keys=keys)
-    yield Case(small, "zero3", 1, True, micro_batch=1, length=16384, keys="tiled")
+        yield Case(small, "none", 1, True, micro_batch=1, length=8192, keys=keys)
+    yield Case(small, "zero3", 1, True, micro_batch=1, length=8192, keys="tiled")
 
 
 def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from ds_sft.plan.cost import exchanged, step_flops, traffic
 from ds_sft.plan.disk import checkpoint_bytes
 from ds_sft.plan.fits import QWEN3, last_with_room, qwen3
 from ds_sft.plan.gathered import gathered_at
+from ds_sft.plan.gradients import Reduction, reductions
 from ds_sft.plan.layouts import LAYOUTS, run_of, shipped_engine
 from ds_sft.plan.memory import model_states, peak
 from ds_sft.plan.optimizer import StateBytes
@@ -63,7 +64,8 @@ def test_states_in_bfloat16(stage: int | None, ranks: int, kept: dict[str, int])
 def test_bytes_a_parameter() -> None:
     """Weights, gradients and states when the optimizer steps: 8 alone or over ranks, where a share is a fraction."""
     assert model_states(run(None, 1, narrow=True)) == 8 * PARAMETERS
-    assert model_states(run(None, 2, narrow=True)) == 8 * PARAMETERS  # gradients are in the buckets
+    assert model_states(run(None, 2, narrow=True)) == 8 * PARAMETERS
+    assert reductions(run(None, 2, narrow=True), 0)[-1] == Reduction(0, 0, 2 * PARAMETERS)  # gradients are in buckets
     assert model_states(run(None, 1, narrow=False, lazy=True)) == 16 * PARAMETERS
     assert (
         model_states(run(3, 1, narrow=True, engine=Engine(stage=3, reduce_bucket=0, persistence_threshold=0)))

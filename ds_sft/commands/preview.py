@@ -104,8 +104,8 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     Raises:
         UserError: a key names nothing in this model.
     """
-    from ds_sft.runtime.checkpoint import Site
     from ds_sft.plan.optimizer import state_bytes
+    from ds_sft.runtime.checkpoint import Site
     from ds_sft.runtime.disk import export_size, predict_size
     from ds_sft.runtime.quantized import skeleton
     from ds_sft.runtime.size import in_units

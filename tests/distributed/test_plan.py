@@ -32,6 +32,8 @@ CASES = [
     ("llama-30m", "none", 1, False, "lora"),
     ("llama-30m", "zero2", 2, True, "lora"),
     ("llama-30m", "zero3", 2, True, "lora"),
+    ("llama-30m", "zero2", 2, True, "narrow"),
+    ("llama-30m", "zero3", 2, False, "shared"),
 ]  # untied and tied
 
 
