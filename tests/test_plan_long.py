@@ -235,7 +235,7 @@ def test_the_last_number_with_room(last: int, fits: int, bend: float) -> None:
 
 
 def plan_file(folder: Path, shape: Shape, **keys: Any) -> Path:
-    (folder / "model").mkdir()
+    (folder / "model").mkdir(exist_ok=True)
     config = {"model_type": shape.family, "vocab_size": shape.vocab, "hidden_size": shape.hidden,
               "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers,
               "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
@@ -380,6 +380,14 @@ def test_the_table_has_the_keys_to_write(planned: Planned, capsys: pytest.Captur
     assert [cell.strip() for cell in said.split("The longest row")[1].splitlines()[2].split("┃")[1:-1]] == [
         "", "no", "yes", "offload", "offload x 2", "offload x 4"]  # fmt: skip
     assert "Columns: activation_checkpointing; x N: sequence_parallel: N. bfloat16: optimizer_dtype." in said
+
+
+def test_an_optimizer_that_is_not_known_is_named(planned: Planned, capsys: pytest.CaptureFixture[str]) -> None:
+    for optim, said in (("adafactor", True), ("adamw_8bit", False)):
+        planned(SHAPE, max_length=128, optim=optim)
+        main(["plan", "run.yaml"])
+        line = f"optim: {optim}: planned as AdamW, with two float32 states of each parameter."
+        assert (line in capsys.readouterr().out) is said
 
 
 def test_shapes_are_those_that_were_published() -> None:

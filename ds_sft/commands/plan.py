@@ -273,6 +273,7 @@ class Plan:
             },
             "adapter": self.config.adapter,
             "quantization": self.config.quantization,
+            "optim": self.config.training.get("optim", TORCH_ADAMW[0]),
             "max_length": self.config.max_length,
             "ranks": self.hardware.ranks,
             "on_cpu": self.on_cpu,

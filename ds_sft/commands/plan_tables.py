@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ds_sft.plan.optimizer import OPTIMIZERS
 from ds_sft.runtime.size import in_units
 
 GB, GIB = 1e9, 2**30  # of links, as they are sold; of memory, disks and what is sent
@@ -46,6 +47,7 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         recommendation(plan, host_checked=given.host_memory is not None),
         *position_lines(plan),
         *autocast_lines(plan),
+        *optimizer_lines(plan),
         *disk_lines(plan),
         *time_lines(plan, given),
     ):
@@ -93,7 +95,7 @@ def memory_table(plan: dict[str, Any]) -> Table:
         table.add_row(title, *(f"{option['activations'][way] / GIB:.2f}" for option in plan["options"]))
     first = plan["options"][0]
     table.caption = (f"* as configured: micro batch {_micro(first, plan)} x accumulation {first['accumulation']}, "
-                     f"checkpointing {'on' if first['checkpointing'] else 'off'}")  # fmt: skip
+                     f"{_kept(first)}")  # fmt: skip
     return table
 
 
@@ -225,6 +227,11 @@ def autocast_lines(plan: dict[str, Any]) -> list[str]:
     return [
         "Without DeepSpeed fp16 and torch_compile run under autocast, which takes 5 to 14 % more than planned here."
     ]
+
+
+def optimizer_lines(plan: dict[str, Any]) -> list[str]:
+    known = plan["optim"] in OPTIMIZERS
+    return [] if known else [f"optim: {plan['optim']}: planned as AdamW, with two float32 states of each parameter."]
 
 
 def _micro(option: dict[str, Any], plan: dict[str, Any]) -> str:
