@@ -380,6 +380,9 @@ def test_the_table_has_the_keys_to_write(planned: Planned, capsys: pytest.Captur
     assert [cell.strip() for cell in said.split("The longest row")[1].splitlines()[2].split("┃")[1:-1]] == [
         "", "no", "yes", "offload", "offload x 2", "offload x 4"]  # fmt: skip
     assert "Columns: activation_checkpointing; x N: sequence_parallel: N. bfloat16: optimizer_dtype." in said
+    assert "The host's memory is not checked: --host-memory." in said
+    main(["plan", "run.yaml", "--host-memory", "1TB"])
+    assert "is not checked" not in capsys.readouterr().out
 
 
 def test_an_optimizer_that_is_not_known_is_named(planned: Planned, capsys: pytest.CaptureFixture[str]) -> None:

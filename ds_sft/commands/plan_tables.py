@@ -124,8 +124,9 @@ def reach_table(plan: dict[str, Any]) -> Table:
     for (name, dtype), cells in rows.items():
         shown = (cells[way] for way in columns)
         table.add_row(name if dtype == "float32" else f"{name}, {dtype}", *shown)
+    unchecked = "" if plan["host_memory"] else " The host's memory is not checked: --host-memory."
     table.caption = ("Columns: activation_checkpointing; x N: sequence_parallel: N. bfloat16: optimizer_dtype. "
-                     "One row in a micro batch.")  # fmt: skip
+                     f"One row in a micro batch.{unchecked}")  # fmt: skip
     return table
 
 
