@@ -245,7 +245,7 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         line = json.dumps({"question": "?", "answer": "abcdefgh " * case.length})
         rows.write_text((line + "\n") * 64, encoding="utf-8")
     out = run_folder(case, folder)
-    keys = {
+    keys: dict[str, Any] = {
         "model_name_or_path": model,
         "train_file": rows,
         "output_dir": out,
@@ -258,8 +258,9 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         "save_strategy": "no",
         "num_predictions": 0,
         "swanlab_mode": "disabled",
-        **{**KEYS[case.keys], **KEYS[case.keys].get("training", {})},
+        **KEYS[case.keys],
     }
+    keys |= keys.pop("training", {})
     if case.layout != "none":
         keys["deepspeed"] = engine_file(case.layout, folder)
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]

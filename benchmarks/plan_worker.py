@@ -175,7 +175,9 @@ def main() -> None:
         around(DeepSpeedZeroOptimizer, "step", step, lambda _: recorder.mark("after"))
         around(DeepSpeedZeroOptimizer_Stage3, "step", step, lambda _: recorder.mark("after"))
     else:
-        for optimizer in (torch.optim.AdamW, StochasticAdamW):
+        import bitsandbytes
+
+        for optimizer in (torch.optim.AdamW, StochasticAdamW, bitsandbytes.optim.AdamW):
             around(optimizer, "step", step, lambda _: recorder.mark("after"))
 
     def end() -> None:
