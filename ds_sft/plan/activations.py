@@ -110,12 +110,15 @@ def _mlp_backward(run: Run, layer: int) -> int:
 
 
 def _tile_backward(run: Run, layer: int) -> int:
-    """A tile of the MLP computed again with its gradients, sums of its weights', all tokens' output and gradient."""
+    """A tile of the MLP computed again with its gradients, all tokens' output and gradient, and sums of its weights'.
+
+    These are float32, and at the end there in the dtype that computes, too.
+    """
     assert run.tile is not None
     s, learned = run.shape, run.weights.learned(layer)
     tile = run.tile * (gates_kept(run, learned, "mlp", s.intermediate) + 3 * s.intermediate * run.width)
     sums = sum(w.size for w in run.weights.of_layer(layer) if w.trained and ".mlp." in w.name)
-    return tile + sums * FP32 + 2 * run.tokens * s.hidden * run.width
+    return tile + sums * (FP32 + run.width) + 2 * run.tokens * s.hidden * run.width
 
 
 def outside_layers(run: Run) -> int:

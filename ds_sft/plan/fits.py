@@ -87,7 +87,7 @@ def _of_layout(
 
 
 def _layouts_of(layouts: Callable[[Shape], Mapping[str, Run]], shape: Shape) -> Mapping[str, Run]:
-    """None where what is to be trained, or heads to be divided, are not in that model."""
+    """Nothing where what is to be trained is not in that model, or its heads cannot be divided."""
     try:
         found = layouts(shape)
         return found if all(run.weights for run in found.values()) else {}

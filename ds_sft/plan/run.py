@@ -11,7 +11,7 @@ from ds_sft.plan.optimizer import ADAMW
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
-# Tokens of a tile of the MLP; of the micro batches that are computed in tiles where `tiled_mlp` is auto.
+# Tokens of a tile of the MLP; and of a micro batch from which on `auto` has tiles, beside checkpointing (`tiled_mlp`).
 TILE, TILED_FROM = 4096, 16_384
 
 
@@ -102,7 +102,7 @@ class Run:
         s = self.shape
         if self.tiling == "no" or s.experts is not None or self.choice.dropout:
             return None
-        pays = self.tokens >= TILED_FROM and 7 * s.intermediate >= 16 * s.hidden
+        pays = self.checkpointing and self.tokens >= TILED_FROM and 7 * s.intermediate >= 16 * s.hidden
         if self.tokens <= TILE or not (self.tiling == "yes" or pays):
             return None
         return math.ceil(self.tokens / math.ceil(self.tokens / TILE))  # tiles of about equal size
