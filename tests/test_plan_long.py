@@ -24,7 +24,7 @@ from ds_sft.plan.fits import QWEN3, last_with_room, qwen3
 from ds_sft.plan.gathered import gathered_at
 from ds_sft.plan.gradients import Reduction, reductions
 from ds_sft.plan.layouts import LAYOUTS, run_of, shipped_engine
-from ds_sft.plan.memory import model_states, peak
+from ds_sft.plan.memory import model_states, peak, step
 from ds_sft.plan.optimizer import StateBytes
 from ds_sft.plan.recommend import Way, ways
 from ds_sft.plan.run import TILE, TILED_FROM, Engine, Run
@@ -80,6 +80,14 @@ def test_states_of_8_bits_have_a_scale_for_each_block() -> None:
     assert moments(alone) == 8 * small + 2 * (PARAMETERS - small) + 8 * (PARAMETERS - small) // 256
     share = PARAMETERS // 4
     assert moments(run(2, 4, optimizer="adamw_8bit")) == 2 * share + 8 * -(-share // 256)
+
+
+def test_8_bits_are_unpacked_for_a_step_on_a_cpu() -> None:
+    """Two moments, the gradient, a root and its quotient: 20 bytes an element of what is updated at once."""
+    on_cpu = run(2, 4, optimizer="adamw_8bit", lazy=True)
+    assert step(on_cpu, 0)["step buffers"] == (4 + 20) * PARAMETERS // 4
+    assert step(replace(on_cpu, lazy=False), 0)["step buffers"] == 8 * PARAMETERS // 4  # squares in float64
+    assert step(run(None, 1, optimizer="adamw_8bit", lazy=True), 0)["step buffers"] == 20 * 64_000
 
 
 def test_muon_has_one_state_of_a_matrix() -> None:

@@ -33,6 +33,7 @@ from ds_sft.plan.gradients import (
     standing_buckets,
     step_gradients,
 )
+from ds_sft.plan.optimizer import EIGHT_BITS
 from ds_sft.plan.run import Run, supervised, without_batch
 from ds_sft.plan.states import (
     copy_that_stays,
@@ -190,14 +191,20 @@ def step(run: Run, rank: int) -> dict[str, int]:
     chunk = CHUNK_BYTES * min(CHUNK if run.lazy else CHUNK_ON_GPU, share) if run.narrow else 0
     if engine.stage is None or engine.offload_optimizer:
         return {"gradients": held, "buckets": standing_buckets(run), "working copy": copy_that_stays(run),
-                "step buffers": chunk}  # fmt: skip
+                "step buffers": chunk + _unpacked(run, max(run.weights.trained))}  # fmt: skip
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != run.master else run.weight) + chunk
     if engine.stage == 3:
         norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in in_share(run, rank)), default=0)
-    return {"gradients": held, "step buffers": max(flat, norm), "buckets": standing_buckets(run)}
+    update = part * FP32 + _unpacked(run, part)  # the flat gradients of 16 bits are gone
+    return {"gradients": held, "step buffers": max(flat, norm, update), "buckets": standing_buckets(run)}
+
+
+def _unpacked(run: Run, elements: int) -> int:
+    """On a CPU bitsandbytes unpacks 8 bits: both moments, the gradient, and two parts of the update, in float32."""
+    return 5 * FP32 * elements if run.lazy and run.optimizer == EIGHT_BITS else 0
 
 
 def validation(run: Run) -> tuple[int, int]:
