@@ -91,6 +91,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "mlp": {"train_only": ["mlp"]},
     "upper": {"train_only": ["layers.4.", "layers.5.", "norm"]},
     "narrow": {"optimizer_dtype": "bfloat16"},
+    "offload": {"training": {"activation_checkpointing": "offload"}},
     "8bit": {"training": {"optim": "adamw_8bit"}},
     "shared": {"sequence_parallel": 2},
     "tiled": {"tiled_mlp": "yes"},
@@ -201,7 +202,7 @@ def long_cases() -> Iterator[Case]:
     yield Case(small, "none", 1, True, keys="8bit")
     yield Case(small, "zero2", 2, True, keys="8bit")
     yield Case(middle, "none", 1, True, keys="narrow")
-    for keys in ("tiled", "whole-mlp"):
+    for keys in ("tiled", "whole-mlp", "offload"):
         yield Case(small, "none", 1, True, micro_batch=1, length=8192, keys=keys)
     yield Case(small, "zero3", 1, True, micro_batch=1, length=8192, keys="tiled")
 
@@ -225,6 +226,7 @@ def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> t
         choice=choice_of(config),
         sequence=config.sequence_parallel,
         tiling=config.tiled_mlp,
+        inputs_on_host=config.offloads and not lazy,
         optimizer=optimizer_of(config),
         narrow=config.optimizer_dtype == "bfloat16",
     )
