@@ -132,6 +132,7 @@ def test_inputs_of_layers_wait_on_the_host() -> None:
     there, here = run(2, inputs_on_host=True, **keys), run(2, **keys)
     assert host(there) == {"layer inputs": 8 * 131_072}  # 1,000 x 64 x 2 = 128,000
     assert host(here) == {}
+    assert model_states(there) == model_states(here)
     first = {moment: peak(asked).device["activations"] for moment, asked in (("there", there), ("here", here))}
     assert first["here"] - first["there"] == 7 * 128_000  # of eight layers below, at the last one's backward
     long = run(2, inputs_on_host=True, length=300_000, shape=shape)

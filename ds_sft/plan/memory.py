@@ -85,7 +85,13 @@ def model_states(run: Run) -> int:
     """
     held = max(step_gradients(run, rank) for rank in differing_ranks(run))
     buckets = 0 if run.engine.stage is None and not in_buckets(run) else standing_buckets(replace(run, lazy=False))
-    return sum(states(run).values()) + sum(host(run).values()) + held + buckets + copy_that_stays(run)
+    return (
+        sum(states(run).values())
+        + sum(host(replace(run, inputs_on_host=False)).values())
+        + held
+        + buckets
+        + copy_that_stays(run)
+    )
 
 
 @dataclass(frozen=True)
