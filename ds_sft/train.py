@@ -326,10 +326,11 @@ def find_room(
     config: Config, engine: dict[str, Any] | None, model: PreTrainedModel, steps: Steps, start: Start, site: Site
 ) -> int:
     """See that what the run will write fits on the disk; bytes of a checkpoint on this rank's file system."""
+    from ds_sft.plan.optimizer import state_bytes
     from ds_sft.runtime.disk import check_space, export_size, predict_size
     from ds_sft.runtime.zero import stage
 
-    size = predict_size(model, stage(engine), site)
+    size = predict_size(model, stage(engine), site, kept=state_bytes(config))
     done = start.checkpoint.step if start.checkpoint else 0
     check_space(config, size, steps, site, done=done, export=export_size(model, config, site))
     return size

@@ -189,18 +189,26 @@ def rope_of(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_shape(model_name_or_path: str) -> Shape:
-    """The shape of a folder's or a hub id's model; of the hub only `config.json` is fetched, once.
+    """The shape of a folder's or a hub id's model.
 
     Raises:
-        UserError: no such model, no network, or an architecture whose memory this package cannot derive.
+        UserError: as `read_config`, or an architecture whose memory this package cannot derive.
     """
-    name = model_name_or_path
+    return shape_of(*read_config(model_name_or_path))
+
+
+def read_config(name: str) -> tuple[dict[str, Any], str]:
+    """The `config.json` of a folder's or a hub id's model, and where it is; of the hub it alone is fetched, once.
+
+    Raises:
+        UserError: no such model, no network, or no JSON.
+    """
     file = Path(name).expanduser() / "config.json" if is_folder(name) else _from_hub(name)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not JSON: {error}") from None
-    return shape_of(found, str(file))
+    return found, str(file)
 
 
 def _from_hub(name: str) -> Path:
