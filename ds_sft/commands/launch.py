@@ -253,7 +253,7 @@ def describe(plan: Plan, config: Config) -> str:
         "With Slurm:" if template().exists() else f"With Slurm ({NO_TEMPLATE}):",
         f"  {plan.sbatch}",
         f"  It starts slurm/task.sh {command('python')} ... {_times(plan.ranks_per_node)} on each node, with",
-        "  RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
+        "  consecutive RANKs on each, LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
         "  MASTER_PORT 15000 + job number modulo 15000.",
         "",
         "Without Slurm, on every node at about the same time:",
