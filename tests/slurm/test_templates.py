@@ -106,8 +106,9 @@ def test_ranks_of_a_node_are_consecutive(tasks: str, node: int, local: int, expe
     decides."""
     step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "200", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node),
             "SLURM_LOCALID": str(local)}  # fmt: skip
-    words = [str(SLURM / "task.sh"), "sh", "-c", "echo $RANK $LOCAL_RANK $LOCAL_WORLD_SIZE of $WORLD_SIZE on $NODE_RANK"]
-    done = subprocess.run(words, env={**os.environ, **step}, capture_output=True, text=True, check=True)
+    said = "echo $RANK $LOCAL_RANK $LOCAL_WORLD_SIZE of $WORLD_SIZE on $NODE_RANK"
+    command = [str(SLURM / "task.sh"), "sh", "-c", said]
+    done = subprocess.run(command, env={**os.environ, **step}, capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected} of 200 on {node}\n"
 
 
