@@ -82,6 +82,7 @@ ELSEWHERE = {  # what other programs call a key of ours
     "batch_size": "per_device_train_batch_size",
     "dataset": "train_file",
     "cutoff_len": "max_length",
+    **dict.fromkeys(("sequence_parallel_size", "sp_size", "ulysses_size", "context_parallel_size"), "sequence_parallel"),
     **dict.fromkeys(("finetuning_type", "tuner_type", "use_peft", "use_dora"), "adapter"),
     **dict.fromkeys(("lora_r", "r"), "lora_rank"),
     **dict.fromkeys(("target_modules", "target_parameters", "lora_target_modules", "lora_target"), "lora_targets"),
@@ -90,7 +91,7 @@ ELSEWHERE = {  # what other programs call a key of ours
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
 SECRETS = ("hub_token",)
-POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
+POSITIVE = ("max_length", "sequence_parallel", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
@@ -151,6 +152,8 @@ class Config:
     max_tokens_per_batch: int | None = key(
         "of a micro batch, which has as many rows as fit; with per_device_train_batch_size only a limit", default=None
     )
+    sequence_parallel: int = key("ranks that share each row, every one with a part of its tokens (Ulysses); 1: none",
+                                 default=1)  # fmt: skip
     on_bad_row: str = key("what an unusable row does: end the run, or be skipped and counted",
                           choices=("error", "skip"), default="error")  # fmt: skip
     preprocessing_num_workers: int | None = key("processes that encode; default: all cores", default=None)
@@ -555,6 +558,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
         defaults = {name: value for name, value in defaults.items() if name != "per_device_train_batch_size"}
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
+    _check_sequence_parallel(config, given)
     _check_adapter(config, given)
     _check_push(config, given)
     named = config.training["report_to"] or []
@@ -579,6 +583,33 @@ def _check_batching(config: Config, given: Mapping[str, Given]) -> None:
             f"{given[name].where}{name}: micro batches filled by tokens are about equal, train_sampling_strategy "
             "group_by_length has nothing to order: leave it out, or give per_device_train_batch_size"
         )
+
+
+# Keys that a row over several ranks cannot be exact with, where they have another value than this -> why.
+AGAINST_SEQUENCE_PARALLEL: dict[str, tuple[Any, str]] = {
+    "batching": ("padding_free", "parts are cut from rows laid end to end"),
+    "attn_implementation": (None, "only this package's attention exchanges heads between ranks"),
+    "lora_dropout": (0.0, "what is left out would depend on the number of ranks"),
+    "fp16": (False, "a model's own loss, which float16 keeps, would lose the first token of every part"),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), (None, "no test trains with both")),
+    "torch_compile": (False, "no test trains with both"),
+}
+
+
+def _check_sequence_parallel(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys that exclude `sequence_parallel`."""
+    if config.sequence_parallel == 1:
+        return
+    place = f"{given['sequence_parallel'].where}sequence_parallel: {config.sequence_parallel}"
+    found = config.to_dict()
+    for name, (allowed, why) in AGAINST_SEQUENCE_PARALLEL.items():
+        if found.get(name, allowed) != allowed:
+            raise UserError(f"{place}: {name}: {given[name].value}: {why}: leave out one of the two")
+    if config.fused_kernels == "compile":
+        raise UserError(f"{place}: fused_kernels: compile: no test trains with both: write liger, none or auto")
+    order = config.training.get("train_sampling_strategy", "random")
+    if order not in OUR_ORDERS:
+        raise UserError(f"{place}: train_sampling_strategy: {order}: it makes batches of its own: leave it out")
 
 
 def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
