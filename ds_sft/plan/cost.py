@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ds_sft.plan.memory import Engine, Run, trained_weights
@@ -90,6 +91,22 @@ def collectives(
     if engine.stage == 3:
         return (3 * psi + 2 * still) * accumulation, 0.0
     return (2 if engine.allreduce else 1) * psi * (accumulation if engine.stage == 2 else 1), psi
+
+
+def exchanged(shape: Shape, tokens: int, group: int, width: int, *, again: bool) -> float:
+    """Bytes that a rank sends to others of its sequence group for so many tokens of all of it (`sequence_parallel`).
+
+    Before attention queries, keys and values go to the ranks of their heads, behind it what attention made of them goes
+    back (DeepSpeed-Ulysses, arXiv 2309.14509); backward sends the gradients of both. A key head goes to all ranks that
+    have a query of it. Computation waits for all of it.
+
+    Args:
+        width: bytes of a number.
+        again: checkpointing computes the forward of every layer a second time.
+    """
+    key_heads = math.lcm(shape.kv_heads, group)
+    of_token = shape.q_size + 2 * key_heads * shape.head_dim + shape.v_size
+    return (3 if again else 2) * shape.layers * of_token * width * tokens / group * (group - 1) / group
 
 
 def traffic(run: Run, gpus_per_node: int) -> Traffic:
