@@ -36,26 +36,30 @@ WAITS = "so every layer's attention waits for the network between them; "
         (
             [0, 0, 0, 1, 1, 1],
             2,
-            f"1 of 3 groups spans nodes (ranks 2-3), {WAITS}"
+            f"1 of 3 groups of 2 ranks spans nodes (ranks 2-3), {WAITS}"
             "a node has 3 ranks: start a multiple of 2 on each, or write sequence_parallel: 3.",
         ),
         (
             [0] * 4 + [1] * 4,
             8,
-            f"the only group spans nodes (ranks 0-7), {WAITS}"
+            f"1 of 1 groups of 8 ranks spans nodes (ranks 0-7), {WAITS}"
             "a node has 4 ranks: start a multiple of 8 on each, or write sequence_parallel: 2 or 4.",
         ),
         (
             [0, 1, 2, 3],
             2,
-            f"2 of 2 groups span nodes (ranks 0-1, ...), {WAITS}a node has 1 rank: start a multiple of 2 on each.",
+            f"2 of 2 groups of 2 ranks span nodes (ranks 0-1, ...), {WAITS}a node has 1 rank: start a multiple of 2 on each.",
         ),
         (
             [0, 0, 0, 1],
             2,
-            f"1 of 2 groups spans nodes (ranks 2-3), {WAITS}a node has 1 to 3 ranks: start a multiple of 2 on each.",
+            f"1 of 2 groups of 2 ranks spans nodes (ranks 2-3), {WAITS}a node has 1 to 3 ranks: start a multiple of 2 on each.",
         ),
-        ([0, 1, 0, 1], 2, f"2 of 2 groups span nodes (ranks 0-1, ...), {WAITS}start consecutive ranks on each node."),
+        (
+            [0, 1, 0, 1],
+            2,
+            f"2 of 2 groups of 2 ranks span nodes (ranks 0-1, ...), {WAITS}start consecutive ranks on each node.",
+        ),
     ],
 )
 def test_what_is_said_of_groups(nodes: list[int], size: int, said: str | None) -> None:

@@ -35,17 +35,23 @@ def spanning(nodes: Sequence[int], size: int) -> list[range]:
     return [group for group in groups_of(len(nodes), size) if len({nodes[rank] for rank in group}) > 1]
 
 
-def describe_spanning(nodes: Sequence[int], size: int) -> str | None:
-    """Which groups of `size` ranks span nodes, what of it, and what to write instead; None where none does."""
+def name_spanning(nodes: Sequence[int], size: int) -> str | None:
+    """Which groups of `size` ranks are on several nodes; None where none is."""
     groups = spanning(nodes, size)
     if not groups:
         return None
-    count = f"{len(groups)} of {len(nodes) // size} groups" if len(nodes) > size else "the only group"
-    first = f"ranks {groups[0][0]}-{groups[0][-1]}{', ...' if len(groups) > 1 else ''}"
-    verb = "span" if len(groups) > 1 else "spans"
-    return (
-        f"sequence_parallel: {size}: {count} {verb} nodes ({first}), so every layer's attention waits for the network "
-        f"between them; {keep_inside(nodes, size)}."
+    first = f"ranks {groups[0][0]}-{groups[0][-1]}"
+    if len(groups) == 1:
+        return f"1 of {len(nodes) // size} groups of {size} ranks spans nodes ({first})"
+    return f"{len(groups)} of {len(nodes) // size} groups of {size} ranks span nodes ({first}, ...)"
+
+
+def describe_spanning(nodes: Sequence[int], size: int) -> str | None:
+    """Which groups span nodes, what of it, and what to do instead, in one line."""
+    named = name_spanning(nodes, size)
+    return named and (
+        f"sequence_parallel: {size}: {named}, so every layer's attention waits for the network between them; "
+        f"{keep_inside(nodes, size)}."
     )
 
 
