@@ -282,6 +282,7 @@ def load_model_to_train(
     from ds_sft.training.model import computing_dtype, load_model, make_room
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
+    from ds_sft.training.sequence import join_group
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -289,7 +290,9 @@ def load_model_to_train(
     make_room(model, tokenizer, config)
     choose_weights(model, config, args, launch)
     if not padded:
-        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args))
+        group = join_group(config.sequence_parallel, launch, args.ddp_timeout)
+        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args),
+                        group=group)  # fmt: skip
     elif not args.torch_compile:
         know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ds_sft.config import Config
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.layout import collate_flat, collate_padded, views_of
+from ds_sft.data.layout import collate_flat, collate_padded, collate_share, views_of
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, plan_packs
 from ds_sft.runtime.distributed import Launch
@@ -23,10 +23,13 @@ NOTHING = -1  # the row of a rank for which the end of an epoch has none left
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """The micro batches of one rank, as lists of row numbers; `[NOTHING]` where an epoch has none left for it."""
+    """The micro batches of one rank, as lists of row numbers; `[NOTHING]` where an epoch has none left for it.
+
+    Ranks of a group have the same.
+    """
 
     def __init__(self, batching: Batching, rank: int) -> None:
-        self.batching, self.rank, self.number = batching, rank, 0
+        self.batching, self.first, self.number = batching, rank // batching.group, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.number = epoch
@@ -36,7 +39,7 @@ class GlobalBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.batching.epoch(self.number)
-        for number in range(self.rank, len(epoch.computed), self.batching.ranks):
+        for number in range(self.first, len(epoch.computed), self.batching.ranks):
             yield epoch.micro_batch(number) or [NOTHING]
 
 
@@ -61,14 +64,17 @@ def make_batches(
     """What a batch is made of, rows or packed sequences of them, and what puts it together.
 
     A padded batch is input_ids, labels, attention_mask: [rows, longest]. Otherwise it is input_ids, labels,
-    position_ids, which start at 0 with every row: [1, tokens], of validation rows too. Both come with a `Layout`.
+    position_ids, which start at 0 with every row: [1, tokens], of validation rows too; of rows that ranks share this
+    rank's part. All come with a `Layout`.
     """
+    group = config.sequence_parallel
+    flat = collate_flat if group == 1 else partial(collate_share, place=launch.rank % group, size=group)
     if config.packing == "none":
-        return rows, partial(collate_padded, pad_token_id=tokenizer.pad_token_id) if padded else collate_flat
+        return rows, partial(collate_padded, pad_token_id=tokenizer.pad_token_id) if padded else flat
     # The plan must not depend on the number of ranks: a checkpoint may be resumed by another.
     plan = plan_packs(lengths_of(rows), config.max_length, seed=int(config.training.get("seed", 42)))
     launch.say(plan.describe(len(rows)))
-    return PackedRows(rows, plan), collate_flat
+    return PackedRows(rows, plan), flat
 
 
 def single_rows(rows: Any, numbers: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ Rows come as views of Arrow's buffers (`ArrowRows`) and go into a batch by numpy
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -23,24 +23,33 @@ LAYOUT = "layout"  # the key of a batch under which its layout goes along
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which part of a sequence a batch is; the other ranks of a group have the others, which are as long."""
+
+    first: int  # place in the sequence
+    filling: int  # tokens behind the last row, so that the parts are equal; they count as that row's in `lengths`
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where rows and supervised tokens are in a batch, and how many; it moves as a tensor does."""
 
-    lengths: list[int]  # tokens of each row
+    lengths: list[int]  # tokens of each row; with a `share` of the rows of the whole sequence
     places: int  # of the batch, padding included
     starts: torch.Tensor | None  # [rows + 1] int32: where each row begins, and the last ends; None: padded
     positions: torch.Tensor  # [supervised] int64, in [batch x seq]: what predicts a supervised token
     targets: torch.Tensor  # [supervised] int64: that token
+    share: Share | None = None  # None: the batch is whole rows
 
     @property
     def tokens(self) -> int:
         """Without padding."""
-        return sum(self.lengths)
+        return sum(end - first for _, first, end in self._parts())
 
     @property
     def tokens_of_rows(self) -> int:
         """As `tokens`, without those that stand in for a missing row: one each, from which no row learns."""
-        return sum(length for length in self.lengths if length > 1)
+        return sum(end - first for length, first, end in self._parts() if length > 1)
 
     @property
     def supervised(self) -> int:
@@ -48,8 +57,25 @@ class Layout:
 
     @property
     def pairs(self) -> int:
-        """Of a token and one that it sees."""
-        return sum(length * (length + 1) for length in self.lengths) // 2
+        """Of a token and one that it sees, in whichever part."""
+        return sum(end * (end + 1) - first * (first + 1) for _, first, end in self._parts()) // 2
+
+    def of_rows(self) -> torch.Tensor:
+        """Which places have a token of a row, [places] bool on the host: not what fills up or stands in for one."""
+        parts = [(length > 1, end - first) for length, first, end in self._parts()]
+        learned, sizes = zip(*parts, (False, self.places - self.tokens), strict=True)
+        return torch.tensor(learned).repeat_interleave(torch.tensor(sizes))
+
+    def _parts(self) -> Iterator[tuple[int, int, int]]:
+        """Of each row: its tokens, the first of them that is here, and the end of those that are."""
+        if self.share is None:
+            yield from ((length, 0, length) for length in self.lengths)
+            return
+        begin, filling = self.share.first, self.share.filling
+        for length in [*self.lengths[:-1], self.lengths[-1] - filling]:
+            first, end = (min(max(place, 0), length) for place in (begin, begin + self.places))
+            yield length, first, end
+            begin -= length
 
     def pin_memory(self) -> Layout:
         return self._each(torch.Tensor.pin_memory)
@@ -69,6 +95,42 @@ def collate_flat(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {name: torch.from_numpy(ids)[None] for name, ids in joined.items()}
     borders = torch.from_numpy(starts.astype(np.int32))
     return batch | {LAYOUT: _layout(joined["labels"][None], np.diff(starts).tolist(), borders)}
+
+
+def collate_share(features: Sequence[Mapping[str, Any]], *, place: int, size: int) -> dict[str, Any]:
+    """One of `size` equal parts of what `collate_flat` makes, [1, tokens / size] each: that of the rank at `place`.
+
+    Rows are as long as they are: a part may begin in the middle of one, and predict the first token of the next part.
+    Tokens behind the last row make the parts equal. No row sees them, and nothing is learned from them.
+    """
+    joined = concatenate(features)
+    starts = np.append(np.flatnonzero(joined["position_ids"] == 0), len(joined["input_ids"]))
+    filling = -len(joined["input_ids"]) % size
+    starts[-1] += filling
+    here = slice(place * int(starts[-1]) // size, (place + 1) * int(starts[-1]) // size)
+    whole = _layout(_filled(joined["labels"], filling, IGNORE_INDEX)[None], np.diff(starts).tolist(),
+                    torch.from_numpy(starts.astype(np.int32)))  # fmt: skip
+    behind = {"labels": IGNORE_INDEX, "position_ids": int(joined["position_ids"][-1])}  # a table of positions may end
+    batch: dict[str, Any] = {
+        name: torch.from_numpy(_filled(ids, filling, behind.get(name, 0))[here])[None] for name, ids in joined.items()
+    }
+    return batch | {LAYOUT: _part(whole, here, filling)}
+
+
+def _filled(ids: Ids, number: int, value: int) -> Ids:
+    return np.concatenate([ids, np.full(number, value)]) if number else ids
+
+
+def _part(whole: Layout, here: slice, filling: int) -> Layout:
+    """The layout of these places of a sequence."""
+    mine = slice(*np.searchsorted(whole.positions.numpy(), [here.start, here.stop]).tolist())
+    return replace(
+        whole,
+        places=here.stop - here.start,
+        positions=whole.positions[mine] - here.start,
+        targets=whole.targets[mine],
+        share=Share(here.start, filling),
+    )
 
 
 def collate_padded(features: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Any]:

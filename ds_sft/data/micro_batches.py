@@ -92,7 +92,7 @@ class Batching:
     lengths: Ints  # [rows] tokens of each
     micro_batch: int | None  # rows; None: as many as `max_tokens` hold
     accumulation: int
-    ranks: int
+    ranks: int  # that have rows of their own: groups of them where `group` ranks share theirs
     padded: bool  # to the longest row of a micro batch; else rows are laid end to end
     seed: int
     order: str = "random"  # or sequential, group_by_length
@@ -100,6 +100,7 @@ class Batching:
     drop_last: bool = False
     attention: float = 0.0  # what a pair of tokens costs in attention, beside all else that a token costs
     seam: Seam = Seam()
+    group: int = 1  # ranks that share the rows of a micro batch
     _last: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -318,7 +319,8 @@ class Batching:
             return line
         apart, share = first.waiting(each_micro_batch=each_micro_batch)
         what = "micro batch" if each_micro_batch else "step"
-        return f"{line} Ranks differ by {apart:,.0f} tokens a {what}; about {share:.1%} of the time is waiting."
+        who = "Ranks" if self.group == 1 else f"Groups of {self.group} ranks"
+        return f"{line} {who} differ by {apart:,.0f} tokens a {what}; about {share:.1%} of the time is waiting."
 
 
 def used(units: int, a_step: int, *, drop_last: bool) -> int:

@@ -14,13 +14,14 @@ class Steps:
 
     micro: int | None  # rows of a rank in one forward pass; None: as many as `max_tokens` hold
     accumulation: int
-    ranks: int
+    ranks: int  # that have rows of their own: groups of them where `group` ranks share theirs
     num_rows: int
     epochs: float
     max_steps: int = -1
     drop_last: bool = False
     max_tokens: int | None = None  # of a micro batch
     num_bins: int | None = None  # micro batches of an epoch that `max_tokens` fills
+    group: int = 1  # ranks that share the rows of a micro batch
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -45,7 +46,9 @@ class Steps:
 
     def describe(self) -> str:
         """The arithmetic in one line."""
-        times = f"{self.accumulation} accumulated x {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        who = "rank" if self.group == 1 else "group"
+        shared = f" of {self.group} ranks" if self.group > 1 else ""
+        times = f"{self.accumulation} accumulated x {self.ranks} {who}{'s' if self.ranks > 1 else ''}{shared}"
         in_all = f"{self.steps_per_epoch:,} steps an epoch, {self.steps:,} steps in all."
         if self.micro is None:
             tokens = self.max_tokens or 0

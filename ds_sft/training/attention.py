@@ -6,6 +6,8 @@ borders of the rows to every layer as `row_borders`, which transformers passes o
 gradient checkpointing as well, for they are an argument). Nothing leaks silently: a layer that gets such a batch
 without its borders, or a model that never asks this function, is an error.
 
+Where ranks share rows (training/sequence.py) they exchange their tokens' heads for whole rows of some heads first.
+
 On a GPU in 16 bits all rows go through one kernel a layer, torch's `varlen_attn`; elsewhere, and where that kernel
 cannot do what a model wants, each row goes by itself. `attention_of(model)` says which, and why.
 """
@@ -16,7 +18,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +34,7 @@ from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.plan.memory import SHORT_ROW
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.precision import HALF, autocast_dtype
+from ds_sft.training.sequence import SequenceGroup, own_part, some_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +63,11 @@ class Attention:
     why: str
     in_one_kernel: bool = False  # all rows at once
     lone_rows_by_cudnn: bool = False
+    group: SequenceGroup | None = None  # of ranks that share rows
 
     def describe(self) -> str:
-        return f"Attention: {self.name} ({self.why})."
+        shared = f", each rank some heads of rows that {self.group.size} ranks share" if self.group else ""
+        return f"Attention: {self.name} ({self.why}){shared}."
 
 
 class RowBorders:
@@ -72,12 +77,18 @@ class RowBorders:
     and the flags: of any number of rows and tokens it makes two graphs.
     """
 
-    def __init__(self, lengths: Sequence[int], starts: torch.Tensor, attention: Attention) -> None:
-        """`lengths`: tokens of each row; `starts`: [rows + 1] int32, where each begins, and where the last ends."""
+    def __init__(
+        self, lengths: Sequence[int], starts: torch.Tensor, attention: Attention, *, shared: bool = False
+    ) -> None:
+        """`lengths`: tokens of each row; `starts`: [rows + 1] int32, where each begins, and where the last ends.
+
+        `shared`: other ranks of a group have the rest of these rows.
+        """
         self.lengths, self.starts = list(lengths), starts
         self.longest = -(-max(self.lengths) // BLOCK) * BLOCK  # an upper bound is what kernels need
         self.in_one_kernel = attention.in_one_kernel
         self.by_cudnn = attention.lone_rows_by_cudnn and len(self.lengths) == 1 and self.lengths[0] >= LONE_ROW
+        self.group = attention.group if shared else None
         self.attended = False  # by a layer
 
 
@@ -102,7 +113,7 @@ def rows_attention(
     """Causal attention within each row; a padded batch goes to transformers' `sdpa`.
 
     Args:
-        query: [1, heads, tokens, head_dim].
+        query: [1, heads, tokens, head_dim]; of rows that ranks share this rank's part of them, here and in return.
         key: [1, kv_heads, tokens, head_dim]; groups of query heads share one.
         value: as `key`.
         attention_mask: for a padded batch.
@@ -121,14 +132,31 @@ def rows_attention(
     if unknown or (attention_mask is not None and attention_mask.numel()):
         raise RuntimeError(f"{type(module).__name__} wants {', '.join(unknown) or 'a mask'} in its attention")
     row_borders.attended = True
-    if row_borders.in_one_kernel:
-        dtype = autocast_dtype(query.device) or value.dtype  # autocast knows `sdpa`, and not these kernels
+    if row_borders.in_one_kernel or row_borders.group:
+        dtype = autocast_dtype(query.device) or value.dtype  # autocast knows `sdpa`: no kernel of ours, no exchange
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if _has_kernel(query, value, dropout):
-            if row_borders.by_cudnn and sliding_window is None:
-                return _lone_row(query, key, value, scaling), None
-            return _all_rows(query, key, value, row_borders, sliding_window, scaling), None
-    return _row_by_row(query, key, value, row_borders, sliding_window, dropout, scaling), None
+    if row_borders.group is None:
+        return _whole_rows(query, key, value, row_borders, sliding_window, dropout, scaling), None
+    query, key, value = some_heads(row_borders.group, query, key, value)
+    return own_part(
+        row_borders.group, _whole_rows(query, key, value, row_borders, sliding_window, dropout, scaling)
+    ), None
+
+
+def _whole_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowBorders,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    if rows.in_one_kernel and _has_kernel(query, value, dropout):
+        if rows.by_cudnn and window is None:
+            return _lone_row(query, key, value, scaling)
+        return _all_rows(query, key, value, rows, window, scaling)
+    return _row_by_row(query, key, value, rows, window, dropout, scaling)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -266,6 +294,7 @@ def keep_rows_apart(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    group: SequenceGroup | None = None,
 ) -> None:
     """Let a model that is given rows end to end attend to each by itself, and say how.
 
@@ -275,8 +304,9 @@ def keep_rows_apart(
         launch: says which attention is used, and why.
         device: on which the model is trained.
         dtype: in which it computes.
+        group: the ranks that share its rows, of a model that `require_shareable` has nothing against.
     """
-    found = _choose(model, asked, torch.device(device), dtype)
+    found = replace(_choose(model, asked, torch.device(device), dtype), group=group)
     model.row_attention = found
     launch.say(found.describe())
     used = model.config._attn_implementation or ""
@@ -371,7 +401,10 @@ def _pass_row_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tu
     _Batch.row_borders = None
     if not _without_padding(kwargs):
         return args, kwargs
-    _Batch.row_borders = RowBorders(*_borders(kwargs), attention_of(model) or Attention("row by row", ""))
+    layout: Layout | None = kwargs.get(LAYOUT)
+    shared = layout is not None and layout.share is not None
+    how = attention_of(model) or Attention("row by row", "")
+    _Batch.row_borders = RowBorders(*_borders(kwargs), how, shared=shared)
     return args, {**kwargs, "row_borders": _Batch.row_borders}
 
 

@@ -24,6 +24,7 @@ from ds_sft.runtime.peak import Peak
 from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.results import peak_memory
 from ds_sft.training.loss import output_projection
+from ds_sft.training.sequence import SequenceGroup
 from ds_sft.training.targets import shape_of
 
 if TYPE_CHECKING:
@@ -368,6 +369,10 @@ class Meter:
             return TimedWork(work, self.clock) if hasattr(work, "wait") else work
 
         return timed
+
+    def time_exchange(self, group: SequenceGroup) -> None:
+        """Time what ranks that share rows exchange in attention, until `stop`."""
+        self._replace(group, "exchange", self._timed(group.exchange, "communication"))
 
     def time_reduction(self, model: Any, accelerator: Any) -> None:
         """Time what a model under DistributedDataParallel waits for: before forward, and after the last gradient.

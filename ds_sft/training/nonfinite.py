@@ -27,6 +27,7 @@ import torch
 
 from ds_sft.data.batches import single_rows
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.errors import RunError
 from ds_sft.runtime.checkpoint import newest_complete
 from ds_sft.runtime.distributed import gather
@@ -130,7 +131,7 @@ class FiniteTrainer(ResumableTrainer):
         return measured
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        learns = (inputs["labels"][..., 1:] != IGNORE_INDEX).any()
+        learns = self._learns(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         # A mean over no token, of a model that keeps its own loss, is NaN; its gradients are 0.
         loss = torch.where(learns | torch.isfinite(loss.detach()), loss, 0.0)
@@ -140,6 +141,13 @@ class FiniteTrainer(ResumableTrainer):
             self.loss_before = self._tr_loss.clone()
         self.micro_losses.append(loss.detach())
         return spread(loss)
+
+    def _learns(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Whether a batch supervises a token, [] bool on the device; a part of a row may predict one of the next."""
+        layout: Layout | None = inputs.get(LAYOUT)
+        if layout is not None and layout.share is not None:
+            return torch.full((), layout.supervised > 0, device=inputs["labels"].device)
+        return (inputs["labels"][..., 1:] != IGNORE_INDEX).any()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after the gradients were reduced; under DeepSpeed after the engine's step, else before it."""
@@ -187,7 +195,7 @@ class FiniteTrainer(ResumableTrainer):
         if not self.deals_rows:
             return []
         epoch, before = self.position(step - 1)
-        number = (before * self.batching.accumulation + micro_batch) * self.batching.ranks + rank
+        number = (before * self.batching.accumulation + micro_batch) * self.batching.ranks + rank // self.batching.group
         rows = single_rows(self.train_dataset, self.batching.epoch(epoch).micro_batch(number))
         return [self.where(row) for row in rows]
 

@@ -243,7 +243,7 @@ class ResumableTrainer(Trainer):
             return
         if self.deals_rows:
             kwargs["num_update_steps_per_epoch"] = self.batching.steps_of(epoch)
-            kwargs["steps_in_epoch"] = len(self.batching.epoch(epoch).computed) // self.args.world_size
+            kwargs["steps_in_epoch"] = len(self.batching.epoch(epoch).computed) // self.batching.ranks
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
@@ -439,6 +439,7 @@ class ResumableTrainer(Trainer):
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "world_size": args.world_size,
+            "sequence_parallel": self.batching.group,
             "model_only": args.save_only_model,
             "evaluation_due": self.evaluation_due,
             "loss_pending": gather(self._tr_loss.item()),

@@ -43,11 +43,14 @@ ADDED = "loss += self.router_aux_loss_coef * aux_loss.to(loss.device)"
 def counted_tokens(kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Which tokens of a batch a row has, [tokens] bool; None: all of them.
 
-    Left out are padding and what stands in for a missing row, which is one token long: no row that teaches is.
+    Left out are padding, what fills up a part of a sequence, and what stands in for a missing row, which is one token
+    long: no row that teaches is.
     """
     layout: Layout | None = kwargs.get(LAYOUT)
     mask: torch.Tensor | None = kwargs.get("attention_mask")
     ids = kwargs["input_ids"]
+    if layout is not None and layout.share is not None:
+        return layout.of_rows().to(ids.device, non_blocking=True) if layout.share.filling else None
     if mask is None and (layout is None or min(layout.lengths) > 1):
         return None
     counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

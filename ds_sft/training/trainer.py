@@ -34,6 +34,7 @@ from ds_sft.data.micro_batches import lengths_of
 from ds_sft.runtime.distributed import barrier, sum_over_ranks
 from ds_sft.runtime.peak import device_peak
 from ds_sft.runtime.zero import stage
+from ds_sft.training.attention import attention_of
 from ds_sft.training.fused import compiles_layers
 from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
@@ -46,21 +47,21 @@ from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 
 class RankRows(Dataset[dict[str, Any]]):
-    """Every `world_size`-th row from `rank` on, longest first. Ranks without a last row get one that counts nothing.
+    """Every `ranks`-th row from `rank` on, longest first. Ranks without a last row get one that counts nothing.
 
     All ranks so run the same number of forward passes, which ZeRO-3 needs, of about as many tokens each, and no row is
-    measured twice.
+    measured twice. Where ranks share rows, their groups count as ranks.
     """
 
-    def __init__(self, rows: Any, rank: int, world_size: int) -> None:
-        self.rows, self.rank, self.world_size = views_of(rows), rank, world_size
+    def __init__(self, rows: Any, rank: int, ranks: int) -> None:
+        self.rows, self.rank, self.ranks = views_of(rows), rank, ranks
         self.order = np.argsort(-lengths_of(rows), kind="stable")
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.world_size)
+        return -(-len(self.rows) // self.ranks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = index * self.world_size + self.rank
+        position = index * self.ranks + self.rank
         if position < len(self.rows):
             return dict(self.rows[int(self.order[position])])
         shortest = self.rows[int(self.order[-1])]
@@ -126,6 +127,9 @@ class SFTTrainer(FiniteTrainer):
             self.meter.time_engine(self.model_wrapped)
         elif self.args.world_size > 1:
             self.meter.time_reduction(self.model_wrapped, self.accelerator)
+        attention = attention_of(self.model)
+        if attention is not None and attention.group is not None:
+            self.meter.time_exchange(attention.group)
         return prepared
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -223,7 +227,7 @@ class SFTTrainer(FiniteTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Any]]:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return DataLoader(
-            RankRows(rows, self.args.process_index, self.args.world_size),
+            RankRows(rows, self.args.process_index // self.batching.group, self.args.world_size // self.batching.group),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             generator=torch.Generator(),
