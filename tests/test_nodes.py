@@ -48,12 +48,14 @@ WAITS = "so every layer's attention waits for the network between them; "
         (
             [0, 1, 2, 3],
             2,
-            f"2 of 2 groups of 2 ranks span nodes (ranks 0-1, ...), {WAITS}a node has 1 rank: start a multiple of 2 on each.",
+            f"2 of 2 groups of 2 ranks span nodes (ranks 0-1, ...), {WAITS}"
+            "a node has 1 rank: start a multiple of 2 on each.",
         ),
         (
             [0, 0, 0, 1],
             2,
-            f"1 of 2 groups of 2 ranks spans nodes (ranks 2-3), {WAITS}a node has 1 to 3 ranks: start a multiple of 2 on each.",
+            f"1 of 2 groups of 2 ranks spans nodes (ranks 2-3), {WAITS}"
+            "a node has 1 to 3 ranks: start a multiple of 2 on each.",
         ),
         (
             [0, 1, 0, 1],

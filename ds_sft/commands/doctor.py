@@ -33,7 +33,7 @@ from ds_sft.plan.memory import Engine
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
-from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
+from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch, require_groups
 from ds_sft.runtime.network import Exchange, Network, Unreachable, connect, measure_network, patience
 from ds_sft.runtime.nodes import keep_inside, name_spanning
 from ds_sft.runtime.results import git_commit, versions
@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
             launch.say(remark)
         if config.training.get("use_cpu"):
             hide_gpus(os.environ)
+        if launch.distributed:  # else this is one process that examines one box
+            require_groups(config.sequence_parallel, launch)
         zero_stage = stage(engine_config(config, launch))
         patience()
     except UserError as error:
@@ -377,14 +379,11 @@ def _check_names(nodes: Sequence[Facts]) -> Check:
 
 
 def _check_groups(ranks: int, size: int) -> list[Check]:
-    """Whether the ranks are whole groups of those that share rows."""
-    if ranks % size == 0:
+    """What cannot be seen of ranks that share rows where one process examines one box."""
+    if size == 1 or ranks > 1:
         return []
-    if ranks == 1:  # an examination of one box
-        remedy = f"torchrun --nproc_per_node {size} -m ds_sft doctor CONFIG measures what they exchange"
-        return [Check("groups", "warn", f"sequence_parallel: {size}: of a group only one rank is here", remedy)]
-    remedy = f"start a multiple of {size} ranks, or write a sequence_parallel that divides {ranks}"
-    return [Check("groups", "fail", f"sequence_parallel: {size} does not divide {ranks} ranks", remedy)]
+    remedy = f"torchrun --nproc_per_node {size} -m ds_sft doctor CONFIG measures what they exchange"
+    return [Check("groups", "warn", f"sequence_parallel: {size}: of a group only one rank is here", remedy)]
 
 
 def judge_network(network: Network, everyone: Sequence[Facts], config: Config) -> list[Check]:
