@@ -82,7 +82,7 @@ ELSEWHERE = {  # what other programs call a key of ours
     "batch_size": "per_device_train_batch_size",
     "dataset": "train_file",
     "cutoff_len": "max_length",
-    **dict.fromkeys(("sequence_parallel_size", "sp_size", "ulysses_size", "context_parallel_size"), "sequence_parallel"),
+    **dict.fromkeys(("sequence_parallel_size", "sp_size", "context_parallel_size"), "sequence_parallel"),
     **dict.fromkeys(("finetuning_type", "tuner_type", "use_peft", "use_dora"), "adapter"),
     **dict.fromkeys(("lora_r", "r"), "lora_rank"),
     **dict.fromkeys(("target_modules", "target_parameters", "lora_target_modules", "lora_target"), "lora_targets"),
@@ -91,8 +91,9 @@ ELSEWHERE = {  # what other programs call a key of ours
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
 SECRETS = ("hub_token",)
-POSITIVE = ("max_length", "sequence_parallel", "lora_rank", "max_tokens_per_batch", "preprocessing_num_workers", "predict_max_new_tokens",
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
+            "predict_max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
+            "gradient_accumulation_steps")  # fmt: skip
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
@@ -593,6 +594,9 @@ AGAINST_SEQUENCE_PARALLEL: dict[str, tuple[Any, str]] = {
     "fp16": (False, "a model's own loss, which float16 keeps, would lose the first token of every part"),
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), (None, "no test trains with both")),
     "torch_compile": (False, "no test trains with both"),
+    "label_smoothing_factor": (0.0, "Trainer's loss would lose the first token of every part"),
+    "neftune_noise_alpha": (None, "its noise depends on the tokens that a rank has"),
+    "average_tokens_across_devices": (True, "a rank's tokens are a part of a row"),
 }
 
 

@@ -34,6 +34,7 @@ from ds_sft.runtime.distributed import (
     others_wait,
     print_line,
     read_launch,
+    require_groups,
     share_cores,
     use_one_device,
 )
@@ -96,6 +97,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     """The whole run, on every rank."""
     started = time.monotonic()
     stop.use_output_dir(config.output_dir)
+    require_groups(config.sequence_parallel, launch)
     settle_devices(config, launch)
     take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
@@ -196,11 +198,13 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     from ds_sft.runtime.base import begin_to_hash_base
     from ds_sft.training.limits import check_limits
     from ds_sft.training.model import load_tokenizer, read_ahead
+    from ds_sft.training.shareable import require_shareable
 
     if config.evaluate_rows:
         require_metrics("evaluate_rows: 0")
     base = begin_to_hash_base(config, launch)
     tokenizer = load_tokenizer(config, launch)
+    require_shareable(config)
     read_ahead(config, launch)
     served = serving(config, tokenizer)
     served.say(launch)
@@ -283,6 +287,7 @@ def load_model_to_train(
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
     from ds_sft.training.sequence import join_group
+    from ds_sft.training.shareable import require_shared
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -301,6 +306,7 @@ def load_model_to_train(
     )
     prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
     supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
+    require_shared(model)
     return model
 
 

@@ -275,7 +275,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
     "sequence parallelism": (
         {"sequence_parallel_size": 2},
         {},
-        "sequence_parallel_size: 2: a row is not divided among ranks here; delete it",
+        "sequence_parallel_size: 2: ranks share rows by the run's key sequence_parallel; write that, and delete it",
     ),
     "DeepCompile": (
         {"compile": {"deepcompile": True}},

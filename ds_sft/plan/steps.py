@@ -79,13 +79,21 @@ class Steps:
 
 
 def steps_of(
-    training: Mapping[str, Any], micro: int | None, accumulation: int, ranks: int, num_rows: int, **tokens: int | None
+    training: Mapping[str, Any],
+    micro: int | None,
+    accumulation: int,
+    ranks: int,
+    num_rows: int,
+    *,
+    group: int = 1,
+    **tokens: int | None,
 ) -> Steps:
     """The steps of a run with these keys of TrainingArguments; `tokens` are `Steps.max_tokens` and `num_bins`."""
     return Steps(
         micro=micro,
         accumulation=accumulation,
         ranks=ranks,
+        group=group,
         num_rows=num_rows,
         epochs=training.get("num_train_epochs", 3.0),
         max_steps=training.get("max_steps", -1),

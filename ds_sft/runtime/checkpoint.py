@@ -308,9 +308,8 @@ def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Sta
         UserError: this number of ranks cannot have as many (says which can); rows would come twice or never.
     """
     then, launch = found.manifest, site.launch
-    other_ranks = then["world_size"] != launch.world_size
     accumulation = _accumulation(found, config, site)
-    micro_batches = accumulation * launch.world_size
+    micro_batches = accumulation * _groups(config, launch)
     a_step = {"rows_a_step": config.micro_batch * micro_batches, "micro_batches_a_step": micro_batches}
     kind = _kind(config)
     size = {kind: (then.get(kind), a_step[kind])} if then.get(kind) != a_step[kind] else {}
@@ -318,8 +317,10 @@ def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Sta
     dealt_anew = size | {name: pair for name, pair in changed.items() if name in dealing or name == DATA}
     if dealt_anew:
         _refuse_rows_twice_or_never(found, dealt_anew, config, site)
-    now = dict(zip(BATCH_KEYS, (config.micro_batch, accumulation), strict=True)) | {"world_size": launch.world_size}
-    batch = {name: (then[name], value) for name, value in now.items() if then[name] != value}
+    now = {**dict(zip(BATCH_KEYS, (config.micro_batch, accumulation), strict=True)), "world_size": launch.world_size,
+           "sequence_parallel": config.sequence_parallel}  # fmt: skip
+    before = {"sequence_parallel": 1, **then}
+    batch = {name: (before[name], value) for name, value in now.items() if before[name] != value}
     if changed or size:
         launch.say(f"Going on with what has changed: {in_words(changed | batch | size)}.")
     return Start(
@@ -327,8 +328,17 @@ def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Sta
         accumulation=accumulation,
         seam=then.get("here") or {} if dealt_anew else then.get("seam") or {},
         changed=changed | batch | size,
-        universal=other_ranks and then["zero_stage"] is not None,
+        universal=then["world_size"] != launch.world_size and then["zero_stage"] is not None,
     )
+
+
+def _groups(config: Config, launch: Launch) -> int:
+    """How many ranks have rows of their own, or groups of them that share theirs."""
+    return launch.world_size // config.sequence_parallel
+
+
+def _ranks(world_size: int, group: int) -> str:
+    return f"{world_size} ranks" + (f" with sequence_parallel: {group}" if group > 1 else "")
 
 
 def _kind(config: Config) -> str:
@@ -340,36 +350,40 @@ def _accumulation(found: Checkpoint, config: Config, site: Site) -> int:
     """The one asked for where it keeps the rows of a step, or was changed on purpose; else the one that keeps them."""
     then, launch = found.manifest, site.launch
     micro, asked = config.micro_batch, int(config.training["gradient_accumulation_steps"])
-    other_ranks = then["world_size"] != launch.world_size
+    group = then.get("sequence_parallel", 1)
+    other_ranks = (then["world_size"], group) != (launch.world_size, config.sequence_parallel)
     before = then.get("batch") or {key: then[key] for key in BATCH_KEYS}  # as asked for; ranks may have changed it
     now = dict(zip(BATCH_KEYS, (micro, asked), strict=True))
     changed = {key: (before[key], now[key]) for key in BATCH_KEYS if before[key] != now[key]}
     if config.training.get("train_sampling_strategy", "random") not in OUR_ORDERS and (changed or other_ranks):
-        what = f"{then['world_size']} ranks saved it, this run has {launch.world_size}" if other_ranks else ""
+        here = _ranks(launch.world_size, config.sequence_parallel).replace(" ranks", "", 1)
+        what = f"{_ranks(then['world_size'], group)} saved it, this run has {here}" if other_ranks else ""
         raise UserError(
             f"{found.path}: {what or in_words(changed)}: the order of rows "
             f"can only be kept with train_sampling_strategy {' or '.join(OUR_ORDERS)}"
         )
-    if other_ranks:
+    if then["world_size"] != launch.world_size:
         _require_one_folder(found, site)
     a_step = then.get(_kind(config))
     if a_step is None or (changed and config.resume_anyway):
         return asked
-    if changed and not other_ranks and a_step != micro * asked * launch.world_size:
+    if changed and not other_ranks and a_step != micro * asked * _groups(config, launch):
         raise UserError(_another_run(found.path, changed))
     return _keep_a_step(found, a_step, config, launch)
 
 
 def _keep_a_step(found: Checkpoint, a_step: int, config: Config, launch: Launch) -> int:
     """The accumulation with which a step stays as large on this number of ranks; says it where it decides it."""
-    then, micro = found.manifest, config.micro_batch
+    then, a_micro_batch = found.manifest, config.micro_batch * _groups(config, launch)
     what = "micro batches" if config.fills_batches else "rows"
-    if a_step % (micro * launch.world_size):
-        raise UserError(_numbers_that_work(found, a_step, micro, launch.world_size, what))
-    accumulation = int(a_step // (micro * launch.world_size))
+    if a_step % a_micro_batch:
+        raise UserError(_numbers_that_work(found, a_step, config, launch, what))
+    accumulation = int(a_step // a_micro_batch)
     kept = f"gradient_accumulation_steps is set to {accumulation}, so that a step keeps its {a_step} {what}."
-    if then["world_size"] != launch.world_size:
-        launch.say(f"The checkpoint is of {then['world_size']} ranks, this run has {launch.world_size}: {kept}")
+    before = _ranks(then["world_size"], then.get("sequence_parallel", 1))
+    now = _ranks(launch.world_size, config.sequence_parallel)
+    if before != now:
+        launch.say(f"The checkpoint is of {before}, this run has {now.replace(' ranks', '', 1)}: {kept}")
     elif accumulation != config.training["gradient_accumulation_steps"]:  # ranks were others when the run began
         launch.say(f"The checkpoint has another number of ranks than its run began with: {kept}")
     return accumulation
@@ -422,15 +436,17 @@ def _end_of_an_epoch(found: Checkpoint) -> str:
     return "save_strategy: epoch saves there"
 
 
-def _numbers_that_work(found: Checkpoint, a_step: int, micro: int, world_size: int, what: str) -> str:
-    ranks = ", ".join(str(n) for n in range(1, a_step // micro + 1) if a_step % (micro * n) == 0) or "no number of"
-    said = f"{found.path} learned from {a_step} {what} a step, which {world_size} ranks"
+def _numbers_that_work(found: Checkpoint, a_step: int, config: Config, launch: Launch, what: str) -> str:
+    micro, group, groups = config.micro_batch, config.sequence_parallel, _groups(config, launch)
+    ranks = ", ".join(str(n * group) for n in range(1, a_step // micro + 1) if a_step % (micro * n) == 0)
+    ranks = f"{ranks or 'no number of'} ranks" + (f" (sequence_parallel: {group})" if group > 1 else "")
+    said = f"{found.path} learned from {a_step} {what} a step, which {_ranks(launch.world_size, group)}"
     if what != "rows":
-        return f"{said} cannot share. What can: {ranks} ranks"
-    micros = [str(n) for n in range(1, a_step // world_size + 1) if a_step % (n * world_size) == 0]
-    batches = f"; {world_size} ranks with per_device_train_batch_size {', '.join(micros)}" if micros else ""
+        return f"{said} cannot share. What can: {ranks}"
+    micros = [str(n) for n in range(1, a_step // groups + 1) if a_step % (n * groups) == 0]
+    batches = f"; {launch.world_size} ranks with per_device_train_batch_size {', '.join(micros)}" if micros else ""
     return (
-        f"{said} x {micro} rows (per_device_train_batch_size) cannot make up. What can: {ranks} ranks with "
+        f"{said} x {micro} rows (per_device_train_batch_size) cannot make up. What can: {ranks} with "
         f"per_device_train_batch_size {micro}{batches}"
     )
 

@@ -118,6 +118,21 @@ def _whole_number(env: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
+def require_groups(size: int, launch: Launch) -> None:
+    """See that the ranks make whole groups of `sequence_parallel`.
+
+    Raises:
+        UserError: they do not; says which sizes would.
+    """
+    ranks = launch.world_size
+    if ranks % size:
+        sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(
+            f"sequence_parallel: {size}: the run has {ranks} rank{'s' if ranks > 1 else ''}, which make no groups of "
+            f"{size}: write {sizes}, or start a multiple of {size} ranks (deepspeed, torchrun, srun)"
+        )
+
+
 def use_one_device(env: dict[str, str] | os._Environ[str]) -> None:
     """Without a launcher show torch the first GPU only: with more, Trainer would take nn.DataParallel.
 

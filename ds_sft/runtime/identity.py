@@ -31,8 +31,8 @@ INDIFFERENT = {
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
     # how the machine is used; the size of a step is compared on its own, with the number of ranks
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "sequence_parallel", "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "fused_kernels", "merge",
+    "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "sequence_parallel", "fused_kernels", "merge",
     "deepspeed",  # its content counts, not its name
 }  # fmt: skip
 # What a checkpoint's own states would hide, and is set anew after they were loaded: see training/hyperparameters.py.

@@ -72,7 +72,7 @@ NOT_HERE = {
     "the block: under ZeRO-3 experts are partitioned like all weights",  # DeepSpeed 0.19.8, see docs/experts.md
     "tensor_parallel.autotp_size": "the ranks of a group would need the same rows, and each has rows of its own here; "
     "delete the block: ZeRO-3 divides the weights",
-    "sequence_parallel_size": "a row is not divided among ranks here; delete it",
+    "sequence_parallel_size": "ranks share rows by the run's key sequence_parallel; write that, and delete it",
     "compile.deepcompile": "no training under DeepCompile is tested; delete it, or give the run torch_compile: yes",
     "zero_optimization.zenflow": "it changes weights steps after their gradients, which is another training; delete it",
     "zero_optimization.offload_optimizer.super_offload": "no training with it is tested; delete it",
@@ -179,7 +179,7 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
                 f"zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: "
                 f"{config.quantization}; write 2, or leave quantization out"
             )
-        yield from _batch_size(engine, training, launch)
+        yield from _batch_size(engine, training, launch, group=config.sequence_parallel)
         yield from _missing_tools(engine)
 
 
@@ -306,8 +306,12 @@ def _not_given(needed: Collection[str], block: Mapping[str, Any], place: str) ->
             yield f"{place}{name}: not given: DeepSpeed's own default would hold instead of the run's; write \"auto\""
 
 
-def _batch_size(engine: Mapping[str, Any], training: Mapping[str, Any], launch: Launch) -> Iterator[str]:
+def _batch_size(engine: Mapping[str, Any], training: Mapping[str, Any], launch: Launch, *, group: int) -> Iterator[str]:
+    """DeepSpeed knows ranks alone; of groups that share rows it would be told a number that no step has."""
     found = engine.get("train_batch_size")
+    if group > 1 and found not in (None, "auto"):
+        yield f'train_batch_size: {_show(found)}: the run has sequence_parallel: {group}; write "auto"'
+        return
     micro, accumulation = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
     rows = micro * accumulation * launch.world_size
     if found not in (None, "auto", rows):

@@ -152,11 +152,12 @@ def _whole_rows(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    if rows.in_one_kernel and _has_kernel(query, value, dropout):
-        if rows.by_cudnn and window is None:
-            return _lone_row(query, key, value, scaling)
-        return _all_rows(query, key, value, rows, window, scaling)
-    return _row_by_row(query, key, value, rows, window, dropout, scaling)
+    if not (rows.in_one_kernel and _has_kernel(query, value, dropout)):
+        by_row: torch.Tensor = _row_by_row(query, key, value, rows, window, dropout, scaling)
+        return by_row
+    if rows.by_cudnn and window is None:
+        return _lone_row(query, key, value, scaling)
+    return _all_rows(query, key, value, rows, window, scaling)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -326,7 +327,7 @@ def attention_of(model: Any) -> Attention | None:
 def _choose(model: PreTrainedModel, asked: str | None, device: torch.device, dtype: torch.dtype) -> Attention:
     if asked is not None:
         return Attention(asked, "as attn_implementation says")
-    if reason := _use_rows_attention(model):
+    if reason := use_rows_attention(model):
         why = f"{type(model).__name__} {reason}; it masks all pairs of tokens of a micro batch"
         return Attention(str(model.config._attn_implementation), why)
     if reason := _why_row_by_row(model.config.get_text_config(), device, dtype):
@@ -360,7 +361,7 @@ def _head_dims(config: Any) -> list[int]:
     return sorted({of_keys, *others})
 
 
-def _use_rows_attention(model: PreTrainedModel) -> str | None:
+def use_rows_attention(model: PreTrainedModel) -> str | None:
     """Why the model cannot use `rows_attention`; None: now it does."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

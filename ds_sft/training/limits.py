@@ -102,7 +102,7 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
     limit, (longest, place) = positions_of(known), _longest(data)
     if limit is None or longest <= limit:
         return
-    if table_of_positions(_empty_model(config, found), limit):
+    if table_of_positions(empty_model(config, found), limit):
         raise UserError(
             f"max_length: {config.max_length}: {place} has {longest:,} tokens, and the model a table of {limit:,} "
             f"positions: write max_length: {limit}"
@@ -126,7 +126,7 @@ def _longest(data: Data) -> tuple[int, str]:
     return max(ends, key=lambda end: end[0])
 
 
-def _empty_model(config: Config, found: Any) -> PreTrainedModel | None:
+def empty_model(config: Config, found: Any) -> PreTrainedModel | None:
     """The model without memory for its weights; None where it cannot be made so."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -132,13 +132,18 @@ def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False, ker
     reason = _take_over(model, fp16=fp16, kernel=kernel)
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
-    if _adds_to_loss(type(model)):
+    if adds_to_loss(type(model)):
         SharedAuxiliary(model)
 
 
 def supervised_loss(model: Any) -> SupervisedLoss | None:
     """What computes a model's loss; None where `supervise` left it its own."""
     return getattr(model, "supervised_loss", None)
+
+
+def why_own_loss(model: PreTrainedModel) -> str | None:
+    """Why a model's own loss would be left to it in other precisions than float16; None if it would not."""
+    return _take_over(model, fp16=False, kernel=False)
 
 
 def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> str | None:
@@ -183,7 +188,7 @@ def _between_logits_and_loss(model_class: type) -> str:
     return "\n".join(text for text in texts[calls[0] + 1 : losses[0]] if text != "loss = None")
 
 
-def _adds_to_loss(model_class: type) -> bool:
+def adds_to_loss(model_class: type) -> bool:
     """Whether a model's `forward` adds something of its own to the cross-entropy."""
     try:
         source = inspect.getsource(inspect.unwrap(model_class.forward))  # type: ignore[attr-defined]

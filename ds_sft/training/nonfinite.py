@@ -147,7 +147,8 @@ class FiniteTrainer(ResumableTrainer):
         layout: Layout | None = inputs.get(LAYOUT)
         if layout is not None and layout.share is not None:
             return torch.full((), layout.supervised > 0, device=inputs["labels"].device)
-        return (inputs["labels"][..., 1:] != IGNORE_INDEX).any()
+        learns: torch.Tensor = (inputs["labels"][..., 1:] != IGNORE_INDEX).any()
+        return learns
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after the gradients were reduced; under DeepSpeed after the engine's step, else before it."""

@@ -43,6 +43,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "base_model": from_anywhere(config.model_name_or_path),
         "launcher": launch.launcher,
         "world_size": launch.world_size,
+        "sequence_parallel": config.sequence_parallel,
         "zero_stage": stage(trainer.args.deepspeed),
         "device": str(trainer.args.device),
         "seed": trainer.args.seed,

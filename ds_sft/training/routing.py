@@ -244,7 +244,7 @@ def balancing_of(model: PreTrainedModel, coefficient: float | None) -> LoadBalan
     Raises:
         UserError: a coefficient for a model without such a loss.
     """
-    if not _balances(model):
+    if not balances(model):
         if coefficient is not None:
             name = type(model).__name__
             raise UserError(f"router_aux_loss_coef: {name} adds no load balancing loss to its own; leave it out")
@@ -259,7 +259,7 @@ def balancing_of(model: PreTrainedModel, coefficient: float | None) -> LoadBalan
     return LoadBalancing(model) if wanted else None
 
 
-def _balances(model: PreTrainedModel) -> bool:
+def balances(model: PreTrainedModel) -> bool:
     """Whether a model's forward adds the loss that Mixtral's file defines, as that does."""
     from transformers.models.mixtral import modeling_mixtral
 

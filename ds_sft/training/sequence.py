@@ -41,7 +41,8 @@ def join_group(size: int, launch: Launch, timeout_seconds: int) -> SequenceGroup
     if size == 1:
         return None
     say_spanning(size, launch)
-    mine, _ = dist.new_subgroups(group_size=size, timeout=timedelta(seconds=timeout_seconds))
+    limit = timedelta(seconds=timeout_seconds)
+    mine, _ = dist.new_subgroups(group_size=size, timeout=limit)  # type: ignore[no-untyped-call]
     return SequenceGroup(size, mine)
 
 
@@ -79,14 +80,15 @@ def some_heads(
     packed = torch.cat([_by_rank(states, group.size) for states in (query, key, value)], dim=-1)
     received: torch.Tensor = _Exchange.apply(packed, group)  # type: ignore[no-untyped-call]
     shapes = [(states.shape[1] // group.size, states.shape[-1]) for states in (query, key, value)]
-    parts = received.flatten(0, 1).split([heads * head_dim for heads, head_dim in shapes], dim=-1)
-    q, k, v = (part.unflatten(-1, shape).transpose(0, 1)[None] for part, shape in zip(parts, shapes, strict=True))
+    parts = torch.split(received.flatten(0, 1), [heads * head_dim for heads, head_dim in shapes], -1)
+    q, k, v = (part.view(-1, *shape).transpose(0, 1)[None] for part, shape in zip(parts, shapes, strict=True))
     return q, k, v
 
 
 def _by_rank(states: torch.Tensor, size: int) -> torch.Tensor:
     """[1, heads, tokens, head_dim] -> [size, tokens, heads / size x head_dim]: rank n's heads in part n."""
-    return states[0].unflatten(0, (size, -1)).transpose(1, 2).flatten(2)
+    _, heads, tokens, head_dim = states.shape
+    return states.reshape(size, heads // size, tokens, head_dim).transpose(1, 2).flatten(2)
 
 
 def own_part(group: SequenceGroup, attended: torch.Tensor) -> torch.Tensor:
@@ -98,6 +100,7 @@ def own_part(group: SequenceGroup, attended: torch.Tensor) -> torch.Tensor:
     Returns:
         [1, tokens / size, heads, head_dim].
     """
-    parts = attended[0].unflatten(0, (group.size, -1)).contiguous()
+    _, tokens, heads, head_dim = attended.shape
+    parts = attended.reshape(group.size, tokens // group.size, heads, head_dim).contiguous()
     received: torch.Tensor = _Exchange.apply(parts, group)  # type: ignore[no-untyped-call]
     return received.transpose(0, 1).flatten(1, 2)[None]
