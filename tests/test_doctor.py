@@ -150,9 +150,9 @@ def test_what_zero_spends_communicating(nodes: list[dict[str, Any]], config: Con
 
 
 # A row of 2,048 tokens of the tests' model, between 2 ranks: 2 layers, of a token 64 numbers of queries, 2 x 32 of keys
-# and values, 64 of what attention made of them, 2 bytes each, forward and again backward; a rank has half of the tokens
-# and sends half of that.
-A_ROW = 2 * 2 * (64 + 2 * 32 + 64) * 2 * 2048 / 2 / 2
+# and values, 64 of what attention made of them, 2 bytes each; forward, forward again (checkpointing) and backward. A
+# rank has half of the tokens and sends half of that.
+A_ROW = 2 * 3 * (64 + 2 * 32 + 64) * 2 * 2048 / 2 / 2
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ A_ROW = 2 * 2 * (64 + 2 * 32 + 64) * 2 * 2048 / 2 / 2
             {"inside": 5e9, "between": 0.25e9},
             "warn",
             "1 of 2 groups of 2 ranks spans nodes (ranks 2-3): 0.10 ms a round trip, 0.25 GB/s, 5.00 GB/s inside a node"
-            "; a row of 2,048 tokens waits about 0.0031 s instead of 0.00016 s",
+            "; a row of 2,048 tokens waits about 0.0047 s instead of 0.00024 s",
             "a node has 1 to 3 ranks: start a multiple of 2 on each",
         ),
         (
@@ -179,7 +179,7 @@ A_ROW = 2 * 2 * (64 + 2 * 32 + 64) * 2 * 2048 / 2 / 2
             {"between": 0.25e9},
             "warn",
             "1 of 1 groups of 2 ranks spans nodes (ranks 0-1): 0.10 ms a round trip, 0.25 GB/s; "
-            "a row of 2,048 tokens waits about 0.0031 s",
+            "a row of 2,048 tokens waits about 0.0047 s",
             "a node has 1 rank: start a multiple of 2 on each",
         ),
     ],
@@ -192,12 +192,12 @@ def test_what_is_made_of_an_exchange(
 
 
 def test_an_exchange_of_more(config: Config) -> None:
-    """Four ranks have three quarters to send of a quarter each, and twice the key heads; recomputed layers do it again,
-    and float32 is twice as wide."""
+    """Of four ranks each has a quarter and sends three quarters of it, with twice the key heads; float32 is twice as
+    wide, and without checkpointing there is one forward."""
     exchange = Exchange(nodes=[0] * 4, size=4, latency=0.0, inside=A_ROW, between=None)
-    keys = {"max_length": 4096, "bf16": False, "activation_checkpointing": True}
+    keys = {"max_length": 4096, "bf16": False, "activation_checkpointing": False}
     config = replace(config, max_length=4096, training={**config.training, **keys})
-    seconds = 2 * (3 / 4 / 4) / (1 / 2 / 2) * (64 + 2 * 64 + 64) / (64 + 2 * 32 + 64) * 3 / 2 * 2
+    seconds = 2 * (3 / 4 / 4) / (1 / 2 / 2) * (64 + 2 * 64 + 64) / (64 + 2 * 32 + 64) * 2 * 2 / 3
     assert judge_exchange(exchange, config).value.endswith(f"; a row of 4,096 tokens waits about {seconds:.2g} s")
 
 
@@ -345,6 +345,15 @@ def test_one_process_sees_one_rank_of_a_group(config: Config, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "warn  groups       sequence_parallel: 2: of a group only one rank is here\n" in said
     assert "-> torchrun --nproc_per_node 2 -m ds_sft doctor CONFIG measures what they exchange\n" in said
+
+
+@pytest.mark.usefixtures("port")
+def test_a_model_whose_rows_cannot_be_shared(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "run.yaml", "--sequence_parallel", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "fail  groups    sequence_parallel: 3: Qwen3ForCausalLM has 4 heads, " in said
+    assert main(["doctor", "run.yaml", "--sequence_parallel", "3", "--model_name_or_path", "./absent"]) == 1
+    assert " groups    sequence_parallel: 3: of a group only one rank is here\n" in capsys.readouterr().out
 
 
 def test_ranks_that_are_no_whole_groups(

@@ -60,7 +60,13 @@ def test_groups_inside_nodes_and_between_them(tmp_path: Path) -> None:
     done = run_forked([script("exchanged")], 4, cwd=tmp_path)
     assert done.code == 0, done.output
     two, four = 4 * MIB, 6 * MIB
-    assert [json.loads(line) for line in done.output.splitlines() if line.startswith("{")] == [
+    lines = [line for line in done.output.splitlines() if not line.startswith("[W")]
+    assert [line.partition(", so ")[0] for line in lines if not line.startswith("{")] == [
+        "sequence_parallel: 2: 1 of 2 groups of 2 ranks spans nodes (ranks 2-3)",
+        "sequence_parallel: 4: 1 of 1 groups of 4 ranks spans nodes (ranks 0-3)",
+        "sequence_parallel: 2: 2 of 2 groups of 2 ranks span nodes (ranks 0-1, ...)",
+    ]
+    assert [json.loads(line) for line in lines if line.startswith("{")] == [
         {"nodes": [0, 0, 1, 1], "size": 2, "latency": 4, "inside": two / 4, "between": None},
         {"nodes": [0, 0, 0, 1], "size": 2, "latency": 4, "inside": two / 2, "between": two / 4},
         # None is inside: what the ranks of a node would have without the others.

@@ -148,6 +148,7 @@ def look_around(config: Config, launch: Launch) -> Facts:
         "versions": versions(),
         "device": _device(launch, use_cpu=bool(config.training.get("use_cpu"))),
         "model": _trouble_or(lambda: _look_at_model(config)),
+        "groups": _trouble_or(lambda: _look_at_groups(config)),
         "data": _trouble_or(lambda: _look_at_data(config, seconds if launch.local_rank == 0 else 0)),
         "output": _trouble_or(lambda: _look_at_output(config.output_dir)),
         "address": _own_address(),
@@ -200,6 +201,20 @@ def _look_at_model(config: Config) -> Facts:
     (folder / "config.json").read_bytes()
     size = model_size(folder, choice_of(config))
     return {"folder": str(folder), "size": size and asdict(size)}
+
+
+def _look_at_groups(config: Config) -> Facts:
+    """Where the model is here, whether ranks can share its rows.
+
+    Raises:
+        UserError: they cannot.
+    """
+    folder = model_folder(config.model_name_or_path)
+    if folder is not None and (folder / "config.json").is_file():
+        from ds_sft.training.shareable import require_shareable
+
+        require_shareable(config)
+    return {}
 
 
 def _look_at_data(config: Config, seconds: float) -> Facts:
@@ -260,7 +275,7 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
         _check_output(nodes),
         *_check_disk(nodes, config, zero_stage),
         _check_names(nodes),
-        *_check_groups(len(everyone), config.sequence_parallel),
+        *_check_groups(everyone, config.sequence_parallel),
     ]  # fmt: skip
 
 
@@ -378,9 +393,11 @@ def _check_names(nodes: Sequence[Facts]) -> Check:
     return Check("names", "pass", ", ".join(f"{facts['host']} {facts['address']['address']}" for facts in nodes[:4]))
 
 
-def _check_groups(ranks: int, size: int) -> list[Check]:
-    """What cannot be seen of ranks that share rows where one process examines one box."""
-    if size == 1 or ranks > 1:
+def _check_groups(everyone: Sequence[Facts], size: int) -> list[Check]:
+    """Whether ranks can share the rows of this model, and what one process that examines one box cannot see of it."""
+    if trouble := _troubles("groups", everyone, "the key is one of the run's; 1 gives each rank rows of its own"):
+        return [trouble]
+    if size == 1 or len(everyone) > 1:
         return []
     remedy = f"torchrun --nproc_per_node {size} -m ds_sft doctor CONFIG measures what they exchange"
     return [Check("groups", "warn", f"sequence_parallel: {size}: of a group only one rank is here", remedy)]

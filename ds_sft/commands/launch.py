@@ -188,9 +188,7 @@ def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
     if config.max_tokens_per_batch is not None and config.fills_batches:
         size = config.max_tokens_per_batch
         bins = -(-rows // max(1, size // config.max_length)) if mean is None else sequences(rows, mean, size)
-        return steps_of(
-            training, None, accumulation, groups, rows, max_tokens=size, num_bins=bins, group=group
-        ), known
+        return steps_of(training, None, accumulation, groups, rows, max_tokens=size, num_bins=bins, group=group), known
     if config.packing != "none":
         rows = sequences(rows, mean or config.max_length, config.max_length)
     else:

@@ -1,6 +1,7 @@
 """Started by test_exchange.py on four ranks: what `measure_exchange` finds where nodes are not what they are.
 
-A rank takes a second more than the one before it, whatever it does; rank 0 prints a line of JSON for each case.
+A rank takes a second more than the one before it, whatever it does; rank 0 prints a line of JSON for each case, behind
+what a run would say of its groups.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from ds_sft.runtime import network
 from ds_sft.runtime.distributed import Launch, end_group
+from ds_sft.training.sequence import join_group
 
 CASES = (([0, 0, 1, 1], 2), ([0, 0, 0, 1], 2), ([0, 0, 1, 1], 4), ([0, 1, 2, 3], 2), ([0, 0, 0, 0], 4))
 
@@ -34,6 +36,7 @@ if __name__ == "__main__":
             patch.object(network, "_seconds", seconds),
             patch.object(network.socket, "gethostname", lambda: f"node{nodes[rank]}"),  # noqa: B023 - at once
         ):
+            join_group(size, launch, timeout_seconds=60)
             found = network.measure_exchange(size, launch, torch.device("cpu"))
         if rank == 0:
             print(json.dumps(asdict(found)))
