@@ -395,7 +395,7 @@ def _check_names(nodes: Sequence[Facts]) -> Check:
 
 def _check_groups(everyone: Sequence[Facts], size: int) -> list[Check]:
     """Whether ranks can share the rows of this model, and what one process that examines one box cannot see of it."""
-    if trouble := _troubles("groups", everyone, "the key is one of the run's; 1 gives each rank rows of its own"):
+    if trouble := _troubles("groups", everyone, remedy=""):  # it says itself what to write
         return [trouble]
     if size == 1 or len(everyone) > 1:
         return []

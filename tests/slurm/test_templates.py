@@ -89,6 +89,7 @@ def test_ranks_and_cores_of_a_node(tmp_path: Path, env: dict[str, str], expected
         return
     assert "rank 0 at first:15007\n" in done.stdout
     assert ("--gpu-bind=none" in done.stdout) == bound
+    assert "--distribution=block" in done.stdout  # the labels that srun puts before lines are then ranks
     assert done.stdout.rstrip().endswith(f"--label --x {ROOT}/slurm/task.sh py train.py --config c")
 
 
