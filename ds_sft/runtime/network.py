@@ -57,7 +57,7 @@ class Exchange:
     nodes: list[int]  # of each rank
     size: int  # ranks of a group
     latency: float  # seconds of an all-to-all of single numbers
-    inside: float | None  # of a group in one node, or where none is of all ranks of a node; None: it has one
+    inside: float | None  # of a group in one node; where all span nodes of the ranks of a node; None: it has but one
     between: float | None  # of a group that spans nodes; None: none does
 
 
@@ -217,8 +217,9 @@ def _time_exchanges(groups: Sequence[Sequence[int]], device: Any) -> list[tuple[
     import torch.distributed as dist
 
     gpu = device.type == "cuda"
-    lists, backend = [list(group) for group in groups], "nccl" if gpu else "gloo"
-    mine, _ = dist.new_subgroups_by_enumeration(lists, backend=backend)  # type: ignore[no-untyped-call]
+    mine, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+        [list(group) for group in groups], timedelta(seconds=patience()), "nccl" if gpu else "gloo"
+    )
     size = dist.get_world_size(mine)
     seconds, part = [], (GPU_BYTES if gpu else CPU_BYTES) // 4 // size
     for count, times in ((1, ROUND_TRIPS), (part, LARGE_TRIPS)):
