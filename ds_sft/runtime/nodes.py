@@ -69,7 +69,6 @@ def keep_inside(nodes: Sequence[int], size: int) -> str:
 
 def say_spanning(size: int, launch: Launch) -> None:
     """Say which groups of `size` ranks span nodes; all ranks must call it."""
-    if size > 1:
-        remark = describe_spanning(nodes_of(gather((socket.gethostname(), launch.local_rank))), size)
-        if remark is not None:
-            launch.say(remark)
+    remark = describe_spanning(nodes_of(gather((socket.gethostname(), launch.local_rank))), size)
+    if remark is not None:
+        launch.say(remark)
