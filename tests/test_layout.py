@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 from ds_sft.data.batches import NOTHING, Rows
-from ds_sft.data.layout import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded
+from ds_sft.data.layout import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded, collate_share
 from ds_sft.data.packing import PackedRows, Plan
 from ds_sft.training.attention import lengths_of_rows
 from ds_sft.training.loss import supervised_positions
@@ -75,6 +75,58 @@ def test_padded_rows(tokenizer: Any) -> None:
     for name, expected in known.items():
         assert torch.equal(batch[name], expected)
         assert batch[name].dtype == expected.dtype
+
+
+def test_parts_of_a_sequence() -> None:
+    """Of 7 tokens for 2 ranks 8: the second row is longer by one. The first part predicts the first of the second."""
+    first, second = (collate_share(ROWS, place=place, size=2) for place in (0, 1))
+    assert [{name: batch[name].tolist() for name in ("input_ids", "labels", "position_ids")}
+            for batch in (first, second)] == [
+        {"input_ids": [[1, 2, 3, 4]], "labels": [[-100, -100, 8, 9]], "position_ids": [[0, 1, 2, 3]]},
+        {"input_ids": [[5, 6, 7, 0]], "labels": [[-100, -100, 5, -100]], "position_ids": [[4, 0, 1, 1]]},
+    ]  # fmt: skip
+    assert facts(first[LAYOUT]) == {
+        "lengths": [5, 3], "starts": [0, 5, 8], "positions": [1, 2], "targets": [8, 9],
+        "tokens": 4, "places": 4, "supervised": 2, "pairs": 10,
+    }  # fmt: skip
+    assert facts(second[LAYOUT]) == {
+        "lengths": [5, 3], "starts": [0, 5, 8], "positions": [1], "targets": [5],
+        "tokens": 3, "places": 4, "supervised": 1, "pairs": 8,
+    }  # fmt: skip
+    assert second[LAYOUT].of_rows().tolist() == [True, True, True, False]
+
+
+def test_a_part_of_what_stands_in_for_a_missing_row() -> None:
+    """One token, which counts for no row, and what fills up the other ranks' parts."""
+    parts = [collate_share([Rows(dataset(ROWS))[NOTHING]], place=place, size=3)[LAYOUT] for place in range(3)]
+    assert [(part.tokens, part.tokens_of_rows, part.supervised, part.places) for part in parts] == [
+        (1, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1),
+    ]  # fmt: skip
+    assert [part.of_rows().tolist() for part in parts] == [[False]] * 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=2, max_size=9), min_size=1, max_size=9),
+    st.integers(1, 5),
+)
+def test_parts_are_the_whole(rows: list[list[tuple[int, bool]]], size: int) -> None:
+    """End to end they are the sequence, and what is counted in them sums to what is in it."""
+    lists = [{"input_ids": [i for i, _ in row], "labels": [i if learn else -100 for i, learn in row]} for row in rows]
+    whole, parts = collate_flat(lists), [collate_share(lists, place=place, size=size) for place in range(size)]
+    length = whole[LAYOUT].places
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([part[name] for part in parts], 1)[:, :length], whole[name])
+    layouts = [part[LAYOUT] for part in parts]
+    for name in ("tokens", "tokens_of_rows", "supervised", "pairs"):
+        assert sum(getattr(layout, name) for layout in layouts) == getattr(whole[LAYOUT], name)
+    assert len({layout.places for layout in layouts}) == 1
+    assert torch.cat([layout.of_rows() for layout in layouts]).tolist() == [
+        place < length for place in range(size * layouts[0].places)
+    ]
+    places = [layout.positions + number * layout.places for number, layout in enumerate(layouts)]
+    assert torch.equal(torch.cat(places), whole[LAYOUT].positions)
+    assert torch.equal(torch.cat([layout.targets for layout in layouts]), whole[LAYOUT].targets)
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,7 +16,7 @@ from ds_sft.training.routing import balances
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DROPOUT = re.compile(r"(dropout|pdrop)(_prob|_rate|_p)?$")  # names of shares in configurations
+DROPOUT = re.compile(r"(?!classifier).*(dropout|pdrop)(_prob|_rate|_p)?")  # names of shares in configurations
 # Rotary positions whose frequencies depend on the longest position of a batch, of which a rank has a part.
 LOOKS_AHEAD = ("dynamic", "longrope")
 
@@ -54,7 +54,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
         return f"keeps a loss of its own, which would lose the first token of every part ({reason})"
     if adds_to_loss(type(model)) and not balances(model):
         return "adds a loss of its own kind, a mean over one rank's tokens"
-    if dropped := [name for name, value in text.to_dict().items() if DROPOUT.search(name) and value]:
+    if dropped := [name for name, value in text.to_dict().items() if DROPOUT.fullmatch(name) and value]:
         return f"drops out by chance, which would depend on the number of ranks ({', '.join(dropped)} in config.json)"
     if looking := sorted({kind for kind in _rope_types(text) if kind in LOOKS_AHEAD}):
         return f"has rotary positions that look at the longest row of a batch (rope_type: {', '.join(looking)})"
