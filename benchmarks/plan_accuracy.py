@@ -33,7 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from ds_sft.config import Config  # noqa: E402
 from ds_sft.plan.layouts import shipped_engine  # noqa: E402
-from ds_sft.plan.memory import Run, model_states, peak  # noqa: E402
+from ds_sft.plan.memory import model_states, peak  # noqa: E402
+from ds_sft.plan.optimizer import optimizer_of  # noqa: E402
+from ds_sft.plan.run import Run  # noqa: E402
 from ds_sft.plan.shape import read_shape  # noqa: E402
 from ds_sft.plan.weights import choice_of  # noqa: E402
 
@@ -76,8 +78,9 @@ MIXTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 }  # fmt: skip
 LAYOUTS = {"none": "no DeepSpeed", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3",
            "zero2-offload": "ZeRO-2 offload", "zero3-offload": "ZeRO-3 offload"}  # fmt: skip
-# What a case trains, by the last word of its name; of LoRA's rank 16 on all linear layers where nothing else is said.
-TRAINED: dict[str, dict[str, Any]] = {
+# Keys of a case, by the last word of its name: what it trains, of LoRA's rank 16 on all linear layers where nothing
+# else is said, and how.
+KEYS: dict[str, dict[str, Any]] = {
     "all": {},
     "lora": {"adapter": "lora"},
     "dropout": {"adapter": "lora", "lora_dropout": 0.1},
@@ -87,6 +90,11 @@ TRAINED: dict[str, dict[str, Any]] = {
     "experts": {"adapter": "lora", "lora_targets": ["all-linear", "experts"]},
     "mlp": {"train_only": ["mlp"]},
     "upper": {"train_only": ["layers.4.", "layers.5.", "norm"]},
+    "narrow": {"optimizer_dtype": "bfloat16"},
+    "8bit": {"training": {"optim": "adamw_8bit"}},
+    "shared": {"sequence_parallel": 2},
+    "tiled": {"tiled_mlp": "yes"},
+    "whole-mlp": {"tiled_mlp": "no"},
 }
 STEPS = 4  # stage 3 records the order of modules in the second and fetches ahead from the third on
 
@@ -102,13 +110,13 @@ class Case:
     micro_batch: int = 2
     length: int = 256  # tokens
     accumulation: int = 1
-    trained: str = "all"
+    keys: str = "all"
 
     @property
     def name(self) -> str:
         extra = f" x{self.accumulation}" if self.accumulation > 1 else ""
         extra += f" {self.length}" if self.length != 256 else ""
-        extra += f" {self.trained}" if self.trained != "all" else ""
+        extra += f" {self.keys}" if self.keys != "all" else ""
         return f"{self.model} {self.layout} {self.ranks}r {'ckpt' if self.checkpointing else 'whole'}{extra}"
 
 
@@ -137,7 +145,7 @@ def subset() -> list[Case]:
     cases += [Case(middle, "none", 1, False), *(Case(middle, layout, 2, True) for layout in offload)]
     cases += [Case("qwen3-200m", layout, 2, True) for layout in main]
     cases += [Case("qwen3-600m-big-vocab", layout, 1, True) for layout in main]
-    cases += [*adapter_cases(), *mixture_cases()]
+    cases += [*adapter_cases(), *mixture_cases(), *long_cases()]
     order = [*MODELS, *MIXTURES]
     return sorted(cases, key=lambda case: order.index(case.model))
 
@@ -146,21 +154,21 @@ def adapter_cases() -> Iterator[Case]:
     """What has frozen weights."""
     small, big, middle = "llama-30m", "qwen3-50m-big-vocab", "llama-135m"
     for layout in ("none", "zero2", "zero3"):
-        yield Case("nothing", layout, 1, True, trained="lora")
-        yield Case(small, layout, 2, True, trained="lora")
-        yield Case(middle, layout, 2, False, trained="lora")
-        yield Case(middle, layout, 2, True, trained="head")
-    yield Case(small, "zero1", 2, True, trained="lora")
-    yield Case(small, "zero2-offload", 2, True, trained="lora")
-    yield Case(small, "zero3-offload", 2, True, trained="lora")
-    for trained in ("dropout", "dora", "mlp", "upper", "nf4"):
-        yield Case(small, "none", 1, False, trained=trained)
-    yield Case(small, "zero2", 2, False, trained="upper")
-    yield Case(small, "zero3", 2, True, trained="mlp")
-    yield Case(big, "zero2", 1, False, trained="lora")
-    yield Case(middle, "none", 1, False, trained="lora")
-    yield Case(middle, "none", 1, True, trained="lora")
-    yield Case(middle, "none", 1, False, trained="nf4")
+        yield Case("nothing", layout, 1, True, keys="lora")
+        yield Case(small, layout, 2, True, keys="lora")
+        yield Case(middle, layout, 2, False, keys="lora")
+        yield Case(middle, layout, 2, True, keys="head")
+    yield Case(small, "zero1", 2, True, keys="lora")
+    yield Case(small, "zero2-offload", 2, True, keys="lora")
+    yield Case(small, "zero3-offload", 2, True, keys="lora")
+    for keys in ("dropout", "dora", "mlp", "upper", "nf4"):
+        yield Case(small, "none", 1, False, keys=keys)
+    yield Case(small, "zero2", 2, False, keys="upper")
+    yield Case(small, "zero3", 2, True, keys="mlp")
+    yield Case(big, "zero2", 1, False, keys="lora")
+    yield Case(middle, "none", 1, False, keys="lora")
+    yield Case(middle, "none", 1, True, keys="lora")
+    yield Case(middle, "none", 1, False, keys="nf4")
 
 
 def mixture_cases() -> Iterator[Case]:
@@ -170,9 +178,9 @@ def mixture_cases() -> Iterator[Case]:
         yield Case(main, layout, 2, True)
     yield Case(main, "none", 1, False)
     yield Case(main, "zero3", 2, False)
-    yield Case(main, "zero2", 2, False, trained="lora")
-    yield Case(main, "none", 1, False, trained="experts")
-    yield Case(main, "zero3", 2, True, trained="experts")
+    yield Case(main, "zero2", 2, False, keys="lora")
+    yield Case(main, "none", 1, False, keys="experts")
+    yield Case(main, "zero3", 2, True, keys="experts")
     for model in MIXTURES:
         if model != main:
             yield Case(model, "none", 1, False)
@@ -181,9 +189,27 @@ def mixture_cases() -> Iterator[Case]:
     yield Case("gpt-oss-50m", "zero2", 2, True)
 
 
+def long_cases() -> Iterator[Case]:
+    """Long rows and small states."""
+    small, middle = "llama-30m", "llama-135m"
+    for layout in ("none", "zero2", "zero3"):
+        yield Case(small, layout, 2, False, micro_batch=1, length=4096, keys="shared")
+        yield Case(small, layout, 2, True, keys="narrow")
+    yield Case(small, "zero2", 2, False, micro_batch=1, length=4096)
+    yield Case(small, "zero3", 2, True, micro_batch=1, length=8192, keys="shared")
+    yield Case(small, "none", 1, True, keys="narrow")
+    yield Case(small, "none", 1, True, keys="8bit")
+    yield Case(small, "zero2", 2, True, keys="8bit")
+    yield Case(middle, "none", 1, True, keys="narrow")
+    for keys in ("tiled", "whole-mlp"):
+        yield Case(small, "none", 1, True, micro_batch=1, length=16384, keys=keys)
+    yield Case(small, "zero3", 1, True, micro_batch=1, length=16384, keys="tiled")
+
+
 def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> tuple[int, int]:
     """Bytes of the fullest rank: the states when the optimizer is about to step, and the peak."""
     shape = read_shape(str(model))
+    config = Config(model_name_or_path=str(model), train_file="", **KEYS[case.keys])
     run = Run(
         shape=shape,
         engine=shipped_engine(LAYOUTS[case.layout], shape),
@@ -196,7 +222,11 @@ def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> t
         flat=True,
         learned=learned,
         lazy=lazy,
-        choice=choice_of(Config(model_name_or_path=str(model), train_file="", **TRAINED[case.trained])),
+        choice=choice_of(config),
+        sequence=config.sequence_parallel,
+        tiling=config.tiled_mlp,
+        optimizer=optimizer_of(config),
+        narrow=config.optimizer_dtype == "bfloat16",
     )
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)
     if run.choice.adapter != "none":
@@ -210,7 +240,7 @@ def run_folder(case: Case, folder: Path) -> Path:
 
 def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
     """What each rank measured. Ends the program where the training fails."""
-    rows = folder / "rows.jsonl"
+    rows = folder / f"rows-{case.length}.jsonl"
     if not rows.exists():
         line = json.dumps({"question": "?", "answer": "abcdefgh " * case.length})
         rows.write_text((line + "\n") * 64, encoding="utf-8")
@@ -228,7 +258,7 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         "save_strategy": "no",
         "num_predictions": 0,
         "swanlab_mode": "disabled",
-        **TRAINED[case.trained],
+        **{**KEYS[case.keys], **KEYS[case.keys].get("training", {})},
     }
     if case.layout != "none":
         keys["deepspeed"] = engine_file(case.layout, folder)

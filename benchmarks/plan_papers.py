@@ -13,8 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, step_flops, step_time, traffic
-from ds_sft.plan.memory import Engine, Run, gradients, kept_between_layers, states
+from ds_sft.plan.gradients import gradients
+from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.states import kept_between_layers, states
 
 LLAMA = Shape(family="llama", hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128,
               vocab=32000, tied=False)  # fmt: skip

@@ -58,6 +58,7 @@ class Recorder:
         """The baseline: libraries are loaded and the process group is up, the model is not there yet."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # blocks freed until now, as of hashing the base, would be taken for in use
+        self.series.unlink(missing_ok=True)  # of a run before that was killed
         poll = subprocess.Popen([sys.executable, "-c", POLL, str(os.getpid()), str(self.series)])
         while not (self.series.exists() and self.series.read_text().endswith("\n")):
             assert poll.poll() is None, "nobody watches the memory"
@@ -156,6 +157,7 @@ def main() -> None:
     import ds_sft.runtime.export
     import ds_sft.training.model
     from ds_sft import train
+    from ds_sft.training.optimizer import StochasticAdamW
 
     around(ds_sft.training.model, "load_model", recorder.start, lambda _: (give_back_memory(), recorder.mark("engine")))
     around(train, "load_model_to_train", lambda: None, own_frozen)
@@ -173,7 +175,8 @@ def main() -> None:
         around(DeepSpeedZeroOptimizer, "step", step, lambda _: recorder.mark("after"))
         around(DeepSpeedZeroOptimizer_Stage3, "step", step, lambda _: recorder.mark("after"))
     else:
-        around(torch.optim.AdamW, "step", step, lambda _: recorder.mark("after"))
+        for optimizer in (torch.optim.AdamW, StochasticAdamW):
+            around(optimizer, "step", step, lambda _: recorder.mark("after"))
 
     def end() -> None:
         recorder.finish()

@@ -90,10 +90,13 @@ ELSEWHERE = {  # what other programs call a key of ours
     "init_lora_weights": "lora_init",
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
+BFLOAT16_OPTIMS = ("adamw_torch", "adamw_torch_fused")  # values of `optim` beside optimizer_dtype: bfloat16
 SECRETS = ("hub_token",)
 POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
             "predict_max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps")  # fmt: skip
+# A word that a key of transformers takes here beside its own values.
+ALSO = {"activation_checkpointing": "offload"}
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
@@ -165,6 +168,8 @@ class Config:
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
     fused_kernels: str = key("norms, rotations, gates: Liger's (auto: on a GPU that has them), or compiled layers",
                              choices=("auto", "liger", "compile", "none"), default="auto")  # fmt: skip
+    tiled_mlp: str = key("compute a layer's MLP for some of its tokens at a time; auto: in micro batches of 16,384 or "
+                         "more", choices=("auto", "yes", "no"), default="auto")  # fmt: skip
     router_aux_loss_coef: float | None = key("what the load balancing loss of a mixture of experts counts, 0: none; "
                                              "default: as the model's configuration says", default=None)  # fmt: skip
     adapter: str = key("train small matrices beside the frozen model's: LoRA, or DoRA; none: all weights",
@@ -182,6 +187,8 @@ class Config:
                          choices=("default", "gaussian", "orthogonal"), default="default")  # fmt: skip
     train_only: list[str] | None = key("without adapters: weights to train, by parts of names such as [layers.27., "
                                        "lm_head, norm]; the others are frozen", default=None)  # fmt: skip
+    optimizer_dtype: str = key("of the weights that are updated, gradients and states; bfloat16: 8 bytes a parameter, "
+                               "rounded at random", choices=("float32", "bfloat16"), default="float32")  # fmt: skip
     quantization: str = key("of the frozen weights under an adapter: nf4, 4 bits (bitsandbytes)",
                             choices=("none", "nf4"), default="none")  # fmt: skip
     merge: str = key("also export the model with its adapter merged; auto: where the disk has room",
@@ -226,6 +233,11 @@ class Config:
     def fills_batches(self) -> bool:
         """Whether a micro batch has as many rows as `max_tokens_per_batch` holds, and not a number of them."""
         return self.max_tokens_per_batch is not None and "per_device_train_batch_size" not in self.training
+
+    @property
+    def offloads(self) -> bool:
+        """Whether what checkpointing keeps of a layer waits in host memory."""
+        return bool(self.training.get("activation_checkpointing") == ALSO["activation_checkpointing"])
 
     @property
     def freezes(self) -> bool:
@@ -560,7 +572,9 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     config = Config(**ours, training=defaults | values)
     _check_batching(config, given)
     _check_sequence_parallel(config, given)
+    _check_checkpointing(config, given)
     _check_adapter(config, given)
+    _check_optimizer(config, given)
     _check_push(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
@@ -616,6 +630,25 @@ def _check_sequence_parallel(config: Config, given: Mapping[str, Given]) -> None
         raise UserError(f"{place}: train_sampling_strategy: {order}: it makes batches of its own: leave it out")
 
 
+def _check_checkpointing(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys of what is kept of a layer, and of how its MLP is computed, beside others that exclude them."""
+    options = config.training.get("activation_checkpointing_kwargs")
+    if isinstance(options, dict) and "offload" in options:
+        raise UserError(
+            f"{given['activation_checkpointing_kwargs'].where}activation_checkpointing_kwargs: offload: computation "
+            "would wait for its copies: write activation_checkpointing: offload"
+        )
+    compiler = "torch_compile" if config.training.get("torch_compile") else "fused_kernels"
+    if compiler == "fused_kernels" and config.fused_kernels != "compile":
+        return
+    for name, value in (("activation_checkpointing", "offload"), ("tiled_mlp", "yes")):
+        if config.to_dict().get(name) == value:
+            raise UserError(
+                f"{given[name].where}{name}: {value}: beside {compiler}: {given[compiler].value} a layer is compiled "
+                "in one: leave out one of the two"
+            )
+
+
 def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     """Keys of adapters beside others that exclude them, or without `adapter`, which alone turns them on."""
     ours = {f.name: f.default for f in fields(Config)}
@@ -645,6 +678,19 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
 
 
+def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys that leave `optimizer_dtype` nothing to be of."""
+    if config.optimizer_dtype == "float32":
+        return
+    place = f"{given['optimizer_dtype'].where}optimizer_dtype: {config.optimizer_dtype}: "
+    if not config.training.get("bf16"):
+        raise UserError(f"{place}forward and backward are not in bfloat16: write bf16: yes too, or leave it out")
+    if config.adapter != "none":
+        raise UserError(f"{place}the states of adapter: {config.adapter} are small, and stay float32: leave it out")
+    if (optim := config.training.get("optim", BFLOAT16_OPTIMS[0])) not in BFLOAT16_OPTIMS:
+        raise UserError(f"{place}optim: {optim} rounds to nearest, which loses small updates: leave out one of the two")
+
+
 def _check_push(config: Config, given: Mapping[str, Given]) -> None:
     """A run pushes to a repository with a name, what was verified."""
     if not config.training.get("push_to_hub"):
@@ -666,13 +712,17 @@ def _convert(known: Key, given: Given) -> Any:
         return None
     if given.where == "--" and value == "":
         empty = False  # --system_prompt "" is an empty text; `system_prompt:` in a file is a line not finished
+    also = ALSO.get(known.name)
+    if also is not None and isinstance(value, str) and value.lower() == also:
+        return also
     try:
         result = _by_type(known, value, empty)
         _check(known, result)
     except ValueError as error:
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         place = f"--{known.name}" if given.where == "--" else f"{given.where}{known.name}"
-        raise UserError(f"{place}: expected {error}, found {shown!r}") from None
+        expected = f"{error}, or {also}" if also else str(error)
+        raise UserError(f"{place}: expected {expected}, found {shown!r}") from None
     return result
 
 
@@ -830,7 +880,11 @@ def _one_of(choices: Iterable[str], value: str) -> str:
 
 # ---- Help
 
-OUR_WORDS = {"deepspeed": f"{', '.join(ENGINES)}, or a JSON file of DeepSpeed's options"}
+OUR_WORDS = {
+    "deepspeed": f"{', '.join(ENGINES)}, or a JSON file of DeepSpeed's options",
+    "activation_checkpointing": "keep each layer's input alone and compute the layer again in backward; offload: keep "
+                                "it in host memory",
+}  # fmt: skip
 
 
 def help_text(prog: str) -> str:

@@ -109,6 +109,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.model import uses_padding
+    from ds_sft.training.optimizer import optimizer_of
     from ds_sft.training.profile import profiling
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -135,7 +136,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
-    model = load_model_to_train(config, args, tokenizer, launch, padded=padded)
+    model = load_model_to_train(config, args, tokenizer, launch, padded=padded, largest=batching.largest)
     size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
@@ -146,6 +147,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             eval_dataset=data.eval,
             data_collator=collate,
             processing_class=with_template(tokenizer, served.chat_template),  # checkpoints have it
+            optimizer_cls_and_kwargs=optimizer_of(config, args, launch),
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
@@ -276,18 +278,23 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 
 
 def load_model_to_train(
-    config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool
+    config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool, largest: int
 ) -> PreTrainedModel:
-    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss."""
+    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss.
+
+    `largest`: tokens of the largest micro batch, for what is kept of it and where.
+    """
     from ds_sft.training.adapters import choose_weights
     from ds_sft.training.attention import keep_rows_apart
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
     from ds_sft.training.model import computing_dtype, load_model, make_room
+    from ds_sft.training.offload import offload_inputs
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
     from ds_sft.training.sequence import join_group
     from ds_sft.training.shareable import require_shared
+    from ds_sft.training.tiling import tile_mlps
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -301,12 +308,14 @@ def load_model_to_train(
     elif not args.torch_compile:
         know_padding(model)
     fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
+    tile_mlps(model, config, args, launch, largest=largest)
     reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get(
         "use_reentrant", True
     )
     prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
     supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
     require_shared(model)
+    offload_inputs(model, config, args, launch, largest=largest)
     return model
 
 
@@ -314,10 +323,11 @@ def find_room(
     config: Config, engine: dict[str, Any] | None, model: PreTrainedModel, steps: Steps, start: Start, site: Site
 ) -> int:
     """See that what the run will write fits on the disk; bytes of a checkpoint on this rank's file system."""
+    from ds_sft.plan.optimizer import state_bytes
     from ds_sft.runtime.disk import check_space, export_size, predict_size
     from ds_sft.runtime.zero import stage
 
-    size = predict_size(model, stage(engine), site)
+    size = predict_size(model, stage(engine), site, kept=state_bytes(config))
     done = start.checkpoint.step if start.checkpoint else 0
     check_space(config, size, steps, site, done=done, export=export_size(model, config, site))
     return size

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ds_sft.plan.memory import layer_activations
+from ds_sft.plan.activations import layer_activations
 from ds_sft.training import loss_kernel
 from ds_sft.training.fused import Kernels, liger, use_kernels
 from ds_sft.training.loss import LogitTerms, _by_kernel, _by_torch

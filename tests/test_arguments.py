@@ -65,6 +65,8 @@ def test_defaults_reach_trainer(tmp_path: Path) -> None:
     assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
     kept = training_arguments(make(tmp_path, activation_checkpointing_kwargs={"use_reentrant": True}), None, ALONE)
     assert kept.activation_checkpointing_kwargs == {"use_reentrant": True}
+    offloaded = training_arguments(make(tmp_path, activation_checkpointing="offload"), None, ALONE)
+    assert offloaded.activation_checkpointing is True
 
 
 def test_what_transformers_refuses_is_one_line(tmp_path: Path) -> None:

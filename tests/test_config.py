@@ -117,6 +117,14 @@ def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:
     assert config.training["activation_checkpointing"] is False
 
 
+def test_what_checkpointing_keeps_may_wait_in_host_memory(tmp_path: Path) -> None:
+    for text, offloads, kept in (("offload", True, "offload"), ("yes", False, True), ("no", False, False)):
+        config = from_yaml(tmp_path, f"gradient_checkpointing: {text}\n")
+        assert (config.offloads, config.training["activation_checkpointing"]) == (offloads, kept)
+        config.save(tmp_path / "config.yaml")
+        assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
 def test_a_bare_flag_is_true() -> None:
     config = load_config([*NEEDED, "--predict_before", "--bf16", "--seed", "3"])
     assert (config.predict_before, config.training["bf16"], config.training["seed"]) == (True, True, 3)
@@ -250,6 +258,16 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
          "write warmup_steps with a value below 1, which is a share of all steps"),
         ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],
          "gradient_checkpointing and activation_checkpointing are the same key: give one of them"),
+        (["--gradient_checkpointing", "some"],
+         "--activation_checkpointing: expected true or false, or offload, found 'some'"),
+        ([*NEEDED, "--activation_checkpointing_kwargs", "{offload: true}"],
+         "--activation_checkpointing_kwargs: offload: computation would wait for its copies: write "
+         "activation_checkpointing: offload"),
+        ([*NEEDED, "--gradient_checkpointing", "offload", "--fused_kernels", "compile"],
+         "--activation_checkpointing: offload: beside fused_kernels: compile a layer is compiled in one: leave out one "
+         "of the two"),
+        ([*NEEDED, "--tiled_mlp", "yes", "--torch_compile", "yes"],
+         "--tiled_mlp: yes: beside torch_compile: yes a layer is compiled in one: leave out one of the two"),
         ([*NEEDED, "--eval_strategy", "epoch"], "--eval_strategy: epoch needs an eval_file (or val_size)"),
         (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch: expected 1 or more, found '0'"),
         ([*NEEDED, "--max_tokens_per_batch", "99", "--packing", "concat"],

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.layouts import run_of
-from ds_sft.plan.memory import Engine
+from ds_sft.plan.run import Engine
 from ds_sft.plan.shape import read_shape
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training import fused

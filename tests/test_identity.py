@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import all_keys
-from ds_sft.runtime.identity import CLASSES, unchangeable
+from ds_sft.config import Config, all_keys
+from ds_sft.runtime.identity import CLASSES, changes, identity, unchangeable
 
 TABLE = (Path(__file__).resolve().parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
 
@@ -59,3 +59,13 @@ def test_a_schedule_with_a_rate_of_its_own_is_neither_left_nor_entered() -> None
     assert unchangeable(changed, now(lr_scheduler_type="linear")) == {
         "lr_scheduler_type": "the rate of reduce_lr_on_plateau and greedy is what the run came to"
     }
+
+
+def test_where_a_layers_input_waits_is_no_difference() -> None:
+    def known(**training: Any) -> dict[str, Any]:
+        needed = {"model_name_or_path": "m", "train_file": "t"}
+        return identity(Config(**needed, training={"output_dir": "o", **training}), None, "rows")
+
+    offloaded = known(activation_checkpointing="offload")
+    assert changes(known(activation_checkpointing=True), offloaded) == {}
+    assert changes(known(activation_checkpointing=False), offloaded) == {"activation_checkpointing": (False, True)}

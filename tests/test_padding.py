@@ -90,7 +90,7 @@ def test_transformers_is_as_it_was_after_each_forward(fails: bool, monkeypatch: 
 def test_a_run_with_padded_batches_reads_nothing(model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     config = Config(model_name_or_path=str(model_dir), train_file="t", batching="padded")
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    model = load_model_to_train(config, args, tokenizer, Launch(launcher="python"), padded=True)
+    model = load_model_to_train(config, args, tokenizer, Launch(launcher="python"), padded=True, largest=7)
     model.register_forward_pre_hook(without_layout, with_kwargs=True)
     with NoReads():
         model(**batch_of((4, 9)), use_cache=False).loss.backward()

@@ -22,34 +22,26 @@ from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan import layouts
+from ds_sft.plan import recommend as advice
+from ds_sft.plan.activations import CHUNK_BYTES, chunk_logits
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time, traffic
 from ds_sft.plan.disk import checkpoint_bytes
+from ds_sft.plan.gathered import gathered_at
+from ds_sft.plan.gradients import Reduction, joined_parts, reductions
 from ds_sft.plan.layouts import (
     LAYOUTS,
     NAMED,
     PYTHON,
     engine_of,
-    micro_batches,
     name_of,
-    recommend,
     shipped_engine,
 )
-from ds_sft.plan.memory import (
-    CHUNK_BYTES,
-    Engine,
-    Memory,
-    Reduction,
-    Run,
-    chunk_logits,
-    gathered_at,
-    joined_parts,
-    owned,
-    peak,
-    reductions,
-    states,
-)
+from ds_sft.plan.memory import Memory, peak
+from ds_sft.plan.recommend import micro_batches, recommend
+from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.states import owned, states
 from ds_sft.plan.sweep import nodes_of
 from ds_sft.runtime import expectation
 from ds_sft.runtime.distributed import Launch
@@ -527,13 +519,13 @@ def test_a_large_number_of_tokens_is_split_by_halves(
 ) -> None:
     """Of 10 million tokens as many at once as fit, found in few tries of the 78,125 splits of each layout."""
     tried = []
-    judge = layouts.option
+    judge = advice.option
 
     def counting(name: str, run: Run, *limits: Any) -> layouts.Option:
         tried.append(judge(name, run, *limits))
         return tried[-1]
 
-    monkeypatch.setattr(layouts, "option", counting)
+    monkeypatch.setattr(advice, "option", counting)
     words = ("--max_tokens_per_batch", "10000000", "--gradient_accumulation_steps", "1", "--gpu-memory", "2GB")
     best = plan(capsys, *words)["recommended"]
     assert len(tried) < 5 * 2 * 20  # layouts, checkpointing or not, 2^17 > 78,125
@@ -781,13 +773,13 @@ def test_ways_to_fill_micro_batches_are_halved(
     """Tens of millions of them: a billion tokens a micro batch, rows of 128. Four layouts halve twice each."""
     (config_file.parent / "model" / "config.json").write_text(json.dumps(size), encoding="utf-8")
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**15))
-    planned: list[Run] = []
+    planned: list[str] = []
 
-    def count_peak(run: Run, *, loading: bool = True) -> Memory:
-        planned.append(run)
-        return peak(run, loading=loading)
+    def count(name: str, *asked: Any) -> layouts.Option:
+        planned.append(name)
+        return layouts.option(name, *asked)
 
-    monkeypatch.setattr(layouts, "peak", count_peak)
+    monkeypatch.setattr(advice, "option", count)
     assert main(["plan", str(config_file), "--max_tokens_per_batch", "1000000000", "--gpu-memory", "10TB"]) == 0
     assert len(planned) < 300
 

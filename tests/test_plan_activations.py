@@ -12,7 +12,8 @@ from weakref import WeakSet
 import pytest
 
 from ds_sft.config import Config
-from ds_sft.plan.memory import Engine, Run, layer_activations
+from ds_sft.plan.activations import layer_activations
+from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.shape import shape_of
 from ds_sft.plan.weights import ALL, Choice, choice_of
 from ds_sft.runtime.distributed import Launch

@@ -23,9 +23,12 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, collectives, model_flops_per_token, step_flops, traffic
 from ds_sft.plan.disk import trained_checkpoint_bytes
+from ds_sft.plan.gradients import gradients_before, reductions
 from ds_sft.plan.layouts import CUDA_CONTEXT, loading_bytes, option
-from ds_sft.plan.memory import Engine, Run, gradients_before, model_states, reductions, states, trained_weights
+from ds_sft.plan.memory import model_states
+from ds_sft.plan.run import Engine, Run, trained_weights
 from ds_sft.plan.shape import FAMILIES, shape_of
+from ds_sft.plan.states import states
 from ds_sft.plan.weights import ALL, Choice, Weight, choice_of
 from ds_sft.runtime.adapter import WEIGHTS, save_adapter
 from ds_sft.runtime.checkpoint import Site

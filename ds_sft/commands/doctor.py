@@ -29,7 +29,7 @@ from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives, exchanged
-from ds_sft.plan.memory import Engine
+from ds_sft.plan.run import Engine
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of

@@ -24,10 +24,12 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, Config, config_file, load_config, with_changes
+from ds_sft.config import ALIASES, BFLOAT16_OPTIMS, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
+from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
+from ds_sft.plan.fits import Card, Reach, reaches
 from ds_sft.plan.layouts import (
     LAYOUTS,
     NAMED,
@@ -35,11 +37,12 @@ from ds_sft.plan.layouts import (
     engine_of,
     name_of,
     options,
-    recommend,
     run_of,
     shipped_engine,
 )
-from ds_sft.plan.memory import Engine, activations
+from ds_sft.plan.optimizer import state_bytes
+from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies, way_of, ways
+from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, shape_of_run
 from ds_sft.runtime.host import memory_here
@@ -184,7 +187,8 @@ class Plan:
         )
         limits = (self.hardware, given.gpu_memory, self.host_memory)
         self.options = options(self.base, *limits)
-        self.best = recommend(self.base, *limits, filled=config.fills_batches)
+        self.groups = group_sizes(config, self.base[self.configured], self.hardware.gpus_per_node)
+        self.best = recommend(self.base, *limits, groups=self.groups, filled=config.fills_batches)
 
     @property
     def chosen(self) -> Option:
@@ -198,6 +202,28 @@ class Plan:
             return rows_of_epoch(self.config, count_quickly)
         except UserError:
             return None
+
+    def reaches(self) -> list[Reach]:
+        """The longest row and the largest model of each layout in each way; none for a CPU."""
+        if self.on_cpu:
+            return []
+        card = Card(self.hardware.gpus_per_node, self.given.gpu_memory, self.host_memory)
+        every = [way for equals in ways(self.groups) for way in equals]
+        asked = every if self.given.json else [way for way in every if self._is_shown(way)]
+        return [*reaches(lambda shape: layouts(self.config, shape, self.hardware.ranks)[1], self.shape, asked, card,
+                         narrow_too=may_be_narrow(self.config))]  # fmt: skip
+
+    def _is_shown(self, way: Way) -> bool:
+        """Whether the table has a column for it: of larger groups for what takes least memory alone."""
+        return way.sequence == self.config.sequence_parallel or way.inputs_on_host
+
+    def remedies(self) -> list[Remedy]:
+        """What would fit where nothing does."""
+        if self.best is not None or self.on_cpu:
+            return []
+        return [*remedies(lambda ranks: layouts(self.config, self.shape, ranks)[1], self.hardware,
+                          self.given.gpu_memory, self.host_memory, groups=self.groups, filled=self.config.fills_batches,
+                          narrow_too=may_be_narrow(self.config))]  # fmt: skip
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
@@ -214,12 +240,14 @@ class Plan:
     def disk(self) -> dict[str, int | None]:
         """Bytes that the run writes, and what is free; None where only its rows would tell."""
         training, run, times = self.config.training, self.chosen.run, self.schedule()
+        kept = state_bytes(self.config)
         stage, trained, twice = run.engine.stage, run.weights.number_trained, run.weights.twice
         final = export_bytes(self.shape, 4 if self.config.export_dtype == "float32" or not run.half else 2)
         if run.choice.whole:
-            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight)
+            one = checkpoint_bytes(self.shape, stage=stage, weight_bytes=run.weight, kept=kept)
         else:
-            one = trained_checkpoint_bytes(trained, twice, stage=stage, weight_bytes=run.weight)
+            one = trained_checkpoint_bytes(trained, twice, stage=stage, weight_bytes=run.weight,
+                                           kept=kept)  # fmt: skip
             final = final_bytes(final, trained, twice, self.config)
         number = times.checkpoints
         if number != 0 and training.get("save_total_limit"):
@@ -255,6 +283,10 @@ class Plan:
             "filled": self.config.fills_batches,
             "autocast": bool(self.config.training.get("fp16") or self.config.training.get("torch_compile")),
             "recommended": self._row(self.best) if self.best else None,
+            "reaches": [_reach(found) for found in self.reaches()],
+            "remedies": [
+                {"write": [*found.words, keys_of(found.best)], **self._row(found.best)} for found in self.remedies()
+            ],
             "disk": disk,
             "schedule": vars(times),
             "time_limit": self.given.time_limit,
@@ -285,6 +317,9 @@ class Plan:
             "micro_batch": o.run.micro_batch,
             "accumulation": o.run.accumulation,
             "checkpointing": o.run.checkpointing,
+            "activation_checkpointing": way_of(o.run).word,
+            "sequence_parallel": o.run.sequence,
+            "groups": o.run.groups,
             "fullest_moment": o.memory.moment,
             "gpu": {**o.memory.device, "Python and its libraries" if self.on_cpu else "allocator margin": o.margin},
             "gpu_total": o.gpu_bytes,
@@ -292,7 +327,7 @@ class Plan:
                 "checkpointing": activations(o.run, checkpointing=True),
                 "without": activations(o.run, checkpointing=False),
             },
-            "tokens_per_micro_batch": o.run.tokens,
+            "tokens_per_micro_batch": o.run.batch_tokens,
             "host": o.memory.host,
             "node_total": o.node_bytes,
             "fits": o.fits,
@@ -300,6 +335,30 @@ class Plan:
             "hiding_bandwidth": hiding_bandwidth(o.run, self.hardware),
             "step_seconds": vars(o.step) if self._knows_speed else None,
         }
+
+
+def keys_of(best: Option) -> str:
+    """The layout and the way of an option, as keys of a run."""
+    engine = f"deepspeed: {NAMED[best.name]}, " if best.name in NAMED else ""
+    return engine + way_of(best.run).keys
+
+
+def _reach(found: Reach) -> dict[str, Any]:
+    """With the keys to write."""
+    return {
+        "name": found.layout,
+        "optimizer_dtype": "bfloat16" if found.narrow else "float32",
+        "activation_checkpointing": found.way.word,
+        "sequence_parallel": found.way.sequence,
+        "longest_row": found.longest,
+        "largest_model": found.largest,
+    }
+
+
+def may_be_narrow(config: Config) -> bool:
+    """Whether the states of its optimizer could be bfloat16."""
+    optim = config.training.get("optim", BFLOAT16_OPTIMS[0])
+    return bool(config.training.get("bf16")) and config.adapter == "none" and optim in BFLOAT16_OPTIMS
 
 
 def layouts(config: Config, shape: Shape, ranks: int) -> tuple[str, dict[str, Any]]:
@@ -345,11 +404,12 @@ def recommended(plan: Plan) -> Config:
     engine = training.get("deepspeed") if best.name == plan.configured else None
     if engine is None and best.name in NAMED:
         engine = NAMED[best.name]
-    training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": run.checkpointing,
+    checkpointing = "offload" if run.inputs_on_host else run.checkpointing
+    training |= {"gradient_accumulation_steps": run.accumulation, "activation_checkpointing": checkpointing,
                  "deepspeed": engine}  # fmt: skip
     most = run.max_tokens
     if config.fills_batches:
-        most = run.tokens
+        most = run.batch_tokens
     else:
         training["per_device_train_batch_size"] = run.micro_batch
-    return replace(config, max_tokens_per_batch=most, training=training)
+    return replace(config, max_tokens_per_batch=most, sequence_parallel=run.sequence, training=training)

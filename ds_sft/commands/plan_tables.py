@@ -41,6 +41,7 @@ def show_plan(plan: dict[str, Any], given: argparse.Namespace) -> None:
         "an assumption, everything else is counted."
     )
     console.print(cost_table(plan))
+    console.print(reach_table(plan))
     for line in (
         recommendation(plan, host_checked=given.host_memory is not None),
         *position_lines(plan),
@@ -108,22 +109,63 @@ def cost_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def reach_table(plan: dict[str, Any]) -> Table:
+    """The longest row and the largest model that fit: a row for each layout, a column for each way."""
+    reaches = plan["reaches"]
+    columns = [*dict.fromkeys(map(_way, reaches))]
+    table = Table(title=f"The longest row that fits, k of 1,024 tokens; the largest Qwen3 at {plan['max_length']:,}")
+    for name in ("", *(f"{word} x {group}" if group > 1 else word for word, group in columns)):
+        table.add_column(name, justify="right" if name else "left")
+    rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for found in reaches:
+        rows.setdefault((found["name"], found["optimizer_dtype"]), {})[_way(found)] = _reached(found)
+    for (name, dtype), cells in rows.items():
+        shown = (cells[way] for way in columns)
+        table.add_row(name if dtype == "float32" else f"{name}, {dtype}", *shown)
+    table.caption = ("Columns: activation_checkpointing; x N: sequence_parallel: N. bfloat16: optimizer_dtype. "
+                     "One row in a micro batch.")  # fmt: skip
+    return table
+
+
+def _way(found: dict[str, Any]) -> tuple[str, int]:
+    return found["activation_checkpointing"], found["sequence_parallel"]
+
+
+def _reached(found: dict[str, Any]) -> str:
+    row = f"{found['longest_row'] // 1024:,}k" if found["longest_row"] else "-"
+    return f"{row} {found['largest_model'] or '-':>4}"
+
+
+def nothing_fits(plan: dict[str, Any]) -> str:
+    """What is missing, and what would fit."""
+    least = min(plan["options"], key=lambda option: option["gpu_total"])
+    line = (f"Nothing fits: even {least['name']} needs {in_units(least['gpu_total'])} of a GPU at micro batch "
+            f"{_micro(least, plan)} and {in_units(least['node_total'])} of a node.")  # fmt: skip
+    would = [" with ".join(found["write"]) for found in plan["remedies"]]
+    longest = max(plan["reaches"], key=lambda found: found["longest_row"])
+    if 0 < longest["longest_row"] < plan["max_length"]:
+        would.append(f"max_length: {longest['longest_row']} with {longest['name']}, activation_checkpointing: "
+                     f"{longest['activation_checkpointing']}, sequence_parallel: {longest['sequence_parallel']}, "
+                     f"optimizer_dtype: {longest['optimizer_dtype']}")  # fmt: skip
+    if not would:
+        return f"{line} Take a smaller model."
+    return f"{line} This would: {'; or '.join(would)}."
+
+
 def recommendation(plan: dict[str, Any], *, host_checked: bool) -> str:
     best = plan["recommended"]
     if best is None:
-        least = min(plan["options"], key=lambda option: option["gpu_total"])
-        return (f"Nothing fits: even {least['name']} needs {in_units(least['gpu_total'])} of a GPU at micro batch "
-                f"{_micro(least, plan)} and {in_units(least['node_total'])} of a node. "
-                "Take more GPUs, a smaller max_length, or a smaller model.")  # fmt: skip
-    parts = best["accumulation"] * plan["ranks"]
+        return nothing_fits(plan)
+    parts = best["accumulation"] * best["groups"]
     if plan["filled"]:
         batch = f"{best['tokens_per_micro_batch'] * parts:,} tokens a step (max_tokens_per_batch: "
         batch += f"{best['tokens_per_micro_batch']})"
     else:
-        batch = f"{best['micro_batch'] * parts} rows a step, {best['tokens_per_micro_batch']:,} tokens a GPU at once"
+        at_once = f"{best['tokens_per_micro_batch']:,} tokens a {'GPU' if best['sequence_parallel'] == 1 else 'group'}"
+        batch = f"{best['micro_batch'] * parts} rows a step, {at_once} at once"
     return (
         f"Recommended: {best['name']}, micro batch {_micro(best, plan)} x accumulation {best['accumulation']} x "
-        f"{plan['ranks']} GPUs = {batch}, checkpointing {'on' if best['checkpointing'] else 'off'}: "
+        f"{_who(best)} = {batch}, {_kept(best)}: "
         f"{in_units(best['gpu_total'])} of a GPU, {in_seconds(best['step_seconds']['total'])} a step."
         + (
             f" Each node needs {in_units(best['node_total'])} of memory, which is not checked: give --host-memory."
@@ -131,6 +173,20 @@ def recommendation(plan: dict[str, Any], *, host_checked: bool) -> str:
             else ""
         )
     )
+
+
+def _who(best: dict[str, Any]) -> str:
+    """Who has rows of its own."""
+    group = best["sequence_parallel"]
+    return f"{best['groups']} GPUs" if group == 1 else f"{best['groups']} groups of {group} GPUs"
+
+
+def _kept(best: dict[str, Any]) -> str:
+    """In keys, where they are more than a switch."""
+    shared = f", sequence_parallel: {best['sequence_parallel']}" if best["sequence_parallel"] > 1 else ""
+    way = best["activation_checkpointing"]
+    words = {"no": "checkpointing off", "yes": "checkpointing on"}
+    return words.get(way, f"activation_checkpointing: {way}") + shared
 
 
 def cpu_lines(plan: dict[str, Any]) -> list[str]:

@@ -112,6 +112,7 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
         UserError: a key names nothing in this model.
     """
     from ds_sft.runtime.checkpoint import Site
+    from ds_sft.plan.optimizer import state_bytes
     from ds_sft.runtime.disk import export_size, predict_size
     from ds_sft.runtime.quantized import skeleton
     from ds_sft.runtime.size import in_units
@@ -125,7 +126,7 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     # What is in 4 bits has no weights here to be told of.
     choose_weights(model, replace(config, quantization="none"), _arguments(config, engine), launch)
     wanted = config if config.merge == "no" else replace(config, merge="yes")
-    sizes = predict_size(model, stage(engine), site), export_size(model, wanted, site)
+    sizes = predict_size(model, stage(engine), site, kept=state_bytes(wanted)), export_size(model, wanted, site)
     under = "without DeepSpeed" if engine is None else f"under ZeRO-{stage(engine)}"
     launch.say(f"A checkpoint takes about {in_units(sizes[0])} {under}, the final weights {in_units(sizes[1])}.")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from ds_sft.commands.plan_tables import in_seconds
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware
-from ds_sft.plan.memory import Run
+from ds_sft.plan.run import Run
 from ds_sft.plan.sweep import Point, nodes_of, sweep
 
 GB, GIB = 1e9, 2**30  # of links; of memory

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_sft.data.layout import LAYOUT, collate_padded
-from ds_sft.plan.memory import CHUNK_BYTES
+from ds_sft.plan.activations import CHUNK_BYTES
 
 PLACES = 8192  # of a batch, padding included
 LOGITS_BYTES = 2**30  # of a batch, in float32: its supervised tokens are projected alone

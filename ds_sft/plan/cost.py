@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ds_sft.plan.memory import Engine, Run, trained_weights
+from ds_sft.plan.attention import exchanged_width
+from ds_sft.plan.run import Engine, Run, trained_weights
 from ds_sft.plan.shape import Shape
+from ds_sft.plan.states import kept_between_layers
 from ds_sft.plan.weights import ALL, Choice
 
 
@@ -54,6 +55,8 @@ def step_flops(run: Run) -> float:
     if run.checkpointing:
         reached = run.shape.layers - run.weights.first
         flops += 2.0 * run.weights.multiplied_again + 4.0 * reached * run.shape.attended * run.length
+    if run.tile and not run.checkpointing:  # computed again; else checkpointing leaves that to the tiles
+        flops += 6.0 * run.shape.layers * run.shape.hidden * run.shape.intermediate
     return run.tokens * flops
 
 
@@ -66,10 +69,13 @@ class Traffic:
     host: float = 0.0
     after_inside: float = 0.0
     after_between: float = 0.0
+    heads_inside: float = 0.0  # attention's, in groups of ranks that share a row, which wait for it
+    heads_between: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.inside + self.between + self.after_inside + self.after_between
+        after = self.after_inside + self.after_between
+        return self.inside + self.between + after + self.heads_inside + self.heads_between
 
 
 def collectives(
@@ -93,22 +99,6 @@ def collectives(
     return (2 if engine.allreduce else 1) * psi * (accumulation if engine.stage == 2 else 1), psi
 
 
-def exchanged(shape: Shape, tokens: int, group: int, width: int, *, again: bool) -> float:
-    """Bytes that a rank sends to others of its sequence group for so many tokens of all of it (`sequence_parallel`).
-
-    Before attention queries, keys and values go to the ranks of their heads, behind it what attention made of them goes
-    back (DeepSpeed-Ulysses, arXiv 2309.14509); backward sends the gradients of both. A key head goes to all ranks that
-    have a query of it. Computation waits for all of it.
-
-    Args:
-        width: bytes of a number.
-        again: checkpointing computes the forward of every layer a second time.
-    """
-    key_heads = math.lcm(shape.kv_heads, group)
-    of_token = shape.q_size + 2 * key_heads * shape.head_dim + shape.v_size
-    return (3 if again else 2) * shape.layers * of_token * width * tokens / group * (group - 1) / group
-
-
 def traffic(run: Run, gpus_per_node: int) -> Traffic:
     """Bytes of a step, by where they go.
 
@@ -116,21 +106,45 @@ def traffic(run: Run, gpus_per_node: int) -> Traffic:
     """
     trained, frozen = run.weights.number_trained * run.weight, run.weights.frozen_bytes(run.width)
     beside, after = collectives(run.engine, trained, run.ranks, run.accumulation, frozen=frozen)
-    host = _offloaded(run)
+    heads_inside, heads_between = _heads(run, gpus_per_node)
+    waited = Traffic(host=_offloaded(run), heads_inside=heads_inside, heads_between=heads_between)
     if run.ranks <= gpus_per_node:
-        return Traffic(inside=beside, host=host, after_inside=after)
+        return replace(waited, inside=beside, after_inside=after)
     gathered = (trained + frozen) * (run.ranks - 1) / run.ranks * run.accumulation  # once for backward
     within = gathered if run.engine.stage == 3 and run.engine.hierarchical > 1 else 0.0
-    return Traffic(inside=within, between=beside - within, host=host, after_between=after)
+    return replace(waited, inside=within, between=beside - within, after_between=after)
+
+
+def exchanged(shape: Shape, tokens: int, group: int, width: int, *, again: bool) -> float:
+    """Bytes that a rank sends to the others of its group in a micro batch of `tokens` that they share.
+
+    Queries, keys and values there, attention's output back, in forward, in backward and, where layers are computed
+    `again`, once more (DeepSpeed Ulysses, arXiv 2309.14509); `width` bytes a number.
+    """
+    of_a_token = exchanged_width(shape, group) + shape.v_size
+    return (2 + again) * shape.layers * tokens / group * (group - 1) / group * of_a_token * width
+
+
+def _heads(run: Run, gpus_per_node: int) -> tuple[float, float]:
+    """What attention sends in a step, inside a node and between nodes: each other rank of a group gets as much."""
+    sent = exchanged(run.shape, run.batch_tokens, run.sequence, run.width, again=run.checkpointing) * run.accumulation
+    others = run.sequence - 1
+    near = min(gpus_per_node, run.sequence) - 1
+    return (sent * near / others, sent * (others - near) / others) if others else (0.0, 0.0)
 
 
 def _offloaded(run: Run) -> float:
-    """Gradients to the host and weights back, of a rank's share; offloaded weights also on their way into a gather."""
+    """Gradients to the host and weights back, of a rank's share; offloaded weights also on their way into a gather.
+
+    Layers' inputs go there and come back.
+    """
     engine = run.engine
     trained, frozen = run.weights.number_trained * run.weight, run.weights.frozen_bytes(run.width)
     states = trained * (run.accumulation + 1) if engine.offload_optimizer else 0.0
     gathered = 2 * (trained + frozen) * run.accumulation if engine.offload_param else 0.0
-    return (states + gathered) / run.ranks
+    layers = run.shape.layers - run.weights.first - 1
+    inputs = 2 * layers * kept_between_layers(run) * run.accumulation if run.inputs_on_host else 0.0
+    return (states + gathered) / run.ranks + inputs
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,7 @@ def step_time(run: Run, hardware: Hardware, *, overlap: float = 1.0) -> Step:
     compute = run.accumulation * step_flops(run) / hardware.flops
     beside = sent.inside / hardware.inside + sent.between / hardware.ring + sent.host / hardware.host
     after = sent.after_inside / hardware.inside + sent.after_between / hardware.ring
+    after += sent.heads_inside / hardware.inside + sent.heads_between / hardware.between
     hidden = min(compute, beside * overlap) if run.engine.overlap else 0.0
     return Step(compute, beside + after, compute + beside - hidden + after)
 

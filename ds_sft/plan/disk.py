@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ds_sft.config import Config
-
-MASTER_BYTES = 4  # a float32 weight
-ADAM_BYTES = 8  # two float32 moments a parameter
+from ds_sft.plan.optimizer import FLOAT32, StateBytes
 
 
 class Sized(Protocol):
@@ -21,35 +19,38 @@ class Sized(Protocol):
     def tied(self) -> bool: ...
 
 
-def checkpoint_bytes(shape: Sized, *, stage: int | None, weight_bytes: int) -> int:
+def checkpoint_bytes(shape: Sized, *, stage: int | None, weight_bytes: int, kept: StateBytes = FLOAT32) -> int:
     """One `checkpoint-N`, of all ranks together, without the few MB of tokenizer, scheduler and random states.
 
     Args:
         stage: of ZeRO; None without DeepSpeed, where the weights themselves are the masters.
         weight_bytes: of a parameter in the model: 2 under DeepSpeed with bf16 or fp16, else 4.
+        kept: of masters and of the optimizer's states.
     """
     weights = shape.parameters * weight_bytes  # model.safetensors
     if stage is None:
-        return weights + shape.parameters * ADAM_BYTES
-    states = shape.parameters * (4 + ADAM_BYTES)  # *_optim_states.pt: float32 masters and moments
+        return weights + round(shape.parameters * kept.moments)
+    states = round(shape.parameters * sum(kept))  # *_optim_states.pt
     if stage == 3:
         return weights + states  # *_model_states.pt has no parameters
     # mp_rank_00_model_states.pt holds the weights again, and model.safetensors a tied embedding twice
     return 2 * weights + states + (shape.embedding * weight_bytes if shape.tied else 0)
 
 
-def trained_checkpoint_bytes(trained: int, twice: int, *, stage: int | None, weight_bytes: int) -> int:
+def trained_checkpoint_bytes(
+    trained: int, twice: int, *, stage: int | None, weight_bytes: int, kept: StateBytes = FLOAT32
+) -> int:
     """One `checkpoint-N` where weights are frozen, which it leaves out.
 
     Args:
         trained: elements of what is trained.
         twice: of a tied head among them, which an adapter's file has under both its names.
-        stage, weight_bytes: as above.
+        stage, weight_bytes, kept: as above.
     """
-    file = (trained + twice) * MASTER_BYTES  # adapter_model.safetensors or trained.safetensors
+    file = (trained + twice) * kept.master  # adapter_model.safetensors or trained.safetensors
     if stage is None:
-        return file + trained * ADAM_BYTES
-    states = trained * (MASTER_BYTES + ADAM_BYTES)
+        return file + round(trained * kept.moments)
+    states = round(trained * sum(kept))
     return file + states + (0 if stage == 3 else trained * weight_bytes)
 
 
@@ -68,4 +69,4 @@ def final_bytes(model: int, trained: int, twice: int, config: Config) -> int:
 
 def adapter_bytes(trained: int, twice: int) -> int:
     """The final `adapter_model.safetensors`, in float32."""
-    return (trained + twice) * MASTER_BYTES
+    return (trained + twice) * FLOAT32.master

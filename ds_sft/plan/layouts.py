@@ -1,18 +1,19 @@
-"""The ways to divide a run over its ranks, side by side, and which of them to take."""
+"""The ways to divide a run over its ranks, and whether one of them fits."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, Step, step_time
-from ds_sft.plan.memory import Engine, Memory, Run, peak
+from ds_sft.plan.memory import Memory, peak
+from ds_sft.plan.optimizer import optimizer_of
+from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.weights import choice_of
 
@@ -98,7 +99,12 @@ def name_of(engine: Engine) -> str:
 
 
 def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bool = False) -> Run:
-    """The memory question that a configuration asks."""
+    """The memory question that a configuration asks.
+
+    Raises:
+        UserError: ranks or attention's heads cannot be divided by `sequence_parallel`.
+    """
+    _check_groups(config.sequence_parallel, shape, ranks)
     training, length, most = config.training, config.max_length, config.max_tokens_per_batch
     if config.fills_batches and most is not None:
         length = min(length, most)
@@ -106,7 +112,8 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
     else:
         micro = config.micro_batch
     flat = config.batching == "padding_free"
-    kernels = chosen_kernels(config.fused_kernels, on_gpu=not lazy, compiled=bool(training.get("torch_compile")))
+    compiled = bool(training.get("torch_compile"))
+    kernels = chosen_kernels(config.fused_kernels, on_gpu=not lazy, compiled=compiled)
     return Run(
         shape=shape,
         engine=engine,
@@ -125,7 +132,21 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         lazy=lazy,
         fused=kernels == "liger",
         choice=choice_of(config),
+        sequence=config.sequence_parallel,
+        inputs_on_host=config.offloads and not lazy,
+        tiling="no" if compiled or kernels == "compile" else config.tiled_mlp,
+        optimizer=optimizer_of(config),
+        narrow=config.optimizer_dtype == "bfloat16",
     )
+
+
+def _check_groups(group: int, shape: Shape, ranks: int) -> None:
+    """Refuse ranks that cannot share rows evenly."""
+    for number, what in ((ranks, "ranks"), (shape.heads, "attention heads")):
+        if number % group:
+            *fewer, last = [str(n) for n in range(1, number + 1) if number % n == 0 and n < group]
+            sizes = f"{', '.join(fewer)} or {last}" if fewer else last
+            raise UserError(f"sequence_parallel: {group}: does not divide {number} {what}: write {sizes}")
 
 
 def chosen_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> str:
@@ -169,18 +190,21 @@ class Option:
 
 def option(name: str, run: Run, hardware: Hardware, gpu_memory: float, host_memory: float | None) -> Option:
     """Judge one layout. `host_memory` is a node's, for all of its ranks; on a CPU (`run.lazy`) all is in there."""
+    memory, margin, node_bytes = needed(run, hardware.gpus_per_node, gpu_memory)
+    fits_host = host_memory is None or node_bytes <= host_memory
+    fits_gpu = run.lazy or memory.device_bytes + margin <= gpu_memory
+    return Option(name, run, memory, margin, node_bytes, step_time(run, hardware), fits_gpu, fits_host)
+
+
+def needed(run: Run, per_node: int, gpu_memory: float) -> tuple[Memory, int, int]:
+    """What a rank takes, the margin beside it, and bytes of host memory of all `per_node` ranks of a node."""
     if run.lazy:
         memory = peak(run)
-        node_bytes = (memory.device_bytes + memory.host_bytes + PYTHON) * hardware.gpus_per_node
-        fits = host_memory is None or node_bytes <= host_memory
-        return Option(name, run, memory, PYTHON, node_bytes, step_time(run, hardware), fits_gpu=True, fits_host=fits)
+        return memory, PYTHON, (memory.device_bytes + memory.host_bytes + PYTHON) * per_node
     # DeepSpeed flattens the weights on the host where a GPU has no room for two copies of them.
     memory = peak(run, loading=False)
     margin = CUDA_CONTEXT + int(FRAGMENTS * memory.device_bytes)
-    node_bytes = max(memory.host_bytes, loading_bytes(run, gpu_memory)) * hardware.gpus_per_node
-    fits_host = host_memory is None or node_bytes <= host_memory
-    fits_gpu = memory.device_bytes + margin <= gpu_memory
-    return Option(name, run, memory, margin, node_bytes, step_time(run, hardware), fits_gpu, fits_host)
+    return memory, margin, max(memory.host_bytes, loading_bytes(run, gpu_memory)) * per_node
 
 
 def loading_bytes(run: Run, gpu_memory: float) -> int:
@@ -199,76 +223,6 @@ def loading_bytes(run: Run, gpu_memory: float) -> int:
     return tensor if flattened_on_gpu else max(tensor, 2 * trained)
 
 
-def micro_batches(rows: int) -> list[int]:
-    """Ways to split a rank's `rows` of a step into equal micro batches, largest first."""
-    return [micro for micro in range(rows, 0, -1) if rows % micro == 0]
-
-
-def _splits(run: Run, *, filled: bool) -> Sequence[int]:
-    """Numbers of micro batches that a rank's part of a step can be split into, fewest first."""
-    if filled:
-        return range(1, run.tokens * run.accumulation // run.length + 1)  # a row of any length must fit
-    rows = run.micro_batch * run.accumulation
-    return [rows // micro for micro in micro_batches(rows)]
-
-
-def _split(run: Run, accumulation: int, *, filled: bool) -> Run:
-    """A rank's part of a step in so many micro batches: of rows, or `filled` with tokens."""
-    if filled:
-        most = run.tokens * run.accumulation // accumulation
-        return replace(run, micro_batch=math.ceil(most / run.length), accumulation=accumulation, max_tokens=most,
-                       padded=not run.flat and most > run.length)  # fmt: skip
-    micro = run.micro_batch * run.accumulation // accumulation
-    limit = run.max_tokens if micro <= run.micro_batch else None  # more rows could be above it
-    return replace(run, micro_batch=micro, accumulation=accumulation, padded=micro > 1 and not run.flat,
-                   max_tokens=limit)  # fmt: skip
-
-
 def options(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None) -> list[Option]:
     """Every layout as the configuration has it."""
     return [option(name, run, hardware, gpu_memory, host) for name, run in base.items()]
-
-
-def recommend(base: Mapping[str, Run], hardware: Hardware, gpu_memory: float, host: float | None, *,
-              filled: bool = False) -> Option | None:  # fmt: skip
-    """The layout that divides least among those that fit and are about as fast as the fastest.
-
-    Over layouts, checkpointing, and micro batches that keep the global batch, in rows or, where tokens fill micro
-    batches (`filled`), in tokens. Offloading is taken where nothing else fits: its times leave out Adam on the host.
-    Estimated times that differ by less than a quarter are taken as equal: they leave out what dividing further costs in
-    latency.
-    """
-    found = [best for name, run in base.items() if name in NAMED or (name == "no DeepSpeed" and run.ranks == 1)
-             for best in _largest(name, run, hardware, gpu_memory, host, filled=filled)]  # fmt: skip
-    found = [option for option in found if not option.run.engine.offload_optimizer] or found
-    if not found:
-        return None
-    fastest = min(option.step.total for option in found)
-    layout = next(option.name for option in found if option.step.total <= 1.25 * fastest)
-    return min((option for option in found if option.name == layout), key=lambda option: option.step.total)
-
-
-def _largest(name: str, run: Run, hardware: Hardware, gpu_memory: float, host: float | None, *,
-             filled: bool) -> Iterator[Option]:  # fmt: skip
-    """The largest fitting micro batch of a layout, without checkpointing and with it.
-
-    A smaller micro batch takes less memory, so halving finds where one fits. One alone is tried apart: others also keep
-    gradients from one micro batch to the next.
-    """
-    splits = _splits(run, filled=filled)
-
-    def tried(accumulation: int, checkpointing: bool) -> Option:
-        split = replace(_split(run, accumulation, filled=filled), checkpointing=checkpointing)
-        return option(name, split, hardware, gpu_memory, host)
-
-    def fits(checkpointing: bool) -> Callable[[int], bool]:
-        return lambda accumulation: tried(accumulation, checkpointing).fits
-
-    for checkpointing in (False, True):
-        whole = tried(1, checkpointing)
-        if whole.fits:
-            yield whole
-            continue
-        first = bisect_left(splits, True, lo=1, key=fits(checkpointing))
-        if first < len(splits):
-            yield tried(splits[first], checkpointing)

@@ -12,7 +12,7 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time
-from ds_sft.plan.memory import Run
+from ds_sft.plan.run import Run
 from ds_sft.plan.steps import Steps, steps_of
 
 COUNTED = 256 * 2**20  # bytes of a file that are searched for line ends; the rest is estimated from them
@@ -41,17 +41,17 @@ def schedule(config: Config, run: Run, hardware: Hardware, *, rows: int | None, 
     known = mean_tokens or mean_tokens_of(config)
     per_row = min(known or config.max_length, config.max_length)
     length = int(per_row)  # that attention sees: rows do not see each other
-    size = run.tokens if config.fills_batches else config.max_length if config.packing != "none" else None
+    size = run.batch_tokens if config.fills_batches else config.max_length if config.packing != "none" else None
     if size is not None:
         rows, per_row = None if rows is None else sequences(rows, per_row, size), size
     micro = 1 if config.fills_batches else run.micro_batch
-    per_step = micro * run.accumulation * run.ranks
-    counted = steps_of(training, micro, run.accumulation, run.ranks, rows or 0)
+    per_step = micro * run.accumulation * run.groups
+    counted = steps_of(training, micro, run.accumulation, run.groups, rows or 0)
     steps = counted.steps if rows or counted.max_steps > 0 else None
     tokens = None if steps is None else steps * per_step * per_row
     # Shorter rows compute less, but what a step sends and updates stays the same.
     mean = run if size is not None else replace(run, length=max(length, 1))
-    estimated = mean.tokens * run.accumulation * run.ranks / step_time(mean, hardware).total
+    estimated = mean.batch_tokens * run.accumulation * run.groups / step_time(mean, hardware).total
     used = rate or estimated
     return Schedule(
         rows=rows,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, Step, step_time
-from ds_sft.plan.memory import Run, peak
+from ds_sft.plan.memory import peak
+from ds_sft.plan.run import Run
 
 
 @dataclass(frozen=True)

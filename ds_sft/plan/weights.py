@@ -10,7 +10,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ds_sft.config import Config
@@ -211,6 +211,18 @@ class Weights:
 
     def of_layer(self, layer: int) -> list[Weight]:
         return self._by_layer[layer]
+
+    @cached_property
+    def alike(self) -> list[int]:
+        """Of each layer the first one that has the same parts."""
+        first: dict[tuple[object, ...], int] = {}
+        found = []
+        for number, weights in enumerate(self._by_layer):
+            # Below the first layer that is trained nothing is kept, of one that looks like others above it neither.
+            parts = (number < self.first, *((part_of(w.name), replace(w, name="")) for w in weights))
+            first.setdefault(parts, number)
+            found.append(first[parts])
+        return found
 
     def learned(self, layer: int) -> Learned:
         """Which parts of a layer are trained, whole or by an adapter."""

@@ -10,6 +10,7 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.disk import adapter_bytes, checkpoint_bytes, trained_checkpoint_bytes
+from ds_sft.plan.optimizer import FLOAT32, StateBytes
 from ds_sft.plan.steps import Steps
 from ds_sft.runtime.checkpoint import Site, newest_complete, steps_in
 from ds_sft.runtime.distributed import gather
@@ -18,20 +19,19 @@ from ds_sft.runtime.quantized import elements
 from ds_sft.runtime.size import ModelSize, in_units
 
 
-def predict_size(model: Any, stage: int | None, site: Site) -> int:
-    """Bytes of a checkpoint of the model in memory on this rank's file system."""
+def predict_size(model: Any, stage: int | None, site: Site, *, kept: StateBytes = FLOAT32) -> int:
+    """Bytes of a checkpoint of the model in memory on this rank's file system; `kept`: see `checkpoint_bytes`."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     weight_bytes = trained[0].element_size()
     if len(trained) < len(parameters):
-        size = trained_checkpoint_bytes(
-            sum(map(elements, trained)), _twice(model), stage=stage, weight_bytes=weight_bytes
-        )
+        size = trained_checkpoint_bytes(sum(map(elements, trained)), _twice(model), stage=stage,
+                                        weight_bytes=weight_bytes, kept=kept)  # fmt: skip
     else:
         embedding = model.get_input_embeddings().weight
         tied = model.get_output_embeddings().weight is embedding
         shape = ModelSize(sum(map(elements, parameters)), embedding=elements(embedding), tied=tied)
-        size = checkpoint_bytes(shape, stage=stage, weight_bytes=weight_bytes)
+        size = checkpoint_bytes(shape, stage=stage, weight_bytes=weight_bytes, kept=kept)
     return size if site.shared else math.ceil(size * site.launch.local_world_size / site.launch.world_size)
 
 

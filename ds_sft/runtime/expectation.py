@@ -13,7 +13,8 @@ from typing import Any
 from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.layouts import engine_of, name_of, run_of
-from ds_sft.plan.memory import Engine, Memory, peak, trained_weights
+from ds_sft.plan.memory import Memory, peak
+from ds_sft.plan.run import Engine, trained_weights
 from ds_sft.plan.shape import shape_of_run
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.results import peak_memory

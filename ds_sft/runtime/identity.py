@@ -32,7 +32,7 @@ INDIFFERENT = {
     # how the machine is used; the size of a step is compared on its own, with the number of ranks
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "ddp_timeout", "local_rank", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "sequence_parallel", "fused_kernels", "merge",
+    "sequence_parallel", "fused_kernels", "tiled_mlp", "merge",
     "deepspeed",  # its content counts, not its name
 }  # fmt: skip
 # What a checkpoint's own states would hide, and is set anew after they were loaded: see training/hyperparameters.py.
@@ -66,6 +66,7 @@ REFUSED = {
     "lora_init": "the adapter that was trained began otherwise",
     "quantization": "what was trained was trained beside other frozen weights",
     "resize_embeddings": "weights and states have the old number of rows",
+    "optimizer_dtype": "weights and states are of the old precision",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "the states are cut up by the old one"),
@@ -105,6 +106,8 @@ def identity(
     # A number of rows a step is the same rows however they are laid out; filled micro batches are others.
     layout = () if config.fills_batches else ("batching", "max_tokens_per_batch")
     given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT and name not in layout}
+    if config.offloads:
+        given["activation_checkpointing"] = True  # wherever it is kept, the result is the same
     keys = {name: value for name, value in given.items() if name in TRAINING_DEFAULTS or not _is_default(name, value)}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}

@@ -13,7 +13,8 @@ from ds_sft.config import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import read_json
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
-from ds_sft.plan.memory import trained_weights
+from ds_sft.plan.optimizer import state_bytes
+from ds_sft.plan.run import trained_weights
 from ds_sft.plan.shape import FAMILIES, MIXTURES, Shape, read_shape
 from ds_sft.plan.weights import ALL, Choice, weights_of
 
@@ -117,11 +118,12 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 def written_bytes(size: ModelSize, stage: int | None, config: Config) -> tuple[int, int]:
     """Bytes of one checkpoint of all ranks together, and of the final model; `stage` is ZeRO's, None without it."""
     half = bool(config.training.get("bf16") or config.training.get("fp16"))
-    weight = 2 if half and stage is not None else 4
+    kept = state_bytes(config)
+    weight = 2 if half and stage is not None else kept.master
     exported = export_bytes(size, {"auto": 2 if half else 4, "float32": 4}.get(config.export_dtype, 2))
     if size.trained is None:
-        return checkpoint_bytes(size, stage=stage, weight_bytes=weight), exported
-    one = trained_checkpoint_bytes(size.trained, size.twice, stage=stage, weight_bytes=weight)
+        return checkpoint_bytes(size, stage=stage, weight_bytes=weight, kept=kept), exported
+    one = trained_checkpoint_bytes(size.trained, size.twice, stage=stage, weight_bytes=weight, kept=kept)
     return one, final_bytes(exported, size.trained, size.twice, config)
 
 

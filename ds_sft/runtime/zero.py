@@ -76,7 +76,13 @@ NOT_HERE = {
     "compile.deepcompile": "no training under DeepCompile is tested; delete it, or give the run torch_compile: yes",
     "zero_optimization.zenflow": "it changes weights steps after their gradients, which is another training; delete it",
     "zero_optimization.offload_optimizer.super_offload": "no training with it is tested; delete it",
+    **dict.fromkeys(
+        ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states", "fp16.fp16_master_weights_and_grads"),
+        "DeepSpeed rounds to nearest, and loses small updates; delete it, and give the run optimizer_dtype: bfloat16",
+    ),
 }
+# What `optimizer_dtype: bfloat16` tells DeepSpeed: its flat partitions, gradients and states are bfloat16.
+IN_BFLOAT16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
 def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
@@ -100,7 +106,7 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
             f"(`{command('deepspeed')} ...` uses it, and all GPUs)."
         )
         return None
-    return _complete(found)
+    return _complete(found, config.optimizer_dtype)
 
 
 def configured_engine(config: Config) -> dict[str, Any] | None:
@@ -113,9 +119,11 @@ def configured_engine(config: Config) -> dict[str, Any] | None:
     return value if value is None or isinstance(value, dict) else read_engine(value)
 
 
-def _complete(engine: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(engine: Mapping[str, Any], optimizer_dtype: str) -> dict[str, Any]:
     """With what nobody wrote: DeepSpeed would not clip, accelerate would accumulate over 1 and know no stage."""
-    absent = {name: "auto" for name in OURS if engine.get(name) is None}
+    absent: dict[str, Any] = {name: "auto" for name in OURS if engine.get(name) is None}
+    if optimizer_dtype == "bfloat16":
+        absent["bf16"] = {"enabled": "auto", **engine.get("bf16", {}), **IN_BFLOAT16}
     return {**engine, **absent, "zero_optimization": {"stage": 0, **engine.get("zero_optimization", {})}}
 
 
@@ -172,6 +180,8 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     if not config.trackers:
         yield from _monitors(engine)
     yield from _optimizer_block(engine)
+    if config.optimizer_dtype == "bfloat16":
+        yield from _against_bfloat16(engine)
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
         if config.quantization != "none" and stage(dict(engine)) == 3:
@@ -290,6 +300,18 @@ def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:
         yield from _not_among(ADAM, params, "optimizer.params.")
     needed = ADAM[:4] if "adam" in kind or "lamb" in kind else ("lr", "weight_decay")
     yield from _not_given(needed, params, "optimizer.params.")
+
+
+def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
+    """What would update weights of `optimizer_dtype: bfloat16` in another way than `training/optimizer.py`."""
+    rounding = "rounds to nearest, which loses small updates (optimizer_dtype: bfloat16)"
+    if (kind := _get(engine, "optimizer.type")) is not None:
+        yield f"optimizer.type: {_show(kind)}: DeepSpeed's own optimizer {rounding}; delete the block"
+    if (device := _device(engine, "offload_optimizer")) != "none":
+        yield (
+            f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed's CPU Adam {rounding}; delete the block, "
+            "or write optimizer_dtype: float32"
+        )
 
 
 def _scheduler_block(engine: Mapping[str, Any]) -> Iterator[str]:

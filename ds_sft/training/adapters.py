@@ -53,6 +53,8 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
         launch.say(describe(model))
     if config.adapter == "none":
         _question_rate(config, launch)
+    if config.optimizer_dtype == "bfloat16":
+        _settle_dtypes(model, config, args)  # some models keep a few weights in float32, whatever they are loaded in
     if not config.freezes:
         return
     if config.adapter != "none":
@@ -60,7 +62,7 @@ def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArgumen
         _describe_adapter(model, config, launch)
     else:
         launch.say(_freeze(model, config))
-    _settle_dtypes(model, args)
+    _settle_dtypes(model, config, args)
     _leave_inputs_alone(model, args)
     trained, whole = count_parameters(model)
     launch.say(f"Trained: {trained:,} of {whole:,} parameters ({trained / whole:.2%}); the others are frozen.")
@@ -77,14 +79,14 @@ def trained_parts(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _settle_dtypes(model: nn.Module, args: TrainingArguments) -> None:
+def _settle_dtypes(model: nn.Module, config: Config, args: TrainingArguments) -> None:
     """Trained weights in the dtype of masters; frozen ones in that of forward and backward, in which DeepSpeed's engine
     has them, too, whatever a model keeps in float32."""
     for parameter in model.parameters():
         # 4-bit weights are bytes; those that ZeRO-3 has partitioned are its own.
         if parameter.is_floating_point() and not hasattr(parameter, "ds_tensor"):
             parameter.data = parameter.data.to(
-                training_dtype(args) if parameter.requires_grad else computing_dtype(args)
+                training_dtype(config, args) if parameter.requires_grad else computing_dtype(args)
             )
 
 

@@ -32,6 +32,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
         hold_builds_by_flock()
         import_muon(engine)
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
+    keys["activation_checkpointing"] = bool(keys.get("activation_checkpointing"))  # to offload is ours, offload.py
     keys["deepspeed"] = engine
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]

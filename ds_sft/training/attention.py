@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ds_sft.data.layout import LAYOUT, Layout
-from ds_sft.plan.memory import SHORT_ROW
+from ds_sft.plan.attention import SHORT_ROW
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.precision import HALF, autocast_dtype
 from ds_sft.training.sequence import SequenceGroup, own_part, some_heads

@@ -147,7 +147,7 @@ def use_kernels(model: nn.Module, kernels: Kernels, by: str) -> Fused:
     """Exchange the forward of the modules that are known by their text; classes and other models stay as they are."""
     fused = Fused(by)
     for module in model.modules():
-        text = _body(type(module).forward)
+        text = body_of(type(module).forward)
         if text in (LLAMA_NORM, GEMMA_NORM):
             module.forward = _norm(module, kernels, gemma=text == GEMMA_NORM)
             fused.norms += 1
@@ -199,8 +199,8 @@ def _rotates_by_halves(module: nn.Module) -> bool:
     names = getattr(forward, "__globals__", {})
     return (
         "apply_rotary_pos_emb" in getattr(getattr(forward, "__code__", None), "co_names", ())
-        and _body(names.get("apply_rotary_pos_emb")) == ROTATION
-        and _body(names.get("rotate_half")) == HALVES
+        and body_of(names.get("apply_rotary_pos_emb")) == ROTATION
+        and body_of(names.get("rotate_half")) == HALVES
     )
 
 
@@ -218,7 +218,7 @@ def _with_rotation(module: Any, kernels: Kernels) -> Callable[..., Any]:
 
 
 @cache
-def _body(function: Any) -> str:
+def body_of(function: Any) -> str:
     """The statements of a function as text, without docstring and comments; nothing where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]

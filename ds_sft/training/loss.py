@@ -26,7 +26,7 @@ from torch import nn
 
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.layout import LAYOUT, Layout
-from ds_sft.plan.memory import CHUNK_BYTES
+from ds_sft.plan.activations import CHUNK_BYTES
 from ds_sft.runtime.distributed import Launch
 from ds_sft.training.precision import autocast_dtype, without_autocast
 from ds_sft.training.routing import routing_of

@@ -92,16 +92,17 @@ def read_ahead(config: Config, launch: Launch) -> None:
             os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def training_dtype(args: TrainingArguments) -> torch.dtype:
+def training_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
     """The dtype of the weights in the model.
 
     DeepSpeed keeps float32 masters beside 16-bit weights. Without it the weights themselves are the masters and stay
     float32 (training/working_copy.py): at a learning rate of 1e-5 bfloat16 weights lose 85 % of their updates to
-    rounding.
+    rounding to nearest. Under `optimizer_dtype: bfloat16` nothing is float32 (training/optimizer.py).
     """
     import torch
 
-    return torch.float32 if args.deepspeed is None else computing_dtype(args)
+    bare = args.deepspeed is None and config.optimizer_dtype == "float32"
+    return torch.float32 if bare else computing_dtype(args)
 
 
 def computing_dtype(args: TrainingArguments) -> torch.dtype:
@@ -120,11 +121,11 @@ def loading_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
     from transformers import AutoConfig
 
     if config.adapter == "none":
-        return training_dtype(args)
+        return training_dtype(config, args)
     if config.lora_modules_to_save and config.quantization == "none":
         published = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         if published.dtype == torch.float32:
-            return training_dtype(args)
+            return training_dtype(config, args)
     return computing_dtype(args)
 
 

@@ -57,7 +57,8 @@ class Reading:
         """Copy without waiting for the device."""
         on_gpu = losses[0].is_cuda
         coming = torch.stack(list(losses)).to("cpu", non_blocking=True)
-        norm = norm.detach().to("cpu", non_blocking=True) if isinstance(norm, torch.Tensor) else norm
+        if isinstance(norm, torch.Tensor):  # bfloat16 of such gradients, which numpy does not read
+            norm = norm.detach().float().to("cpu", non_blocking=True)
         event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()

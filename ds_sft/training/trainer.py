@@ -40,6 +40,7 @@ from ds_sft.training.loss import supervised_loss
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.model import computing_dtype
 from ds_sft.training.nonfinite import FiniteTrainer
+from ds_sft.training.offload import offload_of
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.routing import routing_of
@@ -111,9 +112,12 @@ class SFTTrainer(FiniteTrainer):
         # What is compiled would be compiled again for other weights: autocast casts them there.
         alone = self.args.world_size == 1
         compiled = self.args.torch_compile or (compiles_layers(self.model) and not alone)
-        own = self.args.bf16 and not self.is_deepspeed_enabled and not compiled
+        masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
+        own = self.args.bf16 and masters and not self.is_deepspeed_enabled and not compiled
         kind = WorkingCopy if alone else LentCopy
         self.working_copy = kind(self.model) if own else None
+        if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
@@ -122,6 +126,8 @@ class SFTTrainer(FiniteTrainer):
     # ---- Measuring: see training/metrics.py
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if (offload := offload_of(self.model)) is not None:
+            offload.wrap(self.model)  # checkpointing was just switched on
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
             self.meter.time_engine(self.model_wrapped)

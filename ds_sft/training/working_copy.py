@@ -21,6 +21,8 @@ from weakref import ref
 import torch
 from torch import nn
 
+from ds_sft.training.tiling import is_tiled
+
 # Bytes of 16-bit gradients that wait to be cast together on a GPU, where a call costs more than casting a weight; on a
 # CPU each is cast as it comes.
 WAITING_BYTES = 64 * 2**20
@@ -146,6 +148,8 @@ class LentCopy:
         for module in model.modules():
             if any(_is_master(p) for p in module._parameters.values()):
                 module.register_forward_pre_hook(self._lend)
+            if is_tiled(module):
+                module.register_forward_pre_hook(self._lend_all)
 
     @contextmanager
     def lent(self, *, keep: bool = False) -> Iterator[None]:
@@ -171,6 +175,11 @@ class LentCopy:
             if _is_master(master):
                 self.lenders.append((table, name, master))
                 table[name] = self._loan(master)
+
+    def _lend_all(self, module: nn.Module, args: Any) -> None:
+        """Of a module whose weights are one function's, which has them before it calls what is inside."""
+        for part in module.modules():
+            self._lend(part, args)
 
     def _loan(self, master: nn.Parameter) -> torch.Tensor:
         """One for each weight, in however many places it is used: its gradient is their sum, in 16 bits."""

@@ -40,7 +40,7 @@ CASES = [
 def test_plan_is_what_is_measured(
     folder: Path, model: str, layout: str, ranks: int, checkpointing: bool, trained: str
 ) -> None:
-    case = plan_accuracy.Case(model, layout, ranks, checkpointing, trained=trained)
+    case = plan_accuracy.Case(model, layout, ranks, checkpointing, keys=trained)
     found: dict[str, Any] = plan_accuracy.compare(case, folder)
     assert found["states_predicted"] == pytest.approx(found["states_measured"], rel=0.02)
     spread = 8 * plan_accuracy.MIB  # of what is imported later, of which these small models take little more

@@ -1,0 +1,149 @@
+"""AdamW whose weights and moments are bfloat16: 8 bytes a parameter with the gradient, where float32 needs 16 or more.
+
+A bfloat16 number has 8 significant bits. Rounded to the nearest one a weight loses every update below a 512th of
+itself, and a second moment with beta2 = 0.999 never becomes smaller. Both are rounded at random instead, up as often as
+what lies between two numbers says, so their expected values are those of float32 ("stochastic rounding": Gupta et al.,
+1502.02551; of bfloat16 weights Zamirai et al., 2010.06192). Compensated sums need two bytes more, and learned no more
+(docs/optimizer.md). The first moment is replaced by a tenth in each step, and is rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ds_sft.config import Config
+from ds_sft.runtime.distributed import Launch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+CHUNK = 2**22  # elements that are float32 at a time, 24 bytes each
+LOW = 0xFFFF  # the bits of a float32 that a bfloat16 does not have
+
+
+def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tuple[type, dict[str, Any]] | None:
+    """Class and options of the optimizer, as Trainer takes them; None: it chooses by the key `optim`."""
+    if config.optimizer_dtype == "float32":
+        return None
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "seed": args.seed,
+        # Ranks of DistributedDataParallel have the same weights and must round alike; those of ZeRO have parts of them.
+        "stream": args.process_index if args.deepspeed is not None else 0,
+    }
+    launch.say("Optimizer: AdamW in bfloat16, stochastic rounding: weights, gradients and two moments of 2 bytes each.")
+    return StochasticAdamW, options
+
+
+class Piece(NamedTuple):
+    """Part of a parameter, flat; what is 16 bits is written."""
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    noise: torch.Tensor  # int32, 31 random bits
+    step: int  # of the parameter, this one included
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 1711.05101) computed in float32 of bfloat16 weights, gradients and moments.
+
+    The random bits of a parameter depend on `seed`, `stream`, its step and its place among the parameters alone, so a
+    resumed run has the same.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        stream: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.seed, self.stream = seed, stream
+        self.places: dict[torch.Tensor, int] = {}  # DeepSpeed steps one group after the other, always in one order
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for pieces in _together(self._pieces(group["params"])):
+                _update(pieces, group)
+        return loss
+
+    def _pieces(self, parameters: Sequence[torch.Tensor]) -> Iterator[Piece]:
+        for parameter in parameters:
+            place = self.places.setdefault(parameter, len(self.places))
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(hash((self.seed, self.stream, place, state["step"])))
+            whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            for parts in zip(*(tensor.view(-1).split(CHUNK) for tensor in whole), strict=True):
+                noise = torch.empty_like(parts[0], dtype=torch.int32).random_(generator=generator)
+                yield Piece(*parts, noise, state["step"])
+
+
+def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that are updated by one call each operation, of about `CHUNK` elements."""
+    waiting: list[Piece] = []
+    for piece in pieces:
+        if waiting and sum(other.weight.numel() for other in waiting) + piece.weight.numel() > CHUNK:
+            yield waiting
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield waiting
+
+
+def _update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
+    lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
+    weights, averages, squares = ([_wide(piece[part]) for piece in pieces] for part in (0, 2, 3))
+    gradients = [_wide(piece.gradient) for piece in pieces]
+    torch._foreach_lerp_(averages, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, [(1 - beta2**piece.step) ** 0.5 for piece in pieces])
+    torch._foreach_add_(roots, eps)
+    torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+    torch._foreach_addcdiv_(weights, averages, roots, [-lr / (1 - beta1**piece.step) for piece in pieces])
+    torch._foreach_copy_([piece.exp_avg for piece in pieces], averages)
+    for piece, weight, square in zip(pieces, weights, squares, strict=True):
+        round_into(piece.weight, weight, piece.noise & LOW)
+        round_into(piece.exp_avg_sq, square, piece.noise >> 15 & (LOW - 1))  # bits that the weight has not used
+
+
+def round_into(narrow: torch.Tensor, wide: torch.Tensor, noise: torch.Tensor) -> None:
+    """Round float32 to one of the two bfloat16 beside each number; the farther one as often as the nearer is off.
+
+    Args:
+        wide: float32; overwritten.
+        noise: int32, from 0 to `LOW`, of equal shape.
+    """
+    wide.view(torch.int32).add_(noise).bitwise_and_(~LOW)
+    narrow.copy_(wide)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32, copy=True)
