@@ -50,7 +50,9 @@ def test_launchers() -> None:
     by_hand = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     assert read_launch(by_hand) == Launch(launcher="environment")
     assert read_launch(by_hand).distributed
-    assert read_launch(by_hand | {"SLURM_PROCID": "0"}) == Launch(launcher="slurm")
+    task = {"SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    assert read_launch(by_hand | {**task, "NODE_RANK": "0"}) == Launch(launcher="slurm")
+    assert read_launch(by_hand | task) == Launch(launcher="environment")  # in a batch shell, without task.sh
     assert read_launch(by_hand | {"SLURM_JOB_ID": "7"}) == Launch(launcher="environment")  # in an allocation, no srun
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.doctor import Check, compare, judge_network, look_around
+from ds_sft.commands.doctor import Check, compare, judge_exchange, judge_network, look_around
 from ds_sft.config import Config, load_config
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.network import Network
+from ds_sft.runtime.network import Exchange, Network
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import BIN, free_port, run
 from tests.test_house import ROOT
@@ -146,6 +147,66 @@ def test_what_zero_spends_communicating(nodes: list[dict[str, Any]], config: Con
         "communication takes about 9 s a step under ZeRO-2, 12 s under ZeRO-3 (4 micro"
     )
     assert checks["output"].value == "shared by the nodes"
+
+
+# A row of 2,048 tokens of the tests' model, between 2 ranks: 2 layers, of a token 64 numbers of queries, 2 x 32 of keys
+# and values, 64 of what attention made of them, 2 bytes each; forward, forward again (checkpointing) and backward. A
+# rank has half of the tokens and sends half of that.
+A_ROW = 2 * 3 * (64 + 2 * 32 + 64) * 2 * 2048 / 2 / 2
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "changes", "status", "value", "remedy"),
+    [
+        (
+            [0, 0, 1, 1],
+            {"inside": A_ROW / 2},
+            "pass",
+            "groups of 2 ranks, each in one node: 0.10 ms a round trip, 0.00 GB/s; "
+            "a row of 2,048 tokens waits about 2 s",
+            "",
+        ),
+        (
+            [0, 0, 0, 1],
+            {"inside": 5e9, "between": 0.25e9},
+            "warn",
+            "1 of 2 groups of 2 ranks spans nodes (ranks 2-3): 0.10 ms a round trip, 0.25 GB/s, 5.00 GB/s inside a node"
+            "; a row of 2,048 tokens waits about 0.0047 s instead of 0.00024 s",
+            "a node has 1 to 3 ranks: start a multiple of 2 on each",
+        ),
+        (
+            [0, 1],
+            {"between": 0.25e9},
+            "warn",
+            "1 of 1 groups of 2 ranks spans nodes (ranks 0-1): 0.10 ms a round trip, 0.25 GB/s; "
+            "a row of 2,048 tokens waits about 0.0047 s",
+            "a node has 1 rank: start a multiple of 2 on each",
+        ),
+    ],
+)
+def test_what_is_made_of_an_exchange(
+    config: Config, of_ranks: list[int], changes: dict[str, float], status: str, value: str, remedy: str
+) -> None:
+    exchange = Exchange(**{"nodes": of_ranks, "size": 2, "latency": 1e-4, "inside": None, "between": None, **changes})
+    assert judge_exchange(exchange, config) == Check("exchange", status, value, remedy)
+
+
+def test_an_exchange_of_more(config: Config) -> None:
+    """Of four ranks each has a quarter and sends three quarters of it, with twice the key heads; float32 is twice as
+    wide, and without checkpointing there is one forward."""
+    exchange = Exchange(nodes=[0] * 4, size=4, latency=0.0, inside=A_ROW, between=None)
+    keys = {"max_length": 4096, "bf16": False, "activation_checkpointing": False}
+    config = replace(config, max_length=4096, training={**config.training, **keys})
+    seconds = 2 * (3 / 4 / 4) / (1 / 2 / 2) * (64 + 2 * 64 + 64) / (64 + 2 * 32 + 64) * 2 * 2 / 3
+    assert judge_exchange(exchange, config).value.endswith(f"; a row of 4,096 tokens waits about {seconds:.2g} s")
+
+
+def test_an_exchange_of_a_model_without_a_plan(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    exchange = Exchange(nodes=[0, 0], size=2, latency=1e-4, inside=1e9, between=None)
+    config = replace(config, model_name_or_path=str(tmp_path / "other"))
+    assert judge_exchange(exchange, config).value.endswith("each in one node: 0.10 ms a round trip, 1.00 GB/s")
 
 
 @pytest.mark.parametrize(
@@ -278,12 +339,43 @@ def test_a_mistake_in_the_config_is_2(config: Config, capsys: pytest.CaptureFixt
         assert capsys.readouterr().err == f"ds_sft: error: {meant}\n"
 
 
+@pytest.mark.usefixtures("port")
+def test_one_process_sees_one_rank_of_a_group(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "run.yaml", "--sequence_parallel", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "warn  groups       sequence_parallel: 2: of a group only one rank is here\n" in said
+    assert "-> torchrun --nproc_per_node 2 -m ds_sft doctor CONFIG measures what they exchange\n" in said
+
+
+@pytest.mark.usefixtures("port")
+def test_a_model_whose_rows_cannot_be_shared(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "run.yaml", "--sequence_parallel", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "fail  groups    sequence_parallel: 3: Qwen3ForCausalLM has 4 heads, " in said
+    assert main(["doctor", "run.yaml", "--sequence_parallel", "3", "--model_name_or_path", "./absent"]) == 1
+    assert " groups    sequence_parallel: 3: of a group only one rank is here\n" in capsys.readouterr().out
+
+
+def test_ranks_that_are_no_whole_groups(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said as the run would say it, before anything is looked at."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "run.yaml", "--sequence_parallel", "2"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("ds_sft: error: sequence_parallel: 2: the run has 3 ranks, ")
+
+
 @pytest.mark.distributed
 def test_between_two_ranks(config: Config, tmp_path: Path) -> None:
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = run([*command, "-m", "ds_sft", "doctor", "--json", "run.yaml"], cwd=tmp_path)
+    words = ["-m", "ds_sft", "doctor", "--json", "run.yaml", "--sequence_parallel", "2"]
+    done = run([*command, *words], cwd=tmp_path)
     assert done.code == 0, done.output
     checks = json.loads(re.findall(r"\[\{.*\}\]", done.output)[0])
     assert {check["status"] for check in checks} == {"pass"}
-    assert [check["name"] for check in checks][-4:] == ["network", "collectives", "ZeRO", "clocks"]
+    assert [check["name"] for check in checks][-5:] == ["network", "collectives", "exchange", "ZeRO", "clocks"]
+    assert checks[-3]["value"].startswith("groups of 2 ranks, each in one node: ")
     assert not list((tmp_path / "out").iterdir())

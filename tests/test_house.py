@@ -69,6 +69,7 @@ LIGHT = [
     "ds_sft.runtime.requeue",
     "ds_sft.runtime.size",
     "ds_sft.runtime.network",
+    "ds_sft.runtime.nodes",
     "ds_sft.plan.steps",
     "ds_sft.commands.launch",
     "ds_sft.commands.rows",

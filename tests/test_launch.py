@@ -64,6 +64,8 @@ def test_the_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found == {
         "ranks_per_node": 4,
         "world_size": 8,
+        "sequence_parallel": 1,
+        "across_nodes": None,
         "zero_stage": 3,
         "sbatch": f"sbatch --nodes=2 --gpus-per-node=4 --time=2:00:00 {template} run.yaml --learning_rate 2e-5",
         "deepspeed": f"deepspeed --hostfile hosts --master_port 29500 {TRAIN} {keys}",
@@ -127,6 +129,22 @@ def test_a_number_of_tokens(config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Rows are filled into micro batches: about that number of them, from the mean length" in said
 
 
+def test_ranks_that_share_rows(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step has the rows of as many groups; one that would span nodes is named before anything is submitted."""
+    group = ["--sequence_parallel", "2"]
+    found = plan(capsys, "--nodes", "2", "--gpus-per-node", "4", *group)
+    assert (found["rows_per_step"], found["steps"], found["across_nodes"]) == (16, 14, None)
+    assert found["batch"].startswith("Batch: 1 rows x 4 accumulated x 4 groups of 2 ranks = 16 rows a step; ")
+    assert found["sbatch"].endswith(" run.yaml --sequence_parallel 2")
+    filled = plan(capsys, "--nodes", "2", "--max_tokens_per_batch", "800", "--max_length", "400", *group)
+    assert filled["batch"].startswith("Batch: at most 800 tokens x 4 accumulated x 1 group of 2 ranks = 3,200")
+    assert main(["launch", "--dry-run", "run.yaml", "--nodes", "2", "--gpus-per-node", "3", *group]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "sequence_parallel: 2: 1 of 3 groups of 2 ranks spans nodes (ranks 2-3), so every layer's attention waits for "
+        "the network between them; a node has 3 ranks: start a multiple of 2 on each, or write sequence_parallel: 3."
+    )
+
+
 def test_without_gpus_a_node_is_one_rank(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--nodes", "3", "--gpus-per-node", "0")
     assert (found["world_size"], found["ranks_per_node"]) == (3, 1)
@@ -147,6 +165,11 @@ def test_as_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--nodes", "0"], "--nodes 0 --gpus-per-node 1: expected 1 or more nodes"),
         (["--nodes", "26", "--gpus-per-node", "4"], "train_file: 100 rows cannot be shared by 104 ranks"),
+        (
+            ["--nodes", "51", "--gpus-per-node", "4", "--sequence_parallel", "2"],
+            "train_file: 100 rows cannot be shared by 102 groups of 2 ranks",
+        ),
+        (["--nodes", "3", "--sequence_parallel", "2"], "sequence_parallel: 2: the run has 3 ranks, "),
         (["--time", "10"], "--time 10: slurm/train.sbatch saves 600 s before the limit, so it would stop at once"),
         (["--time", "soon"], "time limit 'soon': expected a time such as 30 (minutes), 24:00:00 or 2-12:00:00"),
         (["--nodes", "2", "--hosts", "a"], "--hosts a: 1 names for 2 nodes"),

@@ -28,12 +28,14 @@ from ds_sft.config import Config, given_twice, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
-from ds_sft.plan.cost import collectives
+from ds_sft.plan.cost import collectives, exchanged
 from ds_sft.plan.run import Engine
+from ds_sft.plan.shape import read_shape
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
-from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch
-from ds_sft.runtime.network import Network, Unreachable, connect, measure_network, patience
+from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch, require_groups
+from ds_sft.runtime.network import Exchange, Network, Unreachable, connect, measure_network, patience
+from ds_sft.runtime.nodes import keep_inside, name_spanning
 from ds_sft.runtime.results import git_commit, versions
 from ds_sft.runtime.shipped import CONFIGS, PACKAGE
 from ds_sft.runtime.size import ModelSize, in_units, in_words, model_folder, model_size, written_bytes
@@ -66,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
             launch.say(remark)
         if config.training.get("use_cpu"):
             hide_gpus(os.environ)
+        if launch.distributed:  # else this is one process that examines one box
+            require_groups(config.sequence_parallel, launch)
         zero_stage = stage(engine_config(config, launch))
         patience()
     except UserError as error:
@@ -123,7 +127,8 @@ def examine(config: Config, launch: Launch, zero_stage: int | None) -> list[Chec
     everyone = store.exchange(mine)
     checks = compare(everyone, config, zero_stage) if launch.is_main else []
     if store.agree(not any(check.status == "fail" for check in checks)):
-        network = measure_network(store, config.output_dir)
+        group = 1 if launch.world_size == 1 else config.sequence_parallel
+        network = measure_network(store, config.output_dir, sequence_parallel=group)
         checks += judge_network(network, everyone, config) if launch.is_main else []
     return checks
 
@@ -143,6 +148,7 @@ def look_around(config: Config, launch: Launch) -> Facts:
         "versions": versions(),
         "device": _device(launch, use_cpu=bool(config.training.get("use_cpu"))),
         "model": _trouble_or(lambda: _look_at_model(config)),
+        "groups": _trouble_or(lambda: _look_at_groups(config)),
         "data": _trouble_or(lambda: _look_at_data(config, seconds if launch.local_rank == 0 else 0)),
         "output": _trouble_or(lambda: _look_at_output(config.output_dir)),
         "address": _own_address(),
@@ -195,6 +201,20 @@ def _look_at_model(config: Config) -> Facts:
     (folder / "config.json").read_bytes()
     size = model_size(folder, choice_of(config))
     return {"folder": str(folder), "size": size and asdict(size)}
+
+
+def _look_at_groups(config: Config) -> Facts:
+    """Where the model is here, whether ranks can share its rows.
+
+    Raises:
+        UserError: they cannot.
+    """
+    folder = model_folder(config.model_name_or_path)
+    if folder is not None and (folder / "config.json").is_file():
+        from ds_sft.training.shareable import require_shareable
+
+        require_shareable(config)
+    return {}
 
 
 def _look_at_data(config: Config, seconds: float) -> Facts:
@@ -255,6 +275,7 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
         _check_output(nodes),
         *_check_disk(nodes, config, zero_stage),
         _check_names(nodes),
+        *_check_groups(everyone, config.sequence_parallel),
     ]  # fmt: skip
 
 
@@ -372,6 +393,16 @@ def _check_names(nodes: Sequence[Facts]) -> Check:
     return Check("names", "pass", ", ".join(f"{facts['host']} {facts['address']['address']}" for facts in nodes[:4]))
 
 
+def _check_groups(everyone: Sequence[Facts], size: int) -> list[Check]:
+    """Whether ranks can share the rows of this model, and what one process that examines one box cannot see of it."""
+    if trouble := _troubles("groups", everyone, remedy=""):  # it says itself what to write
+        return [trouble]
+    if size == 1 or len(everyone) > 1:
+        return []
+    remedy = f"torchrun --nproc_per_node {size} -m ds_sft doctor CONFIG measures what they exchange"
+    return [Check("groups", "warn", f"sequence_parallel: {size}: of a group only one rank is here", remedy)]
+
+
 def judge_network(network: Network, everyone: Sequence[Facts], config: Config) -> list[Check]:
     """What was measured between the ranks, or by one with itself."""
     if network.world_size == 1:
@@ -393,11 +424,38 @@ def judge_network(network: Network, everyone: Sequence[Facts], config: Config) -
         )
     )
     size = everyone[0]["model"].get("size")
+    if network.exchange is not None:
+        checks.append(judge_exchange(network.exchange, config))
     if size is not None:
         checks.append(Check("ZeRO", "pass", _estimate(ModelSize(**size), network, config)))
     late = network.clock_skew > CLOCK_SECONDS
     remedy = "set the clocks (chronyc tracking on each node)" if late else ""
     return [*checks, Check("clocks", "warn" if late else "pass", f"{network.clock_skew:.2f} s apart", remedy)]
+
+
+def judge_exchange(exchange: Exchange, config: Config) -> Check:
+    """How fast ranks that share rows exchange them, and what it costs that a group spans nodes."""
+    nodes, size = exchange.nodes, exchange.size
+    across = name_spanning(nodes, size)
+    where = across or f"groups of {size} ranks, each in one node"
+    inside, between = (speed and f"{speed / 1e9:.2f} GB/s" for speed in (exchange.inside, exchange.between))
+    speeds = between if inside is None else f"{between}, {inside} inside a node" if between else inside
+    value = f"{where}: {exchange.latency * 1e3:.2f} ms a round trip, {speeds}{_waiting(exchange, config)}"
+    return Check("exchange", "warn" if across else "pass", value, keep_inside(nodes, size) if across else "")
+
+
+def _waiting(exchange: Exchange, config: Config) -> str:
+    """Seconds that a row of `max_length` waits for exchanges: what `ds-sft plan` counts, at the measured speed."""
+    try:
+        shape = read_shape(config.model_name_or_path)
+    except UserError:  # an architecture that the planner does not know
+        return ""
+    half = config.training.get("bf16") or config.training.get("fp16")
+    again = bool(config.training["activation_checkpointing"])
+    sent = exchanged(shape, config.max_length, exchange.size, 2 if half else 4, again=again)
+    seconds, *inside = (f"{sent / speed:.2g} s" for speed in (exchange.between, exchange.inside) if speed)
+    otherwise = f" instead of {inside[0]}" if inside else ""
+    return f"; a row of {config.max_length:,} tokens waits about {seconds}{otherwise}"
 
 
 def _estimate(size: ModelSize, network: Network, config: Config) -> str:

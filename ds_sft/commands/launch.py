@@ -25,7 +25,8 @@ from ds_sft.errors import UserError
 from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds
 from ds_sft.plan.steps import Steps, steps_of
 from ds_sft.plan.weights import choice_of
-from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.distributed import Launch, require_groups
+from ds_sft.runtime.nodes import describe_spanning
 from ds_sft.runtime.shipped import clone, command, program
 from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.runtime.zero import engine_config, stage
@@ -59,6 +60,8 @@ class Plan:
     nodes: list[Node]
     ranks_per_node: int
     world_size: int
+    sequence_parallel: int
+    across_nodes: str | None  # what is to be said of groups that span nodes
     zero_stage: int | None
     sbatch: str
     deepspeed: str
@@ -128,7 +131,9 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
     _check_time(given.time)
     per_node = max(1, given.gpus_per_node)
     ranks = given.nodes * per_node
-    zero_stage = stage(engine_config(config, Launch(launcher="slurm", world_size=ranks, local_world_size=per_node)))
+    launch = Launch(launcher="slurm", world_size=ranks, local_world_size=per_node)
+    require_groups(config.sequence_parallel, launch)
+    zero_stage = stage(engine_config(config, launch))
     steps, known = _steps(config, ranks)
     saved = steps.checkpoints(config.training)
     size = _size(config)
@@ -138,6 +143,8 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         nodes=[_node(rank, per_node, hosts, given, words) for rank in range(given.nodes)],
         ranks_per_node=per_node,
         world_size=ranks,
+        sequence_parallel=config.sequence_parallel,
+        across_nodes=describe_spanning([rank // per_node for rank in range(ranks)], config.sequence_parallel),
         zero_stage=zero_stage,
         sbatch=_sbatch(given, words),
         deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, *program("deepspeed"), *words),
@@ -171,21 +178,22 @@ def _check_time(text: str | None) -> None:
 
 def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
     """The steps, and how well they are known."""
-    training = config.training
-    rows = rows_of_epoch(config, count_usable) or 0
-    if rows < ranks:
-        raise UserError(f"train_file: {rows} rows cannot be shared by {ranks} ranks")
+    training, group = config.training, config.sequence_parallel
+    rows, groups = rows_of_epoch(config, count_usable) or 0, ranks // group
+    if rows < groups:
+        who = f"{ranks} ranks" if group == 1 else f"{groups} groups of {group} ranks"
+        raise UserError(f"train_file: {rows} rows cannot be shared by {who}")
     accumulation, mean = training["gradient_accumulation_steps"], mean_tokens_of(config)
     known = "at most" if mean is None else "about"
     if config.max_tokens_per_batch is not None and config.fills_batches:
         size = config.max_tokens_per_batch
         bins = -(-rows // max(1, size // config.max_length)) if mean is None else sequences(rows, mean, size)
-        return steps_of(training, None, accumulation, ranks, rows, max_tokens=size, num_bins=bins), known
+        return steps_of(training, None, accumulation, groups, rows, max_tokens=size, num_bins=bins, group=group), known
     if config.packing != "none":
         rows = sequences(rows, mean or config.max_length, config.max_length)
     else:
         known = "exact"
-    return steps_of(training, config.micro_batch, accumulation, ranks, rows), known
+    return steps_of(training, config.micro_batch, accumulation, groups, rows, group=group), known
 
 
 def _size(config: Config) -> ModelSize | None:
@@ -238,6 +246,7 @@ def describe(plan: Plan, config: Config) -> str:
     shown = plan.nodes if len(plan.nodes) <= NODES_SHOWN else [*plan.nodes[: NODES_SHOWN - 1], plan.nodes[-1]]
     lines = [
         f"{len(plan.nodes)} nodes x {plan.ranks_per_node} ranks = {plan.world_size} ranks, {zero}.",
+        *filter(None, [plan.across_nodes]),
         plan.batch,
         *(
             []
@@ -253,7 +262,7 @@ def describe(plan: Plan, config: Config) -> str:
         "With Slurm:" if template().exists() else f"With Slurm ({NO_TEMPLATE}):",
         f"  {plan.sbatch}",
         f"  It starts slurm/task.sh {command('python')} ... {_times(plan.ranks_per_node)} on each node, with",
-        "  RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
+        "  consecutive RANKs on each, LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
         "  MASTER_PORT 15000 + job number modulo 15000.",
         "",
         "Without Slurm, on every node at about the same time:",

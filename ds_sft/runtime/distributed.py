@@ -103,7 +103,8 @@ def _launcher(env: Mapping[str, str]) -> str:
         return "torchrun"
     if env.get("CROSS_RANK") and env.get("LOCAL_SIZE"):
         return "deepspeed"
-    return "slurm" if env.get("SLURM_PROCID") == env["RANK"] else "environment"  # slurm/task.sh made one of the other
+    task = (env.get("SLURM_NODEID"), env.get("SLURM_LOCALID"))  # what slurm/task.sh makes a rank of
+    return "slurm" if task == (env.get("NODE_RANK"), env["LOCAL_RANK"]) else "environment"
 
 
 def _whole_number(env: Mapping[str, str], name: str) -> int:

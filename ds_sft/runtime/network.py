@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
+from ds_sft.runtime.nodes import groups_of, nodes_of, spanning
 from ds_sft.runtime.storage import is_shared
 
-ROUND_TRIPS = 20
+ROUND_TRIPS, LARGE_TRIPS = 20, 3
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20  # of the tensor that measures the bandwidth
 
 
@@ -44,6 +48,20 @@ class Unreachable(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """All-to-alls of ranks that share rows, all groups at once: what `sequence_parallel` does around attention.
+
+    Bandwidths are bytes/s that a rank sends to others, (size - 1) / size of its tensor, in the slowest group.
+    """
+
+    nodes: list[int]  # of each rank
+    size: int  # ranks of a group
+    latency: float  # seconds of an all-to-all of single numbers
+    inside: float | None  # of a group in one node; where all span nodes of the ranks of a node; None: it has but one
+    between: float | None  # of a group that spans nodes; None: none does
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """What was measured between the ranks."""
 
@@ -55,6 +73,7 @@ class Network:
     bandwidth: float  # bytes/s through a rank: what an all-reduce of a large tensor moves, 2 (n - 1) / n of it
     clock_skew: float  # seconds between the first and the last clock
     shared: bool  # whether all nodes see one output folder
+    exchange: Exchange | None = None  # None: each rank has rows of its own
 
 
 class Ranks:
@@ -134,8 +153,8 @@ def connect(launch: Launch, purpose: str = "doctor") -> Ranks:
     return Ranks(dist.PrefixStore(purpose, store), launch, address, port)  # type: ignore[attr-defined]
 
 
-def measure_network(ranks: Ranks, output_dir: Path) -> Network:
-    """Start a process group and time it; all ranks must call this."""
+def measure_network(ranks: Ranks, output_dir: Path, *, sequence_parallel: int = 1) -> Network:
+    """Start a process group and time it; all ranks must call this. Groups must divide the ranks."""
     import torch
     import torch.distributed as dist
 
@@ -151,9 +170,9 @@ def measure_network(ranks: Ranks, output_dir: Path) -> Network:
     )
     try:
         device = torch.device("cuda", ranks.launch.local_rank) if gpu else torch.device("cpu")
-        latency = _all_reduce_seconds(1, ROUND_TRIPS, device)
-        elements = (GPU_BYTES if gpu else CPU_BYTES) // 4
-        seconds = _all_reduce_seconds(elements, 3, device)
+        one, many = (torch.ones(count, device=device) for count in (1, (GPU_BYTES if gpu else CPU_BYTES) // 4))
+        latency = _seconds(partial(dist.all_reduce, one), ROUND_TRIPS, device)
+        seconds = _seconds(partial(dist.all_reduce, many), LARGE_TRIPS, device)
         share = 2 * (ranks.launch.world_size - 1) / ranks.launch.world_size
         return Network(
             address=ranks.address,
@@ -161,26 +180,68 @@ def measure_network(ranks: Ranks, output_dir: Path) -> Network:
             backend="nccl" if gpu else "gloo",
             world_size=ranks.launch.world_size,
             latency=latency,
-            bandwidth=share * elements * 4 / seconds,
+            bandwidth=share * many.nbytes / seconds,
             clock_skew=min(_clock_skew() for _ in range(3)),
             shared=is_shared(output_dir, ranks.launch),
+            exchange=measure_exchange(sequence_parallel, ranks.launch, device) if sequence_parallel > 1 else None,
         )
     finally:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _all_reduce_seconds(elements: int, times: int, device: Any) -> float:
-    """Seconds of one all-reduce of float32, after one to warm up."""
+def measure_exchange(size: int, launch: Launch, device: Any) -> Exchange:
+    """Time all-to-alls in groups of `size` ranks, which must divide the ranks; all must call this."""
+    nodes = nodes_of(gather((socket.gethostname(), launch.local_rank)))
+    groups, across = groups_of(len(nodes), size), spanning(nodes, size)
+    found = dict(zip(groups, _time_exchanges(groups, device), strict=True))
+    inside = [found[group][1] for group in groups if group not in across]
+    if not inside:  # to compare with
+        of_nodes = [[rank for rank, on in enumerate(nodes) if on == node] for node in range(max(nodes) + 1)]
+        inside = [speed for _, speed in _time_exchanges(of_nodes, device) if speed]
+    return Exchange(
+        nodes=nodes,
+        size=size,
+        latency=max(latency for latency, _ in found.values()),
+        inside=min(inside, default=None),
+        between=min((found[group][1] for group in across), default=None),
+    )
+
+
+def _time_exchanges(groups: Sequence[Sequence[int]], device: Any) -> list[tuple[float, float]]:
+    """Seconds of an all-to-all of single numbers, and bytes/s that a rank sends, in each group: its slowest rank's.
+
+    All ranks are in a group, and call this. One that is alone sends nothing.
+    """
     import torch
     import torch.distributed as dist
 
-    tensor = torch.ones(elements, device=device)
+    gpu = device.type == "cuda"
+    mine, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+        [list(group) for group in groups], timedelta(seconds=patience()), "nccl" if gpu else "gloo"
+    )
+    size = dist.get_world_size(mine)
+    seconds, part = [], (GPU_BYTES if gpu else CPU_BYTES) // 4 // size
+    for count, times in ((1, ROUND_TRIPS), (part, LARGE_TRIPS)):
+        sent = torch.ones(count * size, device=device)
+        exchange = partial(dist.all_to_all_single, torch.empty_like(sent), sent, group=mine)
+        seconds.append(_seconds(exchange, times, device))
+    everyone = gather((seconds[0], seconds[1] / (4 * part * (size - 1)) if size > 1 else math.inf))  # of a byte
+    return [
+        (max(everyone[rank][0] for rank in group), 1 / max(everyone[rank][1] for rank in group)) for group in groups
+    ]
+
+
+def _seconds(operation: Callable[[], Any], times: int, device: Any) -> float:
+    """Seconds of one, after one to warm up; all ranks must call it."""
+    import torch
+    import torch.distributed as dist
+
     for count in (1, times):
         dist.barrier()
         started = time.perf_counter()
         for _ in range(count):
-            dist.all_reduce(tensor)
+            operation()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - started) / count

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ds_sft.runtime.distributed import Launch
+from ds_sft.runtime.nodes import say_spanning
 
 
 class SequenceGroup:
@@ -39,11 +40,7 @@ def join_group(size: int, launch: Launch, timeout_seconds: int) -> SequenceGroup
     """The group of this rank; None where rows are not shared. All ranks must call it, with a size that divides them."""
     if size == 1:
         return None
-    if launch.local_world_size % size:
-        launch.say(
-            f"Warning: sequence_parallel: {size}: {launch.local_world_size} ranks of a node are no whole groups: "
-            "attention waits for the network between nodes in every layer."
-        )
+    say_spanning(size, launch)
     limit = timedelta(seconds=timeout_seconds)
     mine, _ = dist.new_subgroups(group_size=size, timeout=limit)  # type: ignore[no-untyped-call]
     return SequenceGroup(size, mine)

@@ -71,9 +71,17 @@ def test_requeue_with_node_local_scratch(submit: Submit, cluster: Cluster, model
     check_equal(outputs[0], whole, "adapter/adapter_model.safetensors")
 
 
-def test_preemption(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path, whole: Path) -> None:
-    """A job of more importance takes the nodes: Slurm's TERM, a save, and on when they are free again."""
-    job = submit(tmp_path, settings(model_dir, tmp_path), script=SLOW, env={"STEP_SECONDS": "5"})
+def test_preemption(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path) -> None:
+    """A job of more importance takes the nodes: Slurm's TERM, a save, and on when they are free again.
+
+    Of ranks that share rows: two on each node, in one group there, though tasks were to be dealt to the nodes in turn.
+    """
+    keys = settings(model_dir, tmp_path, sequence_parallel=2)
+    done = train("forked", 4, keys, cwd=tmp_path)
+    assert done.code == 0, done.output[-4000:]
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    two_a_node = ("--ntasks-per-node=2", "--cpus-per-task=1", "--distribution=cyclic")
+    job = submit(tmp_path, keys, *two_a_node, script=SLOW, env={"STEP_SECONDS": "5"})
     wait_for_step(job, 2)
     (tmp_path / "urgent").write_text("#!/bin/sh\nexec sleep 2\n", encoding="utf-8")
     urgent = cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", str(tmp_path / "urgent"), cwd=tmp_path)
@@ -81,6 +89,9 @@ def test_preemption(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path:
     assert urgent.state == "COMPLETED"
     assert job.restarts == 1
     assert starts(job)[1] >= 2
+    assert "2 nodes x 2 ranks (0 GPUs a node)" in job.log()
+    assert "2 groups of 2 ranks = 4 rows a step" in job.log("node1")
+    assert "nodes (ranks" not in job.log("node1")  # what is said of a group that spans nodes
     check_equal(tmp_path / "out", whole)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -88,7 +89,28 @@ def test_ranks_and_cores_of_a_node(tmp_path: Path, env: dict[str, str], expected
         return
     assert "rank 0 at first:15007\n" in done.stdout
     assert ("--gpu-bind=none" in done.stdout) == bound
+    assert "--distribution=block" in done.stdout  # the labels that srun puts before lines are then ranks
     assert done.stdout.rstrip().endswith(f"--label --x {ROOT}/slurm/task.sh py train.py --config c")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "local", "expected"),
+    [
+        ("8", 0, 7, "7 7 8"),
+        ("1(x2)", 1, 0, "1 0 1"),
+        ("8(x12),4", 12, 3, "99 3 4"),
+        ("2,1(x3),16", 4, 10, "15 10 16"),
+    ],
+)
+def test_ranks_of_a_node_are_consecutive(tasks: str, node: int, local: int, expected: str) -> None:
+    """Of nodes that have as many tasks as `tasks` says; not Slurm's number of the task, which srun's --distribution
+    decides."""
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "200", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node),
+            "SLURM_LOCALID": str(local)}  # fmt: skip
+    said = "echo $RANK $LOCAL_RANK $LOCAL_WORLD_SIZE of $WORLD_SIZE on $NODE_RANK"
+    command = [str(SLURM / "task.sh"), "sh", "-c", said]
+    done = subprocess.run(command, env={**os.environ, **step}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected} of 200 on {node}\n"
 
 
 @pytest.mark.parametrize(

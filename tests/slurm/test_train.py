@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from ds_sft.cli import main
 from tests.distributed.harness import step_losses, train
 from tests.installed import Installed
-from tests.slurm.cluster import Cluster, Job, path_with_sbin, wait_for
+from tests.slurm.cluster import SLURM, Cluster, Job, path_with_sbin, wait_for
 from tests.slurm.conftest import FAULTY, SLOW, settings, wait_for_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]
@@ -114,6 +115,19 @@ def test_a_node_that_cannot_reach_the_address(
     assert "The doctor found what would stop this run" in job.log()
     assert not list((tmp_path / f"ds_sft-{job.id}").glob("*.log"))
     assert job.restarts == 0
+
+
+def test_ranks_of_a_group_are_on_one_node(cluster: Cluster, model_dir: Path, tmp_path: Path) -> None:
+    """Though srun deals tasks to the nodes in turn; what the doctor measures between them."""
+    keys = settings(model_dir, tmp_path, sequence_parallel=2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    words = ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--distribution=cyclic", "--mpi=none"]
+    words += [str(SLURM / "task.sh"), sys.executable, "-m", "ds_sft", "doctor", "--json", "run.yaml"]
+    env = {"MASTER_ADDR": "node1", "MASTER_PORT": "14999"}
+    done = cluster.client(*words, cwd=tmp_path, env=env)
+    (exchange,) = [check for check in json.loads(done.stdout) if check["name"] == "exchange"]
+    assert exchange["status"] == "pass"
+    assert exchange["value"].startswith("groups of 2 ranks, each in one node: ")
 
 
 def test_several_jobs_at_once(submit: Submit, cluster: Cluster, model_dir: Path, tmp_path: Path, whole: Path) -> None:
