@@ -939,7 +939,7 @@ def check_generation(options: Any) -> None:
 
 
 def check_rope_scaling(options: Any) -> None:
-    """Names and numbers of `rope_scaling`; whether a model can take it `runtime/rope.py` finds out.
+    """Names and numbers of `rope_scaling`; whether a model can take it `plan/rope.py` finds out.
 
     Raises:
         ValueError: saying what was expected.
@@ -948,11 +948,11 @@ def check_rope_scaling(options: Any) -> None:
         raise ValueError(A_ROPE_SCALING)
     if "type" in options:
         raise ValueError("rope_type, the name of today, in place of type")
-    kind = options.get("rope_type")
+    kind = str(options.get("rope_type"))
     if kind in UNSCALED_ROPE:
         raise ValueError(f"rope_type to be one of {', '.join(ROPE_TYPES)} ({kind}: {UNSCALED_ROPE[kind]})")
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES, str(kind))}")
+        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES, kind)}")
     known = ROPE_TYPES[kind] | {"rope_theta": False}
     for name, value in options.items():
         if name != "rope_type" and name not in known:

@@ -145,6 +145,7 @@ def test_a_bare_flag_is_true() -> None:
         ("generation", "{max_new_tokens: 4}", "no max_new_tokens here: its key is predict_max_new_tokens"),
         ("rope_scaling", "yarn", "a mapping such as {rope_type: yarn, factor: 4.0, original_max_position_embeddings: "
          "32768}"),
+        ("rope_scaling", "{rope_type: [yarn], factor: 2}", "rope_type to be one of linear, yarn, llama3"),
         ("rope_scaling", "{factor: 2}", "rope_type to be one of linear, yarn, llama3"),
         ("rope_scaling", "{rope_type: yarm, factor: 2}", "rope_type to be one of linear, yarn, llama3"),
         ("rope_scaling", "{rope_type: dynamic, factor: 2}", "rope_type to be one of linear, yarn, llama3 (dynamic: it "
