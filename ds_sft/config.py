@@ -456,6 +456,8 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
         if file and first:
             word = f"--config={word}"
         if not word.startswith("--") or word == "--":
+            if file and "config" in flags:
+                raise UserError(f"{word!r}: expected --key value: a run has one file, and flags beside it")
             expected = f"--config {word}" if file else f"{'FILE.yaml or ' if first else ''}--key value"
             raise UserError(f"{word!r}: expected {expected}")
         name, equals, value = word[2:].partition("=")
