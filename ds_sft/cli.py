@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -30,8 +32,20 @@ COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; 2 is the exit code of a mistake of the user's, 130 that of Ctrl-C, 1 that of a reader who has
+    closed the pipe (`ds-sft ... | head`), as it is rich's."""
+    try:
+        try:
+            return run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, not while the interpreter ends
+    except BrokenPipeError:
+        if not drop_unread():
+            raise
+        return 1
+
+
+def run(words: list[str]) -> int:
     if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft COMMAND` puts it there
         del words[0]
     if not words or words[0] in ("-h", "--help"):
@@ -48,6 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nds_sft: interrupted", file=sys.stderr)
         return 130
+
+
+def drop_unread() -> bool:
+    """Whether nobody reads the output any more, for another pipe may have broken; then what is left of it goes nowhere,
+    or the interpreter would fail on it at its end."""
+    watched = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        watched.register(stream.fileno(), 0)  # errors alone
+    unread = [fd for fd, _ in watched.poll(0)]
+    for fd in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    return bool(unread)
 
 
 def usage() -> str:

@@ -456,6 +456,8 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
         if file and first:
             word = f"--config={word}"
         if not word.startswith("--") or word == "--":
+            if file and "config" in flags:
+                raise UserError(f"{word!r}: expected --key value: a run has one file, and flags beside it")
             expected = f"--config {word}" if file else f"{'FILE.yaml or ' if first else ''}--key value"
             raise UserError(f"{word!r}: expected {expected}")
         name, equals, value = word[2:].partition("=")
@@ -939,7 +941,7 @@ def check_generation(options: Any) -> None:
 
 
 def check_rope_scaling(options: Any) -> None:
-    """Names and numbers of `rope_scaling`; whether a model can take it `runtime/rope.py` finds out.
+    """Names and numbers of `rope_scaling`; whether a model can take it `plan/rope.py` finds out.
 
     Raises:
         ValueError: saying what was expected.
@@ -948,11 +950,11 @@ def check_rope_scaling(options: Any) -> None:
         raise ValueError(A_ROPE_SCALING)
     if "type" in options:
         raise ValueError("rope_type, the name of today, in place of type")
-    kind = options.get("rope_type")
+    kind = str(options.get("rope_type"))
     if kind in UNSCALED_ROPE:
         raise ValueError(f"rope_type to be one of {', '.join(ROPE_TYPES)} ({kind}: {UNSCALED_ROPE[kind]})")
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES, str(kind))}")
+        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES, kind)}")
     known = ROPE_TYPES[kind] | {"rope_theta": False}
     for name, value in options.items():
         if name != "rope_type" and name not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,31 @@ def test_the_installed_script() -> None:
     script = Path(sys.executable).parent / "ds-sft"
     done = subprocess.run([script, "demp"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "ds_sft: error: unknown command 'demp': did you mean demo?\n")
+
+
+@pytest.mark.parametrize(
+    ("unbuffered", "words", "code", "said"),
+    [
+        ("", ["--help"], 1, ""),
+        ("1", ["--help"], 1, ""),
+        ("", ["doctor", "--help"], 1, ""),
+        ("", ["preview", "--rows"], 2, "ds_sft: error: --rows: expected a value after it\n"),
+    ],
+)
+def test_who_closes_the_pipe_is_told_nothing_of_it(unbuffered: str, words: list[str], code: int, said: str) -> None:
+    """`ds-sft ... | head`: nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command, env = [sys.executable, "-m", "ds_sft", *words], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=env)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, words: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "call", fail)
+    with pytest.raises(BrokenPipeError):
+        main(["demo"])

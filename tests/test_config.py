@@ -145,6 +145,7 @@ def test_a_bare_flag_is_true() -> None:
         ("generation", "{max_new_tokens: 4}", "no max_new_tokens here: its key is predict_max_new_tokens"),
         ("rope_scaling", "yarn", "a mapping such as {rope_type: yarn, factor: 4.0, original_max_position_embeddings: "
          "32768}"),
+        ("rope_scaling", "{rope_type: [yarn], factor: 2}", "rope_type to be one of linear, yarn, llama3"),
         ("rope_scaling", "{factor: 2}", "rope_type to be one of linear, yarn, llama3"),
         ("rope_scaling", "{rope_type: yarm, factor: 2}", "rope_type to be one of linear, yarn, llama3"),
         ("rope_scaling", "{rope_type: dynamic, factor: 2}", "rope_type to be one of linear, yarn, llama3 (dynamic: it "
@@ -263,6 +264,7 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         ([*NEEDED, "--report_to", "[none, tensorboard]"], "--report_to: none, tensorboard: none is said alone"),
         (["my.yaml"], "my.yaml: no such file (the current directory is {here})"),
         (["--seed", "1", "my.yaml"], "'my.yaml': expected --config my.yaml"),
+        (["my.yaml", "other.yaml"], "'other.yaml': expected --key value: a run has one file, and flags beside it"),
         (["--learning_rate", "-1"], "--learning_rate: expected 0 or more, found '-1'"),
         (["--weight_decay", "-0.1"], "--weight_decay: expected 0 or more, found '-0.1'"),
         (["--logging_steps", "0"], "--logging_steps: expected a number above 0, found '0'"),

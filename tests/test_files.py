@@ -19,7 +19,7 @@ import pytest
 from ds_sft.commands.rows import count_quickly
 from ds_sft.config import Config
 from ds_sft.data import files
-from ds_sft.data.files import BadRow, DataFile, find_files, hub_name
+from ds_sft.data.files import CHUNK, BadRow, DataFile, find_files, holds_lines, hub_name
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
@@ -293,6 +293,22 @@ def test_broken_arrays(tmp_path: Path, text: str, said: str) -> None:
         read(file)
     assert str(caught.value).startswith(f"{file}{said}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz"])
+@pytest.mark.parametrize("before", ["", "\n \n"])
+def test_a_long_first_row_with_a_list_is_a_row(tmp_path: Path, ending: str, before: str) -> None:
+    """What shows that it is one, its own `messages`, comes after more than is read at a time."""
+    row = {"train": [{"id": 1}], "notes": "n" * (CHUNK + 1), "messages": [{"role": "user", "content": "x"}]}
+    file = tmp_path / f"rows.{ending}"
+    write = gzip.compress if ending.endswith("gz") else bytes
+    for rows in ([row], [row, row]):
+        file.write_bytes(write((before + "".join(f"{json.dumps(row)}\n" for row in rows)).encode()))
+        assert [json.loads(raw) for _, raw in DataFile(str(file)).rows()] == rows  # type: ignore[arg-type]
+        assert holds_lines(file) is True
+    file.write_bytes(write(json.dumps({"notes": "", "train": [row, row]}).encode()))
+    assert [json.loads(raw) for _, raw in DataFile(str(file)).rows()] == [row, row]  # type: ignore[arg-type]
+    assert holds_lines(file) is False
 
 
 def test_only_lines_are_counted_unread(tmp_path: Path) -> None:

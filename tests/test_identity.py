@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,24 @@ def test_where_a_layers_input_waits_is_no_difference() -> None:
     offloaded = known(activation_checkpointing="offload")
     assert changes(known(activation_checkpointing=True), offloaded) == {}
     assert changes(known(activation_checkpointing=False), offloaded) == {"activation_checkpointing": (False, True)}
+
+
+def test_a_folder_that_is_named_otherwise_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is started from another folder names its model and its template in full."""
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "chat.jinja").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def known(model: Path | str, template: Path | str) -> dict[str, Any]:
+        config = Config(model_name_or_path=str(model), train_file="t", template=str(template))
+        return json.loads(json.dumps(identity(config, None, "rows")))  # as in a manifest
+
+    then = known("model", "chat.jinja")
+    assert changes(then, known(tmp_path / "model", tmp_path / "chat.jinja")) == {}
+    assert changes(then, known("other", "tokenizer")) == {
+        "model_name_or_path": ("model", "other"), "template": ("chat.jinja", "tokenizer"),
+    }  # fmt: skip
+    del then["places"]  # of an older checkpoint
+    assert changes(then, known("model", "chat.jinja")) == {}
+    assert changes(then, known("./model", "chat.jinja")) == {"model_name_or_path": ("model", "./model")}

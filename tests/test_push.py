@@ -17,6 +17,7 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
+from ds_sft.runtime.adapter import changes_of_config
 from ds_sft.runtime.base import hash_base
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.hub import push_as_asked, why_not
@@ -419,6 +420,37 @@ def test_folders_that_have_no_model_to_give(adapted: Path, capsys: pytest.Captur
     assert refused(str(adapted), "me/x", "--merged", capsys=capsys) == (
         f"{adapted}: no adapter in it: leave out --merged"
     )
+
+
+def test_the_base_is_named_where_it_lies_now(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project that was moved after its run."""
+    record = {"model_name_or_path": "base", "train_file": "rows.jsonl", "output_dir": "out", "started_in": "/gone"}
+    (adapted / "config.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    asked = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "/gone/base"}
+    (adapted / "adapter" / "adapter_config.json").write_text(json.dumps(asked), encoding="utf-8")
+    (adapted.parent / "base").mkdir()
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match=f"an adapter of the folder {adapted.parent}/base, which nobody else has"):
+        pack(adapted, "me/adapter")
+
+
+def test_a_card_where_scaled_positions_were_those_of_a_folder_that_is_gone(adapted: Path, model_dir: Path) -> None:
+    """What was scaled are the base's numbers: they are read where the base is named to be."""
+    facts = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    (adapted / "adapter" / "trained_on.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^{adapted}/adapter: rope_scaling: config.json of its base /.*/base cannot be "
+                       "read: ") as caught:  # fmt: skip
+        changes_of_config(adapted / "adapter")
+    assert "\n" not in str(caught.value)
+    found = changes_of_config(adapted / "adapter", elsewhere=str(model_dir))
+    assert found["rope_parameters"]["factor"] == 2.0
+    assert found == changes_of_config(moved_base(adapted / "adapter", model_dir), elsewhere="me/not-asked")
+
+
+def moved_base(adapter: Path, base: Path) -> Path:
+    asked = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(asked), encoding="utf-8")
+    return adapter
 
 
 @pytest.mark.parametrize("base", ["./base", "~/base", "../models/base", "models/of/acme"])

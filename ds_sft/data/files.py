@@ -256,10 +256,11 @@ def _file_rows(path: Path, progress: Progress) -> Iterator[tuple[int, Raw]]:
 def _text_rows(path: Path, kind: str, stream: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
     if stream.peek(3)[:3] == codecs.BOM_UTF8:
         stream.read(3)
-    head = stream.peek(CHUNK).lstrip()
     if kind in ("csv", "tsv"):
         yield from _csv_rows(path, stream, "," if kind == "csv" else "\t")
-    elif head[:1] == b"[" and not _begins_with_a_row(head):
+        return
+    head = _head(path)
+    if head[:1] == b"[" and not _begins_with_a_row(head):
         yield from _array_rows(_Text(path, stream))
     elif _holds_rows(head) and not _begins_with_a_row(head):
         yield from _held_rows(_Text(path, stream))
@@ -270,13 +271,22 @@ def _text_rows(path: Path, kind: str, stream: io.BufferedReader) -> Iterator[tup
 
 
 def holds_lines(path: Path) -> bool:
-    """Whether a file is JSON Lines, uncompressed, whatever its name says; one that cannot be read is not."""
+    """Whether a file is JSON Lines, whatever its name says; one that cannot be read is not."""
     try:
-        with path.open("rb") as file:
-            head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
-    except OSError:
+        head = _head(path)
+    except (OSError, pa.ArrowException):
         return False
     return _begins_with_a_row(head) or not (head[:1] == b"[" or _holds_rows(head))
+
+
+def _head(path: Path) -> bytes:
+    """The first line that is not blank, up to MAX_ROW_BYTES of it, and some of what follows: a part of a line would not
+    tell a long row, which may have a list of rows among its fields, from an object that holds rows."""
+    with path.open("rb") as raw, _uncompressed(path, raw) as stream:
+        line = stream.readline(MAX_ROW_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+        while line and not line.strip():
+            line = stream.readline(MAX_ROW_BYTES + 1)
+        return line.lstrip() + stream.read(CHUNK)
 
 
 def _begins_with_a_row(head: bytes) -> bool:
@@ -326,7 +336,7 @@ class _Counted(io.RawIOBase):
         return count
 
 
-def _uncompressed(path: Path, raw: io.RawIOBase) -> io.BufferedReader:
+def _uncompressed(path: Path, raw: io.RawIOBase | io.BufferedReader) -> io.BufferedReader:
     codec = COMPRESSED.get(path.suffix.lower())
     stream = raw if codec is None else pa.CompressedInputStream(io.BufferedReader(raw, CHUNK), codec)
     return io.BufferedReader(stream, CHUNK)

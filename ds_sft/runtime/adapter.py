@@ -16,6 +16,7 @@ from ds_sft.config import RECORD, load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import base_of, is_adapter, read_json, whole_of
 from ds_sft.plan.rope import CHANGED
+from ds_sft.plan.source import looks_like_path
 from ds_sft.runtime.quantized import nf4_config, settle, skeleton
 from ds_sft.runtime.rotary import Scaling, read_config, scaled_options
 
@@ -131,13 +132,26 @@ def loading_in_4_bits(facts: Mapping[str, Any]) -> str:
     )
 
 
-def changes_of_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def changes_of_config(folder: Path, *, elsewhere: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Keys of the base's config.json that the adapter in `folder` was trained with other values of: rotary positions
-    that were scaled; none as a rule."""
+    that were scaled; none as a rule.
+
+    Args:
+        elsewhere: where the base is, too, for an adapter whose own is a folder that is gone.
+
+    Raises:
+        UserError: the base is not there, and with it the numbers that were scaled.
+    """
     scaling = facts_of(folder).get(ROPE_SCALING)
     if scaling is None:
         return {}
-    text = read_config(find_base(folder), trust_remote_code=trust_remote_code, scaling=scaling).get_text_config()
+    base = find_base(folder)
+    base = elsewhere if elsewhere and looks_like_path(base) and not Path(base).is_dir() else base
+    try:
+        text = read_config(base, trust_remote_code=trust_remote_code, scaling=scaling).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: rope_scaling: config.json of its base {base} cannot be read: {reason}") from error
     return {name: getattr(text, name) for name in CHANGED}
 
 

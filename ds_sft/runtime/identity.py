@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from ds_sft.config import TRAINING_DEFAULTS, Config, training_keys
@@ -90,6 +91,8 @@ CLASSES: dict[str, set[str]] = {
 OWN_RATES = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate is what the run came to, not a formula
 DATA, EVAL_DATA = "data", "eval_data"  # differences that are not of a key: the names of the manifest
 BASE = "base"  # the same: a hash of the files of frozen weights
+PLACES = "places"  # of the manifest: where the files lie that these keys name, for another folder names them otherwise
+NAMING = ("model_name_or_path", "template")
 IN_WORDS = {
     DATA: "the rows of train_file, or how they are encoded",
     EVAL_DATA: "the validation rows, or how they are encoded",
@@ -113,8 +116,14 @@ def identity(
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
     batch = {"per_device_train_batch_size": config.micro_batch,
              "gradient_accumulation_steps": config.training.get("gradient_accumulation_steps", 1)}  # fmt: skip
-    known = {"config": keys | flat, DATA: data, EVAL_DATA: eval_data, "zero_stage": stage(engine), "batch": batch}
+    known = {"config": keys | flat, PLACES: _places(given), DATA: data, EVAL_DATA: eval_data,
+             "zero_stage": stage(engine), "batch": batch}  # fmt: skip
     return known | ({BASE: base} if base else {})
+
+
+def _places(given: Mapping[str, Any]) -> dict[str, str]:
+    named = {name: Path(given[name]).expanduser() for name in NAMING}
+    return {name: str(path.resolve()) for name, path in named.items() if path.exists()}
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -148,6 +157,9 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     before, after = then.get("config", {}), now["config"]
     pairs = {name: (_value(before, name), _value(after, name)) for name in {**before, **after}}
     found = {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
+    for name, place in now.get(PLACES, {}).items():
+        if then.get(PLACES, {}).get(name) == place:
+            found.pop(name, None)  # the same, named otherwise
     if then.get(DATA) != now[DATA]:
         found[DATA] = (then.get(DATA), now[DATA])
     if then.get(EVAL_DATA, now.get(EVAL_DATA)) != now.get(EVAL_DATA):

@@ -17,9 +17,18 @@ from typing import Any
 import yaml
 
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
+from ds_sft.plan.adapter import CONFIG, is_adapter, read_json
 from ds_sft.plan.source import looks_like_path
-from ds_sft.runtime.adapter import BASE, FACTS, FOLDER, WEIGHTS, changes_of_config, facts_of, loading_in_4_bits
+from ds_sft.runtime.adapter import (
+    BASE,
+    FACTS,
+    FOLDER,
+    WEIGHTS,
+    changes_of_config,
+    facts_of,
+    find_base,
+    loading_in_4_bits,
+)
 from ds_sft.runtime.base import KINDS, hash_base
 from ds_sft.runtime.card import Facts, model_card
 from ds_sft.runtime.distributed import print_line
@@ -209,7 +218,7 @@ def _facts(
         datasets=list(datasets),
         adapter=is_adapter(source),
         loading=loading_in_4_bits(facts_of(source)),
-        base_changes=changes_of_config(source) if is_adapter(source) else {},
+        base_changes=changes_of_config(source, elsewhere=base) if is_adapter(source) else {},
         license=license,
     )
 
@@ -248,7 +257,7 @@ def _hub_base(source: Path, run: dict[str, Any]) -> str | None:
     Raises:
         UserError: an adapter of a folder: nobody else could load it.
     """
-    base = base_of(source) if is_adapter(source) else run.get("base_model")
+    base = find_base(source) if is_adapter(source) else run.get("base_model")
     if base is None or not looks_like_path(base):
         return base
     if is_adapter(source):
