@@ -941,7 +941,7 @@ def check_generation(options: Any) -> None:
 
 
 def check_rope_scaling(options: Any) -> None:
-    """Names and numbers of `rope_scaling`; whether a model can take it `plan/rope.py` finds out.
+    """Names and numbers of `rope_scaling`; whether a model can take it `runtime/rotary.py` finds out.
 
     Raises:
         ValueError: saying what was expected.

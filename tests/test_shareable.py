@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def test_models_whose_rows_ranks_cannot_share(
     with pytest.raises(UserError) as error:
         require_shareable(config)
     assert str(error.value) == f"sequence_parallel: 2: {reason}"
+
+
+def test_positions_are_those_of_the_run(tmp_path: Path) -> None:
+    """`rope_scaling` takes the place of those that look at the longest row."""
+    config = saved(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", **SCALED})
+    require_shareable(replace(config, rope_scaling={"rope_type": "yarn", "factor": 2.0}))
 
 
 def test_one_rank_asks_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config import Config
 from ds_sft.errors import UserError
+from ds_sft.runtime.rotary import read_config
 from ds_sft.training.attention import attention_of, use_rows_attention
 from ds_sft.training.limits import empty_model
 from ds_sft.training.loss import adds_to_loss, supervised_loss, why_own_loss
@@ -29,12 +30,11 @@ def require_shareable(config: Config) -> None:
     """
     if config.sequence_parallel == 1:
         return
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    name, trust = config.model_name_or_path, config.trust_remote_code
+    found = read_config(name, trust_remote_code=trust, scaling=config.rope_scaling)
     model, place = empty_model(config, found), f"sequence_parallel: {config.sequence_parallel}"
     if model is None:
-        raise UserError(f"{place}: {config.model_name_or_path}: its own code makes no model without weights: write 1")
+        raise UserError(f"{place}: {name}: its own code makes no model without weights: write 1")
     heads = found.get_text_config().num_attention_heads
     if heads % config.sequence_parallel:
         sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

@@ -61,23 +61,28 @@ def test_one_trajectory(model_dir: Path, tmp_path: Path, reference: Reference) -
     """Four ranks in groups of two and four, under every engine: bare PyTorch's losses, weights and validation loss.
 
     Two key heads serve four ranks; parts begin in the middle of rows; a sum of lengths rarely divides by the ranks.
+    "few" has one row for two groups, in training and validation. MLPs are tiled, where they are, by 50 tokens.
     """
     window = small_model("mistral", model_dir, tmp_path / "windowed", sliding_window=16)  # several in a part of a row
     experts = small_model("qwen3_moe", model_dir, tmp_path / "experts", **{**MIXTURE, "num_attention_heads": 4})
     talks = [{"messages": [turn for row in ROWS[i : i + 4] for turn in turns(row)]} for i in range(24)]
     packed = {"packing": "concat", "max_length": 700, "train_file": "talks.jsonl", "gradient_accumulation_steps": 1}
+    few = {"train_file": "few.jsonl", "eval_file": "few.jsonl", "gradient_accumulation_steps": 2, "max_steps": 3}
     runs = {
         "none-2": shared(model_dir, tmp_path, "none", 2, 1),
         "none-4": shared(model_dir, tmp_path, "none", 4, 2, gradient_checkpointing=True),
         "zero1-2": shared(model_dir, tmp_path, "zero1", 2, 2),
         "zero2-4": shared(model_dir, tmp_path, "zero2", 4, 8),
-        "zero3-2": shared(model_dir, tmp_path, "zero3", 2, 4, gradient_checkpointing=True),
+        "zero3-2": shared(model_dir, tmp_path, "zero3", 2, 4, gradient_checkpointing="offload", tiled_mlp="yes"),
         "zero3-4": shared(model_dir, tmp_path, "zero3", 4, 1, max_tokens_per_batch=600),
         "zero3-bf16": shared(model_dir, tmp_path, "zero3", 2, 2, bf16=True),
         "none-bf16": shared(model_dir, tmp_path, "none", 4, 2, bf16=True),
-        "lora": shared(model_dir, tmp_path, "zero2", 4, 2, **LORA),
+        "lora": shared(model_dir, tmp_path, "zero3", 4, 2, **LORA),
         "window-1": shared(window, tmp_path, "none", 1, 1),
         "window-4": shared(window, tmp_path, "none", 4, 2),
+        "few-1": shared(model_dir, tmp_path, "none", 1, 1, **few),
+        "few-2": shared(model_dir, tmp_path, "none", 2, 1, **few),
+        "few-2-zero3": shared(model_dir, tmp_path, "zero3", 2, 1, **few),
         "packed-1": shared(model_dir, tmp_path, "none", 1, 1, **packed),
         "packed-2": shared(model_dir, tmp_path, "zero2", 2, 2, **packed),
         "packed-4": shared(model_dir, tmp_path, "none", 4, 4, **packed),
@@ -86,8 +91,9 @@ def test_one_trajectory(model_dir: Path, tmp_path: Path, reference: Reference) -
         "experts-4": shared(experts, tmp_path, "zero3", 4, 8),
     }
     write_rows(tmp_path / "talks.jsonl", talks)
+    write_rows(tmp_path / "few.jsonl", ROWS[1:2])
     files = [str(write_yaml(tmp_path / f"{key}.yaml", {**keys, "output_dir": key})) for key, keys in runs.items()]
-    done = run_forked([script("splits"), *files], 4, cwd=tmp_path, timeout=800)
+    done = run_forked([script("tiled"), *files], 4, cwd=tmp_path, timeout=800)
     assert done.code == 0, done.output[-6000:]
     said = re.findall("Batch: .*", done.output)
     assert said[:2] == [
@@ -101,7 +107,7 @@ def test_one_trajectory(model_dir: Path, tmp_path: Path, reference: Reference) -
             (partial(check_bf16, bound=0.08) if key.endswith("bf16") else check)(tmp_path / key, reference)
     check(tmp_path / "lora", reference_of(model_dir, "lora", torch.float32))
     check(tmp_path / "window-1", bare_pytorch(window))
-    for kind in ("window", "packed", "experts"):
+    for kind in ("window", "few", "packed", "experts"):
         for other in sorted(key for key in runs if key.startswith(kind)):
             check(tmp_path / other, as_reference(tmp_path / f"{kind}-1", reference))
     balance = [[row["aux_loss"] for row in read_lines(tmp_path / f"experts-{n}" / "metrics.jsonl") if "aux_loss" in row]
@@ -110,7 +116,9 @@ def test_one_trajectory(model_dir: Path, tmp_path: Path, reference: Reference) -
     assert balance[0] == pytest.approx(balance[2], rel=1e-5)
     told = {key: json.loads((tmp_path / key / "run.json").read_text()) for key in runs}
     learned = {key: (run["tokens"], run["speed"]["supervised_tokens"]) for key, run in told.items()}
-    assert {learned[key] for key in runs if "packed" not in key} == {learned["none-2"]}  # whatever fills up the parts
+    whole = {learned[key] for key in runs if not key.startswith(("few", "packed"))}
+    assert whole == {learned["none-2"]}  # whatever fills up the parts
+    assert {learned[key][1] for key in runs if key.startswith("few")} == {learned["few-1"][1]}
     assert len({learned[f"packed-{n}"][1] for n in (1, 2, 4)}) == 1
     assert [told[key]["sequence_parallel"] for key in ("none-2", "none-4", "window-1")] == [2, 4, 1]
 

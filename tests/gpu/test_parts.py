@@ -17,9 +17,11 @@ from ds_sft.predict import generate
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.verify import loss_on_disk
 from ds_sft.training import loss as loss_module
+from ds_sft.training.attention import Attention, RowBorders, rows_attention
 from ds_sft.training.loss import LogitTerms, supervise
+from ds_sft.training.sequence import SequenceGroup
 from ds_sft.training.working_copy import LentCopy, WorkingCopy
-from tests.gpu.lane import DEVICE, GPU, ON_GPU, make
+from tests.gpu.lane import DEVICE, GPU, LONG, ON_GPU, make
 
 pytestmark = GPU
 ALONE = Launch(launcher="python")
@@ -92,6 +94,31 @@ def test_a_model_learns_the_same_with_and_without_the_kernel(
     expected, known = forward_backward(model), gradient_of(model)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert apart(gradient, known) < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+class Alone(SequenceGroup):
+    """A group of one rank: what it gets lies in memory as with others, parts of one tensor."""
+
+    def exchange(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts.clone()
+
+
+@pytest.mark.parametrize("lengths", [[700, 1, 300], [LONG], [8192]], ids=str)
+def test_attention_takes_what_ranks_exchange(lengths: list[int]) -> None:
+    """Queries, keys and values that are parts of one tensor, in the kernels of a GPU, as those of their own."""
+    torch.manual_seed(0)
+    found = []
+    whole = [torch.randn(1, sum(lengths), heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    for group in (None, Alone(1, None)):
+        kind = Attention("", "", in_one_kernel=ON_GPU, lone_rows_by_cudnn=ON_GPU, group=group)
+        states = [values.clone().requires_grad_() for values in whole]
+        borders = RowBorders(lengths, starts, kind, shared=group is not None)
+        attended, _ = rows_attention(torch.nn.Module(), *(s.transpose(1, 2) for s in states), None, row_borders=borders)
+        attended.backward(torch.ones_like(attended))
+        found.append([attended, *(s.grad for s in states)])
+    for alone, shared in zip(*found, strict=True):
+        assert apart(shared.float(), alone.float()) < 1e-3
 
 
 def test_the_working_copy(model_dir: Path) -> None:
