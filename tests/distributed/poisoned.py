@@ -6,6 +6,7 @@ an infinite one whose gradients are finite ("inf"), or gradients of NaN with its
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ def poison(tokens: Mapping[str, str]) -> None:
     """Take the place of what Trainer computes, under our own Trainer."""
     compute_loss = Trainer.compute_loss
 
+    @functools.wraps(compute_loss)  # a run compares its parameters with those it was written against
     def poisoned(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = compute_loss(self, model, inputs, *args, **kwargs)
         for token, kind in tokens.items():
