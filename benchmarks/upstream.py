@@ -49,22 +49,22 @@ MADE_FOR_IT = {"Function", "Dataset", "Sampler", "Optimizer", "TrainerCallback",
 SETTABLE = {
     # torch, Python
     "data", "grad", "in_features", "out_features", "restype", "excepthook", "__annotations__", "__kwdefaults__",
-    "usage", "caption",
+    "usage", "caption", "param_groups",
     # configurations of models and of their answers, tokenizers
-    "chat_template", "pad_token", "padding_side", "encode_special_tokens", "generation_config", "do_sample",
-    "use_cache", "dtype", "tie_word_embeddings", "router_aux_loss_coef",
+    "chat_template", "pad_token", "padding_side", "model_max_length", "encode_special_tokens", "generation_config",
+    "do_sample", "use_cache", "dtype", "tie_word_embeddings", "router_aux_loss_coef",
     # `TrainingArguments`, `TrainerControl` and `TrainerState`
     "report_to", "gradient_accumulation_steps", "save_on_each_node", "save_total_limit", "eval_on_start", "epoch",
     "best_metric", "best_global_step", "best_model_checkpoint", "should_training_stop", "should_save", "should_log",
     "should_evaluate",
-    # peft's `LoraConfig`
-    "inference_mode", "base_model_name_or_path", "target_modules",
+    # peft's `LoraConfig`, accelerate's `DistributedDataParallelKwargs`
+    "inference_mode", "base_model_name_or_path", "target_modules", "gradient_as_bucket_view",
 }  # fmt: skip
-# What ds_sft itself puts into a model or a function.
-OWN = {"adapter_config", "by_flock", "fused", "routing", "row_attention", "supervised_loss"}
+# What ds_sft itself puts into a model, a function, or an object of its own where a model has a method of that name.
+OWN = {"adapter_config", "buffers", "by_flock", "fused", "routing", "row_attention", "supervised_loss"}
 # Whose presence tells more than a library's version does: of the system, of Python, of any module or configuration.
 ASKED = {"strerror", "response", "weight", "bias", "shape", "lm_head", "experts", "wait", "data", "posix_fadvise",
-         "router_logits", "tqdm", "mallinfo2", "malloc_trim", "mallopt", "co_names"}  # fmt: skip
+         "intermediate_size", "router_logits", "tqdm", "mallinfo2", "malloc_trim", "mallopt", "co_names"}  # fmt: skip
 CONFIGS = re.compile(r"config|^(text|original|found)\b")  # their attributes are the keys of config.json
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 

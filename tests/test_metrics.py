@@ -297,6 +297,27 @@ def test_waits_are_found_where_a_stage_has_them() -> None:
     assert fetch.startswith("parameter_offload.param_coordinator.")
 
 
+class Wrapped(torch.nn.Module):
+    """As DistributedDataParallel names what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_compiled_has_no_hooks_that_break_its_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo does not trace a clock: `torch_compile: yes` would warn, and leave the graph where the model begins."""
+    monkeypatch.setattr(metrics, "DistributedDataParallel", Wrapped)
+    model = Wrapped()
+    meter = make_meter("cpu", world_size=2)
+    meter.time_reduction(torch.compile(model) if compiled else model, SimpleNamespace(backward=torch.Tensor.backward))
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    assert hooks == ([0, 0] if compiled else [1, 1])
+    meter.stop()
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == [0, 0]
+
+
 def test_what_was_replaced_before_is_put_back() -> None:
     owner = SimpleNamespace(own=1)
     take_off = metrics.replace(owner, {"own": len, "other": len})

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ds_sft.data.layout import Layout
 from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
@@ -381,10 +382,11 @@ class Meter:
         of backward in the order in which it came: `begin` before DDP's own, which waits.
         """
         backward = accelerator.backward
-        waits = [model.register_forward_pre_hook(lambda *_: self.clock.begin("communication")),
-                 model.module.register_forward_pre_hook(self._end_of_wait, prepend=True)]  # fmt: skip
-        for hook in waits:
-            self.replaced.callback(hook.remove)
+        if isinstance(model, DistributedDataParallel):  # what torch_compile has compiled would break at a hook
+            waits = [model.register_forward_pre_hook(lambda *_: self.clock.begin("communication")),
+                     model.module.register_forward_pre_hook(self._end_of_wait, prepend=True)]  # fmt: skip
+            for hook in waits:
+                self.replaced.callback(hook.remove)
 
         def begin() -> None:
             self.clock.begin("communication")
