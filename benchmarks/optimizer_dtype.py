@@ -208,7 +208,9 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     args = parser.parse_args()
     if args.steps < MEASURED.stop + 2:
-        parser.error(f"--steps {args.steps}: seconds are those after {MEASURED.stop} steps: {MEASURED.stop + 2} at least")
+        parser.error(
+            f"--steps {args.steps}: seconds are those after {MEASURED.stop} steps: {MEASURED.stop + 2} at least"
+        )
     with TemporaryDirectory() as folder:
         model = args.model or small_model(args.demo, Path(folder))
         from transformers import AutoModelForCausalLM

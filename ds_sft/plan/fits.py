@@ -35,7 +35,7 @@ class Card:
     host_memory: float | None
 
     def room(self, run: Run) -> float:
-        """Bytes that are left of a GPU or, where that is less, of a node; below 0 it does not fit, or does not start."""
+        """Bytes that are left of a GPU or, where that is less, of a node; below 0: no such run fits, or starts."""
         if run.refused:
             return -math.inf
         over = self.gpu_memory - sum(states(run).values())
