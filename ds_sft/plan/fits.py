@@ -88,9 +88,9 @@ def _of_layout(
         ):
             number += 1
         fitting[way.word] = number
-        largest = [model for model in names[:number] if model not in undivided][-1:]
+        divided = [model for model in names[:number] if model not in undivided]
         longest = longest_row(replace(way.of(asked), narrow=narrow), card)
-        yield Reach(name, narrow, way, longest, *largest or [None])
+        yield Reach(name, narrow, way, longest, divided[-1] if divided else None)
 
 
 def _layouts_of(layouts: Callable[[Shape], Mapping[str, Run]], shape: Shape) -> Mapping[str, Run]:
