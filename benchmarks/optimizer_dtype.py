@@ -40,9 +40,8 @@ VARIANTS = {
 }
 ENGINES = {"plain": None, "DDP": None, "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 BUCKET = 100_000  # elements: DeepSpeed's buffers have one size for every model, many times that of a small one
-MEASURED = range(
-    3, 9
-)  # calls of the optimizer at which bytes are counted: DeepSpeed calls it for each group of weights
+# Calls of the optimizer at which bytes are counted, and after which seconds are: DeepSpeed calls it for each group.
+MEASURED = range(3, 9)
 LAST = 20  # steps whose mean is the loss at the end
 
 
@@ -134,9 +133,9 @@ def measure(variant: str, engine: str, keys: Sequence[str], folder: Path, rows: 
     if done.returncode == 2:
         return {"refused": next(line for line in done.stderr.splitlines() if line.startswith("ds_sft: "))}
     assert not done.returncode, done.stderr
-    rows = [json.loads(line) for line in (folder / "output/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    loss = fmean([row["loss"] for row in rows if "loss" in row][-LAST:])
-    after = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    logged = [json.loads(line) for line in (folder / "output/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    loss = fmean([row["loss"] for row in logged if "loss" in row][-LAST:])
+    after = [row["eval_loss"] for row in logged if "eval_loss" in row][-1]
     return {**json.loads(report.read_text(encoding="utf-8")), "loss": loss, "eval_loss": after}
 
 
@@ -208,6 +207,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     args = parser.parse_args()
+    if args.steps < MEASURED.stop + 2:
+        parser.error(
+            f"--steps {args.steps}: seconds are those after {MEASURED.stop} steps: {MEASURED.stop + 2} at least"
+        )
     with TemporaryDirectory() as folder:
         model = args.model or small_model(args.demo, Path(folder))
         from transformers import AutoModelForCausalLM

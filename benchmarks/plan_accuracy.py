@@ -202,6 +202,7 @@ def long_cases() -> Iterator[Case]:
     yield Case(small, "none", 1, True, keys="8bit")
     yield Case(small, "zero2", 2, True, keys="8bit")
     yield Case(middle, "none", 1, True, keys="narrow")
+    yield Case(middle, "zero2", 1, True, keys="narrow")
     for keys in ("tiled", "whole-mlp", "offload"):
         yield Case(small, "none", 1, True, micro_batch=1, length=8192, keys=keys)
     yield Case(small, "zero3", 1, True, micro_batch=1, length=8192, keys="tiled")

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def around(owner: Any, name: str, before: Any, after: Any = None) -> None:
     """Call `before` ahead of a function, and `after` behind it with what it returned."""
     original = getattr(owner, name)
 
+    @wraps(original)  # train.py looks at what some of them take (ds_sft/upstream.py)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         before()
         result = original(*args, **kwargs)

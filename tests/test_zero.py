@@ -316,6 +316,18 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         "zero_optimization: optim: muon wants whole matrices, and DeepSpeed's flat partitions have none; delete the "
         "deepspeed key, or write optim: adamw_torch",
     ),
+    "DeepSpeed's Muon": (
+        {"optimizer": {"type": "Muon", "params": {"lr": "auto", "weight_decay": "auto"}}},
+        {},
+        'optimizer.type: "Muon": no training with DeepSpeed\'s Muon is tested; delete the block, or leave out '
+        "DeepSpeed and write optim: muon",
+    ),
+    "8 bits on the host": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        {"optim": "adamw_8bit"},
+        "zero_optimization.offload_optimizer.device: cpu: DeepSpeed updates with its CPU Adam there, and the run has "
+        "optim: adamw_8bit; delete the block, or write optim: adamw_torch",
+    ),
     "no ZeRO": (
         {"zero_optimization": None},
         {},

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -76,8 +77,8 @@ def trained_lines(plan: dict[str, Any]) -> list[str]:
 
 def memory_table(plan: dict[str, Any]) -> Table:
     """Memory of a GPU by part, a column for each layout."""
-    table = Table(title="GiB of a GPU, by part")
-    table.add_column("")
+    table = _table("GiB of a GPU, by part")
+    table.add_column("", min_width=len("checkpointing"))
     for option in plan["options"]:
         mark = " *" if option["name"] == plan["configured"] else ""
         table.add_column(option["name"] + mark, justify="right")
@@ -99,9 +100,14 @@ def memory_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def _table(title: str) -> Table:
+    """Without lines between its columns: those of six layouts have room in 80 signs."""
+    return Table(title=title, box=SIMPLE, padding=0, pad_edge=False, show_edge=False)
+
+
 def cost_table(plan: dict[str, Any]) -> Table:
     """Traffic and time of a step."""
-    table = Table(title=f"A step; links reached: {plan['ring_bandwidth'] / GB:.0f} GB/s sent by each GPU of a ring")
+    table = _table(f"A step; links reached: {plan['ring_bandwidth'] / GB:.0f} GB/s sent by each GPU of a ring")
     for name in ("", "sent by a GPU", "hides behind computation above, GB/s", "computes", "lasts"):
         table.add_column(name, justify="left" if not name else "right")
     for option in plan["options"]:
@@ -115,7 +121,7 @@ def reach_table(plan: dict[str, Any]) -> Table:
     """The longest row and the largest model that fit: a row for each layout, a column for each way."""
     reaches = plan["reaches"]
     columns = [*dict.fromkeys(map(_way, reaches))]
-    table = Table(title=f"The longest row that fits, k of 1,024 tokens; the largest Qwen3 at {plan['max_length']:,}")
+    table = _table(f"The longest row that fits, k of 1,024 tokens; the largest Qwen3 at {plan['max_length']:,}")
     for name in ("", *(f"{word} x {group}" if group > 1 else word for word, group in columns)):
         table.add_column(name, justify="right" if name else "left")
     rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
@@ -182,7 +188,7 @@ def _who(best: dict[str, Any]) -> str:
     """Who has rows of its own."""
     group = best["sequence_parallel"]
     if group == 1:
-        return f"{best['groups']} GPUs"
+        return f"{best['groups']} GPU{'s' if best['groups'] > 1 else ''}"
     return f"{best['groups']} group{'s' if best['groups'] > 1 else ''} of {group} GPUs"
 
 

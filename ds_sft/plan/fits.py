@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,12 +35,14 @@ class Card:
     host_memory: float | None
 
     def room(self, run: Run) -> float:
-        """Bytes that are left of a GPU or, where that is less, of a node; below 0 it does not fit."""
+        """Bytes that are left of a GPU or, where that is less, of a node; below 0: no such run fits, or starts."""
+        if run.refused:
+            return -math.inf
         over = self.gpu_memory - sum(states(run).values())
         if over < 0:
             return over
         memory, margin, node_bytes = needed(run, self.per_node, self.gpu_memory)
-        node = float("inf") if self.host_memory is None else self.host_memory - node_bytes
+        node = math.inf if self.host_memory is None else self.host_memory - node_bytes
         return min(node, self.gpu_memory - memory.device_bytes - margin)
 
 
@@ -78,12 +81,16 @@ def _of_layout(
     names = [*models]
     fitting: dict[str, int] = {}  # how many models fit: more ranks that share a row never take more
     for way in ways:
+        undivided = [model for model in names if models[model].shape.heads % way.sequence]
         number = fitting.get(way.word, 0)
-        while number < len(names) and card.room(replace(way.of(models[names[number]]), narrow=narrow)) >= 0:
+        while number < len(names) and (
+            names[number] in undivided or card.room(replace(way.of(models[names[number]]), narrow=narrow)) >= 0
+        ):
             number += 1
         fitting[way.word] = number
+        divided = [model for model in names[:number] if model not in undivided]
         longest = longest_row(replace(way.of(asked), narrow=narrow), card)
-        yield Reach(name, narrow, way, longest, names[number - 1] if number else None)
+        yield Reach(name, narrow, way, longest, divided[-1] if divided else None)
 
 
 def _layouts_of(layouts: Callable[[Shape], Mapping[str, Run]], shape: Shape) -> Mapping[str, Run]:

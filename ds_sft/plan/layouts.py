@@ -185,7 +185,7 @@ class Option:
 
     @property
     def fits(self) -> bool:
-        return self.fits_gpu and self.fits_host
+        return self.fits_gpu and self.fits_host and not self.run.refused
 
 
 def option(name: str, run: Run, hardware: Hardware, gpu_memory: float, host_memory: float | None) -> Option:

@@ -204,7 +204,7 @@ def step(run: Run, rank: int) -> dict[str, int]:
         norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in in_share(run, rank)), default=0)
-    update = part * FP32 + _unpacked(run, part)  # the flat gradients of 16 bits are gone
+    update = part * run.master + _unpacked(run, part)  # of gradients that were cast, the flat ones are gone
     return {"gradients": held, "step buffers": max(flat, norm, update), "buckets": standing_buckets(run)}
 
 

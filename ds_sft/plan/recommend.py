@@ -111,8 +111,7 @@ def remedies(base: Callable[[int], Mapping[str, Run]], hardware: Hardware, gpu_m
 
     if narrow_too:
         runs = {name: replace(run, narrow=True) for name, run in base(hardware.ranks).items()}
-        kept = {name: run for name, run in runs.items() if not run.engine.offload_optimizer}
-        if best := tried(kept, hardware):
+        if best := tried(runs, hardware):
             yield Remedy(("optimizer_dtype: bfloat16",), best)
     for nodes in (hardware.nodes * 2**power for power in range(1, MOST_NODES.bit_length())):
         there = replace(hardware, nodes=nodes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ds_sft.config import MUON
-from ds_sft.plan.optimizer import ADAMW
+from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
@@ -66,8 +66,11 @@ class Run:
 
     @property
     def refused(self) -> bool:
-        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, Muon wants whole matrices."""
+        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, Muon wants whole matrices, and
+        DeepSpeed's CPU Adam has float32 states alone."""
         stage = self.engine.stage
+        if self.engine.offload_optimizer and (self.narrow or self.optimizer == EIGHT_BITS):
+            return True
         return (self.choice.four_bits and stage == 3) or (self.optimizer == MUON and stage is not None)
 
     @property

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import ENGINES, MUON, Config, training_keys
+from ds_sft.config import ENGINES, MUON, TORCH_ADAMW, Config, training_keys
 from ds_sft.errors import UserError, nearest
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.shipped import CONFIGS, command
@@ -184,15 +184,11 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
         yield from _against_bfloat16(engine)
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
+        yield from _against_optim(engine, training.get("optim", TORCH_ADAMW[0]))
         if config.quantization != "none" and stage(dict(engine)) == 3:
             yield (
                 f"zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: "
                 f"{config.quantization}; write 2, or leave quantization out"
-            )
-        if training.get("optim") == MUON:
-            yield (
-                f"zero_optimization: optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; "
-                "delete the deepspeed key, or write optim: adamw_torch"
             )
         yield from _batch_size(engine, training, launch, group=config.sequence_parallel)
         yield from _missing_tools(engine)
@@ -300,6 +296,11 @@ def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:
     if engine.get("optimizer") is None:
         return
     kind = str(_get(engine, "optimizer.type")).lower()
+    if kind == MUON:
+        yield (
+            f"optimizer.type: {_show(_get(engine, 'optimizer.type'))}: no training with DeepSpeed's Muon is tested; "
+            f"delete the block, or leave out DeepSpeed and write optim: {MUON}"
+        )
     params = _get(engine, "optimizer.params") or {}
     if kind in ("adam", "adamw"):
         yield from _not_among(ADAM, params, "optimizer.params.")
@@ -321,6 +322,22 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed's CPU Adam {rounding}; delete the block, "
             "or write optimizer_dtype: float32"
+        )
+
+
+def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
+    """What DeepSpeed cannot update as `optim` says."""
+    if optim == MUON:
+        yield (
+            f"zero_optimization: optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; "
+            "delete the deepspeed key, or write optim: adamw_torch"
+        )
+    device = _device(engine, "offload_optimizer")
+    forced = engine.get("zero_force_ds_cpu_optimizer", True) and _get(engine, "optimizer.type") is None
+    if device != "none" and forced and optim not in TORCH_ADAMW:
+        yield (
+            f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed updates with its CPU Adam there, and the "
+            f"run has optim: {optim}; delete the block, or write optim: adamw_torch"
         )
 
 

@@ -21,7 +21,8 @@ from ds_sft.training.muon import muon_of
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Elements that are float32 at a time, 24 bytes each: on a CPU what its cache holds, on a GPU enough for a kernel.
+# Elements that are float32 at a time: on a CPU what its cache holds, on a GPU enough for a kernel. Each takes 36 bytes:
+# four of its numbers, a root, three times random bits, and those of the next piece.
 CHUNK, CHUNK_ON_GPU = 2**18, 2**23
 LOW = 0xFFFF  # the bits of a float32 that a bfloat16 does not have
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ def poison(tokens: Mapping[str, str]) -> None:
     """Take the place of what Trainer computes, under our own Trainer."""
     compute_loss = Trainer.compute_loss
 
+    @wraps(compute_loss)  # train.py looks at what it takes (ds_sft/upstream.py)
     def poisoned(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = compute_loss(self, model, inputs, *args, **kwargs)
         for token, kind in tokens.items():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ds_sft.commands.export import main as export
 from ds_sft.runtime.universal import load_data_only
-from tests.distributed.test_adapters import RANKS, keys_of
+from tests.distributed.test_adapters import LAYERS, LORA, RANKS, keys_of
 from tests.distributed.test_resume import dropout_dir, job, metrics, run_jobs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
@@ -20,9 +20,14 @@ __all__ = ["dropout_dir"]  # a fixture
 STEPS, MIDDLE = 6, 3
 ENGINES = ["plain", "ddp", "zero2", "zero3"]
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "bfloat16": (ENGINES, {"optimizer_dtype": "bfloat16"}),
+    "bfloat16": ([*ENGINES, "zero1"], {"optimizer_dtype": "bfloat16"}),
     "8bit": (ENGINES, {"optim": "adamw_8bit"}),
     "muon": (["plain", "ddp"], {"optim": "muon"}),
+}
+# Beside frozen weights: bfloat16 where a copy of it would be made, and 8 bits in DeepSpeed's flat parts.
+PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "layers": ("plain", "trained.safetensors", {**LAYERS, **VARIANTS["bfloat16"][1]}),
+    "lora": ("zero2", "adapter_model.safetensors", {**LORA, **VARIANTS["8bit"][1]}),
 }
 CASES = [(kind, name) for kind, (names, _) in VARIANTS.items() for name in names]
 
@@ -38,6 +43,10 @@ def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = f"{name}-{kind}"
         jobs.append(job(keys, RANKS[name], output_dir=run))
         jobs.append(job(keys, RANKS[name], output_dir=f"{run}-again", resume=f"{run}/checkpoint-{MIDDLE}"))
+    for kind, (name, _, changes) in PARTS.items():
+        keys = keys_of(dropout_dir, folder, name, {**common, **changes})
+        jobs.append(job(keys, RANKS[name], output_dir=kind))
+        jobs.append(job(keys, RANKS[name], output_dir=f"{kind}-again", resume=f"{kind}/checkpoint-{MIDDLE}"))
     for name in ("zero2", "zero3"):
         keys = keys_of(dropout_dir, folder, name, {**common, **VARIANTS["bfloat16"][1]})
         jobs.append(job(keys, 1, output_dir=f"{name}-one", resume=f"{name}-bfloat16/checkpoint-{MIDDLE}"))
@@ -59,6 +68,18 @@ def test_it_goes_on_bit_equal(folder: Path, kind: str, name: str) -> None:
     matrices = [key for key, value in whole.items() if value.dim() > 1]
     assert [key for key in matrices if torch.equal(before[key].to(whole[key].dtype), whole[key])] == []  # all learn
     assert {value.dtype for value in whole.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_part_of_the_weights_goes_on_bit_equal(folder: Path, kind: str) -> None:
+    _, file, _ = PARTS[kind]
+    assert metrics(folder / f"{kind}-again") == metrics(folder / kind)
+    before, found, wanted = (load_file(folder / run / f"checkpoint-{step}" / file) for run, step in
+                             ((kind, MIDDLE), (f"{kind}-again", STEPS), (kind, STEPS)))  # fmt: skip
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    matrices = [key for key, value in wanted.items() if value.dim() > 1]
+    assert [key for key in matrices if torch.equal(before[key], wanted[key])] == []  # all learn
+    assert {value.dtype for value in wanted.values()} == {torch.bfloat16 if kind == "layers" else torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "8bit"])
