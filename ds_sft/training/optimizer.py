@@ -16,7 +16,7 @@ import torch
 
 from ds_sft.config import MUON, Config
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.muon import muon_of
+from ds_sft.training.muon import muon_of, partitioned_muon_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -36,7 +36,8 @@ def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tup
     }
     if config.training.get("optim") == MUON:
         launch.say("Optimizer: Muon for hidden matrices, AdamW for the others.")
-        return (lambda: muon_of), {**options, "weight_decay": args.weight_decay}
+        made = muon_of if args.deepspeed is None else partitioned_muon_of
+        return (lambda: made), {**options, "weight_decay": args.weight_decay}
     if config.optimizer_dtype == "float32":
         return None
     launch.say("Optimizer: AdamW in bfloat16, stochastic rounding: weights, gradients and two moments of 2 bytes each.")

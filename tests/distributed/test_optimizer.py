@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ds_sft.commands.export import main as export
 from ds_sft.runtime.universal import load_data_only
 from tests.distributed.test_adapters import LAYERS, LORA, RANKS, keys_of
-from tests.distributed.test_resume import dropout_dir, job, metrics, run_jobs
+from tests.distributed.test_resume import dropout_dir, job, metrics, run_job, run_jobs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
 __all__ = ["dropout_dir"]  # a fixture
@@ -22,7 +22,7 @@ ENGINES = ["plain", "ddp", "zero2", "zero3"]
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "bfloat16": ([*ENGINES, "zero1"], {"optimizer_dtype": "bfloat16"}),
     "8bit": (ENGINES, {"optim": "adamw_8bit"}),
-    "muon": (["plain", "ddp"], {"optim": "muon"}),
+    "muon": ([*ENGINES, "zero1"], {"optim": "muon", "max_grad_norm": 0}),
 }
 # Beside frozen weights: bfloat16 where a copy of it would be made, and 8 bits in DeepSpeed's flat parts.
 PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -89,6 +89,22 @@ def test_it_learns_what_float32_does(folder: Path, kind: str, name: str) -> None
     wanted = losses(folder / "float32")
     assert losses(folder / f"{name}-{kind}") == pytest.approx(wanted, rel=2e-2)
     assert wanted[-1] < 0.95 * wanted[0]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_muon_learns_the_same_under_zero(folder: Path, name: str) -> None:
+    """As two ranks without DeepSpeed, whose dropout is the same; gradients are rounded to bfloat16."""
+    assert losses(folder / f"{name}-muon") == pytest.approx(losses(folder / "ddp-muon"), rel=2e-3)
+
+
+def test_muon_goes_on_with_as_many_ranks_alone(folder: Path, dropout_dir: Path) -> None:
+    keys = keys_of(dropout_dir, folder, "zero2", {"max_steps": STEPS, "eval_strategy": "no", **VARIANTS["muon"][1]})
+    done = run_job(folder, job(keys, 1, output_dir="one", resume=f"zero2-muon/checkpoint-{MIDDLE}"))
+    assert done.codes == [2]
+    assert done.output.endswith(
+        f"ds_sft: zero2-muon/checkpoint-{MIDDLE}: 2 ranks saved it, and DeepSpeed converts no states of optim: muon to "
+        "1; start 2 ranks, or --resume never\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
