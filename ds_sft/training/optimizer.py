@@ -35,8 +35,10 @@ def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tup
         "eps": args.adam_epsilon,
     }
     if config.training.get("optim") == MUON:
-        launch.say("Optimizer: Muon for hidden matrices, AdamW for the others.")
-        made = muon_of if args.deepspeed is None else partitioned_muon_of
+        under_zero = args.deepspeed is not None
+        launch.say("Optimizer: Muon for hidden matrices, AdamW for the others."
+                   + " grad_norm is that of Muon's updates and the others' gradients." * under_zero)  # fmt: skip
+        made = partitioned_muon_of if under_zero else muon_of
         return (lambda: made), {**options, "weight_decay": args.weight_decay}
     if config.optimizer_dtype == "float32":
         return None
