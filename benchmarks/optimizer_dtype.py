@@ -36,7 +36,7 @@ VARIANTS = {
     "nearest": BFLOAT16,
     "compensated": BFLOAT16,
     "adamw_8bit": ["--optim", "adamw_8bit"],
-    "muon": ["--optim", "muon"],
+    "muon": ["--optim", "muon", "--max_grad_norm", "0"],  # under ZeRO the update would be clipped
 }
 ENGINES = {"plain": None, "DDP": None, "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 BUCKET = 100_000  # elements: DeepSpeed's buffers have one size for every model, many times that of a small one

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from ds_sft.errors import UserError
-from ds_sft.training.muon import hidden_matrices, muon_of
+from ds_sft.runtime.builds import import_muon
+from ds_sft.training.muon import hidden_matrices, muon_of, partitioned_muon_of
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 MATRICES = [
@@ -58,6 +59,27 @@ def test_it_is_torchs_two(model: Any) -> None:
     learn(model, [muon_of(model, **OPTIONS)], range(4))
     learn(other, two, range(4))
     assert all(torch.equal(found, named[name]) for name, found in model.named_parameters())
+
+
+def test_deepspeeds_is_the_same(model: Any) -> None:
+    """But for roundings of its Newton-Schulz iteration; with a decay that would be seen."""
+    import_muon({})
+    options = {**OPTIONS, "weight_decay": 20.0}
+    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    wanted, found = muon_of(model, **options), partitioned_muon_of(other, **options)
+    for optimizer, learner in ((wanted, model), (found, other)):
+        schedule = get_scheduler("linear", optimizer, 0, 8)
+        for step in range(4):
+            draw = torch.Generator().manual_seed(step)
+            for parameter in learner.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+            optimizer.step()
+            schedule.step()
+    inside = hidden_matrices(model)
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        off = torch.linalg.norm(two - one) / torch.linalg.norm(one - before[name])
+        assert off < (2e-2 if one in inside else 1e-6), name
+    assert found.param_groups[0]["lr"] == wanted.param_groups[-1]["lr"]  # what is logged
 
 
 def test_a_loaded_state_goes_on_bit_for_bit(model: Any) -> None:

@@ -104,7 +104,14 @@ def test_gradients_of_bfloat16_states_are_never_cast() -> None:
 def test_muon_has_one_state_of_a_matrix() -> None:
     alone = run(None, 1, optimizer="muon")
     assert moments(alone) == 4 * 2 * MATRICES + 8 * (PARAMETERS - 2 * MATRICES)
-    assert run(2, optimizer="muon").refused
+    others = PARAMETERS - 2 * MATRICES
+    assert moments(run(2, optimizer="muon")) == 2 * 2 * 2 * MATRICES // 4 + 8 * others // 4  # the step's beside it
+    assert moments(run(3, optimizer="muon")) == 2 * 2 * MATRICES // 4 + 8 * others // 4
+    assert moments(run(3, optimizer="muon", half=False)) == 4 * 2 * MATRICES // 4 + 8 * others // 4
+    refused = {name: run(None, optimizer="muon", engine=shipped_engine(name, SHAPE)).refused for name in LAYOUTS}
+    assert refused == {name: name.endswith("offload") for name in LAYOUTS}
+    assert run(2, optimizer="muon", clipped=True).refused
+    assert not run(None, 1, optimizer="muon", clipped=True).refused
     assert not alone.refused
 
 

@@ -52,6 +52,14 @@ def test_what_nobody_wrote_is_the_runs(given: dict[str, Any]) -> None:
     assert engine_config(config, LAUNCHED) == {"zero_optimization": {"stage": 0}, **SIZES}
 
 
+@pytest.mark.parametrize(("number", "added"), [(2, {}), (3, {"reduce_scatter": False})])
+def test_muon_has_whole_gradients(number: int, added: dict[str, Any]) -> None:
+    zero = {**STAGE3, "stage": number}
+    training = {**TRAINING_DEFAULTS, **MUON, "output_dir": "o", "deepspeed": {"zero_optimization": zero}}
+    config = Config(model_name_or_path="m", train_file="t", training=training)
+    assert engine_config(config, LAUNCHED) == {"zero_optimization": {**zero, **added}, **SIZES}
+
+
 def test_without_a_launcher_it_is_ignored_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert engine_config(make({"zero_optimization": {"stage": 2}}), ALONE) is None
     assert capsys.readouterr().out.startswith("No launcher: plain Trainer in one process, the deepspeed key is ignored")
@@ -263,6 +271,7 @@ def test_no_legitimate_option_is_refused() -> None:
 DEFAULT = "not given: DeepSpeed's own default would hold instead of the run's; write \"auto\""
 AUTO = 'write "auto", or change one of the two'
 STAGE3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+MUON = {"optim": "muon", "max_grad_norm": 0}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, keys of the run, what is said
     "misspelt": ({"zero_optimisation": {}}, {}, "zero_optimisation: {}: unknown key: did you mean zero_optimization?"),
     "a tracker of DeepSpeed's": (
@@ -310,23 +319,38 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         "bf16.bf16_master_weights_and_grads: true: DeepSpeed rounds to nearest, and loses small updates; delete it, "
         "and give the run optimizer_dtype: bfloat16",
     ),
-    "Muon": (
+    "Muon of DeepSpeed's own": (
+        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Muon", "params": {"lr": "auto"}}},
+        MUON,
+        'optimizer.type: "Muon": its rates are not those of a run without DeepSpeed; delete the block, and give the '
+        "run optim: muon",
+    ),
+    "Muon clipped": (
         {"zero_optimization": {"stage": 2}},
         {"optim": "muon"},
-        "zero_optimization: optim: muon wants whole matrices, and DeepSpeed's flat partitions have none; delete the "
-        "deepspeed key, or write optim: adamw_torch",
+        "max_grad_norm: 1.0: DeepSpeed clips what optim: muon has made of the gradients, which makes every step "
+        "shorter; write 0, or delete the deepspeed key",
     ),
-    "DeepSpeed's Muon": (
-        {"optimizer": {"type": "Muon", "params": {"lr": "auto", "weight_decay": "auto"}}},
-        {},
-        'optimizer.type: "Muon": no training with DeepSpeed\'s Muon is tested; delete the block, or leave out '
-        "DeepSpeed and write optim: muon",
+    "Muon in fp16": (
+        {"zero_optimization": {"stage": 2}},
+        {**MUON, "bf16": False, "fp16": True},
+        "fp16: true: DeepSpeed adds scaled gradients to the momentum of optim: muon, and the scale changes; write "
+        "bf16: yes",
     ),
-    "8 bits on the host": (
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-        {"optim": "adamw_8bit"},
-        "zero_optimization.offload_optimizer.device: cpu: DeepSpeed updates with its CPU Adam there, and the run has "
-        "optim: adamw_8bit; delete the block, or write optim: adamw_torch",
+    "Muon without ZeRO": (
+        {"zero_optimization": {"stage": 0}},
+        {**MUON, "bf16": False},
+        "zero_optimization.stage: 0: no training with optim: muon is tested; write 1, 2 or 3",
+    ),
+    "Muon of scattered gradients": (
+        {"zero_optimization": {**STAGE3, "reduce_scatter": True}},
+        MUON,
+        "zero_optimization.reduce_scatter: true: optim: muon wants whole gradients in stage 3; delete it",
+    ),
+    "Muon beside weights on the host": (
+        {"zero_optimization": {**STAGE3, "offload_param": {"device": "cpu"}}},
+        MUON,
+        'zero_optimization.offload_param.device: "cpu": no training with it and optim: muon is tested; delete it',
     ),
     "no ZeRO": (
         {"zero_optimization": None},

@@ -136,6 +136,7 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         inputs_on_host=config.offloads and not lazy,
         tiling="no" if compiled or kernels == "compile" else config.tiled_mlp,
         optimizer=optimizer_of(config),
+        clipped=training.get("max_grad_norm", 1.0) > 0,
         narrow=config.optimizer_dtype == "bfloat16",
     )
 

@@ -51,15 +51,19 @@ def eight_bits(elements: int) -> int:
 def whole_moments(optimizer: str, weights: Iterable[Weight]) -> int:
     """States of trained parameters that an optimizer has one by one, as it has without DeepSpeed.
 
-    Trainer keeps an embedding's in float32 (`create_optimizer`); Muon is for matrices between embedding and head.
+    Trainer keeps an embedding's in float32 (`create_optimizer`).
     """
     total = 0
     for weight in weights:
-        hidden = weight.layer is not None and len(weight.shape) == 2
-        if optimizer == MUON and hidden:
+        if optimizer == MUON and is_hidden(weight):
             total += MOMENTUM * weight.size
         elif optimizer == EIGHT_BITS and weight.size >= SMALL and EMBEDDING not in weight.name.split("."):
             total += eight_bits(weight.size)
         else:
             total += MOMENTS * weight.size
     return total
+
+
+def is_hidden(weight: Weight) -> bool:
+    """Whether Muon updates it: a matrix between embedding and head."""
+    return weight.layer is not None and len(weight.shape) == 2

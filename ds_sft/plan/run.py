@@ -58,6 +58,7 @@ class Run:
     inputs_on_host: bool = False  # what checkpointing keeps of layers (`activation_checkpointing: offload`)
     tiling: str = "auto"  # `tiled_mlp`
     optimizer: str = ADAMW  # or another of `plan/optimizer.py`
+    clipped: bool = False  # gradients (`max_grad_norm`)
     narrow: bool = False  # weights, gradients and states are bfloat16 (`optimizer_dtype`)
 
     @property
@@ -66,12 +67,14 @@ class Run:
 
     @property
     def refused(self) -> bool:
-        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, Muon wants whole matrices, and
-        DeepSpeed's CPU Adam has float32 states alone."""
-        stage = self.engine.stage
-        if self.engine.offload_optimizer and (self.narrow or self.optimizer == EIGHT_BITS):
+        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, DeepSpeed's CPU Adam has
+        float32 states alone, and its Muon clips no gradients and has weights on the device."""
+        engine = self.engine
+        if engine.offload_optimizer and (self.narrow or self.optimizer in (EIGHT_BITS, MUON)):
             return True
-        return (self.choice.four_bits and stage == 3) or (self.optimizer == MUON and stage is not None)
+        if self.optimizer == MUON and engine.stage is not None and (self.clipped or engine.offload_param):
+            return True
+        return self.choice.four_bits and engine.stage == 3
 
     @property
     def weight(self) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS, MOMENTS, eight_bits, whole_moments
+from ds_sft.config import MUON
+from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS, MOMENTS, eight_bits, is_hidden, whole_moments
 from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.weights import FP32
 
@@ -37,7 +38,17 @@ def moments(run: Run) -> int:
         return whole_moments(run.optimizer, (w for w in run.weights.every if w.trained))
     if run.optimizer == EIGHT_BITS:
         return eight_bits(owned(run))
+    if run.optimizer == MUON:
+        return _muon_parts(run)
     return owned(run) * MOMENTS * run.master // FP32
+
+
+def _muon_parts(run: Run) -> int:
+    """DeepSpeed's momentum has the dtype of gradients; stages 1 and 2 keep that of the step under way beside it."""
+    hidden, others = ([w.size for w in run.weights.every if w.trained and is_hidden(w) is inside]
+                      for inside in (True, False))  # fmt: skip
+    momentum = run.weight if run.engine.stage == 3 else 2 * run.weight
+    return _divided(run, hidden) * momentum + _divided(run, others) * MOMENTS
 
 
 def frozen_bytes(run: Run) -> int:
@@ -92,9 +103,12 @@ def owned(run: Run) -> int:
     """Elements of the states that a rank keeps."""
     if run.engine.stage is None:
         return run.weights.number_trained
-    if run.engine.stage == 3:
-        return _shares(run, run.weights.trained)
-    return share_of(run)
+    return _divided(run, run.weights.trained)
+
+
+def _divided(run: Run, sizes: Sequence[int]) -> int:
+    """Elements of parameters that a rank of a ZeRO stage has."""
+    return _shares(run, sizes) if run.engine.stage == 3 else -(-sum(sizes) // run.ranks)
 
 
 def share_of(run: Run) -> int:

@@ -106,7 +106,7 @@ def engine_config(config: Config, launch: Launch) -> dict[str, Any] | None:
             f"(`{command('deepspeed')} ...` uses it, and all GPUs)."
         )
         return None
-    return _complete(found, config.optimizer_dtype)
+    return _complete(found, config)
 
 
 def configured_engine(config: Config) -> dict[str, Any] | None:
@@ -119,12 +119,15 @@ def configured_engine(config: Config) -> dict[str, Any] | None:
     return value if value is None or isinstance(value, dict) else read_engine(value)
 
 
-def _complete(engine: Mapping[str, Any], optimizer_dtype: str) -> dict[str, Any]:
+def _complete(engine: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """With what nobody wrote: DeepSpeed would not clip, accelerate would accumulate over 1 and know no stage."""
     absent: dict[str, Any] = {name: "auto" for name in OURS if engine.get(name) is None}
-    if optimizer_dtype == "bfloat16":
+    if config.optimizer_dtype == "bfloat16":
         absent["bf16"] = {"enabled": "auto", **engine.get("bf16", {}), **IN_BFLOAT16}
-    return {**engine, **absent, "zero_optimization": {"stage": 0, **engine.get("zero_optimization", {})}}
+    zero = {"stage": 0, **engine.get("zero_optimization", {})}
+    if config.training.get("optim") == MUON and zero["stage"] == 3:
+        zero["reduce_scatter"] = False  # its Muon wants whole gradients, and dies without
+    return {**engine, **absent, "zero_optimization": zero}
 
 
 def read_engine(value: str) -> dict[str, Any]:
@@ -185,6 +188,8 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
         yield from _against_optim(engine, training.get("optim", TORCH_ADAMW[0]))
+        if training.get("optim") == MUON:
+            yield from _against_muon(engine, training)
         if config.quantization != "none" and stage(dict(engine)) == 3:
             yield (
                 f"zero_optimization.stage: 3: it cannot partition the 4-bit weights of quantization: "
@@ -298,8 +303,8 @@ def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:
     kind = str(_get(engine, "optimizer.type")).lower()
     if kind == MUON:
         yield (
-            f"optimizer.type: {_show(_get(engine, 'optimizer.type'))}: no training with DeepSpeed's Muon is tested; "
-            f"delete the block, or leave out DeepSpeed and write optim: {MUON}"
+            f"optimizer.type: {_show(_get(engine, 'optimizer.type'))}: its rates are not those of a run without "
+            f"DeepSpeed; delete the block, and give the run optim: {MUON}"
         )
     params = _get(engine, "optimizer.params") or {}
     if kind in ("adam", "adamw"):
@@ -327,11 +332,6 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
 
 def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
     """What DeepSpeed cannot update as `optim` says."""
-    if optim == MUON:
-        yield (
-            f"zero_optimization: optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; "
-            "delete the deepspeed key, or write optim: adamw_torch"
-        )
     device = _device(engine, "offload_optimizer")
     forced = engine.get("zero_force_ds_cpu_optimizer", True) and _get(engine, "optimizer.type") is None
     if device != "none" and forced and optim not in TORCH_ADAMW:
@@ -339,6 +339,30 @@ def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
             f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed updates with its CPU Adam there, and the "
             f"run has optim: {optim}; delete the block, or write optim: adamw_torch"
         )
+
+
+def _against_muon(engine: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed's Muon does in another way than torch's, or not at all."""
+    number = stage(dict(engine))
+    if number == 0:
+        yield f"zero_optimization.stage: 0: no training with optim: {MUON} is tested; write 1, 2 or 3"
+    if norm := _value(training, "max_grad_norm"):
+        yield (
+            f"max_grad_norm: {_show(norm)}: DeepSpeed clips what optim: {MUON} has made of the gradients, which makes "
+            "every step shorter; write 0, or delete the deepspeed key"
+        )
+    if training.get("fp16"):
+        yield (
+            f"fp16: true: DeepSpeed adds scaled gradients to the momentum of optim: {MUON}, and the scale changes; "
+            "write bf16: yes"
+        )
+    if number == 3 and _get(engine, "zero_optimization.reduce_scatter"):
+        yield f"zero_optimization.reduce_scatter: true: optim: {MUON} wants whole gradients in stage 3; delete it"
+    for name in ("offload_optimizer.device", "offload_param.device", "zero_quantized_gradients"):
+        if (found := _get(engine, f"zero_optimization.{name}")) not in (None, False, "none"):
+            yield (
+                f"zero_optimization.{name}: {_show(found)}: no training with it and optim: {MUON} is tested; delete it"
+            )
 
 
 def _scheduler_block(engine: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 
 from ds_sft.config import MUON, Config
 from ds_sft.runtime.distributed import Launch
-from ds_sft.training.muon import muon_of
+from ds_sft.training.muon import muon_of, partitioned_muon_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,8 +35,11 @@ def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tup
         "eps": args.adam_epsilon,
     }
     if config.training.get("optim") == MUON:
-        launch.say("Optimizer: Muon for hidden matrices, AdamW for the others.")
-        return (lambda: muon_of), {**options, "weight_decay": args.weight_decay}
+        under_zero = args.deepspeed is not None
+        launch.say("Optimizer: Muon for hidden matrices, AdamW for the others."
+                   + " grad_norm is that of Muon's updates and the others' gradients." * under_zero)  # fmt: skip
+        made = partitioned_muon_of if under_zero else muon_of
+        return (lambda: made), {**options, "weight_decay": args.weight_decay}
     if config.optimizer_dtype == "float32":
         return None
     launch.say("Optimizer: AdamW in bfloat16, stochastic rounding: weights, gradients and two moments of 2 bytes each.")

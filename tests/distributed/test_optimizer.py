@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from ds_sft.commands.export import main as export
 from ds_sft.runtime.universal import load_data_only
-from tests.distributed.test_adapters import LAYERS, LORA, RANKS, keys_of
-from tests.distributed.test_resume import dropout_dir, job, metrics, run_jobs
+from tests.conftest import questions_and_answers, write_rows
+from tests.distributed.test_adapters import LAYERS, LORA, MARK, MARKED, RANKS, keys_of
+from tests.distributed.test_resume import NUM_ROWS, dropout_dir, job, metrics, run_job, run_jobs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2500)]  # many short runs
 __all__ = ["dropout_dir"]  # a fixture
@@ -22,13 +24,14 @@ ENGINES = ["plain", "ddp", "zero2", "zero3"]
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "bfloat16": ([*ENGINES, "zero1"], {"optimizer_dtype": "bfloat16"}),
     "8bit": (ENGINES, {"optim": "adamw_8bit"}),
-    "muon": (["plain", "ddp"], {"optim": "muon"}),
+    "muon": ([*ENGINES, "zero1"], {"optim": "muon", "max_grad_norm": 0}),
 }
 # Beside frozen weights: bfloat16 where a copy of it would be made, and 8 bits in DeepSpeed's flat parts.
 PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "layers": ("plain", "trained.safetensors", {**LAYERS, **VARIANTS["bfloat16"][1]}),
     "lora": ("zero2", "adapter_model.safetensors", {**LORA, **VARIANTS["8bit"][1]}),
 }
+SPOILT = ["ddp", "zero2", "zero3"]  # by a loss that is no number, under Muon
 CASES = [(kind, name) for kind, (names, _) in VARIANTS.items() for name in names]
 
 
@@ -50,8 +53,19 @@ def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("zero2", "zero3"):
         keys = keys_of(dropout_dir, folder, name, {**common, **VARIANTS["bfloat16"][1]})
         jobs.append(job(keys, 1, output_dir=f"{name}-one", resume=f"{name}-bfloat16/checkpoint-{MIDDLE}"))
+    (token,) = AutoTokenizer.from_pretrained(dropout_dir).encode(MARK, add_special_tokens=False)
+    for name in SPOILT:
+        keys = keys_of(dropout_dir, folder, name, {**common, **VARIANTS["muon"][1], "on_nonfinite": "skip"})
+        jobs.append(job(keys, RANKS[name], output_dir=f"{name}-spoilt") | {"poison": {token: "nan"}})
+    mark_a_row(folder)
     run_jobs(folder, jobs)
     return folder
+
+
+def mark_a_row(folder: Path) -> None:
+    rows = questions_and_answers(NUM_ROWS)
+    rows[MARKED]["answer"] += MARK
+    write_rows(folder / "train.jsonl", rows)
 
 
 def losses(run: Path) -> list[float]:
@@ -89,6 +103,28 @@ def test_it_learns_what_float32_does(folder: Path, kind: str, name: str) -> None
     wanted = losses(folder / "float32")
     assert losses(folder / f"{name}-{kind}") == pytest.approx(wanted, rel=2e-2)
     assert wanted[-1] < 0.95 * wanted[0]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_muon_learns_the_same_under_zero(folder: Path, name: str) -> None:
+    """As two ranks without DeepSpeed, whose dropout is the same; gradients are rounded to bfloat16."""
+    assert losses(folder / f"{name}-muon") == pytest.approx(losses(folder / "ddp-muon"), rel=2e-4)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_step_that_is_left_out_leaves_no_trace_in_muons_momentum(folder: Path, name: str) -> None:
+    found, wanted = losses(folder / f"{name}-spoilt"), losses(folder / "ddp-spoilt")
+    assert [step for step, loss in enumerate(wanted, 1) if loss is None] == [3, 6]
+    assert [loss or 0 for loss in found] == pytest.approx([loss or 0 for loss in wanted], rel=2e-4)
+
+
+def test_muon_goes_on_with_as_many_ranks_alone(folder: Path, dropout_dir: Path) -> None:
+    keys = keys_of(dropout_dir, folder, "zero2", {"max_steps": STEPS, "eval_strategy": "no", **VARIANTS["muon"][1]})
+    mark_a_row(folder)
+    done = run_job(folder, job(keys, 1, output_dir="one", resume=f"zero2-muon/checkpoint-{MIDDLE}"))
+    assert done.codes == (2,)
+    error = f"zero2-muon/checkpoint-{MIDDLE}: 2 ranks saved it, and DeepSpeed converts no states of optim: muon to 1; "
+    assert f"{error}start 2 ranks, or --resume never\n" in done.output
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
