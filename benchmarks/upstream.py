@@ -59,6 +59,7 @@ SETTABLE = {
     "should_evaluate",
     # peft's `LoraConfig`, accelerate's `DistributedDataParallelKwargs`
     "inference_mode", "base_model_name_or_path", "target_modules", "gradient_as_bucket_view",
+    "use_muon",  # by which DeepSpeed's Muon knows its matrices
 }  # fmt: skip
 # What ds_sft itself puts into a model, a function, or an object of its own where a model has a method of that name.
 OWN = {"adapter_config", "buffers", "by_flock", "fused", "routing", "row_attention", "supervised_loss"}

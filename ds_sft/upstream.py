@@ -392,7 +392,7 @@ NAMES = (
     Name("deepspeed.runtime.zero.partition_parameters:Parameter().ds_numel", USED, "runtime/quantized.py",
          "parameters of ZeRO-3 are counted as none", seen_in="Init._convert_to_deepspeed_param"),
     Name("deepspeed.runtime.zero.partition_parameters:Parameter().ds_shape", USED,
-         "runtime/adapter.py training/targets.py", "adapters of ZeRO-3 have the wrong sizes",
+         "runtime/adapter.py training/muon.py training/targets.py", "adapters of ZeRO-3 have the wrong sizes",
          seen_in="Init._convert_to_deepspeed_param"),
     Name("deepspeed.runtime.lr_schedules:WarmupLR().last_batch_iteration", USED, "training/hyperparameters.py",
          "the first rate of a resumed run is the checkpoint's", seen_in="WarmupLR.__init__"),
