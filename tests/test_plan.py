@@ -591,6 +591,20 @@ def test_the_users_file_stays_but_for_what_is_recommended(
 
 
 @pytest.mark.usefixtures("config_file")
+def test_keys_need_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--model_name_or_path", "model", "--train_file", "rows.jsonl", "--output_dir", "out", "--max_length", "128"]
+    assert main(["plan", *keys, "--gpus-per-node", "4", "--json", "--write", "planned.yaml"]) == 0
+    found = json.loads(capsys.readouterr().out)["options"]
+    assert found == plan(capsys, "--gpus-per-node", "4")["options"]
+    assert load_config(["planned.yaml"]).max_length == 128
+    assert main(["plan", "--gpus-per-node", "4", "--json", "--config", "run.yaml"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"] == found
+    assert main(["plan", "--gpus-per-node", "4", "--json", "run.yaml", "--seed", "3"]) == 0
+    assert main(["plan", "--nodes", "2"]) == 2
+    assert "missing: model_name_or_path" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("config_file")
 def test_a_limit_of_tokens_holds_for_the_rows_it_was_given_for(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--max_tokens_per_batch", "150", "--per_device_train_batch_size", "2")
     found = plan(capsys, *words, "--write", "planned.yaml")
@@ -684,7 +698,7 @@ def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("text", ["400T", "400TFLOP/s", "400 TFLOPS", "400tflops", "4e14", "0.4P", "400000000000000"])
 def test_one_rate_of_a_gpu(text: str) -> None:
-    assert parser().parse_args(["run.yaml", "--flops", text]).flops == pytest.approx(4e14)
+    assert parser().parse_args(["--flops", text]).flops == pytest.approx(4e14)
 
 
 @pytest.mark.usefixtures("config_file")

@@ -1,4 +1,4 @@
-"""`ds-sft plan CONFIG`: what a run will need, before it is queued.
+"""`ds-sft plan [CONFIG]`: what a run will need, before it is queued.
 
 ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80GB
 ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     if not given.gpus_per_node and (given.sweep or given.nodes > 1):
         flag = "--sweep" if given.sweep else "--nodes"
         raise UserError(f"--gpus-per-node 0: a plan for a CPU is of one process: leave out {flag}")
-    config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG", flags=flags.flags)
+    config = load_config(rest, prog="ds-sft plan CONFIG", flags=flags.flags)
     plan = Plan(config, given)
     if given.sweep:
         from ds_sft.commands.sweep import show_sweep
@@ -105,8 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parser() -> FlagParser:
-    made = FlagParser("plan", __doc__)
-    made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
+    made = FlagParser("plan", __doc__)  # CONFIG is `load_config`'s: argparse would take the value of a key for it
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
     made.add_argument("--gpus-per-node", type=count_or_none, default=8, help="0: one process on a CPU [%(default)s]")
     made.add_argument("--gpu-memory", type=with_unit, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
@@ -404,12 +403,21 @@ def write(plan: Plan, words: Sequence[str], path: Path) -> None:
     then, now = plan.config.to_dict(), wanted.to_dict()
     flags = {ALIASES.get(name, name) for name in (word[2:].partition("=")[0] for word in words if word[:2] == "--")}
     changes = {name: now.get(name) for name in then | now if name in flags or then.get(name) != now.get(name)}
-    text = config_file(plan.given.config).read_text(encoding="utf-8")
+    file = file_among(words)
+    text = "{}" if file is None else file.read_text(encoding="utf-8")
     try:
         path.write_text(with_changes(text, changes), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
     print(f"Saved the recommended configuration: {path}", file=sys.stderr)
+
+
+def file_among(words: Sequence[str]) -> Path | None:
+    """The run's YAML in a command line that was read before; None where all keys are flags."""
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word.partition("=")[0] == "--config":
+            return config_file(word.partition("=")[2] or after)
+    return config_file(words[0]) if words and not words[0].startswith("--") else None
 
 
 def recommended(plan: Plan) -> Config:
