@@ -341,8 +341,9 @@ def test_rows_are_shared_where_a_run_may_share_them(planned: Planned, keys: dict
 
 @pytest.mark.parametrize(
     ("ranks", "said"),
-    [("3", "2: does not divide 3 ranks: write 1"), ("2", "8: does not divide 2 ranks: write 1")],
-)
+    [("3", "2: does not divide 3 ranks: write 1"), ("2", "8: does not divide 2 ranks: write 1 or 2"),
+     ("8", "3: does not divide 8 ranks: write 1, 2 or 4"), ("12", "5: does not divide 12 ranks: write 1, 2 or 4")],
+)  # fmt: skip
 def test_groups_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: str, said: str
 ) -> None:
