@@ -184,7 +184,7 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gradient_accumulation_steps: 4 -> 8"):
         where_to_start(config(tmp_path, training={"gradient_accumulation_steps": 8}), RUN, ALONE)
     with pytest.raises(
-        UserError, match="was saved without DeepSpeed, and this start is under ZeRO-2: .* Leave out deepspeed, or"
+        UserError, match=r"was saved without DeepSpeed, and this start is under ZeRO-2: .* Leave out deepspeed, or"
     ):
         where_to_start(config(tmp_path, resume_anyway=True), {**RUN, "zero_stage": 2}, ALONE)
     assert where_to_start(config(tmp_path, resume="never"), other, ALONE).checkpoint is None

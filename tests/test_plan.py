@@ -373,7 +373,8 @@ def test_a_length_beyond_the_positions_of_the_model_is_noted(
     main(["plan", "run.yaml", "--max_length", "129"])
     assert (
         "max_length: 129 is above the 128 positions that the model was made for (max_position_embeddings): a run "
-        "warns if a row is.\n"
+        "warns if a row is; for such rows write rope_scaling: {rope_type: yarn, factor: 2.0, "
+        "original_max_position_embeddings: 128} (--write does not: it changes the model).\n"
     ) in capsys.readouterr().out
     assert plan(capsys)["model"]["positions"] == 128
     longer = ("--max_length", "512", "--rope_scaling", "{rope_type: yarn, factor: 4}")

@@ -42,7 +42,7 @@ from ds_sft.plan.layouts import (
 )
 from ds_sft.plan.optimizer import state_bytes
 from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies, way_of, ways
-from ds_sft.plan.rope import scaled
+from ds_sft.plan.rope import how_to_scale, scaled
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, positions_of, read_config, shape_of_run
@@ -259,7 +259,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""
-        times, disk = self.schedule(), self.disk()
+        times, disk, positions = self.schedule(), self.disk(), positions_of_run(self.config, self.shape)
         return {
             "model": {
                 "parameters": self.shape.parameters,
@@ -268,8 +268,9 @@ class Plan:
                 "trained": self.chosen.run.weights.number_trained,
                 "tied": self.shape.tied,
                 "family": self.shape.family,
-                "positions": positions_of_run(self.config, self.shape),
+                "positions": positions,
             },
+            "longer_rows": scaling_of_run(self.config, positions),
             "adapter": self.config.adapter,
             "quantization": self.config.quantization,
             "optim": self.config.training.get("optim", TORCH_ADAMW[0]),
@@ -344,11 +345,22 @@ def positions_of_run(config: Config, shape: Shape) -> int | None:
     Raises:
         UserError: that key is not for this model.
     """
-    if config.rope_scaling is None:
-        return shape.positions
+    return shape.positions if config.rope_scaling is None else positions_of(config_in_run(config))
+
+
+def config_in_run(config: Config) -> dict[str, Any]:
+    """The model's `config.json`, with `rope_scaling` in it."""
     found, _ = read_config(config.model_name_or_path)
+    if config.rope_scaling is None:
+        return found
     own = {name: value for name, value in found.items() if name != "rope_scaling"}  # else it replaces the new one
-    return positions_of(own | scaled(found, config.rope_scaling))
+    return own | scaled(found, config.rope_scaling)
+
+
+def scaling_of_run(config: Config, positions: int | None) -> str | None:
+    """What to write for rows of `max_length`; None where they are within the positions, or nothing reaches them."""
+    beyond = positions is not None and config.max_length > positions
+    return how_to_scale(config_in_run(config), config.max_length) if beyond else None
 
 
 def keys_of(best: Option) -> str:

@@ -224,8 +224,10 @@ def position_lines(plan: dict[str, Any]) -> list[str]:
     positions, longest = plan["model"]["positions"], plan["max_length"]
     if positions is None or longest <= positions:
         return []
+    scaling = plan["longer_rows"]
+    remedy = f"; for such rows write {scaling} (--write does not: it changes the model)" if scaling else ""
     return [f"max_length: {longest:,} is above the {positions:,} positions that the model was made for "
-            "(max_position_embeddings): a run warns if a row is."]  # fmt: skip
+            f"(max_position_embeddings): a run warns if a row is{remedy}."]  # fmt: skip
 
 
 def autocast_lines(plan: dict[str, Any]) -> list[str]:

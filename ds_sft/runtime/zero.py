@@ -165,9 +165,10 @@ def stage(engine: dict[str, Any] | None) -> int | None:
     """The ZeRO stage; None without DeepSpeed."""
     return None if engine is None else int(engine.get("zero_optimization", {}).get("stage", 0))
 
+
 NO_MUON = (
-    f"optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; delete the deepspeed key, or write "
-    "optim: adamw_torch"
+    f"optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; delete the deepspeed key, or "
+    "write optim: adamw_torch"
 )
 
 
