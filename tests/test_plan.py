@@ -679,12 +679,16 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     assert main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", "1"]) == 1
     said = capsys.readouterr()
-    assert "The disk is too small: set save_total_limit" in said.out
+    assert "The disk is too small: choose another output_dir.\n" in said.out  # one checkpoint cannot be fewer
     assert "Disk (recommended, ZeRO-2): " in said.out
     assert "Time (recommended, ZeRO-2): " in said.out
     assert said.err == "ds-sft plan: too little disk and time for this run\n"
     assert main(["plan", "run.yaml", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["short"] == ["disk"]
+    assert main(["plan", "run.yaml", "--gpus-per-node", "4"]) == 0
+    assert "This machine's disk is too small for it: see that the one of the GPUs is not.\n" in capsys.readouterr().out
+    assert main(["plan", "run.yaml", "--gpus-per-node", "0", "--num_train_epochs", "99", "--save_steps", "4"]) == 1
+    assert "The disk is too small: set save_total_limit, save less often, or" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("config_file")

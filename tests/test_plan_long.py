@@ -368,12 +368,32 @@ def test_what_would_fit_is_said(planned: Planned, capsys: pytest.CaptureFixture[
     assert [remedy["write"] for remedy in found["remedies"]] == [
         ["optimizer_dtype: bfloat16", "activation_checkpointing: yes"],
         ["--nodes 2", "deepspeed: zero3, activation_checkpointing: yes"],
+        ["adapter: lora", "activation_checkpointing: yes"],
     ]
     assert main(["plan", "run.yaml", *words, "--host-memory", "32GB"]) == 1
     said = capsys.readouterr().out
     assert (
         "of a node. This would: optimizer_dtype: bfloat16 with activation_checkpointing: yes; or --nodes 2 with" in said
     )
+
+
+def test_an_adapter_may_fit_where_no_length_does(planned: Planned, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpus-per-node", "1", "--gpu-memory", "48GB", "--host-memory", "64GB")
+    for keys in ({}, {"train_only": ["*"]}):
+        found = planned(qwen3("32B"), *words, max_length=2048, **keys)
+        assert max(reach["longest_row"] for reach in found["reaches"]) == 0
+        last = found["remedies"][-1]["write"]
+        assert (last == ["adapter: lora, quantization: nf4", "activation_checkpointing: yes"]) == (not keys)
+
+
+def test_what_is_default_is_not_spelled_out(planned: Planned, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpus-per-node", "1", "--gpu-memory", "80GB", "--host-memory", "512GB")
+    planned(qwen3("8B"), *words, max_length=1_048_576)
+    capsys.readouterr()
+    assert main(["plan", "run.yaml", *words]) == 1
+    assert " with ZeRO-3 offload, activation_checkpointing: offload" in (said := capsys.readouterr().out)
+    assert "sequence_parallel: 1" not in said
+    assert "float32" not in said
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,16 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, TORCH_ADAMW, Config, config_file, load_config, with_changes
+from ds_sft.config import AGAINST_ADAPTERS, ALIASES, MUON, TORCH_ADAMW, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
@@ -63,6 +64,7 @@ UNITS = {
     "TI": 2**40,
 }
 TOO_LITTLE = 1  # exit code
+ANOTHER_MACHINE = {"--nodes", "--gpus-per-node", "--gpu-memory"}  # flags that describe one; its disk is not here
 RATE = 150e12  # floating-point operations a second that a GPU reaches, where nobody says it
 
 
@@ -82,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         flag = "--sweep" if given.sweep else "--nodes"
         raise UserError(f"--gpus-per-node 0: a plan for a CPU is of one process: leave out {flag}")
     config = load_config(rest, prog="ds-sft plan CONFIG", flags=flags.flags)
+    given.elsewhere = given.gpus_per_node > 0 and bool(ANOTHER_MACHINE & {word.partition("=")[0] for word in argv})
     plan = Plan(config, given)
     if given.sweep:
         from ds_sft.commands.sweep import show_sweep
@@ -221,9 +224,25 @@ class Plan:
         """What would fit where nothing does."""
         if self.best is not None or self.on_cpu:
             return []
-        return [*remedies(lambda ranks: layouts(self.config, self.shape, ranks)[1], self.hardware,
-                          self.given.gpu_memory, self.host_memory, groups=self.groups, filled=self.config.fills_batches,
-                          narrow_too=may_be_narrow(self.config))]  # fmt: skip
+        found = [*remedies(lambda ranks: layouts(self.config, self.shape, ranks)[1], self.hardware,
+                           self.given.gpu_memory, self.host_memory, groups=self.groups,
+                           filled=self.config.fills_batches, narrow_too=may_be_narrow(self.config))]  # fmt: skip
+        return [*found, *islice(self._adapters(), 1)]
+
+    def _adapters(self) -> Iterator[Remedy]:
+        """What would fit of an adapter, as it is and beside weights in 4 bits."""
+        config = self.config
+        optim = config.training.get("optim", TORCH_ADAMW[0])
+        if config.adapter != "none" or optim == MUON or any(getattr(config, name) for name in AGAINST_ADAPTERS):
+            return
+        for quantization in (config.quantization, "nf4"):
+            other = replace(config, adapter="lora", quantization=quantization, optimizer_dtype="float32")
+            configured, base = layouts(other, self.shape, self.hardware.ranks)
+            groups = group_sizes(other, base[configured], self.hardware.gpus_per_node)
+            best = recommend(base, self.hardware, self.given.gpu_memory, self.host_memory, groups=groups,
+                             filled=other.fills_batches)  # fmt: skip
+            if best is not None:
+                yield Remedy(("adapter: lora" + (", quantization: nf4" if quantization == "nf4" else ""),), best)
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
@@ -307,7 +326,7 @@ class Plan:
         limit = self.given.time_limit or None  # Slurm's 0 is no limit
         lacks = {
             "memory": self.best is None,
-            "disk": (disk["total"] or 0) > (disk["free"] or 0),
+            "disk": (disk["total"] or 0) > (disk["free"] or 0) and not self.given.elsewhere,
             "time": limit is not None and times.seconds is not None and times.seconds > limit,
         }
         return [name for name, lack in lacks.items() if lack]
