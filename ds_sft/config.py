@@ -311,6 +311,7 @@ class Given:
     where: str  # "run.yaml:3: " or "--"
     value: Any  # text, or a list or dict of a YAML file
     plain: bool = True  # not quoted: null and ~ mean nothing
+    alias: str = ""  # the name that the key was written by, where it is another one
 
     @property
     def empty(self) -> bool:
@@ -438,7 +439,8 @@ def config_file(given: str) -> Path:
 def _merge(*sources: Mapping[str, Given]) -> dict[str, Given]:
     merged: dict[str, Given] = {}
     for source in sources:
-        renamed = {ALIASES.get(name, name): value for name, value in source.items()}
+        renamed = {ALIASES.get(name, name): replace(value, alias=name) if name in ALIASES else value
+                   for name, value in source.items()}  # fmt: skip
         if len(renamed) < len(source):
             both = next(f"{old} and {new}" for old, new in ALIASES.items() if {old, new} <= source.keys())
             raise UserError(f"{both} are the same key: give one of them")
@@ -804,9 +806,8 @@ def _convert(known: Key, given: Given) -> Any:
         _check(known, result)
     except ValueError as error:
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        place = f"--{known.name}" if given.where == "--" else f"{given.where}{known.name}"
-        expected = f"{error}, or {also}" if also else str(error)
-        raise UserError(f"{place}: expected {expected}, found {shown!r}") from None
+        expected = f"yes, no or {also}" if also else str(error)
+        raise UserError(f"{given.where}{given.alias or known.name}: expected {expected}, found {shown!r}") from None
     return result
 
 
@@ -930,7 +931,7 @@ def check_generation(options: Any) -> None:
         if name == "max_new_tokens":
             raise ValueError("no max_new_tokens here: its key is predict_max_new_tokens")
         if name not in GENERATION:
-            raise ValueError(f"options {_one_of(GENERATION, name)}")
+            raise ValueError(_option_meant(GENERATION, name))
         kind, low, high, noun = GENERATION[name]
         right = isinstance(value, bool) if kind is bool else isinstance(value, kind) and not isinstance(value, bool)
         if not right or not low <= value <= high:
@@ -958,7 +959,7 @@ def check_rope_scaling(options: Any) -> None:
     known = ROPE_TYPES[kind] | {"rope_theta": False}
     for name, value in options.items():
         if name != "rope_type" and name not in known:
-            raise ValueError(f"options of {kind} {_one_of(known, name)}")
+            raise ValueError(_option_meant(known, name, f" of {kind}"))
         if noun := _rope_noun(name, value):
             raise ValueError(f"{name} to be {noun}")
     missing = [name for name, needed in known.items() if needed and name not in options]
@@ -995,6 +996,12 @@ def is_repo(text: str) -> bool:
 def is_size(text: str) -> bool:
     """Whether huggingface_hub reads it as a number of bytes."""
     return re.fullmatch(r"[1-9]\d*[KMGT]B", text.upper()) is not None
+
+
+def _option_meant(known: Iterable[str], name: str, of: str = "") -> str:
+    """What was expected where an option of a mapping is called `name`."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"{near[0]} in place of {name}" if near else f"options{of} ({', '.join(known)}) and no {name}"
 
 
 def _one_of(choices: Iterable[str], value: str) -> str:

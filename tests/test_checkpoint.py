@@ -183,10 +183,54 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
         where_to_start(here, {**RUN, "data": "xyz"}, ALONE)
     with pytest.raises(UserError, match="gradient_accumulation_steps: 4 -> 8"):
         where_to_start(config(tmp_path, training={"gradient_accumulation_steps": 8}), RUN, ALONE)
-    with pytest.raises(UserError, match="was saved without DeepSpeed, this run is ZeRO-2"):
+    with pytest.raises(
+        UserError, match=r"was saved without DeepSpeed, and this start is under ZeRO-2: .* Leave out deepspeed, or"
+    ):
         where_to_start(config(tmp_path, resume_anyway=True), {**RUN, "zero_stage": 2}, ALONE)
     assert where_to_start(config(tmp_path, resume="never"), other, ALONE).checkpoint is None
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "deepspeed", "start_is", "remedy"),
+    [
+        ("python", "zero2", "without DeepSpeed, as no launcher started it",
+         "Start it under a launcher, one process by torchrun --nproc_per_node 1 ..."),
+        ("python", None, "without DeepSpeed",
+         "Write a deepspeed key of ZeRO-2. Start it under a launcher, one process by torchrun --nproc_per_node 1 ..."),
+        ("torchrun", None, "without DeepSpeed", "Write a deepspeed key of ZeRO-2"),
+    ],
+)  # fmt: skip
+def test_a_run_under_zero_says_how_it_goes_on(
+    tmp_path: Path, launcher: str, deepspeed: str | None, start_is: str, remedy: str
+) -> None:
+    """Stopped or finished, with another schedule."""
+    under_zero, now = {**RUN, "zero_stage": 2}, {**RUN, "config": {"learning_rate": 1e-5}}
+    folder = save(tmp_path, 4, zero_stage=2)
+    given = config(tmp_path, training={"deepspeed": deepspeed})
+    site = Site(Launch(launcher=launcher), shared=True)
+    rest = (
+        f" under ZeRO-2, and this start is {start_is}: a checkpoint can change its number of ranks, not its form. "
+        f"{remedy}, or --resume never to start anew (`ds-sft export` gives its model)"
+    )
+    with pytest.raises(UserError) as error:
+        where_to_start(given, now, site)
+    assert str(error.value) == f"{folder} was saved{rest}"
+    (tmp_path / "run.json").write_text(json.dumps({"identity": under_zero}))
+    with pytest.raises(UserError) as error:
+        where_to_start(given, now, site)
+    assert str(error.value) == f"{tmp_path} holds a run that was finished{rest}"
+
+
+def test_a_run_finished_under_zero_is_finished_without_a_launcher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = {"deepspeed.zero_optimization.stage": 2}
+    identity_then = {**RUN, "config": {**RUN["config"], **stage}, "zero_stage": 2}
+    (tmp_path / "run.json").write_text(json.dumps({"identity": identity_then}))
+    (tmp_path / "model.safetensors").write_bytes(b"w")
+    assert where_to_start(config(tmp_path, training={"deepspeed": "zero2"}), RUN, ALONE).finished
+    assert f"This run is finished: {tmp_path} holds its model." in capsys.readouterr().out
 
 
 def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -
         ("plan run.yaml --gpu_memory 80GB", "--gpu_memory: unknown key: did you mean --gpu-memory?"),
         ("plan run.yaml --learning_rat 1", "--learning_rat: unknown key: did you mean --learning_rate?"),
         ("plan run.yaml --nodes two", "--nodes: 'two': expected a whole number above 0"),
-        ("plan", "the following arguments are required: CONFIG"),
+        ("plan", "missing: model_name_or_path, train_file, output_dir: give each in the --config file or as"),
         ("launch run.yaml --dryrun", "--dryrun: unknown key: did you mean --dry-run?"),
         ("launch run.yaml --gpus 8", "--gpus: unknown key: did you mean --gpus-per-node?"),
         ("prepare run.yaml --max_len 8", "--max_len: unknown key: did you mean --max_length?"),

@@ -135,8 +135,9 @@ def test_a_bare_flag_is_true() -> None:
     ("name", "value", "expected"),
     [
         ("generation", "greedy", "a mapping such as {do_sample: true, temperature: 0.7}"),
-        ("generation", "{do_samle: true}", "options one of do_sample, temperature, top_p, top_k, min_p, num_beams, "
-         "repetition_penalty, no_repeat_ngram_size"),
+        ("generation", "{do_samle: true}", "do_sample in place of do_samle"),
+        ("generation", "{seed: 1}", "options (do_sample, temperature, top_p, top_k, min_p, num_beams, "
+         "repetition_penalty, no_repeat_ngram_size) and no seed"),
         ("generation", "{temperature: 0.7}", "do_sample: true beside temperature, which greedy answers ignore"),
         ("generation", "{do_sample: 1}", "do_sample to be true or false"),
         ("generation", "{do_sample: true, temperature: 0}", "temperature to be a number above 0"),
@@ -155,7 +156,9 @@ def test_a_bare_flag_is_true() -> None:
         ("rope_scaling", "{rope_type: yarn, factor: 0.5}", "factor to be a number, 1 or more"),
         ("rope_scaling", "{rope_type: yarn, factor: yes}", "factor to be a number, 1 or more"),
         ("rope_scaling", "{rope_type: linear, factor: 2, beta_fast: 32}",
-         "options of linear one of factor, rope_theta"),
+         "options of linear (factor, rope_theta) and no beta_fast"),
+        ("rope_scaling", "{rope_type: yarn, factor: 2, orignal_max_position_embeddings: 4096}",
+         "original_max_position_embeddings in place of orignal_max_position_embeddings"),
         ("rope_scaling", "{rope_type: yarn, factor: 2, beta_fast: -1}", "beta_fast to be a number above 0"),
         ("rope_scaling", "{rope_type: yarn, factor: 2, truncate: 1}", "truncate to be true or false"),
         ("rope_scaling", "{rope_type: yarn, factor: 2, original_max_position_embeddings: 3e4}",
@@ -281,7 +284,7 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         ([*NEEDED, "--gradient_checkpointing", "no", "--activation_checkpointing", "no"],
          "gradient_checkpointing and activation_checkpointing are the same key: give one of them"),
         (["--gradient_checkpointing", "some"],
-         "--activation_checkpointing: expected true or false, or offload, found 'some'"),
+         "--gradient_checkpointing: expected yes, no or offload, found 'some'"),
         ([*NEEDED, "--activation_checkpointing_kwargs", "{offload: true}"],
          "--activation_checkpointing_kwargs: offload: computation would wait for its copies: write "
          "activation_checkpointing: offload"),

@@ -191,7 +191,8 @@ def only_understanding(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def parse_known_args(parser: FlagParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         given, rest = argparse.ArgumentParser.parse_known_args(parser, words)
         if getattr(parser, "keys_follow", True):
-            load_config(["--config", "any.yaml", *rest], flags=parser.flags)
+            own = rest and parser.prog == "ds-sft plan" and not rest[0].startswith("--")  # its file is no flag
+            load_config(rest if own else ["--config", "any.yaml", *rest], flags=parser.flags)
         return given, rest
 
     read_flags, read_file = FlagParser.parse, config._read_yaml

@@ -174,7 +174,7 @@ def test_what_the_warning_advises_ends_it(check: Any, rope: dict[str, Any]) -> N
     model = ROTARY | ({"rope_parameters": rope} if rope else {})
     said = check(model, LONG)
     advised = yaml.safe_load(said[said.index("{") : said.index("}") + 1])
-    assert check(model, LONG, rope_scaling=advised) == ""
+    assert check(model, LONG, rope_scaling=advised) == f"Positions: {advised['rope_type']} x 2, 64 -> 128.\n"
 
 
 def test_scaling_that_does_not_reach_is_a_warning_too(check: Any) -> None:
@@ -213,7 +213,8 @@ def test_no_row_is_turned_by_the_length_of_another(
     assert str(caught.value) == where + said
     assert check(model, LONG, max_tokens_per_batch=512, max_length=64) == ""
     if model is DYNAMIC:
-        assert check(model, LONG, rope_scaling={"rope_type": "yarn", "factor": 4.0}) == ""
+        said = check(model, LONG, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+        assert said == "Positions: yarn x 4, 64 -> 256.\n"
     else:
         assert check(model, LONG) == ""  # one row a micro batch
 

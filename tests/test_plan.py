@@ -373,7 +373,8 @@ def test_a_length_beyond_the_positions_of_the_model_is_noted(
     main(["plan", "run.yaml", "--max_length", "129"])
     assert (
         "max_length: 129 is above the 128 positions that the model was made for (max_position_embeddings): a run "
-        "warns if a row is.\n"
+        "warns if a row is; for such rows write rope_scaling: {rope_type: yarn, factor: 2.0, "
+        "original_max_position_embeddings: 128} (--write does not: it changes the model).\n"
     ) in capsys.readouterr().out
     assert plan(capsys)["model"]["positions"] == 128
     longer = ("--max_length", "512", "--rope_scaling", "{rope_type: yarn, factor: 4}")
@@ -591,6 +592,20 @@ def test_the_users_file_stays_but_for_what_is_recommended(
 
 
 @pytest.mark.usefixtures("config_file")
+def test_keys_need_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--model_name_or_path", "model", "--train_file", "rows.jsonl", "--output_dir", "out", "--max_length", "128"]
+    assert main(["plan", *keys, "--gpus-per-node", "4", "--json", "--write", "planned.yaml"]) == 0
+    found = json.loads(capsys.readouterr().out)["options"]
+    assert found == plan(capsys, "--gpus-per-node", "4")["options"]
+    assert load_config(["planned.yaml"]).max_length == 128
+    assert main(["plan", "--gpus-per-node", "4", "--json", "--config", "run.yaml"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"] == found
+    assert main(["plan", "--gpus-per-node", "4", "--json", "run.yaml", "--seed", "3"]) == 0
+    assert main(["plan", "--nodes", "2"]) == 2
+    assert "missing: model_name_or_path" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("config_file")
 def test_a_limit_of_tokens_holds_for_the_rows_it_was_given_for(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--max_tokens_per_batch", "150", "--per_device_train_batch_size", "2")
     found = plan(capsys, *words, "--write", "planned.yaml")
@@ -664,12 +679,16 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     assert main(["plan", "run.yaml", "--tokens-per-second", "100", "--time-limit", "1"]) == 1
     said = capsys.readouterr()
-    assert "The disk is too small: set save_total_limit" in said.out
+    assert "The disk is too small: choose another output_dir.\n" in said.out  # one checkpoint cannot be fewer
     assert "Disk (recommended, ZeRO-2): " in said.out
     assert "Time (recommended, ZeRO-2): " in said.out
     assert said.err == "ds-sft plan: too little disk and time for this run\n"
     assert main(["plan", "run.yaml", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["short"] == ["disk"]
+    assert main(["plan", "run.yaml", "--gpus-per-node", "4"]) == 0
+    assert "This machine's disk is too small for it: see that the one of the GPUs is not.\n" in capsys.readouterr().out
+    assert main(["plan", "run.yaml", "--gpus-per-node", "0", "--num_train_epochs", "99", "--save_steps", "4"]) == 1
+    assert "The disk is too small: set save_total_limit, save less often, or" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("config_file")
@@ -684,7 +703,7 @@ def test_sweep_draws_a_png(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("text", ["400T", "400TFLOP/s", "400 TFLOPS", "400tflops", "4e14", "0.4P", "400000000000000"])
 def test_one_rate_of_a_gpu(text: str) -> None:
-    assert parser().parse_args(["run.yaml", "--flops", text]).flops == pytest.approx(4e14)
+    assert parser().parse_args(["--flops", text]).flops == pytest.approx(4e14)
 
 
 @pytest.mark.usefixtures("config_file")

@@ -348,8 +348,9 @@ def test_rows_are_shared_where_a_run_may_share_them(planned: Planned, keys: dict
 
 @pytest.mark.parametrize(
     ("ranks", "said"),
-    [("3", "2: does not divide 3 ranks: write 1"), ("2", "8: does not divide 2 ranks: write 1")],
-)
+    [("3", "2: does not divide 3 ranks: write 1"), ("2", "8: does not divide 2 ranks: write 1 or 2"),
+     ("8", "3: does not divide 8 ranks: write 1, 2 or 4"), ("12", "5: does not divide 12 ranks: write 1, 2 or 4")],
+)  # fmt: skip
 def test_groups_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: str, said: str
 ) -> None:
@@ -374,12 +375,32 @@ def test_what_would_fit_is_said(planned: Planned, capsys: pytest.CaptureFixture[
     assert [remedy["write"] for remedy in found["remedies"]] == [
         ["optimizer_dtype: bfloat16", "activation_checkpointing: yes"],
         ["--nodes 2", "deepspeed: zero3, activation_checkpointing: yes"],
+        ["adapter: lora", "activation_checkpointing: yes"],
     ]
     assert main(["plan", "run.yaml", *words, "--host-memory", "32GB"]) == 1
     said = capsys.readouterr().out
     assert (
         "of a node. This would: optimizer_dtype: bfloat16 with activation_checkpointing: yes; or --nodes 2 with" in said
     )
+
+
+def test_an_adapter_may_fit_where_no_length_does(planned: Planned, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpus-per-node", "1", "--gpu-memory", "48GB", "--host-memory", "64GB")
+    for keys in ({}, {"train_only": ["*"]}):
+        found = planned(qwen3("32B"), *words, max_length=2048, **keys)
+        assert max(reach["longest_row"] for reach in found["reaches"]) == 0
+        last = found["remedies"][-1]["write"]
+        assert (last == ["adapter: lora, quantization: nf4", "activation_checkpointing: yes"]) == (not keys)
+
+
+def test_what_is_default_is_not_spelled_out(planned: Planned, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpus-per-node", "1", "--gpu-memory", "80GB", "--host-memory", "512GB")
+    planned(qwen3("8B"), *words, max_length=1_048_576)
+    capsys.readouterr()
+    assert main(["plan", "run.yaml", *words]) == 1
+    assert " with ZeRO-3 offload, activation_checkpointing: offload" in (said := capsys.readouterr().out)
+    assert "sequence_parallel: 1" not in said
+    assert "float32" not in said
 
 
 @pytest.mark.parametrize(

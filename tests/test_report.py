@@ -265,6 +265,9 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "runs/a", "--out", "a.html"]) == 0
     assert capsys.readouterr().out == "Wrote a.html (1 run): open it in a browser.\n"
     assert sorted(path.name for path in here.iterdir()) == ["a.html", "report.html", "runs"]
+    capsys.readouterr()
+    assert main(["report", "runs/a"]) == 0
+    assert "Wrote runs/a/report.html (1 run): open it in a browser." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

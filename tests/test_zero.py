@@ -154,11 +154,37 @@ def test_what_is_neither_a_name_nor_a_file(
     assert str(caught.value).startswith(f"deepspeed: {value}: {said}")
 
 
-def test_what_a_named_one_contradicts_is_said_of_the_key() -> None:
-    config = make("zero3")
-    config = replace(config, adapter="lora", quantization="nf4")
-    with pytest.raises(UserError, match=r"^deepspeed: zero3: zero_optimization\.stage: 3: it cannot partition"):
-        engine_config(config, LAUNCHED)
+@pytest.mark.parametrize(
+    ("name", "keys", "optim", "said"),
+    [
+        ("zero3_offload", {"adapter": "lora", "quantization": "nf4"}, "adamw_torch",
+         "it cannot partition the 4-bit weights of quantization: nf4; write deepspeed: zero2_offload, or leave "
+         "quantization out"),
+        ("zero2_offload", {"optimizer_dtype": "bfloat16"}, "adamw_torch",
+         "DeepSpeed's CPU Adam rounds to nearest, which loses small updates (optimizer_dtype: bfloat16); write "
+         "deepspeed: zero2 or zero3, or optimizer_dtype: float32"),
+        ("zero3_offload", {}, "adamw_8bit",
+         "DeepSpeed updates with its CPU Adam there, and the run has optim: adamw_8bit; write deepspeed: zero2 or "
+         "zero3, or optim: adamw_torch"),
+        ("zero2_offload", {}, "muon",
+         "optim: muon wants whole matrices, and DeepSpeed's flat partitions have none; delete the deepspeed key, or "
+         "write optim: adamw_torch"),
+    ],
+)  # fmt: skip
+def test_what_a_named_one_contradicts_has_no_block_to_delete(
+    name: str, keys: dict[str, Any], optim: str, said: str
+) -> None:
+    config = make(name)
+    with pytest.raises(UserError) as caught:
+        engine_config(replace(config, training=config.training | {"optim": optim}, **keys), LAUNCHED)
+    assert str(caught.value) == f"deepspeed: {name}: {said}"
+
+
+def test_an_engines_own_adam_is_not_that_of_8_bits() -> None:
+    block = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+    config = make({"zero_optimization": {"stage": 2}, "optimizer": block})
+    with pytest.raises(UserError, match=r'optimizer\.type: "AdamW": the run has optim: adamw_8bit; delete one of the'):
+        engine_config(replace(config, training=config.training | {"optim": "adamw_8bit"}), LAUNCHED)
 
 
 def test_a_directory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`ds-sft plan CONFIG`: what a run will need, before it is queued.
+"""`ds-sft plan [CONFIG]`: what a run will need, before it is queued.
 
 ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80GB
 ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
@@ -16,15 +16,16 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import ALIASES, TORCH_ADAMW, Config, config_file, load_config, with_changes
+from ds_sft.config import AGAINST_ADAPTERS, ALIASES, MUON, TORCH_ADAMW, Config, config_file, load_config, with_changes
 from ds_sft.errors import UserError
 from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
@@ -42,7 +43,7 @@ from ds_sft.plan.layouts import (
 )
 from ds_sft.plan.optimizer import state_bytes
 from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies, way_of, ways
-from ds_sft.plan.rope import scaled
+from ds_sft.plan.rope import how_to_scale, scaled
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, positions_of, read_config, shape_of_run
@@ -63,6 +64,7 @@ UNITS = {
     "TI": 2**40,
 }
 TOO_LITTLE = 1  # exit code
+ANOTHER_MACHINE = {"--nodes", "--gpus-per-node", "--gpu-memory"}  # flags that describe one; its disk is not here
 RATE = 150e12  # floating-point operations a second that a GPU reaches, where nobody says it
 
 
@@ -81,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     if not given.gpus_per_node and (given.sweep or given.nodes > 1):
         flag = "--sweep" if given.sweep else "--nodes"
         raise UserError(f"--gpus-per-node 0: a plan for a CPU is of one process: leave out {flag}")
-    config = load_config(["--config", given.config, *rest], prog="ds-sft plan CONFIG", flags=flags.flags)
+    config = load_config(rest, prog="ds-sft plan CONFIG", flags=flags.flags)
+    given.elsewhere = given.gpus_per_node > 0 and bool(ANOTHER_MACHINE & {word.partition("=")[0] for word in argv})
     plan = Plan(config, given)
     if given.sweep:
         from ds_sft.commands.sweep import show_sweep
@@ -105,8 +108,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parser() -> FlagParser:
-    made = FlagParser("plan", __doc__)
-    made.add_argument("config", metavar="CONFIG", help="the run's YAML; its keys can be given as flags too")
+    made = FlagParser("plan", __doc__)  # CONFIG is `load_config`'s: argparse would take the value of a key for it
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
     made.add_argument("--gpus-per-node", type=count_or_none, default=8, help="0: one process on a CPU [%(default)s]")
     made.add_argument("--gpu-memory", type=with_unit, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
@@ -222,9 +224,25 @@ class Plan:
         """What would fit where nothing does."""
         if self.best is not None or self.on_cpu:
             return []
-        return [*remedies(lambda ranks: layouts(self.config, self.shape, ranks)[1], self.hardware,
-                          self.given.gpu_memory, self.host_memory, groups=self.groups, filled=self.config.fills_batches,
-                          narrow_too=may_be_narrow(self.config))]  # fmt: skip
+        found = [*remedies(lambda ranks: layouts(self.config, self.shape, ranks)[1], self.hardware,
+                           self.given.gpu_memory, self.host_memory, groups=self.groups,
+                           filled=self.config.fills_batches, narrow_too=may_be_narrow(self.config))]  # fmt: skip
+        return [*found, *islice(self._adapters(), 1)]
+
+    def _adapters(self) -> Iterator[Remedy]:
+        """What would fit of an adapter, as it is and beside weights in 4 bits."""
+        config = self.config
+        optim = config.training.get("optim", TORCH_ADAMW[0])
+        if config.adapter != "none" or optim == MUON or any(getattr(config, name) for name in AGAINST_ADAPTERS):
+            return
+        for quantization in (config.quantization, "nf4"):
+            other = replace(config, adapter="lora", quantization=quantization, optimizer_dtype="float32")
+            configured, base = layouts(other, self.shape, self.hardware.ranks)
+            groups = group_sizes(other, base[configured], self.hardware.gpus_per_node)
+            best = recommend(base, self.hardware, self.given.gpu_memory, self.host_memory, groups=groups,
+                             filled=other.fills_batches)  # fmt: skip
+            if best is not None:
+                yield Remedy(("adapter: lora" + (", quantization: nf4" if quantization == "nf4" else ""),), best)
 
     def schedule(self) -> Schedule:
         given, best = self.given, self.chosen
@@ -260,7 +278,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""
-        times, disk = self.schedule(), self.disk()
+        times, disk, positions = self.schedule(), self.disk(), positions_of_run(self.config, self.shape)
         return {
             "model": {
                 "parameters": self.shape.parameters,
@@ -269,8 +287,9 @@ class Plan:
                 "trained": self.chosen.run.weights.number_trained,
                 "tied": self.shape.tied,
                 "family": self.shape.family,
-                "positions": positions_of_run(self.config, self.shape),
+                "positions": positions,
             },
+            "longer_rows": scaling_of_run(self.config, positions),
             "adapter": self.config.adapter,
             "quantization": self.config.quantization,
             "optim": self.config.training.get("optim", TORCH_ADAMW[0]),
@@ -307,7 +326,7 @@ class Plan:
         limit = self.given.time_limit or None  # Slurm's 0 is no limit
         lacks = {
             "memory": self.best is None,
-            "disk": (disk["total"] or 0) > (disk["free"] or 0),
+            "disk": (disk["total"] or 0) > (disk["free"] or 0) and not self.given.elsewhere,
             "time": limit is not None and times.seconds is not None and times.seconds > limit,
         }
         return [name for name, lack in lacks.items() if lack]
@@ -345,11 +364,22 @@ def positions_of_run(config: Config, shape: Shape) -> int | None:
     Raises:
         UserError: that key is not for this model.
     """
-    if config.rope_scaling is None:
-        return shape.positions
+    return shape.positions if config.rope_scaling is None else positions_of(config_in_run(config))
+
+
+def config_in_run(config: Config) -> dict[str, Any]:
+    """The model's `config.json`, with `rope_scaling` in it."""
     found, _ = read_config(config.model_name_or_path)
+    if config.rope_scaling is None:
+        return found
     own = {name: value for name, value in found.items() if name != "rope_scaling"}  # else it replaces the new one
-    return positions_of(own | scaled(found, config.rope_scaling))
+    return own | scaled(found, config.rope_scaling)
+
+
+def scaling_of_run(config: Config, positions: int | None) -> str | None:
+    """What to write for rows of `max_length`; None where they are within the positions, or nothing reaches them."""
+    beyond = positions is not None and config.max_length > positions
+    return how_to_scale(config_in_run(config), config.max_length) if beyond else None
 
 
 def keys_of(best: Option) -> str:
@@ -404,12 +434,21 @@ def write(plan: Plan, words: Sequence[str], path: Path) -> None:
     then, now = plan.config.to_dict(), wanted.to_dict()
     flags = {ALIASES.get(name, name) for name in (word[2:].partition("=")[0] for word in words if word[:2] == "--")}
     changes = {name: now.get(name) for name in then | now if name in flags or then.get(name) != now.get(name)}
-    text = config_file(plan.given.config).read_text(encoding="utf-8")
+    file = file_among(words)
+    text = "{}" if file is None else file.read_text(encoding="utf-8")
     try:
         path.write_text(with_changes(text, changes), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--write: {path}: cannot be written: {error.strerror}") from None
     print(f"Saved the recommended configuration: {path}", file=sys.stderr)
+
+
+def file_among(words: Sequence[str]) -> Path | None:
+    """The run's YAML in a command line that was read before; None where all keys are flags."""
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word.partition("=")[0] == "--config":
+            return config_file(word.partition("=")[2] or after)
+    return config_file(words[0]) if words and not words[0].startswith("--") else None
 
 
 def recommended(plan: Plan) -> Config:

@@ -153,9 +153,10 @@ def nothing_fits(plan: dict[str, Any]) -> str:
     would = [" with ".join(found["write"]) for found in plan["remedies"]]
     longest = max(plan["reaches"], key=lambda found: found["longest_row"])
     if 0 < longest["longest_row"] < plan["max_length"]:
+        shared = f", sequence_parallel: {longest['sequence_parallel']}" if longest["sequence_parallel"] > 1 else ""
+        narrow = ", optimizer_dtype: bfloat16" if longest["optimizer_dtype"] == "bfloat16" else ""
         would.append(f"max_length: {longest['longest_row']} with {longest['name']}, activation_checkpointing: "
-                     f"{longest['activation_checkpointing']}, sequence_parallel: {longest['sequence_parallel']}, "
-                     f"optimizer_dtype: {longest['optimizer_dtype']}")  # fmt: skip
+                     f"{longest['activation_checkpointing']}{shared}{narrow}")  # fmt: skip
     if not would:
         return f"{line} Take a smaller model."
     return f"{line} This would: {'; or '.join(would)}."
@@ -224,8 +225,10 @@ def position_lines(plan: dict[str, Any]) -> list[str]:
     positions, longest = plan["model"]["positions"], plan["max_length"]
     if positions is None or longest <= positions:
         return []
+    scaling = plan["longer_rows"]
+    remedy = f"; for such rows write {scaling} (--write does not: it changes the model)" if scaling else ""
     return [f"max_length: {longest:,} is above the {positions:,} positions that the model was made for "
-            "(max_position_embeddings): a run warns if a row is."]  # fmt: skip
+            f"(max_position_embeddings): a run warns if a row is{remedy}."]  # fmt: skip
 
 
 def autocast_lines(plan: dict[str, Any]) -> list[str]:
@@ -262,9 +265,12 @@ def disk_lines(plan: dict[str, Any]) -> list[str]:
     line = (f"{one} x {disk['checkpoints_at_once']} + final model "
             f"{in_units(disk['final_model'])} = {in_units(disk['total'])}; "
             f"{in_units(disk['free'])} free.")  # fmt: skip
-    if "disk" not in plan["short"]:
+    if disk["total"] <= disk["free"]:
         return [line]
-    return [line, "The disk is too small: set save_total_limit, save less often, or choose another output_dir."]
+    if "disk" not in plan["short"]:
+        return [line, "This machine's disk is too small for it: see that the one of the GPUs is not."]
+    fewer = "set save_total_limit, save less often, or " if disk["checkpoints_at_once"] > 1 else ""
+    return [line, f"The disk is too small: {fewer}choose another output_dir."]
 
 
 def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:

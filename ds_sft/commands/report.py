@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = FlagParser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="OUTPUT_DIR", help="the output folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="[report.html]")
+    parser.add_argument("--out", type=Path, metavar="FILE.html",
+                        help="[report.html: of one run in its folder, of several in the current one]")  # fmt: skip
     given = parser.parse(argv)
     runs = read_runs(given.folders)
     if importlib.util.find_spec("plotly") is None:
@@ -29,9 +30,10 @@ def main(argv: Sequence[str]) -> int:
     from ds_sft.commands.page import write_page
     from ds_sft.commands.report_page import page
 
-    write_page(given.out, page(runs), "--out")
+    out = given.out or (given.folders[0] if len(given.folders) == 1 else Path()) / "report.html"
+    write_page(out, page(runs), "--out")
     for run in runs:
         if run.missing:
             print(f"{run.name}: {run.state}; {'; '.join(run.missing)}")
-    print(f"Wrote {given.out} ({len(runs)} run{'s' * (len(runs) > 1)}): open it in a browser.")
+    print(f"Wrote {out} ({len(runs)} run{'s' * (len(runs) > 1)}): open it in a browser.")
     return 0

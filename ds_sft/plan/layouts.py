@@ -145,7 +145,7 @@ def _check_groups(group: int, shape: Shape, ranks: int) -> None:
     """Refuse ranks that cannot share rows evenly."""
     for number, what in ((ranks, "ranks"), (shape.heads, "attention heads")):
         if number % group:
-            *fewer, last = [str(n) for n in range(1, number + 1) if number % n == 0 and n < group]
+            *fewer, last = [str(n) for n in range(1, number + 1) if ranks % n == shape.heads % n == 0]
             sizes = f"{', '.join(fewer)} or {last}" if fewer else last
             raise UserError(f"sequence_parallel: {group}: does not divide {number} {what}: write {sizes}")
 

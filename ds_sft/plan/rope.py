@@ -7,6 +7,7 @@ of `yarn` and `llama3` it is the length that is reached.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,30 @@ def scaled(found: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, An
 def trained_positions(found: Mapping[str, Any]) -> int:
     """Tokens of the rows that a model was made with before its positions were scaled, if they were."""
     return int(rope_of(found).get(ORIGINAL) or found.get(ORIGINAL) or found["max_position_embeddings"])
+
+
+def describe_scaling(known: Mapping[str, Any]) -> str:
+    """What `rope_scaling` has made of the positions, for a model's configuration that has it."""
+    rope, trained = rope_of(known), trained_positions(known)
+    reach = positions_of(known) or trained
+    return f"Positions: {rope['rope_type']} x {rope['factor']:g}, {trained:,} -> {reach:,}."
+
+
+def how_to_scale(known: Mapping[str, Any], longest: int) -> str | None:
+    """The key with which rotary positions reach `longest` tokens; None where one set of them does not serve all layers.
+
+    Args:
+        known: a model's configuration, as transformers or as its `config.json` has it.
+    """
+    rope = rope_of(known)
+    kind = rope.get("rope_type", "default" if "rope_theta" in rope and "rope_local_base_freq" not in known else None)
+    if kind not in REPLACED:
+        return None
+    trained = trained_positions(known)
+    factor = float(math.ceil(longest / trained))
+    if kind in ROPE_TYPES:  # what else its author has chosen stays
+        return f"rope_scaling: {{rope_type: {kind}, factor: {factor}}}"
+    return f"rope_scaling: {{rope_type: yarn, factor: {factor}, {ORIGINAL}: {trained}}}"
 
 
 def _require_plain(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:

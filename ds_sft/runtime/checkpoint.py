@@ -258,6 +258,11 @@ class Start:
         return None if self.checkpoint is None else int(self.checkpoint.manifest["metrics_bytes"])
 
 
+Stages = tuple[int | None, int | None]  # ZeRO's, then and now; None is without DeepSpeed
+FinishedRun = tuple[Changes, bool, Stages]  # in what it differs, whether nothing is left to do
+NO_RUN: FinishedRun = ({}, False, (None, None))
+
+
 def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> Start:
     """Decide it on all ranks; all must call it. `this_run` is that of rank 0, see `runtime.identity`.
 
@@ -274,7 +279,8 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
         found = choose(config.resume, config.output_dir, site)
     changed: Changes = {}
     if found is not None:
-        _refuse_another_stage(found, gather(this_run["zero_stage"])[0])
+        stages = found.manifest["zero_stage"], gather(this_run["zero_stage"])[0]
+        _refuse_another_stage(f"{found.path} was saved", stages, config, site.launch)
         changed = gather(changes(found.manifest, this_run))[0]
         _refuse_another_run(found.path, changed, this_run, config)
     if site.leader and resume != "auto":
@@ -466,26 +472,40 @@ def _numbers_that_work(found: Checkpoint, a_step: int, config: Config, launch: L
     )
 
 
-def _refuse_another_stage(found: Checkpoint, stage: int | None) -> None:
-    then = found.manifest["zero_stage"]
-    if then != stage:
-        names = [f"ZeRO-{s}" if s is not None else "without DeepSpeed" for s in (then, stage)]
-        raise UserError(
-            f"{found.path} was saved {names[0]}, this run is {names[1]}: a checkpoint can change its number of ranks, "
-            "not its form. Start as before, or --resume never to start anew (`ds-sft` export gives its model)"
-        )
+def _refuse_another_stage(what: str, stages: Stages, config: Config, launch: Launch) -> None:
+    """See that DeepSpeed keeps the states as it did; `what` begins the line.
+
+    Raises:
+        UserError: it is another stage, or was none.
+    """
+    then, now = stages
+    if then == now:
+        return
+    names = ["without DeepSpeed" if stage is None else f"under ZeRO-{stage}" for stage in stages]
+    if _engine_is_ignored(config, launch):
+        names[1] += ", as no launcher started it"
+    raise UserError(
+        f"{what} {names[0]}, and this start is {names[1]}: a checkpoint can change its number of ranks, not its form. "
+        f"{_as_before(then, config, launch)}, or --resume never to start anew (`ds-sft export` gives its model)"
+    )
+
+
+def _as_before(then: int | None, config: Config, launch: Launch) -> str:
+    """What to do for a start under the stage of the checkpoint."""
+    if then is None:
+        return "Leave out deepspeed"
+    written = "" if _engine_is_ignored(config, launch) else f"Write a deepspeed key of ZeRO-{then}"
+    started = "" if launch.distributed else "Start it under a launcher, one process by torchrun --nproc_per_node 1 ..."
+    return f"{written}. {started}" if written and started else written or started
+
+
+def _engine_is_ignored(config: Config, launch: Launch) -> bool:
+    return bool(config.training.get("deepspeed")) and not launch.distributed
 
 
 def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
     """Whether the output folder holds this run, done, with its weights; says so."""
-    other: Changes = {}
-    done = False
-    if launch.is_main:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            then = json.loads((config.output_dir / RESULTS).read_text(encoding="utf-8"))["identity"]
-            other = changes(then, this_run)
-            done = not other and any(map(any, (config.output_dir.glob(weights) for weights in FINAL)))
-    other, done = gather((other, done))[0]
+    other, done, stages = gather(_finished_run(config, this_run, launch) if launch.is_main else NO_RUN)[0]
     if done:
         merged = any(config.output_dir.glob(FINAL[0]))
         later = "" if merged or config.merge != "auto" else "merge: yes merges it; "
@@ -493,9 +513,24 @@ def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) ->
             f"This run is finished: {config.output_dir} holds its {'model' if merged else 'adapter'}. ({later}--resume "
             "never trains it anew.)"
         )
-    else:
-        _refuse_another_run(config.output_dir, other, this_run, config)
-    return done
+        return True
+    _refuse_another_stage(f"{config.output_dir} holds a run that was finished", stages, config, launch)
+    _refuse_another_run(config.output_dir, other, this_run, config)
+    return False
+
+
+def _finished_run(config: Config, this_run: Mapping[str, Any], launch: Launch) -> FinishedRun:
+    """The one that the output folder holds, beside this one."""
+    try:
+        then = json.loads((config.output_dir / RESULTS).read_text(encoding="utf-8"))["identity"]
+        other = changes(then, this_run)
+    except (OSError, ValueError, KeyError):
+        return NO_RUN
+    if _engine_is_ignored(config, launch):  # whether there is anything left to do does not hang on the launcher
+        other = {name: pair for name, pair in other.items() if not name.startswith("deepspeed.")}
+    done = not other and any(map(any, (config.output_dir.glob(weights) for weights in FINAL)))
+    now = this_run["zero_stage"]
+    return other, done, (then.get("zero_stage", now), now)
 
 
 def _refuse_another_run(where: Path, changed: Changes, this_run: Mapping[str, Any], config: Config) -> None:

@@ -169,12 +169,20 @@ def stage(engine: dict[str, Any] | None) -> int | None:
     return None if engine is None else int(engine.get("zero_optimization", {}).get("stage", 0))
 
 
+NO_MUON = (
+    f"optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; delete the deepspeed key, or "
+    "write optim: adamw_torch"
+)
+
+
 # ---- The linter: DeepSpeed ignores a misspelt key, and dies of others when the model is already loaded.
 
 
 def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iterator[str]:
     """What is wrong with `engine`, one line each: the key, its value and what to write instead."""
     training = {**config.training, "per_device_train_batch_size": config.micro_batch}
+    if config.training["deepspeed"] in ENGINES:
+        yield from _against_shipped(config, launch)
     yield from _unknown_keys(engine)
     yield from _zero_block(engine, training)
     yield from _unsound_steps(engine, training, config.on_nonfinite)
@@ -197,6 +205,30 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
             )
         yield from _batch_size(engine, training, launch, group=config.sequence_parallel)
         yield from _missing_tools(engine)
+
+
+def _against_shipped(config: Config, launch: Launch) -> Iterator[str]:
+    """What an engine of the package cannot do: nobody can delete a block of it, so other names are what to write."""
+    name, optim = config.training["deepspeed"], config.training.get("optim", TORCH_ADAMW[0])
+    if launch.distributed and config.quantization != "none" and name.startswith("zero3"):
+        yield (
+            f"it cannot partition the 4-bit weights of quantization: {config.quantization}; write deepspeed: "
+            f"{name.replace('3', '2')}, or leave quantization out"
+        )
+    if not name.endswith("_offload"):
+        return
+    if optim == MUON:
+        yield NO_MUON
+    elif optim not in TORCH_ADAMW:
+        yield (
+            f"DeepSpeed updates with its CPU Adam there, and the run has optim: {optim}; write deepspeed: zero2 or "
+            "zero3, or optim: adamw_torch"
+        )
+    if config.optimizer_dtype == "bfloat16":
+        yield (
+            "DeepSpeed's CPU Adam rounds to nearest, which loses small updates (optimizer_dtype: bfloat16); write "
+            "deepspeed: zero2 or zero3, or optimizer_dtype: float32"
+        )
 
 
 def _another_training(engine: Mapping[str, Any]) -> Iterator[str]:
@@ -282,7 +314,7 @@ def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> I
     if found not in (None, "auto", betas):
         yield f'optimizer.params.betas: {_show(found)}: the run has adam_beta1, adam_beta2: {betas}; write "auto"'
     kind, optim = _get(engine, "optimizer.type"), training.get("optim")
-    if kind is not None and optim is not None and ("adam" in str(kind).lower()) != optim.startswith("adamw"):
+    if kind is not None and optim is not None and ("adam" in str(kind).lower()) != (optim in TORCH_ADAMW):
         yield f"optimizer.type: {_show(kind)}: the run has optim: {optim}; delete one of the two"
     kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
     if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:
@@ -332,6 +364,11 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
 
 def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
     """What DeepSpeed cannot update as `optim` says."""
+<<<<<<< HEAD
+=======
+    if optim == MUON:
+        yield f"zero_optimization: {NO_MUON}"
+>>>>>>> text
     device = _device(engine, "offload_optimizer")
     forced = engine.get("zero_force_ds_cpu_optimizer", True) and _get(engine, "optimizer.type") is None
     if device != "none" and forced and optim not in TORCH_ADAMW:

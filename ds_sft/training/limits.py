@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import ROPE_TYPES, UNSCALED_ROPE, Config
+from ds_sft.config import UNSCALED_ROPE, Config
 from ds_sft.data.dataset import Data
 from ds_sft.errors import UserError
-from ds_sft.plan.rope import ORIGINAL, REPLACED, trained_positions
+from ds_sft.plan.rope import describe_scaling, how_to_scale, trained_positions
 from ds_sft.plan.shape import VOCAB_MULTIPLE, positions_of, resized_vocab, rope_of
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.rotary import knows_scaling, read_config
@@ -102,6 +102,7 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
     limit, (longest, place) = positions_of(known), _longest(data)
     if config.rope_scaling is not None:
         check_scaling(config, found)
+        launch.say(describe_scaling(known))
     if limit is None:
         return
     check_company(config, known, longest, place)
@@ -112,9 +113,10 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
             f"max_length: {config.max_length}: {place} has {longest:,} tokens, and the model a table of {limit:,} "
             f"positions: write max_length: {limit}"
         )
+    scaling = how_to_scale(known, longest)
     launch.say(
         f"Warning: {place} has {longest:,} tokens, more than the {limit:,} positions that the model was made for "
-        f"(max_position_embeddings): lower max_length{_how_to_scale(known, longest)}."
+        f"(max_position_embeddings): lower max_length{f', or write {scaling}' if scaling else ''}."
     )
 
 
@@ -205,15 +207,3 @@ def positions_left(model: PreTrainedModel) -> int | None:
     """Tokens that a prompt and its answer may have together; None where positions have no table."""
     limit = made_for(model)
     return limit if limit is not None and table_of_positions(model, limit) else None
-
-
-def _how_to_scale(known: dict[str, Any], longest: int) -> str:
-    """How rotary positions reach `longest`, where one set of them serves all layers."""
-    kind = rope_of(known).get("rope_type")
-    if kind not in REPLACED:
-        return ""
-    trained = trained_positions(known)
-    factor = float(math.ceil(longest / trained))
-    if kind in ROPE_TYPES:  # what else its author has chosen stays
-        return f", or write rope_scaling: {{rope_type: {kind}, factor: {factor}}}"
-    return f", or write rope_scaling: {{rope_type: yarn, factor: {factor}, {ORIGINAL}: {trained}}}"
