@@ -169,12 +169,6 @@ def stage(engine: dict[str, Any] | None) -> int | None:
     return None if engine is None else int(engine.get("zero_optimization", {}).get("stage", 0))
 
 
-NO_MUON = (
-    f"optim: {MUON} wants whole matrices, and DeepSpeed's flat partitions have none; delete the deepspeed key, or "
-    "write optim: adamw_torch"
-)
-
-
 # ---- The linter: DeepSpeed ignores a misspelt key, and dies of others when the model is already loaded.
 
 
@@ -217,9 +211,7 @@ def _against_shipped(config: Config, launch: Launch) -> Iterator[str]:
         )
     if not name.endswith("_offload"):
         return
-    if optim == MUON:
-        yield NO_MUON
-    elif optim not in TORCH_ADAMW:
+    if optim not in TORCH_ADAMW:
         yield (
             f"DeepSpeed updates with its CPU Adam there, and the run has optim: {optim}; write deepspeed: zero2 or "
             "zero3, or optim: adamw_torch"
@@ -364,11 +356,6 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
 
 def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
     """What DeepSpeed cannot update as `optim` says."""
-<<<<<<< HEAD
-=======
-    if optim == MUON:
-        yield f"zero_optimization: {NO_MUON}"
->>>>>>> text
     device = _device(engine, "offload_optimizer")
     forced = engine.get("zero_force_ds_cpu_optimizer", True) and _get(engine, "optimizer.type") is None
     if device != "none" and forced and optim not in TORCH_ADAMW:
