@@ -386,6 +386,7 @@ def use_model(
     Where it is stopped, and no checkpoint has the last step, the same command goes on from `exported`.
     """
     from ds_sft.runtime.export import rows_to_verify
+    from ds_sft.runtime.verify import ExportError
     from ds_sft.training.report import summary
 
     results = copy.deepcopy(exported["results"])
@@ -402,10 +403,12 @@ def use_model(
         if tracker is not None and (checkpoint is None or checkpoint.step != results["steps"]):
             write_json(config.output_dir / EXPORTED, exported)
         raise
+    except ExportError:  # not the trained model: nothing to go on with
+        (config.output_dir / EXPORTED).unlink(missing_ok=True)
+        raise
     if tracker is not None:
         write_json(config.output_dir / RESULTS, results | {"identity": exported["identity"]})
-        for old in (EXPORTED, PREEMPTED):  # of an earlier start
-            (config.output_dir / old).unlink(missing_ok=True)
+        (config.output_dir / EXPORTED).unlink(missing_ok=True)  # of an earlier start
         print_line(summary(results))
         print_line(f"All of it on one page: ds-sft report {shlex.quote(str(config.output_dir))}")
 
@@ -422,6 +425,8 @@ def finish_later(
 
     unset_hf_deepspeed_config()  # no engine comes: under ZeRO-3 from_pretrained would wait for the other ranks
     exported = gather(read_json(config.output_dir / EXPORTED) if launch.is_main else {})[0]
+    if launch.is_main:
+        (config.output_dir / PREEMPTED).unlink(missing_ok=True)
     with open_tracker(config, launch, sys.maxsize, config.output_dir) as tracker:  # all points of it stay
         use_model(exported, config, data, tokenizer, tracker, stop)
 

@@ -31,7 +31,7 @@ from ds_sft.runtime.export import finish_adapter, say_where_answers_end
 from ds_sft.runtime.merge import merge, merge_as_asked
 from ds_sft.runtime.preempt import StopRequests
 from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
-from ds_sft.train import merge_later
+from ds_sft.train import merge_later, use_model
 from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
 from tests.mixtures import FAMILIES as MIXTURES
@@ -592,6 +592,22 @@ def test_a_run_that_was_stopped_behind_its_export(
     assert capsys.readouterr().out == (
         f"This run is trained, {tmp_path} has its weights: going on with verification and answers.\n"
     )
+
+
+def test_weights_that_are_not_the_trained_ones_are_not_gone_on_with(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise ExportError("Export NOT verified")
+
+    monkeypatch.setattr("ds_sft.train.merge_and_verify", refuse)
+    (tmp_path / "exported.json").touch()
+    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
+    nobody: Any = object()
+    exported = {"results": {"steps": 2}, "loss_trained": 2.5, "identity": {}}
+    with pytest.raises(ExportError):
+        use_model(exported, config(bases, tmp_path), data, nobody, nobody, StopRequests(Launch(launcher="python")))
+    assert not (tmp_path / "exported.json").exists()
 
 
 @pytest.mark.parametrize(("merge", "asked"), [("yes", True), ("auto", False), ("no", False)])
