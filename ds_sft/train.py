@@ -7,6 +7,7 @@ python ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                    
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import sys
@@ -23,7 +24,7 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 from ds_sft.config import OUR_ORDERS, RECORD, Config, given_twice, load_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
-from ds_sft.runtime.checkpoint import Site, Start, newest_complete, where_to_start
+from ds_sft.runtime.checkpoint import Site, Start, exported_step, newest_complete, where_to_start
 from ds_sft.runtime.distributed import (
     Launch,
     end_group,
@@ -42,7 +43,7 @@ from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.identity import identity
 from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.runtime.quiet import quiet
-from ds_sft.runtime.results import KEPT, RESULTS, write_json
+from ds_sft.runtime.results import EXPORTED, KEPT, RESULTS, write_json
 from ds_sft.runtime.storage import require_no_model, require_writable, settle_storage
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     require_hub(config, launch)
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
+    if start.exported:
+        finish_later(config, data, tokenizer, launch, stop)
+        return
     if start.finished:
         merge_later(config, data, launch, stop)
         push_later(config, launch, stop)
@@ -169,7 +173,6 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
         del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
-        stop.check()
         finish(trainer, tokenizer, tracker, data, served, config, launch, stop, expected=expected, started=started)
 
 
@@ -349,32 +352,83 @@ def finish(
     expected: Expectation | None,
     started: float,
 ) -> None:
-    """Export the trained model, verify it, let it answer, and write `run.json`; all ranks must call it."""
+    """Export the trained model and put it to use, unless the run was asked to stop; all ranks must call it."""
     from ds_sft.runtime.expectation import compare_with_plan
     from ds_sft.runtime.export import export_model, rows_to_verify
     from ds_sft.runtime.release import release
-    from ds_sft.training.report import best_checkpoint, describe_run, summary
+    from ds_sft.training.report import best_checkpoint, describe_run
 
-    planned = compare_with_plan(expected, launch)
-    if best_checkpoint(trainer):
-        launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
-    rows = rows_to_verify(data.eval or data.train)
-    trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
-    run_identity = trainer.run.identity
-    export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
-    results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
+    with trainer.saved_if_stopped():
+        stop.check()
+        planned = compare_with_plan(expected, launch)
+        if best_checkpoint(trainer):
+            launch.say(f"Exporting the best model: {best_checkpoint(trainer)}.")
+        rows = rows_to_verify(data.eval or data.train)
+        trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
+        run_identity = trainer.run.identity
+        export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
+        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
     release(trainer)  # of no use from here on
-    with others_wait(), stop.until_ranks_meet():
-        if tracker is not None:  # rank 0
-            merge_and_verify(config, rows, trained_loss, results)
-            let_it_answer(config, data, tokenizer, tracker, results)
-            score_its_answers(config, data, tokenizer, tracker, results)
-            push(config, results)
-    stop.check()
+    exported = {"results": results, "loss_trained": trained_loss, "identity": run_identity}
+    use_model(exported, config, data, tokenizer, tracker, stop)
+
+
+def use_model(
+    exported: dict[str, Any],
+    config: Config,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    tracker: Tracker | None,
+    stop: StopRequests,
+) -> None:
+    """Verify the exported model, let it answer, and write `run.json`; all ranks must call it.
+
+    Where it is stopped, and no checkpoint has the last step, the same command goes on from `exported`.
+    """
+    from ds_sft.runtime.export import rows_to_verify
+    from ds_sft.runtime.verify import ExportError
+    from ds_sft.training.report import summary
+
+    results = copy.deepcopy(exported["results"])
+    try:
+        with others_wait(), stop.until_ranks_meet():
+            if tracker is not None:  # rank 0
+                merge_and_verify(config, rows_to_verify(data.eval or data.train), exported["loss_trained"], results)
+                let_it_answer(config, data, tokenizer, tracker, results)
+                score_its_answers(config, data, tokenizer, tracker, results)
+                push(config, results)
+        stop.check()
+    except Stopped:
+        checkpoint = newest_complete(config.output_dir, resumable=True)
+        if tracker is not None and (checkpoint is None or checkpoint.step != results["steps"]):
+            write_json(config.output_dir / EXPORTED, exported)
+        raise
+    except ExportError:  # not the trained model: nothing to go on with
+        (config.output_dir / EXPORTED).unlink(missing_ok=True)
+        raise
     if tracker is not None:
-        write_json(config.output_dir / RESULTS, results | {"identity": run_identity})
+        write_json(config.output_dir / RESULTS, results | {"identity": exported["identity"]})
+        (config.output_dir / EXPORTED).unlink(missing_ok=True)  # of an earlier start
         print_line(summary(results))
         print_line(f"All of it on one page: ds-sft report {shlex.quote(str(config.output_dir))}")
+
+
+def finish_later(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, launch: Launch, stop: StopRequests
+) -> None:
+    """Use the model of a run that was stopped behind its export; all ranks must call it."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from ds_sft.plan.adapter import read_json
+    from ds_sft.runtime.distributed import gather
+    from ds_sft.tracking import open_tracker
+
+    unset_hf_deepspeed_config()  # no engine comes: under ZeRO-3 from_pretrained would wait for the other ranks
+    exported = gather(read_json(config.output_dir / EXPORTED) if launch.is_main else {})[0]
+    if launch.is_main:
+        (config.output_dir / PREEMPTED).unlink(missing_ok=True)
+    with open_tracker(config, launch, sys.maxsize, config.output_dir) as tracker:  # all points of it stay
+        use_model(exported, config, data, tokenizer, tracker, stop)
 
 
 def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, results: dict[str, Any]) -> None:
@@ -484,18 +538,21 @@ def leave(config: Config, launch: Launch, stop: StopRequests, reason: str) -> No
     """Say where a stopped run can go on; OUTPUT_DIR/PREEMPTED.json says it to programs."""
     if not launch.is_main:
         return
-    checkpoint = newest_complete(config.output_dir, resumable=True)
-    stop.leave(config.output_dir, checkpoint.path.name if checkpoint else None, checkpoint.step if checkpoint else 0)
+    checkpoint, exported = newest_complete(config.output_dir, resumable=True), exported_step(config.output_dir)
+    step = exported or (checkpoint.step if checkpoint else 0)
+    stop.leave(config.output_dir, checkpoint.path.name if checkpoint and not exported else None, step)
     where = f"after step {checkpoint.step:,}; {checkpoint.path} is complete" if checkpoint else "before the first save"
-    goes_on = config.resume == "auto" and not config.training.get("save_only_model")
-    how = "goes" if goes_on else "with --resume auto goes" if checkpoint else None
+    if exported:
+        where = f"after step {step:,}, the last; {config.output_dir} has the weights, verification or answers are left"
+    goes_on = config.resume == "auto" and (exported or not config.training.get("save_only_model"))
+    how = "goes" if goes_on else "with --resume auto goes" if checkpoint or exported else None
     print_line(f"Stopped ({reason}) {where}. The same command {f'{how} on from there' if how else 'starts anew'}.")
 
 
 def begin_output(config: Config, report: dict[str, Any], launch: Launch) -> None:
     """Leave what the run was asked to do and what it found in the output folder, before it starts."""
     if launch.is_main:
-        for old in (PREEMPTED, RESULTS, KEPT):
+        for old in (PREEMPTED, RESULTS, EXPORTED, KEPT):
             (config.output_dir / old).unlink(missing_ok=True)
         config.save(config.output_dir / RECORD)
         write_json(config.output_dir / "data_report.json", report)

@@ -24,14 +24,14 @@ from ds_sft.errors import UserError
 from ds_sft.plan.adapter import base_of
 from ds_sft.runtime.adapter import ADAPTER, exported, from_anywhere, load_on_disk, save_adapter
 from ds_sft.runtime.base import hash_base
-from ds_sft.runtime.checkpoint import FACTS, Site, _is_finished
+from ds_sft.runtime.checkpoint import FACTS, Site, _is_exported, _is_finished
 from ds_sft.runtime.disk import export_size, predict_size
 from ds_sft.runtime.distributed import Launch
 from ds_sft.runtime.export import finish_adapter, say_where_answers_end
 from ds_sft.runtime.merge import merge, merge_as_asked
 from ds_sft.runtime.preempt import StopRequests
 from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
-from ds_sft.train import merge_later
+from ds_sft.train import merge_later, use_model
 from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
 from tests.mixtures import FAMILIES as MIXTURES
@@ -574,6 +574,40 @@ def test_a_run_that_left_an_adapter_is_finished(
         f"{done}(merge: yes merges it; --resume never trains it anew.)",
         f"{done}(--resume never trains it anew.)",
     ]
+
+
+def test_a_run_that_was_stopped_behind_its_export(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not finished, goes on with its own weights alone, and is never another run's."""
+    run = {"config": {}, "data": "d", "eval_data": ""}
+    launch, asked = Launch(launcher="python"), config(bases, tmp_path)
+    (tmp_path / "exported.json").write_text(json.dumps({"identity": run}), encoding="utf-8")
+    assert not _is_exported(asked, run, launch)  # no weights
+    make_adapter(bases["tied"], tmp_path)
+    assert not _is_finished(asked, run, launch)
+    assert _is_exported(asked, run, launch)
+    with pytest.raises(UserError, match="is of another run, which differs in: "):
+        _is_exported(asked, {**run, "data": "other"}, launch)
+    assert capsys.readouterr().out == (
+        f"This run is trained, {tmp_path} has its weights: going on with verification and answers.\n"
+    )
+
+
+def test_weights_that_are_not_the_trained_ones_are_not_gone_on_with(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise ExportError("Export NOT verified")
+
+    monkeypatch.setattr("ds_sft.train.merge_and_verify", refuse)
+    (tmp_path / "exported.json").touch()
+    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
+    nobody: Any = object()
+    exported = {"results": {"steps": 2}, "loss_trained": 2.5, "identity": {}}
+    with pytest.raises(ExportError):
+        use_model(exported, config(bases, tmp_path), data, nobody, nobody, StopRequests(Launch(launcher="python")))
+    assert not (tmp_path / "exported.json").exists()
 
 
 @pytest.mark.parametrize(("merge", "asked"), [("yes", True), ("auto", False), ("no", False)])

@@ -73,6 +73,19 @@ def test_no_progress(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "No progress: the last 2 starts of this job came no further than step 10;" in capsys.readouterr().err
 
 
+def test_weights_that_were_exported_are_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped behind its export, and has no checkpoint, goes on from there; not for ever."""
+    monkeypatch.setenv("DS_SFT_MAX_STALLS", "1")
+    assert ask(folder, "begin") == 0
+    (folder / "out" / "exported.json").write_text(json.dumps({"results": {"steps": 8}}), encoding="utf-8")
+    stopped = json.dumps({"step": 8, "checkpoint": None, "reason": "SIGTERM"})
+    for answer in (0, NO_PROGRESS):
+        (folder / "out" / "PREEMPTED.json").write_text(stopped, encoding="utf-8")
+        assert ask(folder, "end") == answer
+        assert ask(folder, "begin") == answer
+    assert [json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [0, 8, 8]
+
+
 def test_no_progress_where_slurm_requeues(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nodes that die leave no PREEMPTED.json; the third start from one step is refused."""
     assert [ask(folder, "begin") for _ in range(3)] == [0, 0, NO_PROGRESS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from ds_sft.errors import UserError
 from ds_sft.runtime import preempt
 from ds_sft.runtime.checkpoint import FACTS, Checkpoint, Site, Start
 from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import StopRequests
+from ds_sft.runtime.preempt import Stopped, StopRequests
 from ds_sft.train import require_steps_left
 from ds_sft.training import resumable
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
@@ -159,7 +160,7 @@ def saving(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *, stopping: bool 
         "state": SimpleNamespace(global_step=4, best_model_checkpoint=None, max_steps=9),
         "control": SimpleNamespace(should_training_stop=stopping),
         "accelerator": None, "is_deepspeed_enabled": True, "keep_checkpoints": 1, "write_troubles": [],
-        "unfinished": None,
+        "unfinished": None, "facts_at_end": None,
     }  # fmt: skip
     return made
 
@@ -232,6 +233,36 @@ def test_the_next_save_and_the_end_of_training_complete_the_last_one(
     made._save_checkpoint(None, None)
     assert complete_ones(tmp_path) == ["checkpoint-4"]
     assert made._finalize_training(None, 0, 0.0) == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize(("saved", "best", "found"), [
+    (None, None, ["checkpoint-9"]),
+    (6, None, ["checkpoint-9"]),
+    (9, None, ["checkpoint-9"]),  # once
+    (6, "out/checkpoint-6", ["checkpoint-6"]),  # whose weights are in the model by now
+])  # fmt: skip
+def test_a_stop_after_training_saves_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int | None, best: str | None, found: list[str]
+) -> None:
+    """As it was before the summary of the run."""
+    made = saving(tmp_path, monkeypatch)
+    if saved:
+        made.state.global_step = saved
+        made._save_checkpoint(None, None)
+        made.finish_save()
+    before = (tmp_path / f"checkpoint-{saved}" / "manifest.json").read_text() if saved else ""
+    made.args.load_best_model_at_end, made.model, made.state.global_step = True, None, 9
+    made.state.best_model_checkpoint, made.state.log_history = best, [{"loss": 2.0}, {"train_runtime": 1.0}]
+    made.facts_at_end = made._facts() | {"loss_total": 7.5}
+    with pytest.raises(Stopped), made.saved_if_stopped():
+        raise Stopped("SIGINT")
+    assert complete_ones(tmp_path) == found
+    manifest = (tmp_path / found[0] / "manifest.json").read_text()
+    if found == [f"checkpoint-{saved}"]:
+        assert manifest == before
+    else:
+        assert (json.loads(manifest)["step"], json.loads(manifest)["loss_total"]) == (9, 7.5)
+        assert made.state.log_history == [{"loss": 2.0}]
 
 
 @pytest.mark.parametrize("later", [0, 1])

@@ -167,8 +167,8 @@ def test_what_is_neither_a_name_nor_a_file(
          "DeepSpeed updates with its CPU Adam there, and the run has optim: adamw_8bit; write deepspeed: zero2 or "
          "zero3, or optim: adamw_torch"),
         ("zero2_offload", {}, "muon",
-         "optim: muon wants whole matrices, and DeepSpeed's flat partitions have none; delete the deepspeed key, or "
-         "write optim: adamw_torch"),
+         "DeepSpeed updates with its CPU Adam there, and the run has optim: muon; write deepspeed: zero2 or zero3, or "
+         "optim: adamw_torch"),
     ],
 )  # fmt: skip
 def test_what_a_named_one_contradicts_has_no_block_to_delete(

@@ -28,7 +28,7 @@ from ds_sft.config import OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.errors import UserError
 from ds_sft.runtime.distributed import Launch, gather
 from ds_sft.runtime.identity import DATA, DEALING, Changes, changes, in_words, unchangeable
-from ds_sft.runtime.results import RESULTS
+from ds_sft.runtime.results import EXPORTED, RESULTS
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -106,6 +106,13 @@ def newest_complete(output_dir: Path, *, resumable: bool = False) -> Checkpoint 
             found = Checkpoint(folder, read_manifest(folder))
             if not (resumable and found.manifest.get("model_only")):
                 return found
+    return None
+
+
+def exported_step(output_dir: Path) -> int | None:
+    """The step of the exported weights with which a run goes on that was stopped behind its export; else None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((output_dir / EXPORTED).read_text(encoding="utf-8"))["results"]["steps"])
     return None
 
 
@@ -238,10 +245,11 @@ def _trouble_with(folder: Path, manifest: Mapping[str, Any], site: Site) -> str 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: at its beginning, at a checkpoint, or not at all because it is finished."""
+    """Where a run starts: at its beginning, at a checkpoint, behind its export, or not at all: it is finished."""
 
     checkpoint: Checkpoint | None = None
     finished: bool = False
+    exported: bool = False  # trained and exported, and stopped behind that
     accumulation: int = 0  # micro batches a step, where the checkpoint decides it
     seam: Mapping[str, int] = field(default_factory=dict)  # `micro_batches.Seam`, where rows were dealt in another way
     changed: Changes = field(default_factory=dict)  # what it goes on with that was otherwise at the checkpoint
@@ -274,6 +282,8 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
     resume = gather("auto" if _was_requeued(config) else config.resume)[0]
     if resume == "auto" and _is_finished(config, this_run, site.launch):
         return Start(finished=True)
+    if resume == "auto" and _is_exported(config, this_run, site.launch):
+        return Start(exported=True)
     found = choose(resume, config.output_dir, site)
     if found is None and resume != config.resume:  # requeued before the first save
         found = choose(config.resume, config.output_dir, site)
@@ -295,7 +305,8 @@ def _set_out(config: Config) -> None:
     """Remember that this Slurm job's `resume: never` or `resume: PATH` was obeyed."""
     if os.environ.get("SLURM_JOB_ID"):
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / RESULTS).unlink(missing_ok=True)  # of an earlier run
+        for old in (RESULTS, EXPORTED):  # of an earlier run
+            (config.output_dir / old).unlink(missing_ok=True)
         (config.output_dir / SET_OUT).write_text(os.environ["SLURM_JOB_ID"], encoding="utf-8")
 
 
@@ -505,7 +516,7 @@ def _engine_is_ignored(config: Config, launch: Launch) -> bool:
 
 def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
     """Whether the output folder holds this run, done, with its weights; says so."""
-    other, done, stages = gather(_finished_run(config, this_run, launch) if launch.is_main else NO_RUN)[0]
+    done = _holds(RESULTS, config, this_run, launch)
     if done:
         merged = any(config.output_dir.glob(FINAL[0]))
         later = "" if merged or config.merge != "auto" else "merge: yes merges it; "
@@ -513,16 +524,30 @@ def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) ->
             f"This run is finished: {config.output_dir} holds its {'model' if merged else 'adapter'}. ({later}--resume "
             "never trains it anew.)"
         )
-        return True
-    _refuse_another_stage(f"{config.output_dir} holds a run that was finished", stages, config, launch)
-    _refuse_another_run(config.output_dir, other, this_run, config)
-    return False
+    return done
 
 
-def _finished_run(config: Config, this_run: Mapping[str, Any], launch: Launch) -> FinishedRun:
-    """The one that the output folder holds, beside this one."""
+def _is_exported(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
+    """Whether the output folder holds this run's weights, and what a stop left to be done with them; says so."""
+    left = _holds(EXPORTED, config, this_run, launch)
+    if left:
+        launch.say(f"This run is trained, {config.output_dir} has its weights: going on with verification and answers.")
+    return left
+
+
+def _holds(record: str, config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
+    """Whether a file of the output folder is this run's, with its weights beside it; refuses another run's."""
+    other, found, stages = gather(_recorded_run(record, config, this_run, launch) if launch.is_main else NO_RUN)[0]
+    if not found:
+        _refuse_another_stage(f"{config.output_dir} holds a run that was finished", stages, config, launch)
+        _refuse_another_run(config.output_dir, other, this_run, config)
+    return found
+
+
+def _recorded_run(record: str, config: Config, this_run: Mapping[str, Any], launch: Launch) -> FinishedRun:
+    """The one that a file of the output folder is of, beside this one."""
     try:
-        then = json.loads((config.output_dir / RESULTS).read_text(encoding="utf-8"))["identity"]
+        then = json.loads((config.output_dir / record).read_text(encoding="utf-8"))["identity"]
         other = changes(then, this_run)
     except (OSError, ValueError, KeyError):
         return NO_RUN

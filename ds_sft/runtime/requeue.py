@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ds_sft.config import load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import newest_complete
+from ds_sft.runtime.checkpoint import exported_step, newest_complete
 from ds_sft.runtime.folder_lock import FolderLock
 from ds_sft.runtime.preempt import PREEMPTED
 
@@ -128,9 +128,9 @@ def _read(text: str) -> tuple[int | None, str]:
 
 
 def newest_step(output_dir: Path) -> int:
-    """The step of the newest checkpoint to go on from; 0 without one."""
+    """The step of the exported weights or of the newest checkpoint to go on from; 0 without any."""
     found = newest_complete(output_dir, resumable=True)
-    return found.step if found else 0
+    return exported_step(output_dir) or (found.step if found else 0)
 
 
 if __name__ == "__main__":

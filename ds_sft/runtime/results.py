@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = "run.json"  # written last: a run that has it is finished
+EXPORTED = "exported.json"  # of a run that was stopped behind its export, where no checkpoint has the last step
 KEPT = "verify.json"  # what a model on disk was to be asked, and there was no memory: for `ds-sft verify`
 PACKAGES = ("ds_sft", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "swanlab", "peft")
 

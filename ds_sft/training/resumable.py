@@ -109,6 +109,7 @@ class ResumableTrainer(Trainer):
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.write_troubles: list[str] = []
         self.unfinished: Unfinished | None = None  # a checkpoint that is written, synced beside the next step
+        self.facts_at_end: dict[str, Any] | None = None  # of the last step, once the run's summary has changed them
         self.flops_per_token = 0.0  # of all parameters but embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
@@ -302,11 +303,34 @@ class ResumableTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         self.finish_save()
         if self.run.stop.decided is None:
+            self.facts_at_end = self._facts()
             return super()._finalize_training(trial, self._samples_seen(), start_time)
         # No summary of half a run, and no best model to go back to yet.
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    @contextmanager
+    def saved_if_stopped(self) -> Iterator[None]:
+        """A block after training, which all ranks leave together where they stop: then a checkpoint has the last step.
+
+        With it the same command exports, and trains nothing again.
+        """
+        try:
+            yield
+        except Stopped:
+            self._save_last_step()
+            raise
+
+    def _save_last_step(self) -> None:
+        """Save the last step, unless it is saved, or the weights are those of an earlier one: the best, which is."""
+        newest = newest_complete(Path(self.args.output_dir))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if gather(best is None and (newest is None or newest.step != self.state.global_step))[0]:
+            # The summary is made again after the resume.
+            self.state.log_history = [entry for entry in self.state.log_history if "train_runtime" not in entry]
+            self._save_checkpoint(self.model, None)
+            self.finish_save()
 
     # ---- Saving
 
@@ -324,7 +348,7 @@ class ResumableTrainer(Trainer):
         self.write_troubles.clear()
         self._record(lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
         self._record(lambda: self._complete_on_each_node(folder))
-        facts = self._facts()
+        facts = self.facts_at_end or self._facts()
         trouble = next((known[0] for known in gather(self.write_troubles) if known), None)  # also: all have written
         if trouble is not None:
             self._discard(folder, trouble)

@@ -1,8 +1,8 @@
 """train.py that something happens to; test_resume.py and test_nonfinite.py start it.
 
-In the environment: AT is when a rank is signalled, "PLACE STEP SIGNAL RANK", where PLACE is step, eval, save, start,
-encode or predict. FILE_LIMIT is how many bytes a file may have: the disk is full beyond it. POISON, as JSON, makes
-losses no numbers: see poisoned.py.
+In the environment: AT is when a rank is signalled, "PLACE STEP SIGNAL RANK", where PLACE is step, eval, save, end,
+start, encode, export or predict. FILE_LIMIT is how many bytes a file may have: the disk is full beyond it. POISON, as
+JSON, makes losses no numbers: see poisoned.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import ds_sft.data.dataset
 import ds_sft.predict
+import ds_sft.runtime.export
 from ds_sft.runtime import preempt
 from ds_sft.train import main
 from ds_sft.training.resumable import StepBoundary
@@ -44,15 +45,17 @@ def install(at: str) -> None:
         "step": (StepBoundary, "on_step_end"),
         "eval": (SFTTrainer, "token_mean"),
         "save": (SFTTrainer, "_save_checkpoint"),
+        "end": (SFTTrainer, "_finalize_training"),
         "start": (SFTTrainer, "train"),
         "encode": (ds_sft.data.dataset, "load_data"),
+        "export": (ds_sft.runtime.export, "export_model"),
         "predict": (ds_sft.predict, "predict"),
     }[place]
     original = getattr(owner, method)
 
     def reached(args: tuple[Any, ...]) -> bool:
         state = args[2] if place == "step" else getattr(args[0], "state", None)
-        return place in ("start", "encode", "predict") or state.global_step == int(step)
+        return place in ("start", "encode", "export", "predict") or state.global_step == int(step)
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
         if reached(args) and STOP[0].reason is None:

@@ -175,6 +175,36 @@ def test_stops_outside_of_steps(model_dir: Path, tmp_path: Path) -> None:
     assert "Answered" not in logs[6]
 
 
+@pytest.mark.parametrize(("name", "ranks", "late"), [("plain", None, "export"), ("zero3", 2, "predict")])
+def test_a_stop_after_the_last_step_of_a_run_that_saves_nothing(
+    dropout_dir: Path, tmp_path: Path, name: str, ranks: int | None, late: str
+) -> None:
+    """Before the export it saves; from there on the weights stay, and the same command puts them to use."""
+    keys = settings(dropout_dir, tmp_path, name, save_strategy="no")
+    run_jobs(tmp_path, [job(keys, ranks, output_dir="reference"),
+                        job(keys, ranks, f"end {STEPS} SIGINT {(ranks or 1) - 1}", log="log0"),
+                        job(keys, ranks, f"{late} 0 SIGTERM 0", output_dir="late", log="log1")])  # fmt: skip
+    assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    left = [json.loads((tmp_path / out / "PREEMPTED.json").read_text("utf-8")) for out in ("out", "late")]
+    assert [(one["step"], one["checkpoint"]) for one in left] == [(STEPS, f"checkpoint-{STEPS}"), (STEPS, None)]
+    exported = (tmp_path / "late" / "model.safetensors").stat().st_mtime_ns
+    run_jobs(tmp_path, [job(keys, ranks, log="log2"), job(keys, ranks, output_dir="late", log="log3")])
+    logs = [(tmp_path / f"log{n}").read_text(encoding="utf-8") for n in range(4)]
+    assert logs[0].count(f"Stopped (SIGINT) after step {STEPS}; out/checkpoint-{STEPS} is complete. The same ") == 1
+    assert logs[1].count(
+        f"Stopped (SIGTERM) after step {STEPS}, the last; late has the weights, verification or answers are left. "
+        "The same command goes on from there."
+    ) == 1  # fmt: skip
+    assert f"Resuming from out/checkpoint-{STEPS}, step {STEPS}" in logs[2]
+    assert logs[3].count("This run is trained, late has its weights: going on with verification and answers.") == 1
+    assert (tmp_path / "late" / "model.safetensors").stat().st_mtime_ns == exported  # nothing is trained again
+    for out, log in (("out", logs[2]), ("late", logs[3])):
+        assert log.count("Answered 1 of 1") == 1
+        assert_bit_equal(tmp_path / out, tmp_path / "reference")
+        assert json.loads((tmp_path / out / "run.json").read_text(encoding="utf-8"))["steps"] == STEPS
+        assert not [name for name in ("PREEMPTED.json", "exported.json") if (tmp_path / out / name).exists()]
+
+
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_another_number_of_ranks(model_dir: Path, tmp_path: Path, name: str) -> None:
     """1, 2 and 4 ranks after 2, from the middle of an epoch whose last step they cannot share out evenly."""
