@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu_table.sh 1 gpu        # Qwen3-0.6B's shape beside TRL: tokens/s, memory, waiting, long rows
 #     bash benchmarks/gpu_table.sh 2 gpu        # the 4 B shape, kernels one by one, then tests/gpu
-#     bash benchmarks/gpu_table.sh 3 gpu        # long rows: MLPs in tiles, layers' inputs on the host
+#     bash benchmarks/gpu_table.sh 3 gpu        # long rows (tiles, layers' inputs on the host), a 4 B shape in bfloat16
 #
 # What was measured lies in the folder gpu: tables (*.txt) and figures (*.json). What follows is for gpu.py:
 # `bash benchmarks/gpu_table.sh 1 gpu --shape tiny --steps 3` tries a part on a CPU. PYTHON names another python3.
@@ -22,6 +22,7 @@ case $part in
 2) measure 4b 100 --shape 4b --steps 15 --only 16k-recomputed "$@"
    measure kernels 130 --only 16k-compile 16k-none 16k-mixture "$@"
    timeout 190 "$python" -m pytest tests/gpu -rs 2>&1 | tee "$out/tests.txt" ;;
-3) measure long 390 --only 64k-row 64k-whole 64k-offload 128k-offload "$@" ;;
+3) measure long 290 --only 64k-row 64k-whole 64k-offload 128k-offload "$@"
+   measure narrow 100 --shape 4b --steps 15 --only 16k-narrow "$@" ;;
 *) echo "gpu_table.sh: $part: there are parts 1, 2 and 3" >&2; exit 2 ;;
 esac
