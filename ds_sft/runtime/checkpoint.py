@@ -554,7 +554,7 @@ def _recorded_run(record: str, config: Config, this_run: Mapping[str, Any], laun
     if _engine_is_ignored(config, launch):  # whether there is anything left to do does not hang on the launcher
         other = {name: pair for name, pair in other.items() if not name.startswith("deepspeed.")}
     done = not other and any(map(any, (config.output_dir.glob(weights) for weights in FINAL)))
-    now = this_run["zero_stage"]
+    now = this_run.get("zero_stage")
     return other, done, (then.get("zero_stage", now), now)
 
 
