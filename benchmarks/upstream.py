@@ -56,7 +56,7 @@ SETTABLE = {
     # `TrainingArguments`, `TrainerControl` and `TrainerState`
     "report_to", "gradient_accumulation_steps", "save_on_each_node", "save_total_limit", "eval_on_start", "epoch",
     "best_metric", "best_global_step", "best_model_checkpoint", "should_training_stop", "should_save", "should_log",
-    "should_evaluate",
+    "should_evaluate", "log_history",
     # peft's `LoraConfig`, accelerate's `DistributedDataParallelKwargs`
     "inference_mode", "base_model_name_or_path", "target_modules", "gradient_as_bucket_view",
     "use_muon",  # by which DeepSpeed's Muon knows its matrices

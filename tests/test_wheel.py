@@ -56,9 +56,7 @@ def test_commands(installed: Installed, model_dir: Path, tmp_path: Path) -> None
     here = run(where, cwd=tmp_path, env=installed.env)
     assert here.output.startswith(f"{installed.folder}/lib/")
     assert installed.ds_sft("--version", cwd=tmp_path).stdout == f"ds_sft {__version__}\n"
-    assert installed.ds_sft("init", cwd=tmp_path).stdout.endswith(
-        "torchrun --nproc_per_node gpu -m ds_sft train --config run.yaml  # all GPUs of this machine\n"
-    )
+    assert " -m ds_sft train run.yaml  # " in installed.ds_sft("init", cwd=tmp_path).stdout.splitlines()[-1]
     write_rows(tmp_path / "rows.jsonl", questions_and_answers(50))
     keys = ["run.yaml", "--model_name_or_path", str(model_dir), "--train_file", "rows.jsonl"]
     planned = installed.ds_sft("plan", *keys, "--gpus-per-node", "2", "--json", cwd=tmp_path)
