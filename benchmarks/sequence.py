@@ -19,13 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from memory import status
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -168,13 +169,6 @@ def make_batch(given: argparse.Namespace, tokens: int) -> dict[str, Any]:
     ids = torch.randint(VOCAB[given.what], (tokens,), generator=torch.Generator().manual_seed(1)).numpy()
     batch: dict[str, Any] = collate_share([{"input_ids": ids, "labels": ids}], place=given.rank, size=given.ranks)
     return batch
-
-
-def status(key: str) -> int:
-    """A field of /proc/self/status, kB."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None, key
-    return int(found[1])
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from ds_sft.plan.steps import Steps
     from ds_sft.runtime.expectation import Expectation
     from ds_sft.tracking import Tracker
+    from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
 
 
@@ -112,7 +113,6 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.training.model import uses_padding
     from ds_sft.training.optimizer import optimizer_of
     from ds_sft.training.profile import profiling
-    from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
     from ds_sft.upstream import require_names
 
@@ -128,12 +128,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     require_hub(config, launch)
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
-    if start.exported:
-        finish_later(config, data, tokenizer, launch, stop)
-        return
-    if start.finished:
-        merge_later(config, data, launch, stop)
-        push_later(config, launch, stop)
+    if done_before(start, config, data, tokenizer, launch, stop):
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
@@ -158,17 +153,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
             callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
-            run=Continuity(
-                stop=stop,
-                site=site,
-                resumed=start.checkpoint,
-                changed=start.changed,
-                on_save_error=config.on_save_error,
-                size=size,
-                identity=this_run,
-                freezes=config.freezes,
-                end_ids=served.end_ids,
-            ),
+            run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
         )
         del model  # the trainer's alone, so that `release` can give it back
         stop.check()
@@ -268,6 +253,23 @@ def require_steps_left(start: Start, steps: int) -> None:
         )
 
 
+def done_before(
+    start: Start,
+    config: Config,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    launch: Launch,
+    stop: StopRequests,
+) -> bool:
+    """Whether an earlier start has trained the model; does what is left to be done with it. All ranks must call it."""
+    if start.exported:
+        finish_later(config, data, tokenizer, launch, stop)
+    elif start.finished:
+        merge_later(config, data, launch, stop)
+        push_later(config, launch, stop)
+    return start.exported or start.finished
+
+
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
     """What loading a checkpoint needs: the one to go on from, before the model is loaded, and the best at the end."""
     from ds_sft.runtime.universal import load_data_only, make_universal
@@ -323,6 +325,32 @@ def load_model_to_train(
     require_shared(model)
     offload_inputs(model, config, args, launch, largest=largest)
     return model
+
+
+def continuity(
+    config: Config,
+    start: Start,
+    site: Site,
+    stop: StopRequests,
+    this_run: dict[str, Any],
+    *,
+    size: int,
+    end_ids: Sequence[int],
+) -> Continuity:
+    """How the run goes on from a checkpoint, is saved and stops."""
+    from ds_sft.training.resumable import Continuity
+
+    return Continuity(
+        stop=stop,
+        site=site,
+        resumed=start.checkpoint,
+        changed=start.changed,
+        on_save_error=config.on_save_error,
+        size=size,
+        identity=this_run,
+        freezes=config.freezes,
+        end_ids=end_ids,
+    )
 
 
 def find_room(

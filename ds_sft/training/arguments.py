@@ -32,22 +32,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
         remove_stale_locks(launch)
         hold_builds_by_flock()
         import_muon(engine)
-    keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
-    keys["activation_checkpointing"] = bool(keys.get("activation_checkpointing"))  # to offload is ours, offload.py
-    keys["deepspeed"] = engine
-    if keys.get("optim") == MUON:  # `optimizer_of` makes it, and transformers does not know it
-        keys["optim"] = "adamw_torch"
-    keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
-    keys["report_to"] = other_trackers(config.trackers) or ["none"]
-    keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py
-    for name in SECRETS:
-        keys.pop(name, None)  # Trainer writes its arguments into every checkpoint
-    keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
-    keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
-    keys.setdefault("ddp_timeout", 1800)
-    # Recomputation without a nested backward, as PyTorch advises: no input needs a gradient, DDP's and ZeRO's hooks run
-    # once. Under ZeRO-3 that re-partitions at once it gives the same weights as no checkpointing (test_trajectory.py).
-    keys["activation_checkpointing_kwargs"] = keys.get("activation_checkpointing_kwargs") or {"use_reentrant": False}
+    keys = keywords(config, engine)
     # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).
     keys["use_cpu"] = keys.get("use_cpu", False) or not torch.cuda.is_available()
     if keys["use_cpu"]:
@@ -67,6 +52,27 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     if not config.trackers:
         args.report_to = []  # transformers adds Kubeflow's where it finds its cluster
     return args
+
+
+def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
+    """What the run's keys are for `TrainingArguments`, on any machine."""
+    keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
+    keys["activation_checkpointing"] = bool(keys.get("activation_checkpointing"))  # to offload is ours, offload.py
+    keys["deepspeed"] = engine
+    if keys.get("optim") == MUON:  # `optimizer_of` makes it, and transformers does not know it
+        keys["optim"] = "adamw_torch"
+    keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
+    keys["report_to"] = other_trackers(config.trackers) or ["none"]
+    keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py
+    for name in SECRETS:
+        keys.pop(name, None)  # Trainer writes its arguments into every checkpoint
+    keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step
+    keys.setdefault("ddp_broadcast_buffers", False)  # they are constants, such as the angles of rotary positions
+    keys.setdefault("ddp_timeout", 1800)
+    # Recomputation without a nested backward, as PyTorch advises: no input needs a gradient, DDP's and ZeRO's hooks run
+    # once. Under ZeRO-3 that re-partitions at once it gives the same weights as no checkpointing (test_trajectory.py).
+    keys["activation_checkpointing_kwargs"] = keys.get("activation_checkpointing_kwargs") or {"use_reentrant": False}
+    return keys
 
 
 def other_trackers(names: list[str]) -> list[str]:

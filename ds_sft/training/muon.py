@@ -42,15 +42,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
+        muon, adamw = self.parts
+        loss: float | None = muon.step(closure)  # gradients of both are there then
+        adamw.step()
         return loss
 
 

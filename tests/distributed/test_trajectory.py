@@ -363,11 +363,17 @@ def leave_a_lock(folder: Path) -> Path:
 
 def check_bf16(out: Path, reference: Reference, *, bound: float = BF16_UPDATE) -> None:
     assert step_losses(out) == pytest.approx(reference.losses, rel=BF16_LOSS)
+    error = update_error(out, reference)
+    print(f"bf16 update of {out.name}: {error:.3f}")
+    assert error < bound
+
+
+def update_error(out: Path, reference: Reference) -> float:
+    """How far the weights are from the reference's, of how far these went."""
     start, weights = reference.start, trained_weights(out)
     error = sum((weights[key] - value).square().sum().item() for key, value in reference.weights.items()) ** 0.5
     update = sum((start[key] - value).square().sum().item() for key, value in reference.weights.items()) ** 0.5
-    print(f"bf16 update of {out.name}: {error / update:.3f}")
-    assert error / update < bound
+    return float(error / update)
 
 
 def trained_weights(out: Path) -> dict[str, torch.Tensor]:
