@@ -29,7 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ds_sft.runtime.quiet import quiet  # noqa: E402
+from ds_sft.quiet import quiet  # noqa: E402
 from ds_sft.upstream import (  # noqa: E402
     ASSIGNED,
     NAMES,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ds_sft.config import (
+from ds_sft.config.keys import (
     ALIASES,
     ENGINES,
     REFERENCE_PROMPT,
@@ -541,7 +541,7 @@ def test_help_names_what_deepspeed_may_be() -> None:
 def test_help_needs_no_torch(flags: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['train.py', *sys.argv[1:]]\n"
-        "from ds_sft.config import load_config\n"
+        "from ds_sft.config.keys import load_config\n"
         "try: load_config(sys.argv[1:])\n"
         "except SystemExit as end: print(end.code, [n for n in ('torch', 'transformers') if n in sys.modules])"
     )

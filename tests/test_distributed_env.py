@@ -14,8 +14,8 @@ import pytest
 from tqdm import tqdm
 
 from ds_sft.errors import UserError
-from ds_sft.runtime import distributed
-from ds_sft.runtime.distributed import (
+from ds_sft.ranks import launch as distributed
+from ds_sft.ranks.launch import (
     LOST_PEER,
     Launch,
     exit_after,

@@ -25,9 +25,10 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from ds_sft import cli, config
+from ds_sft import cli
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import Given, all_keys, load_config
+from ds_sft.config import keys as config
+from ds_sft.config.keys import Given, all_keys, load_config
 from ds_sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from transformers import Trainer, TrainerCallback
 
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 from ds_sft.training import arguments
 from ds_sft.upstream import (
     ASSIGNED,

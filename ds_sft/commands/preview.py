@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.prepare import read_config
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     options, words = take_options(argv)
     config, launch = read_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
     from ds_sft.data.dataset import load_data
-    from ds_sft.training.model import load_tokenizer
+    from ds_sft.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(config, launch)
     data = load_data(config, tokenizer, launch)
@@ -105,14 +105,14 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     Raises:
         UserError: a key names nothing in this model.
     """
+    from ds_sft.checkpoints.checkpoint import Site
+    from ds_sft.checkpoints.space import export_size, predict_size
+    from ds_sft.engine.zero import configured_engine, stage
+    from ds_sft.model.adapters import choose_weights
+    from ds_sft.model.load import make_room
+    from ds_sft.model.quantized import skeleton
     from ds_sft.plan.optimizer import state_bytes
-    from ds_sft.runtime.checkpoint import Site
-    from ds_sft.runtime.disk import export_size, predict_size
-    from ds_sft.runtime.quantized import skeleton
-    from ds_sft.runtime.size import in_units
-    from ds_sft.runtime.zero import configured_engine, stage
-    from ds_sft.training.adapters import choose_weights
-    from ds_sft.training.model import make_room
+    from ds_sft.plan.size import in_units
 
     engine, site = configured_engine(config), Site(launch, shared=True)
     model = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
@@ -179,7 +179,7 @@ def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[
     """The batch that a rank would make of these rows, whatever their number; several where tokens fill them."""
     from ds_sft.data.batches import make_batches
     from ds_sft.data.micro_batches import Batching, lengths_of
-    from ds_sft.training.model import uses_padding
+    from ds_sft.model.load import uses_padding
 
     padded = uses_padding(config, launch)
     in_batches, collate = make_batches(rows, config, tokenizer, launch, padded=padded)

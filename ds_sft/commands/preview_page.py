@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ds_sft.commands.page import frame
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 
 if TYPE_CHECKING:
     from ds_sft.commands.preview import Shown, Token

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_sft.data.layout import Layout
+from ds_sft.data.batch import Layout
+from ds_sft.model.loss import output_projection
+from ds_sft.model.quantized import elements
+from ds_sft.model.sequence import SequenceGroup
+from ds_sft.model.targets import shape_of
 from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
-from ds_sft.runtime.distributed import gather_numbers
-from ds_sft.runtime.peak import Peak
-from ds_sft.runtime.quantized import elements
-from ds_sft.runtime.results import peak_memory
-from ds_sft.training.loss import output_projection
-from ds_sft.training.sequence import SequenceGroup
-from ds_sft.training.targets import shape_of
+from ds_sft.ranks.launch import gather_numbers
+from ds_sft.results import peak_memory
+from ds_sft.training.peak import Peak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
