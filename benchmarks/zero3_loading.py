@@ -81,7 +81,8 @@ def measure(folder: Path) -> None:
     """What one rank does: load the model as train.py does, watching its own memory."""
     from ds_sft.config.keys import Config
     from ds_sft.model.load import load_model
-    from ds_sft.ranks.launch import barrier, read_launch
+    from ds_sft.ranks.collectives import barrier
+    from ds_sft.ranks.launch import read_launch
     from ds_sft.training.arguments import training_arguments
 
     engine = json.loads((ROOT / "ds_configs" / "zero3.json").read_text(encoding="utf-8"))

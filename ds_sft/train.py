@@ -29,14 +29,12 @@ from ds_sft.config.keys import OUR_ORDERS, RECORD, Config, given_twice, load_con
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
 from ds_sft.quiet import quiet
+from ds_sft.ranks.collectives import end_group, others_wait
+from ds_sft.ranks.exits import exit_after, exit_with
 from ds_sft.ranks.launch import (
     Launch,
-    end_group,
-    exit_after,
-    exit_with,
     grow_segments,
     hide_gpus,
-    others_wait,
     print_line,
     read_launch,
     require_groups,
@@ -212,7 +210,7 @@ def require_hub(config: Config, launch: Launch) -> None:
     All ranks must call it.
     """
     from ds_sft.export.hub import why_not
-    from ds_sft.ranks.launch import gather
+    from ds_sft.ranks.collectives import gather
 
     if config.training.get("push_to_hub"):
         trouble = gather(why_not(config) if launch.is_main else None)[0]
@@ -448,7 +446,7 @@ def finish_later(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from ds_sft.plan.adapter import read_json
-    from ds_sft.ranks.launch import gather
+    from ds_sft.ranks.collectives import gather
     from ds_sft.tracking import open_tracker
 
     unset_hf_deepspeed_config()  # no engine comes: under ZeRO-3 from_pretrained would wait for the other ranks

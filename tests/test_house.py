@@ -34,11 +34,12 @@ ALLOWED = {
     "data": "errors config ranks",
     "model": "errors config plan ranks engine data",
     "checkpoints": "errors config plan ranks engine model results",
-    "export": "errors config plan ranks data model checkpoints results",
+    "export": "errors config plan ranks engine data model checkpoints results",
     "training": "errors upstream config plan ranks engine data model checkpoints export results",
     "evaluation": "errors config plan ranks data model export training",
     "tracking": "errors config ranks",
-    "commands": "errors config plan ranks engine data model checkpoints export training evaluation tracking results shipped",
+    "commands": "errors config plan ranks engine data model checkpoints export training evaluation tracking "
+    "results shipped",
 }
 # These answer at once: neither library may be loaded by importing them.
 LIGHT = [

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 
 from ds_sft.commands import preview
-from ds_sft.commands.preview import shown_of
+from ds_sft.commands.preview_tokens import shown_of
 from ds_sft.config.keys import Config
 from ds_sft.data import cache, encode, files, rendered
 from ds_sft.data.batch import collate_flat, views_of

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from ds_sft.cli import main
-from ds_sft.commands.preview import row_numbers, tokens_of
+from ds_sft.commands.preview import row_numbers
+from ds_sft.commands.preview_tokens import tokens_of
 from ds_sft.errors import UserError
 from tests.conftest import write_rows
 

@@ -27,7 +27,8 @@ import xxhash
 from ds_sft.checkpoints.identity import DATA, DEALING, Changes, changes, in_words, unchangeable
 from ds_sft.config.keys import OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
 from ds_sft.results import EXPORTED, RESULTS
 
 MANIFEST = "manifest.json"

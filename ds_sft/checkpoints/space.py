@@ -10,13 +10,13 @@ from typing import Any
 from ds_sft.checkpoints.checkpoint import Site, newest_complete, steps_in
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.export.weights import export_dtype
+from ds_sft.model.dtype import export_dtype
 from ds_sft.model.quantized import elements
 from ds_sft.plan.disk import adapter_bytes, checkpoint_bytes, trained_checkpoint_bytes
 from ds_sft.plan.optimizer import FLOAT32, StateBytes
 from ds_sft.plan.size import ModelSize, in_units
 from ds_sft.plan.steps import Steps
-from ds_sft.ranks.launch import gather
+from ds_sft.ranks.collectives import gather
 
 
 def predict_size(model: Any, stage: int | None, site: Site, *, kept: StateBytes = FLOAT32) -> int:

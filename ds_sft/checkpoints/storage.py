@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from ds_sft.checkpoints.folder_lock import FolderLock
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.nodes import is_shared
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
 
 
 def nearest(folder: Path) -> Path:
@@ -108,21 +107,6 @@ def _together(action: Callable[[], None]) -> None:
     troubles = [found for found in gather(trouble) if found]
     if troubles:
         raise UserError(troubles[0])
-
-
-def is_shared(folder: Path, launch: Launch) -> bool:
-    """Rank 0 writes a file; do all nodes see it? All ranks must call it."""
-    name = gather(f".probe-{uuid.uuid4().hex}")[0]
-    if launch.is_main:
-        (folder / name).touch()
-    gather(None)  # it is there
-    deadline = time.monotonic() + LOOK_SECONDS
-    while not (seen := name in {path.name for path in folder.glob(".probe-*")}) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    everywhere = all(gather(seen))
-    if launch.is_main:
-        (folder / name).unlink()
-    return everywhere
 
 
 def _set_save_on_each_node(args: TrainingArguments, value: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.export.weights import full_value
+from ds_sft.engine.values import full_value
 from ds_sft.model.adapter_files import WEIGHTS, adapter_parts, require_whole, save_adapter
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from ds_sft.checkpoints.checkpoint import (
     write_manifest,
 )
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import gather, others_wait
+from ds_sft.ranks.collectives import gather, others_wait
 from ds_sft.ranks.stop import StopRequests
 
 CONVERTED = "universal.json"  # the manifest of the converted copy

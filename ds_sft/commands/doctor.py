@@ -35,7 +35,8 @@ from ds_sft.plan.shape import read_shape
 from ds_sft.plan.size import ModelSize, in_units, in_words, model_folder, model_size, written_bytes
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
-from ds_sft.ranks.launch import Launch, exit_with, hide_gpus, print_line, read_launch, require_groups
+from ds_sft.ranks.exits import exit_with
+from ds_sft.ranks.launch import Launch, hide_gpus, print_line, read_launch, require_groups
 from ds_sft.ranks.network import Exchange, Network, Unreachable, connect, measure_network, patience
 from ds_sft.ranks.nodes import keep_inside, name_spanning
 from ds_sft.results import git_commit, versions

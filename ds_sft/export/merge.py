@@ -16,14 +16,7 @@ from ds_sft.checkpoints.storage import nearest
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.export.placement import is_out_of_memory, weights_size
-from ds_sft.export.weights import (
-    PARTIAL,
-    end_answers_at,
-    export_dtype,
-    mend_generation_config,
-    move_into,
-    own_ends,
-)
+from ds_sft.export.weights import PARTIAL, end_answers_at, move_into, own_ends
 from ds_sft.model.adapter_files import (
     ADAPTER,
     COMPUTED_IN,
@@ -37,6 +30,8 @@ from ds_sft.model.adapter_files import (
     find_base,
     load_base,
 )
+from ds_sft.model.dtype import export_dtype
+from ds_sft.model.load import mend_generation_config
 from ds_sft.model.quantized import round_base, skeleton
 from ds_sft.plan.adapter import CONFIG, whole_of
 from ds_sft.plan.size import in_units

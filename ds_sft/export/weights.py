@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.checkpoints.identity import BASE
 from ds_sft.config.keys import Config
+from ds_sft.engine.values import full_value
 from ds_sft.export.verify import Question, verify_or_keep
-from ds_sft.model import adapter_files as adapter
+from ds_sft.model import adapter_files
+from ds_sft.model.dtype import computed_in, export_dtype
 from ds_sft.plan.size import model_folder
-from ds_sft.ranks.launch import Launch, barrier, print_line
+from ds_sft.ranks.collectives import barrier
+from ds_sft.ranks.launch import Launch, print_line
 from ds_sft.results import write_json
 
 if TYPE_CHECKING:
@@ -32,25 +34,14 @@ TOKENIZER = "tokenizer_config.json"
 VERIFIED_ROWS, VERIFIED_TOKENS = 8, 8192  # tokens of a row: a fresh process makes logits of them all, 5 GB in float32
 
 
-def export_dtype(config: Config) -> torch.dtype:
-    """`export_dtype`; auto is the dtype that was trained in, so every launcher leaves the same files."""
-    import torch
-
-    name = _computed_in(config) if config.export_dtype == "auto" else config.export_dtype
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _computed_in(config: Config) -> str:
-    """The dtype of forward and backward."""
-    return "bfloat16" if config.training.get("bf16") else "float16" if config.training.get("fp16") else "float32"
-
-
 def adapter_facts(config: Config, *, base: str) -> dict[str, Any]:
     """What is remembered beside an adapter; `base`: hash of the base's files, "" where none was made."""
-    facts: dict[str, Any] = {adapter.QUANTIZATION: config.quantization, adapter.COMPUTED_IN: _computed_in(config)}
-    facts |= {adapter.ROPE_SCALING: config.rope_scaling} if config.rope_scaling else {}
-    return facts | ({adapter.BASE: base} if base else {})
+    facts: dict[str, Any] = {
+        adapter_files.QUANTIZATION: config.quantization,
+        adapter_files.COMPUTED_IN: computed_in(config),
+    }
+    facts |= {adapter_files.ROPE_SCALING: config.rope_scaling} if config.rope_scaling else {}
+    return facts | ({adapter_files.BASE: base} if base else {})
 
 
 def export_model(
@@ -78,12 +69,14 @@ def export_model(
     if config.adapter != "none":
         weights = trained_weights(trainer.model, keep=launch.is_main)
         if launch.is_main:
-            adapter.save_adapter(trainer.model, weights, folder)
-            write_json(folder / adapter.FACTS, adapter_facts(config, base=trainer.run.identity.get(BASE, "")))
+            adapter_files.save_adapter(trainer.model, weights, folder)
+            write_json(folder / adapter_files.FACTS, adapter_facts(config, base=trainer.run.identity.get(BASE, "")))
             finish_adapter(config.output_dir, folder, tokenizer, end_ids=end_ids, chat_template=chat_template)
-            launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter.FOLDER} (float32).")
-            say_where_answers_end(config.output_dir / adapter.FOLDER, end_ids)
-            say_how_its_base_is_loaded(config.output_dir / adapter.FOLDER, trust_remote_code=config.trust_remote_code)
+            launch.say(f"Adapter and tokenizer are in {config.output_dir / adapter_files.FOLDER} (float32).")
+            say_where_answers_end(config.output_dir / adapter_files.FOLDER, end_ids)
+            say_how_its_base_is_loaded(
+                config.output_dir / adapter_files.FOLDER, trust_remote_code=config.trust_remote_code
+            )
     else:
         weights = full_weights(trainer.model, export_dtype(config), keep=launch.is_main)
         if launch.is_main:
@@ -91,7 +84,7 @@ def export_model(
             save_tokenizer(tokenizer, folder, chat_template, end_ids)
             end_answers_at(end_ids, folder)
             move_into(config.output_dir, folder)
-            shutil.rmtree(config.output_dir / adapter.FOLDER, ignore_errors=True)  # an earlier run's
+            shutil.rmtree(config.output_dir / adapter_files.FOLDER, ignore_errors=True)  # an earlier run's
             launch.say(f"Model and tokenizer are in {config.output_dir} ({str(export_dtype(config)).split('.')[1]}).")
     barrier()
 
@@ -104,15 +97,15 @@ def finish_adapter(
     A merged model that is in `output_dir` is another adapter's, and goes.
     """
     save_tokenizer(tokenizer, folder, chat_template, end_ids)
-    base = model_folder(adapter.find_base(folder))
+    base = model_folder(adapter_files.find_base(folder))
     generation, model = (_read(base / name) if base else {} for name in (GENERATION, "config.json"))
     _write_generation(folder, generation, model, end_ids)
     let_others_read(folder)
     _remove_weights(output_dir)
     for name in ("config.json", GENERATION):
         (output_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(output_dir / adapter.FOLDER, ignore_errors=True)
-    folder.rename(output_dir / adapter.FOLDER)
+    shutil.rmtree(output_dir / adapter_files.FOLDER, ignore_errors=True)
+    folder.rename(output_dir / adapter_files.FOLDER)
 
 
 def let_others_read(folder: Path) -> None:
@@ -123,7 +116,7 @@ def let_others_read(folder: Path) -> None:
 
 def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
     """Say it where the base of the adapter in `folder` knows other ends: who serves both reads the base's files."""
-    base = model_folder(adapter.find_base(folder))
+    base = model_folder(adapter_files.find_base(folder))
     if base is not None and not set(end_ids) <= set(own_ends(base)):
         print_line(
             f"The base ends answers at other tokens: who serves it with the adapter gives the server "
@@ -134,13 +127,13 @@ def say_where_answers_end(folder: Path, end_ids: Sequence[int]) -> None:
 def say_how_its_base_is_loaded(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Say it of an adapter in `folder` that was trained beside a base in 4 bits, or one with scaled positions: peft's
     files do not."""
-    loading = adapter.loading_in_4_bits(adapter.facts_of(folder))
+    loading = adapter_files.loading_in_4_bits(adapter_files.facts_of(folder))
     if loading:
         print_line(
             f"Its base was in 4 bits, and is another model in 16. To put the adapter on it: AutoModelForCausalLM."
-            f"from_pretrained({adapter.find_base(folder)!r}, {loading}). A merged model is whole by itself."
+            f"from_pretrained({adapter_files.find_base(folder)!r}, {loading}). A merged model is whole by itself."
         )
-    if changes := adapter.changes_of_config(folder, trust_remote_code=trust_remote_code):
+    if changes := adapter_files.changes_of_config(folder, trust_remote_code=trust_remote_code):
         print_line(
             f"Its base was trained with other positions than its config.json says. Whoever serves both gives them: "
             f"vllm serve --hf-overrides {shlex.quote(json.dumps(changes))}. A merged model is whole by itself."
@@ -199,22 +192,6 @@ def full_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, tor
         saved = set(model.state_dict().keys())  # leaves out buffers that are computed, such as rotary frequencies
         weights |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in saved}
     return weights
-
-
-def full_value(parameter: Any) -> torch.Tensor:
-    """The whole parameter on this rank, as precise as it is kept; a collective under ZeRO."""
-    if not parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3 has no master of what is frozen
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):
-            return parameter.data.clone()  # type: ignore[no-any-return]
-    if "deepspeed" in sys.modules:  # else there is no engine
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        value = safe_get_full_fp32_param(parameter)
-        if value is not None:
-            return value  # type: ignore[no-any-return]
-    return parameter  # type: ignore[no-any-return]
 
 
 def _save(model: Any, weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
@@ -289,20 +266,6 @@ def own_ends(folder: Path) -> list[int]:
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def mend_generation_config(model: Any) -> None:
-    """Let a generation config be saved that contradicts itself.
-
-    Some published ones carry a temperature without `do_sample`; transformers loads them, and refuses to save them: at
-    the first checkpoint, hours later, with the weights not written.
-    """
-    if model.generation_config is None:
-        return
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True
 
 
 def move_into(output_dir: Path, folder: Path) -> None:

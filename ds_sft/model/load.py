@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.export.weights import mend_generation_config
 from ds_sft.model.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
 from ds_sft.model.rotary import read_config, scaled_options
 from ds_sft.plan.shape import positions_of, resized_vocab
 from ds_sft.plan.size import model_folder, tensor_shapes
 from ds_sft.plan.source import require_model
 from ds_sft.ranks.launch import Launch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     import torch
@@ -313,3 +316,17 @@ def freed_memory_returned() -> Iterator[None]:
     finally:  # where glibc's own adjustment ends: training allocates and frees large tensors all the time
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+def mend_generation_config(model: Any) -> None:
+    """Let a generation config be saved that contradicts itself.
+
+    Some published ones carry a temperature without `do_sample`; transformers loads them, and refuses to save them: at
+    the first checkpoint, hours later, with the weights not written.
+    """
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True

@@ -24,8 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.size import in_units
+from ds_sft.ranks.collectives import gather
 from ds_sft.ranks.host import free_memory_here
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import masking_utils
 
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.training.metrics import replace
+from ds_sft.model.replaced import replace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_sft.checkpoints.storage import is_shared
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import Launch, gather
-from ds_sft.ranks.nodes import groups_of, nodes_of, spanning
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.nodes import groups_of, is_shared, nodes_of, spanning
 
 ROUND_TRIPS, LARGE_TRIPS = 20, 3
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20  # of the tensor that measures the bandwidth

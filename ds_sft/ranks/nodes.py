@@ -1,13 +1,19 @@
-"""Which node each rank is on, and which groups of ranks that share a row (`sequence_parallel`) span nodes."""
+"""Which node each rank is on, which groups of ranks that share a row (`sequence_parallel`) span nodes, and whether
+nodes share a folder.
+"""
 
 from __future__ import annotations
 
 import math
 import socket
+import time
+import uuid
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
 
 
 def nodes_of(places: Sequence[tuple[str, int]]) -> list[int]:
@@ -72,3 +78,21 @@ def say_spanning(size: int, launch: Launch) -> None:
     remark = describe_spanning(nodes_of(gather((socket.gethostname(), launch.local_rank))), size)
     if remark is not None:
         launch.say(remark)
+
+
+LOOK_SECONDS = 10.0  # network file systems show a new file to other nodes late
+
+
+def is_shared(folder: Path, launch: Launch) -> bool:
+    """Rank 0 writes a file; do all nodes see it? All ranks must call it."""
+    name = gather(f".probe-{uuid.uuid4().hex}")[0]
+    if launch.is_main:
+        (folder / name).touch()
+    gather(None)  # it is there
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not (seen := name in {path.name for path in folder.glob(".probe-*")}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    everywhere = all(gather(seen))
+    if launch.is_main:
+        (folder / name).unlink()
+    return everywhere

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
 from ds_sft.results import write_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

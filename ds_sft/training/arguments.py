@@ -12,7 +12,8 @@ from ds_sft.engine.builds import hold_builds_by_flock, import_muon, remove_stale
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
-from ds_sft.ranks.launch import Launch, gather, start_gloo
+from ds_sft.ranks.collectives import gather, start_gloo
+from ds_sft.ranks.launch import Launch
 from ds_sft.upstream import require_names
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from ds_sft.plan.memory import Memory, peak
 from ds_sft.plan.run import Engine, trained_weights
 from ds_sft.plan.shape import shape_of_run
 from ds_sft.plan.size import in_units
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
 from ds_sft.results import peak_memory
 
 GIB = 2**30

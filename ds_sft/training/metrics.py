@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_sft.data.batch import Layout
 from ds_sft.model.loss import output_projection
 from ds_sft.model.quantized import elements
+from ds_sft.model.replaced import replace
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.model.targets import shape_of
 from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
-from ds_sft.ranks.launch import gather_numbers
+from ds_sft.ranks.collectives import gather_numbers
 from ds_sft.results import peak_memory
 from ds_sft.training.peak import Peak
 
@@ -405,19 +406,6 @@ class Meter:
         """The model's own forward begins; in an evaluation nobody has waited."""
         if self.clock.open[-1] == "communication":
             self.clock.end()
-
-
-def replace(owner: Any, functions: dict[str, Callable[..., Any]]) -> Callable[[], None]:
-    """Let an object have these functions of its own; what is returned takes them off again."""
-    own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
-    vars(owner).update(functions)
-
-    def take_off() -> None:
-        for name in functions:
-            vars(owner).pop(name, None)
-        vars(owner).update(own)
-
-    return take_off
 
 
 def _while_replaced(

@@ -30,7 +30,7 @@ from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.data.batches import single_rows
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import RunError
-from ds_sft.ranks.launch import gather
+from ds_sft.ranks.collectives import gather
 from ds_sft.training.resumable import ResumableTrainer
 
 MAX_IN_A_ROW = 5  # steps left out one after the other: then `skip` ends the run, too

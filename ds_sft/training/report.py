@@ -11,7 +11,8 @@ from ds_sft.engine.zero import stage
 from ds_sft.model.adapter_files import from_anywhere
 from ds_sft.model.adapters import count_parameters
 from ds_sft.plan.size import in_units
-from ds_sft.ranks.launch import Launch, gather
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
 from ds_sft.results import git_commit, peak_memory, versions
 from ds_sft.training.metrics import PARTS
 

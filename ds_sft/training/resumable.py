@@ -50,7 +50,7 @@ from ds_sft.export.weights import end_answers_at
 from ds_sft.model.quantized import elements
 from ds_sft.model.routing import routing_of
 from ds_sft.plan.weights import met_by_token
-from ds_sft.ranks.launch import barrier, gather, sum_over_ranks
+from ds_sft.ranks.collectives import barrier, gather, sum_over_ranks
 from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.training.hyperparameters import Asked
 from ds_sft.training.metrics import factors, share_of_experts

@@ -40,7 +40,7 @@ from ds_sft.model.loss import supervised_loss
 from ds_sft.model.offload import offload_of
 from ds_sft.model.routing import routing_of
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
-from ds_sft.ranks.launch import barrier, sum_over_ranks
+from ds_sft.ranks.collectives import barrier, sum_over_ranks
 from ds_sft.training.metrics import EVALUATION, Meter
 from ds_sft.training.nonfinite import FiniteTrainer
 from ds_sft.training.peak import device_peak

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from ds_sft.model.sequence import join_group
 from ds_sft.ranks import network
-from ds_sft.ranks.launch import Launch, end_group
+from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.launch import Launch
 
 CASES = (([0, 0, 1, 1], 2), ([0, 0, 0, 1], 2), ([0, 0, 1, 1], 4), ([0, 1, 2, 3], 2), ([0, 0, 0, 0], 4))
 

@@ -15,7 +15,8 @@ from ds_sft.data.batch import collate_flat, collate_share
 from ds_sft.model.attention import attention_of, keep_rows_apart
 from ds_sft.model.loss import supervise
 from ds_sft.model.sequence import SequenceGroup, join_group
-from ds_sft.ranks.launch import Launch, end_group
+from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.launch import Launch
 from tests.test_attention import learn, make, make_rows
 from tests.test_loss import apart
 
