@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.data.dataset import load_data
 from ds_sft.data.micro_batches import Batching, Epoch, lengths_of
 from ds_sft.model.load import load_tokenizer

@@ -174,7 +174,7 @@ def called(file: str, node: ast.Call, ours: set[str]) -> Iterator[Use]:
         unknown = function == "hasattr" or len(arguments) > 2
         if unknown and name not in ours | ASKED | OWN and not name.startswith("_") and not CONFIGS.search(of):
             yield Use(USED, name, file, node.lineno)
-    elif function in ("setattr", "delattr") or (function == "vars" and "owner" in ast.unparse(node)):
+    elif function in ("setattr", "delattr", "lend"):
         yield Use(ASSIGNED, "", file, node.lineno)
     elif function == "inspect.getsource" or (function == "ast.parse" and "read" in ast.unparse(node)):
         yield Use(TEXT, "", file, node.lineno)

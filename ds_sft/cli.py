@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_sft import __version__
-from ds_sft.config.keys import given_twice
+from ds_sft.config.read import given_twice
 from ds_sft.errors import UserError, nearest
 from ds_sft.quiet import quiet
 

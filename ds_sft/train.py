@@ -25,7 +25,8 @@ from ds_sft.checkpoints.checkpoint import Site, Start, exported_step, newest_com
 from ds_sft.checkpoints.folder_lock import FolderLock
 from ds_sft.checkpoints.identity import identity
 from ds_sft.checkpoints.storage import require_no_model, require_writable, settle_storage
-from ds_sft.config.keys import OUR_ORDERS, RECORD, Config, given_twice, load_config
+from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
+from ds_sft.config.read import given_twice, load_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
 from ds_sft.quiet import quiet

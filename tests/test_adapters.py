@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.config.keys import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
 from ds_sft.data.batch import collate_flat
 from ds_sft.errors import UserError
 from ds_sft.model import loss as chunked

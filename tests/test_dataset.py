@@ -328,7 +328,7 @@ def test_prepared_data_is_found_by_training(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ds_sft.cli import main
-    from ds_sft.config.keys import load_config
+    from ds_sft.config.read import load_config
     from ds_sft.model.load import load_tokenizer
 
     file = write_rows(tmp_path / "train.jsonl", questions_and_answers(8))

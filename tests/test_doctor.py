@@ -17,7 +17,8 @@ import yaml
 
 from ds_sft.cli import main
 from ds_sft.commands.doctor import Check, compare, judge_exchange, judge_network, look_around
-from ds_sft.config.keys import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.network import Exchange, Network
 from tests.conftest import questions_and_answers, write_rows

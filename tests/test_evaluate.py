@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_sft.cli import main
 from ds_sft.commands.evaluate import data_words, read_words
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.data.batches import fingerprint
 from ds_sft.data.dataset import load_data
 from ds_sft.data.files import find_files

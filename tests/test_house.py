@@ -43,7 +43,7 @@ ALLOWED = {
 }
 # These answer at once: neither library may be loaded by importing them.
 LIGHT = [
-    "ds_sft.config.keys",
+    "ds_sft.config.read",
     "ds_sft.cli",
     "ds_sft.errors",
     "ds_sft.train",

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ds_sft.checkpoints.folder_lock import FolderLock
-from ds_sft.config.keys import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
 from ds_sft.export.predict import generate
 from ds_sft.export.verify import loss_on_disk
 from ds_sft.ranks.launch import Launch

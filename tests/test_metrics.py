@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from ds_sft.model.lend import lend
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.shape import shape_of
@@ -320,7 +321,7 @@ def test_what_is_compiled_has_no_hooks_that_break_its_graph(compiled: bool, monk
 
 def test_what_was_replaced_before_is_put_back() -> None:
     owner = SimpleNamespace(own=1)
-    take_off = metrics.replace(owner, {"own": len, "other": len})
+    take_off = lend(owner, {"own": len, "other": len})
     assert owner.own is owner.other is len
     take_off()
     assert vars(owner) == {"own": 1}

@@ -19,7 +19,7 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.commands.plan import parser, size
 from ds_sft.commands.plan_tables import duration, recommendation
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan import layouts
 from ds_sft.plan import recommend as advice

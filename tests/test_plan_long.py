@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_sft.cli import main
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.model import offload, tiling
 from ds_sft.plan.activations import layer_activations, layer_backward, outside_layers

@@ -16,7 +16,7 @@ import yaml
 
 from ds_sft.checkpoints.base import hash_base
 from ds_sft.cli import main
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.export.hub import push_as_asked, why_not
 from ds_sft.export.parcel import pack

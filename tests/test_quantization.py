@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import validate_quantization_for_training
 
-from ds_sft.config.keys import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
 from ds_sft.engine.zero import engine_config
 from ds_sft.errors import UserError
 from ds_sft.export.weights import say_how_its_base_is_loaded

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ds_sft.cli import main
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.plan.size import in_units
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.expectation import expect_memory

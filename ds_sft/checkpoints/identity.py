@@ -10,7 +10,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config.keys import TRAINING_DEFAULTS, Config, training_keys
+from ds_sft.config.keys import TRAINING_DEFAULTS, Config
+from ds_sft.config.upstream_keys import training_keys
 from ds_sft.engine.zero import stage
 
 # Keys that say where, how often and how fast, but not what is learned; every other key counts.

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config.keys import Config, given_twice, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import given_twice, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.engine.zero import engine_config, stage

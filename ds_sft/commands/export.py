@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config.keys import RECORD, is_size, load_config
+from ds_sft.config.keys import RECORD
+from ds_sft.config.read import load_config
+from ds_sft.config.values import is_size
 from ds_sft.errors import UserError
 from ds_sft.plan.source import is_folder
 

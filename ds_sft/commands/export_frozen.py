@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.checkpoints.base import require_base
 from ds_sft.checkpoints.identity import BASE
 from ds_sft.checkpoints.trained import TRAINED
-from ds_sft.config.keys import RECORD, Config, load_config
+from ds_sft.config.keys import RECORD, Config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.export.merge import NoRoom, merge, require_memory, require_room
 from ds_sft.export.weights import (

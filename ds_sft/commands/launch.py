@@ -20,7 +20,8 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_usable, rows_of_epoch
-from ds_sft.config.keys import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
 from ds_sft.engine.zero import engine_config, stage
 from ds_sft.errors import UserError
 from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds

@@ -20,7 +20,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from ds_sft.checkpoints.checkpoint import newest_complete
-from ds_sft.config.keys import RECORD, TEMPLATES, Config, load_config
+from ds_sft.config.keys import RECORD, TEMPLATES, Config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, is_adapter
 from ds_sft.plan.source import require_model

@@ -26,16 +26,11 @@ from typing import Any
 from ds_sft.checkpoints.storage import nearest
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config.keys import (
-    AGAINST_ADAPTERS,
-    ALIASES,
-    MUON,
-    TORCH_ADAMW,
-    Config,
-    config_file,
-    load_config,
-    with_changes,
-)
+from ds_sft.config.change import with_changes
+from ds_sft.config.keys import MUON, TORCH_ADAMW, Config
+from ds_sft.config.read import config_file, load_config
+from ds_sft.config.rules import AGAINST_ADAPTERS
+from ds_sft.config.upstream_keys import ALIASES
 from ds_sft.engine.zero import configured_engine
 from ds_sft.errors import UserError
 from ds_sft.plan.activations import activations

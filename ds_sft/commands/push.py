@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config.keys import is_repo
+from ds_sft.config.values import is_repo
 from ds_sft.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ds_sft.config.keys import Config, is_repo
+from ds_sft.config.keys import Config
+from ds_sft.config.values import is_repo
 from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
 from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
 from ds_sft.data.encode import Encoder

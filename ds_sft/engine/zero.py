@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config.keys import ENGINES, MUON, TORCH_ADAMW, Config, training_keys
+from ds_sft.config.keys import ENGINES, MUON, TORCH_ADAMW, Config
+from ds_sft.config.upstream_keys import training_keys
 from ds_sft.errors import UserError, nearest
 from ds_sft.ranks.launch import Launch
 from ds_sft.shipped import CONFIGS, command

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ds_sft.config.keys import SAMPLING, Config
+from ds_sft.config.keys import Config
+from ds_sft.config.values import SAMPLING
 from ds_sft.data.batch import views_of
 from ds_sft.data.dataset import Measured, read_rows
 from ds_sft.data.encode import Encoder

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config.keys import SAMPLING, Config
+from ds_sft.config.keys import Config
+from ds_sft.config.values import SAMPLING
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue

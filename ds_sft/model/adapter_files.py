@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config.keys import RECORD, load_config
+from ds_sft.config.keys import RECORD
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.model.quantized import nf4_config, settle, skeleton
 from ds_sft.model.rotary import Scaling, read_config, scaled_options

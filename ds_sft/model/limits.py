@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config.keys import UNSCALED_ROPE, Config
+from ds_sft.config.keys import Config
+from ds_sft.config.values import UNSCALED_ROPE
 from ds_sft.data.dataset import Data
 from ds_sft.errors import UserError
 from ds_sft.model.rotary import knows_scaling, read_config

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import masking_utils
 
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.model.replaced import replace
+from ds_sft.model.lend import lend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ def know_padding(model: PreTrainedModel) -> None:
         known = {"fast_all": lambda mask: whole, "create_recurrent_attention_mask": _nothing if whole else _as_it_is}
         for module in (masking_utils, own):  # a model has imported the second one into its own
             there = {name: function for name, function in known.items() if hasattr(module, name)}
-            answers.callback(replace(module, there))
+            answers.callback(lend(module, there))
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(lambda model, args, output: answers.close(), always_call=True)

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import ds_sft.training.arguments
 import ds_sft.training.trainer
 from ds_sft.checkpoints.folder_lock import FolderLock
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.ranks.collectives import end_group
 from ds_sft.ranks.launch import read_launch
 from ds_sft.ranks.stop import watch_for_stop

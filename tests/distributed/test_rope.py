@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ds_sft.cli import main
-from ds_sft.config.keys import load_config
+from ds_sft.config.read import load_config
 from ds_sft.data.dataset import load_data
 from ds_sft.export.verify import loss_on_disk
 from ds_sft.model.adapter_files import load_on_disk

@@ -25,7 +25,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 import ds_sft.training.profile  # noqa: E402
 from ds_sft.checkpoints.folder_lock import FolderLock  # noqa: E402
-from ds_sft.config.keys import load_config  # noqa: E402
+from ds_sft.config.read import load_config  # noqa: E402
 from ds_sft.ranks.collectives import end_group  # noqa: E402
 from ds_sft.ranks.stop import watch_for_stop  # noqa: E402
 from ds_sft.train import run  # noqa: E402

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def replace(owner: Any, functions: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+def lend(owner: Any, functions: dict[str, Callable[..., Any]]) -> Callable[[], None]:
     """Let an object have these functions of its own; what is returned takes them off again."""
     own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
     vars(owner).update(functions)
