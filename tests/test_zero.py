@@ -13,7 +13,8 @@ import pytest
 
 from ds_sft.checkpoints.identity import changes, identity
 from ds_sft.config.keys import ENGINES, TRAINING_DEFAULTS, Config
-from ds_sft.engine.zero import _package, engine_config, read_engine, stage
+from ds_sft.engine.deepspeed_keys import package_folder
+from ds_sft.engine.zero import engine_config, read_engine, stage
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 from tests.test_house import ROOT
@@ -102,7 +103,7 @@ def test_unusable_files(tmp_path: Path, content: bytes | None, said: str, launch
 def test_a_package_that_is_not_there() -> None:
     """What to do works without a clone, too."""
     with pytest.raises(UserError, match=r"^nothing_here is not installed: pip install nothing_here$"):
-        _package("nothing_here")
+        package_folder("nothing_here")
 
 
 @pytest.mark.parametrize("name", ENGINES)
