@@ -26,7 +26,7 @@ from ds_sft.data.batch import LAYOUT, Layout, collate_flat
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.loss import supervise
 from ds_sft.ranks.launch import Launch
-from ds_sft.training.metrics import count_flops
+from ds_sft.training.flops import count_flops
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What measuring costs: steps of one run with the meter on and off in turn.
+"""What measuring costs: steps of one run with it on and off in turn.
 
 python benchmarks/metrics.py --model demo/model            # after `make demo`; and without --model a tiny model
 torchrun --nproc_per_node 2 benchmarks/metrics.py --model demo/model --deepspeed ds_configs/zero3.json
@@ -23,21 +23,22 @@ from transformers import TrainerCallback
 
 import ds_sft.training.trainer as ours
 from ds_sft.train import main as train
-from ds_sft.training import metrics
+from ds_sft.training.clock import Clock
+from ds_sft.training.metrics import Throughput
 from tests.conftest import make_model, make_tokenizer, questions_and_answers, write_rows
 
-BLOCK = 5  # steps with the meter on, then as many with it off, and so on
+BLOCK = 5  # steps measured, then as many that are not, and so on
 
 
 class InTurn(TrainerCallback):
     """Switches the clock and the counting off and on, and times the steps of each kind."""
 
-    clock: metrics.Clock
+    clock: Clock
 
     def __init__(self) -> None:
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self.on, self.last, self.marks = True, 0.0, 0
-        self.mark, self.count = metrics.Clock._mark, metrics.Meter.count
+        self.mark, self.count = Clock._mark, Throughput.count
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -48,8 +49,8 @@ class InTurn(TrainerCallback):
             self.seconds[self.on].append(now - self.last)
         if state.global_step % BLOCK == 0:
             self.on = not self.on
-            metrics.Clock._mark = self.mark if self.on else lambda clock, lap=False: None
-            metrics.Meter.count = self.count if self.on else lambda meter, layout: None
+            Clock._mark = self.mark if self.on else lambda clock, lap=False: None
+            Throughput.count = self.count if self.on else lambda throughput, layout: None
         self.last = now
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     def with_callback(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.add_callback(in_turn)
-        in_turn.clock = self.meter.clock
+        in_turn.clock = self.clock
 
     ours.SFTTrainer.__init__ = with_callback  # type: ignore[method-assign]
     rank = os.environ.get("RANK", "0")
@@ -89,7 +90,7 @@ def main() -> None:
         speed = json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))["speed"]
         counts = [len(in_turn.seconds[kind]) for kind in (True, False)]
         print(
-            f"Median step: {on * 1e3:.2f} ms with the meter, {off * 1e3:.2f} without, {on / off - 1:+.2%}; "
+            f"Median step: {on * 1e3:.2f} ms measured, {off * 1e3:.2f} not measured, {on / off - 1:+.2%}; "
             f"{counts[0]} and {counts[1]} steps, {speed['tokens']:,} tokens counted."
         )
         print(f"By itself: {own_cost() * 1e6:,.2f} us a mark; a step of this run has about {in_turn.marks:,} marks.")
@@ -98,7 +99,7 @@ def main() -> None:
 
 def own_cost(marks: int = 100_000) -> float:
     """Seconds that a mark takes, and its part of turning marks into seconds."""
-    clock = metrics.Clock()
+    clock = Clock()
     started = time.perf_counter()
     for _ in range(marks // 2):
         with clock.part("communication"):

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 
-from ds_sft.training.metrics import PARTS
+from ds_sft.training.clock import PARTS
 from tests.conftest import make_model, make_tokenizer, questions_and_answers, write_rows
 from tests.distributed.harness import BIN, ROOT, TRAIN, entry, run_forked
 

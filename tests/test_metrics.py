@@ -16,10 +16,15 @@ from ds_sft.model.lend import lend
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.shape import shape_of
+from ds_sft.training import clock as clock_of_a_rank
 from ds_sft.training import metrics
-from ds_sft.training.metrics import WAITS, Clock, Flops, Interval, Meter, count_flops
+from ds_sft.training import timers as timers_of_a_rank
+from ds_sft.training.clock import EVALUATION, PARTS, Clock
+from ds_sft.training.flops import Flops, count_flops
+from ds_sft.training.metrics import Interval, Throughput
 from ds_sft.training.peak import device_peak, known_peak
 from ds_sft.training.progress import describe
+from ds_sft.training.timers import WAITS, Timers
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}  # fmt: skip
@@ -30,7 +35,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(clock_of_a_rank.time, "perf_counter", lambda: self.now)
 
     def passes(self, seconds: float) -> None:
         self.now += seconds
@@ -99,7 +104,7 @@ def test_a_lap_is_work_without_communication(passing: Time) -> None:
 
 
 def test_marks_do_not_pile_up(passing: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "MARKS_KEPT", 8)
+    monkeypatch.setattr(clock_of_a_rank, "MARKS_KEPT", 8)
     clock = Clock()
     for _ in range(100):
         with clock.part("optimizer"):
@@ -147,7 +152,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
 
 
-NAMES, SECONDS = st.sampled_from((*metrics.PARTS, metrics.EVALUATION)), st.integers(0, 9)
+NAMES, SECONDS = st.sampled_from((*PARTS, EVALUATION)), st.integers(0, 9)
 NESTED = st.recursive(
     st.tuples(NAMES, SECONDS, st.just([])),
     lambda parts: st.tuples(NAMES, SECONDS, st.lists(parts, max_size=4)),
@@ -205,42 +210,37 @@ class Engine:
         self.gpu.compute.computes(0.5)
 
 
-def timed_engine(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> tuple[Meter, Engine]:
+def timed_engine(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> tuple[Timers, Engine]:
     class Backend:
         def all_reduce(self) -> None:
             gpu.current.computes(engine.sent)
 
     monkeypatch.setattr(comm, "cdb", Backend())
-    monkeypatch.setattr(metrics, "COLLECTIVES", ("all_reduce",))
-    meter, engine = make_meter("cuda", world_size=2), Engine(gpu)
-    meter.time_engine(engine)
-    return meter, engine
+    monkeypatch.setattr(timers_of_a_rank, "COLLECTIVES", ("all_reduce",))
+    timers, engine = Timers(Clock("cuda", world_size=2)), Engine(gpu)
+    timers.time_engine(engine)
+    return timers, engine
 
 
 def test_an_exchange_is_communication() -> None:
     """Until the end of training; then it is the group's own again."""
-    meter, group, parts = make_meter("cpu", world_size=2), SequenceGroup(2, None), []
-    group.exchange = lambda given: parts.append(meter.clock.open[-1]) or given  # type: ignore[method-assign]
+    timers, group, parts = Timers(Clock(world_size=2)), SequenceGroup(2, None), []
+    group.exchange = lambda given: parts.append(timers.clock.open[-1]) or given  # type: ignore[method-assign]
     own = group.exchange
-    meter.time_exchange(group)
-    with meter.clock.part("forward_backward"):
+    timers.time_exchange(group)
+    with timers.clock.part("forward_backward"):
         assert group.exchange(torch.ones(2)).tolist() == [1, 1]
-    meter.stop()
+    timers.restore()
     assert parts == ["communication"]
     assert group.exchange is own
 
 
-def make_meter(device: str, world_size: int = 1) -> Meter:
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    return Meter(model, torch.device(device), head_everywhere=False, world_size=world_size)
-
-
-def learn(meter: Meter, engine: Engine) -> dict[str, float]:
-    with meter.clock.part("forward_backward"):
+def learn(timers: Timers, engine: Engine) -> dict[str, float]:
+    with timers.clock.part("forward_backward"):
         assert engine.forward() == "logits"
         engine.backward()
         engine.step()
-    return seconds_of(meter.clock)
+    return seconds_of(timers.clock)
 
 
 @pytest.mark.parametrize(("sent", "waited"), [(1.5, 0.0), (2.0, 0.0), (5.0, 3.0)])
@@ -249,28 +249,28 @@ def test_what_is_sent_beside_computation_costs_what_it_is_waited_for(
 ) -> None:
     """Two seconds of computation hide as much; parts are never negative, and their sum is what passed."""
     gpu = Gpu(monkeypatch)
-    meter, engine = timed_engine(gpu, monkeypatch)
+    timers, engine = timed_engine(gpu, monkeypatch)
     engine.sent = sent
     expected = {"forward_backward": 3.0, "communication": waited, "optimizer": 0.5}
-    assert learn(meter, engine) == {part: seconds for part, seconds in expected.items() if seconds}
+    assert learn(timers, engine) == {part: seconds for part, seconds in expected.items() if seconds}
     assert gpu.waited_for == [gpu.compute.now]  # the last mark, once
 
 
 def test_what_is_sent_in_the_stream_that_computes_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch)
-    meter, engine = timed_engine(gpu, monkeypatch)
+    timers, engine = timed_engine(gpu, monkeypatch)
     gpu.side = gpu.compute
-    assert learn(meter, engine) == {"forward_backward": 3.0, "communication": 3.0, "optimizer": 0.5}
+    assert learn(timers, engine) == {"forward_backward": 3.0, "communication": 3.0, "optimizer": 0.5}
 
 
 def test_collectives_are_timed_for_this_engine_only_and_at_the_end_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch)
-    meter, engine = timed_engine(gpu, monkeypatch)
-    learn(meter, engine)
+    timers, engine = timed_engine(gpu, monkeypatch)
+    learn(timers, engine)
     assert vars(comm.cdb) == {}  # between two calls of the engine
     comm.cdb.all_reduce()
     assert set(vars(engine)) >= {"forward", "backward", "step"}
-    meter.stop()
+    timers.restore()
     assert set(vars(engine)) == {"gpu", "optimizer", "sent"}
     assert engine.forward() == "logits"
 
@@ -309,13 +309,13 @@ class Wrapped(torch.nn.Module):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_compiled_has_no_hooks_that_break_its_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo does not trace a clock: `torch_compile: yes` would warn, and leave the graph where the model begins."""
-    monkeypatch.setattr(metrics, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(timers_of_a_rank, "DistributedDataParallel", Wrapped)
     model = Wrapped()
-    meter = make_meter("cpu", world_size=2)
-    meter.time_reduction(torch.compile(model) if compiled else model, SimpleNamespace(backward=torch.Tensor.backward))
+    timers = Timers(Clock(world_size=2))
+    timers.time_reduction(torch.compile(model) if compiled else model, SimpleNamespace(backward=torch.Tensor.backward))
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     assert hooks == ([0, 0] if compiled else [1, 1])
-    meter.stop()
+    timers.restore()
     assert [len(module._forward_pre_hooks) for module in model.modules()] == [0, 0]
 
 
@@ -377,23 +377,24 @@ def test_no_peak_no_mfu() -> None:
 
 def test_two_ranks_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 works 3 s and 1 s where rank 0 works 1 s and 1 s: a rank waits 1 s on average, in the first lap."""
-    meter = make_meter("cpu")
-    assert meter.flops is not None
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    throughput = Throughput(model, torch.device("cpu"), Clock(), head_everywhere=False)
+    assert throughput.flops is not None
     ranks = [
         [10.0, 12, 4, 40, 1e9, 1.5, 0.5, 1.5, 2.0, 0, 0, 0, 1, 1],
         [14.0, 14, 6, 60, 3e9, 1.2, 0.5, 3.5, 0.0, 0, 0, 0, 3, 1],
     ]
     monkeypatch.setattr(metrics, "gather_numbers", lambda mine, device: ranks)
-    joined = meter.interval()
+    joined = throughput.interval()
     assert (joined.tokens, joined.places, joined.supervised) == (24, 26, 10)
     assert (joined.seconds, joined.waiting, joined.forward_backward) == (4.0, 1.0, 2.5)
     assert joined.possible_flops == 4.0 * 4e9
-    assert joined.flops == meter.flops.of(tokens=24, pairs=100, head_tokens=10)
-    assert meter.logged()["peak_memory_gib"] == 1.5
-    assert meter.summary()["tokens"] == 48
-    assert meter.summary()["supervised_tokens"] == 20
-    meter.head_everywhere = True
-    assert meter.interval().flops == meter.flops.of(tokens=24, pairs=100, head_tokens=24)
+    assert joined.flops == throughput.flops.of(tokens=24, pairs=100, head_tokens=10)
+    assert throughput.logged()["peak_memory_gib"] == 1.5
+    assert throughput.summary()["tokens"] == 48
+    assert throughput.summary()["supervised_tokens"] == 20
+    throughput.head_everywhere = True
+    assert throughput.interval().flops == throughput.flops.of(tokens=24, pairs=100, head_tokens=24)
 
 
 @pytest.mark.parametrize(
@@ -438,5 +439,5 @@ def test_deepspeed_has_what_is_timed_on_a_gpu() -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     owners = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, PartitionedParameterCoordinator)
-    for path in metrics.WAITS:
+    for path in WAITS:
         assert any(hasattr(owner, path.rpartition(".")[2]) for owner in owners), path

@@ -37,7 +37,7 @@ from ds_sft.plan.states import states
 from ds_sft.plan.weights import ALL, Choice, Weight, choice_of
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.expectation import expect_memory
-from ds_sft.training.metrics import count_flops
+from ds_sft.training.flops import count_flops
 from ds_sft.training.resumable import ResumableTrainer
 
 ALONE = Launch(launcher="python")
@@ -230,7 +230,7 @@ def test_arithmetic_by_hand() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("keys", CHOICES, ids=str)
-def test_the_meter_counts_what_is_planned(keys: dict[str, Any], tied: bool) -> None:
+def test_a_run_counts_what_is_planned(keys: dict[str, Any], tied: bool) -> None:
     flops = count_flops(trained_model(tied=tied, **keys))
     assert flops is not None
     planned = model_flops_per_token(replace(SHAPE, tied=tied), 20, choice_of(config(**keys)))

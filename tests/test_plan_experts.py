@@ -26,7 +26,7 @@ from ds_sft.plan.size import ModelSize, in_words, model_size
 from ds_sft.plan.states import states
 from ds_sft.plan.weights import Choice, choice_of
 from ds_sft.ranks.launch import Launch
-from ds_sft.training.metrics import count_flops
+from ds_sft.training.flops import count_flops
 from ds_sft.training.resumable import ResumableTrainer
 from tests.test_plan_activations import MIXTURES as OWN
 from tests.test_plan_shape import QWEN3_30B_A3B

@@ -27,7 +27,7 @@ from ds_sft.model.adapters import choose_weights, count_parameters, trained_part
 from ds_sft.model.load import load_model, load_tokenizer
 from ds_sft.model.quantized import as_trained, elements, nf4_config, quantised_layers, round_base, settle, skeleton
 from ds_sft.ranks.launch import Launch
-from ds_sft.training.metrics import count_flops
+from ds_sft.training.flops import count_flops
 from tests.conftest import make_model
 
 ALONE = Launch(launcher="python")

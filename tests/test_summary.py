@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_sft.training.metrics import PARTS
+from ds_sft.training.clock import PARTS
 from ds_sft.training.report import summary
 
 SPEED = {"tokens": 4000, "seconds": 20.0, "supervised_tokens_per_second": 50.0, "waiting_share": 0.0,

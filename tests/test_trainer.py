@@ -134,8 +134,8 @@ def test_what_the_host_counts_is_what_trainer_would(padded: bool, tmp_path: Path
     assert trainer.get_batch_samples(iter([]), 2, torch.device("cpu")) == ([], None)
     for batch in batches:
         trainer.training_step(trainer.model, batch, count)
-    assert trainer.tokens_seen == trainer.meter.counts["tokens"] == sum(batch[LAYOUT].tokens for batch in batches)
-    assert trainer.meter.counts["supervised"] == count
+    assert trainer.tokens_seen == trainer.throughput.counts["tokens"] == sum(batch[LAYOUT].tokens for batch in batches)
+    assert trainer.throughput.counts["supervised"] == count
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import upstream
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKWARDS = Name("accelerate.accelerator:Accelerator.backwards", ASSIGNED, "training/metrics.py", "nothing is timed")
+BACKWARDS = Name("accelerate.accelerator:Accelerator.backwards", ASSIGNED, "training/timers.py", "nothing is timed")
 
 
 @pytest.fixture(scope="module")

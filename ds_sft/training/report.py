@@ -14,7 +14,7 @@ from ds_sft.plan.size import in_units
 from ds_sft.ranks.collectives import gather
 from ds_sft.ranks.launch import Launch
 from ds_sft.results import git_commit, peak_memory, versions
-from ds_sft.training.metrics import PARTS
+from ds_sft.training.clock import PARTS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,7 +36,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
     train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     best = trainer.state.best_metric if best_checkpoint(trainer) else None
-    speed, resumed = trainer.meter.summary(), trainer.run.resumed
+    speed, resumed = trainer.throughput.summary(), trainer.run.resumed
     trained, parameters = count_parameters(trainer.model)
     return {
         "versions": versions(),

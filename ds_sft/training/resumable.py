@@ -52,8 +52,8 @@ from ds_sft.model.routing import routing_of
 from ds_sft.plan.weights import met_by_token
 from ds_sft.ranks.collectives import barrier, gather, sum_over_ranks
 from ds_sft.ranks.stop import Stopped, StopRequests
+from ds_sft.training.flops import factors, share_of_experts
 from ds_sft.training.hyperparameters import Asked
-from ds_sft.training.metrics import factors, share_of_experts
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")

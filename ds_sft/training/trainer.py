@@ -41,11 +41,13 @@ from ds_sft.model.offload import offload_of
 from ds_sft.model.routing import routing_of
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
 from ds_sft.ranks.collectives import barrier, sum_over_ranks
-from ds_sft.training.metrics import EVALUATION, Meter
+from ds_sft.training.clock import EVALUATION, Clock
+from ds_sft.training.metrics import Throughput
 from ds_sft.training.nonfinite import FiniteTrainer
 from ds_sft.training.peak import device_peak
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
+from ds_sft.training.timers import Timers
 
 
 class RankRows(Dataset[dict[str, Any]]):
@@ -101,11 +103,10 @@ class SFTTrainer(FiniteTrainer):
         """`read_ahead`: the micro batches of the next step are made beside this one; None: where a GPU computes it."""
         super().__init__(*args, **kwargs)
         self.reads_ahead = self.args.device.type == "cuda" if read_ahead is None else read_ahead
-        self.meter = Meter(
-            self.model,
-            self.args.device,
-            head_everywhere=supervised_loss(self.model) is None,
-            world_size=self.args.world_size,
+        self.clock = Clock(self.args.device.type, self.args.world_size)
+        self.timers = Timers(self.clock)
+        self.throughput = Throughput(
+            self.model, self.args.device, self.clock, head_everywhere=supervised_loss(self.model) is None
         )
         self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
         self.routing = routing_of(self.model)
@@ -124,23 +125,23 @@ class SFTTrainer(FiniteTrainer):
         for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
             self.add_callback(callback)
 
-    # ---- Measuring: see training/metrics.py
+    # ---- Measuring: see clock.py, timers.py and metrics.py
 
     def begin_training(self) -> None:
         super().begin_training()
         if (offload := offload_of(self.model)) is not None:
             offload.wrap(self.model)  # checkpointing was just switched on
         if self.is_deepspeed_enabled:
-            self.meter.time_engine(self.model_wrapped)
+            self.timers.time_engine(self.model_wrapped)
         elif self.args.world_size > 1:
-            self.meter.time_reduction(self.model_wrapped, self.accelerator)
+            self.timers.time_reduction(self.model_wrapped, self.accelerator)
         attention = attention_of(self.model)
         if attention is not None and attention.group is not None:
-            self.meter.time_exchange(attention.group)
+            self.timers.time_exchange(attention.group)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro batches of a step, on the device, and what their losses are divided by."""
-        with self.meter.clock.part("data_wait"):
+        with self.clock.part("data_wait"):
             batches = islice(self._read_ahead(epoch_iterator, num_batches), num_batches)
             step = [self._to_device(batch) for batch in batches]
             return step, self._count_supervised(step, device)
@@ -165,7 +166,7 @@ class SFTTrainer(FiniteTrainer):
         """Supervised tokens of a step, over all ranks: the host counts them, and waits for no device."""
         if not (batch_samples and self.model_accepts_loss_kwargs):
             return None
-        with self.meter.clock.part(self.meter.talking):
+        with self.clock.part(self.clock.talking):
             supervised, tokens = (
                 torch.full((), sum(getattr(batch[LAYOUT], name) for batch in batch_samples), device=device)
                 for name in ("supervised", "tokens_of_rows")
@@ -182,8 +183,8 @@ class SFTTrainer(FiniteTrainer):
         return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.meter.clock.part("forward_backward"), self._in_16_bits(keep=not self.accelerator.sync_gradients):
-            self.meter.count(inputs[LAYOUT])
+        with self.clock.part("forward_backward"), self._in_16_bits(keep=not self.accelerator.sync_gradients):
+            self.throughput.count(inputs[LAYOUT])
             self.tokens_seen += inputs[LAYOUT].tokens
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
@@ -192,30 +193,30 @@ class SFTTrainer(FiniteTrainer):
         return self.working_copy.lent(keep=keep) if self.working_copy is not None else nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        with self.meter.clock.part("optimizer"):
+        with self.clock.part("optimizer"):
             return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)  # DeepSpeed has clipped
 
     def meet(self) -> tuple[str | None, bool]:
-        with self.meter.clock.part(self.meter.talking):
+        with self.clock.part(self.clock.talking):
             return super().meet()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.meter.clock.part("save"):
+        with self.clock.part("save"):
             super()._save_checkpoint(*args, **kwargs)
 
     def finish_save(self) -> None:
-        with self.meter.clock.part("save"):
+        with self.clock.part("save"):
             super().finish_save()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.meter.clock.part(EVALUATION):
+        with self.clock.part(EVALUATION):
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # what all ranks log, at the same steps
-            logs |= self.meter.logged() | (self.routing.logged() if self.routing is not None else {})
+            logs |= self.throughput.logged() | (self.routing.logged() if self.routing is not None else {})
         elif "train_loss" in logs:  # the end
-            self.meter.interval()
+            self.throughput.interval()
         super().log(logs, start_time)
 
     # ---- Batches
@@ -310,10 +311,10 @@ def _end_with_parent(ending: Any, worker: int) -> None:
 
 
 class Measuring(TrainerCallback):
-    """Tells the trainer's meter where it is in a step."""
+    """Tells the trainer's clock where it is in a step."""
 
     def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer, self.meter = trainer, trainer.meter
+        self.trainer, self.clock = trainer, trainer.clock
         # Ranks meet after each, to reduce its gradients.
         self.every_micro_batch = (stage(trainer.args.deepspeed) or 0) >= 2
 
@@ -323,31 +324,31 @@ class Measuring(TrainerCallback):
         barrier()
         peak = device_peak(args.device, computing_dtype(args))
         self.trainer.run.site.launch.say(f"Peak for MFU: {peak.flops / 1e12:,.3g} TFLOP/s a rank ({peak.source}).")
-        self.meter.start(peak)
+        self.trainer.throughput.start(peak)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.meter.clock.begin("optimizer")
+        self.clock.begin("optimizer")
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.meter.clock.end()
+        self.clock.end()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every_micro_batch:
-            self.meter.clock.lap()
+            self.clock.lap()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.meter.clock.lap()
+        self.clock.lap()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.meter.stop()
+        self.trainer.timers.restore()
 
 
 class EvaluateAtEnd(TrainerCallback):

@@ -21,7 +21,7 @@ import ds_sft.export.weights
 import ds_sft.model.load
 from ds_sft.ranks.launch import print_line
 from ds_sft.train import main
-from ds_sft.training.metrics import Clock
+from ds_sft.training.clock import Clock
 from ds_sft.training.trainer import SFTTrainer
 
 PLACES = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ds_sft.commands.report_figures import CURVES, curves, lengths, memory, time_by_part
 from ds_sft.commands.report_page import numbers_of, page
 from ds_sft.commands.report_runs import read_runs
-from ds_sft.training.metrics import PARTS
+from ds_sft.training.clock import PARTS
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, TRAIN, listing, read_lines, run_forked, step_losses, train
 from tests.test_encode import reference_row
