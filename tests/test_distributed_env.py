@@ -16,7 +16,22 @@ from tqdm import tqdm
 from ds_sft.errors import UserError
 from ds_sft.ranks import exits, launch
 from ds_sft.ranks.exits import LOST_PEER, exit_after, exit_with
-from ds_sft.ranks.launch import Launch, grow_segments, print_line, read_launch, share_cores, use_one_device
+from ds_sft.ranks.launch import (
+    Launch,
+    Rendezvous,
+    SlurmJob,
+    grow_segments,
+    launch_id,
+    print_line,
+    read_launch,
+    rendezvous,
+    share_cores,
+    slurm_job,
+    torchrun_asks_for_errors,
+    torchrun_restarts,
+    use_one_device,
+    without_launch,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -59,6 +74,44 @@ def test_launchers() -> None:
 def test_variables_that_contradict(change: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read_launch(TORCHRUN | change)
+
+
+def test_a_job_of_slurm() -> None:
+    assert slurm_job({"SLURM_LOCALID": "0"}) is None
+    assert slurm_job({"SLURM_JOB_ID": "17"}) == SlurmJob(number="17", step="", restarts=0, gpus=0)  # its batch shell
+    step = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0", "SLURM_GPUS_ON_NODE": "8"}
+    job, requeued = slurm_job(step), slurm_job(step | {"SLURM_RESTART_COUNT": "2"})
+    assert job == SlurmJob(number="17", step="0", restarts=0, gpus=8)
+    assert requeued == SlurmJob(number="17", step="0", restarts=2, gpus=8)
+    assert job.start != requeued.start
+
+
+def test_the_ranks_of_one_start_have_one_id() -> None:
+    port, step = {"MASTER_PORT": "29500"}, {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0"}
+    assert launch_id({}) == str(os.getppid())
+    assert launch_id(port | TORCHRUN) == launch_id(port | TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"})
+    starts = [{}, port, port | step, port | step | {"SLURM_RESTART_COUNT": "1"}, port | step | {"SLURM_STEP_ID": "1"}]
+    assert len({launch_id(env) for env in starts}) == 5
+
+
+def test_where_ranks_meet() -> None:
+    assert rendezvous({}) == Rendezvous(address="127.0.0.1", port=29500, kept_by_launcher=False)
+    torchrun = {"MASTER_ADDR": "node1", "MASTER_PORT": "15017", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert rendezvous(torchrun) == Rendezvous(address="node1", port=15017, kept_by_launcher=True)
+    with pytest.raises(UserError, match="MASTER_PORT='http': expected the number of a free port"):
+        rendezvous({"MASTER_PORT": "http"})
+
+
+def test_torchrun_starts_ranks_again_and_asks_for_their_errors() -> None:
+    assert (torchrun_restarts({}), torchrun_asks_for_errors({})) == (0, False)
+    env = {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_ERROR_FILE": "/tmp/error.json"}
+    assert (torchrun_restarts(env), torchrun_asks_for_errors(env)) == (2, True)
+
+
+def test_a_process_that_is_no_rank() -> None:
+    ours = {"DS_SFT_CACHE": "cache", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1"}
+    task = {"SLURM_JOB_ID": "17", "NODE_RANK": "0", "CROSS_RANK": "0", "MASTER_ADDR": "node1", "PMI_RANK": "1"}
+    assert without_launch(TORCHRUN | task | ours) == ours
 
 
 def test_one_gpu_without_a_launcher() -> None:

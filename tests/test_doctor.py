@@ -228,6 +228,7 @@ def test_slow_networks_and_wrong_clocks(
 
 
 def test_gpus_that_torch_does_not_see(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     device = look_around(config, Launch(launcher="slurm"))["device"]
     assert device["trouble"].startswith("Slurm gave 8 GPUs, torch ")
@@ -295,6 +296,16 @@ def test_patience_that_is_no_number(
         main(["doctor", "run.yaml"])
     assert ended.value.code == 2
     said = f"ds_sft: error: environment: DS_SFT_CONNECT_SECONDS={wrong!r}: expected seconds, a number above 0\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.usefixtures("config")
+def test_a_port_that_is_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MASTER_PORT", "http")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "run.yaml"])
+    assert ended.value.code == 2
+    said = "ds_sft: error: environment: MASTER_PORT='http': expected the number of a free port of the first node\n"
     assert capsys.readouterr().err == said
 
 

@@ -134,6 +134,56 @@ def test_the_cache_is_keyed_by_all_code_that_encodes() -> None:
     assert {name for name in seen if f'"{name}"' not in key} == set()
 
 
+# What says which rank of which launch a process is; beside it, by file, what else is asked of the environment or put
+# into it: what a user may set for a feature, and what libraries are told.
+LAUNCH = PACKAGE / "ranks/launch.py"
+OF_LAUNCHERS = re.compile(
+    r"(SLURM|TORCHELASTIC|ACCELERATE|PMI|OMPI|MASTER)_\w*|((LOCAL|NODE|CROSS)_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE"
+)
+ENVIRONMENT = {
+    "checkpoints/requeue.py": {"DS_SFT_MAX_STALLS"},
+    "checkpoints/universal.py": {"TORCH_FORCE_WEIGHTS_ONLY_LOAD"},
+    "commands/doctor.py": {"CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE"},
+    "data/cache.py": {"DS_SFT_CACHE", "XDG_CACHE_HOME"},
+    "data/encode.py": {"TOKENIZERS_PARALLELISM"},
+    "engine/builds.py": {"TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"},
+    "engine/lint.py": {"CXX"},
+    "export/verify.py": {"PYTHONPATH"},
+    "plan/source.py": {"HF_HUB_OFFLINE"},
+    "ranks/network.py": {"DS_SFT_CONNECT_SECONDS"},
+    "ranks/stop.py": {"DS_SFT_STOP_FILE"},
+    "tracking.py": {"SWANLAB_INTERACTIVE"},  # and SWANLAB_PROJECT, _PROJ_NAME and _MODE
+}
+
+
+def test_one_file_reads_what_launchers_say() -> None:
+    """Everybody else asks `ranks/launch.py`, so that a launcher is understood in one way."""
+    found = {str(file.relative_to(PACKAGE)): words_of(file) for file in MODULES}
+    assert [file for file, words in found.items() if any(map(OF_LAUNCHERS.fullmatch, words))] == ["ranks/launch.py"]
+
+
+def test_what_else_is_asked_of_the_environment() -> None:
+    found = {str(file.relative_to(PACKAGE)): variables_of(file) for file in MODULES if file != LAUNCH}
+    assert {file: names for file, names in found.items() if names} == ENVIRONMENT
+
+
+def words_of(file: Path) -> set[str]:
+    """All that stands in quotes alone."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def variables_of(file: Path) -> set[str]:
+    """Names that are asked of `os.environ` or a copy of it, or put into it."""
+    asked: list[ast.expr] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("os.environ", "env"):
+            asked.append(node.slice)
+        elif isinstance(node, ast.Call) and re.match(r"(os\.environ|env)\.|os\.getenv", ast.unparse(node.func)):
+            asked += node.args[:1]
+    return {node.value for node in asked if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_linters_are_silent(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -28,7 +28,7 @@ from ds_sft.checkpoints.identity import DATA, DEALING, Changes, changes, in_word
 from ds_sft.config.keys import OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.collectives import gather
-from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.launch import Launch, slurm_job
 from ds_sft.results import EXPORTED, RESULTS
 
 MANIFEST = "manifest.json"
@@ -304,18 +304,21 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
 
 def _set_out(config: Config) -> None:
     """Remember that this Slurm job's `resume: never` or `resume: PATH` was obeyed."""
-    if os.environ.get("SLURM_JOB_ID"):
+    job = slurm_job()
+    if job is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         for old in (RESULTS, EXPORTED):  # of an earlier run
             (config.output_dir / old).unlink(missing_ok=True)
-        (config.output_dir / SET_OUT).write_text(os.environ["SLURM_JOB_ID"], encoding="utf-8")
+        (config.output_dir / SET_OUT).write_text(job.number, encoding="utf-8")
 
 
 def _was_requeued(config: Config) -> bool:
     """Whether an earlier start of this Slurm job has set out as `resume` says: it goes on then, or would never end."""
+    job = slurm_job()
+    if job is None or not job.restarts:
+        return False
     with contextlib.suppress(OSError):
-        job = (config.output_dir / SET_OUT).read_text(encoding="utf-8")
-        return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and job == os.environ.get("SLURM_JOB_ID")
+        return (config.output_dir / SET_OUT).read_text(encoding="utf-8") == job.number
     return False
 
 

@@ -29,7 +29,8 @@ from types import TracebackType
 from typing import Any
 
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import print_line
+from ds_sft.ranks.launch import print_line, slurm_job
+from ds_sft.ranks.stop import named_stop_file
 
 RUNNING = "running.json"
 BEAT = 5.0  # seconds from one rewriting to the next
@@ -43,7 +44,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / RUNNING
-        stop_file = os.environ.get("DS_SFT_STOP_FILE") or str(folder.absolute() / "STOP")
+        stop_file = str(named_stop_file() or folder.absolute() / "STOP")
         self.says = {"id": uuid.uuid4().hex, "machine": machine(), **who(), "stop_file": stop_file, "beat": 0}
         self._descriptor: int | None = None
         self._made: list[Path] = []  # folders that were not there, innermost first
@@ -226,9 +227,10 @@ def machine() -> str:
 
 def who() -> dict[str, Any]:
     """What a person needs to find this process."""
-    job = os.environ.get("SLURM_JOB_ID")
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since} | ({"slurm_job": job} if job else {})
+    known: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    job = slurm_job()
+    return known | {"slurm_job": job.number} if job else known
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from ds_sft.plan.size import ModelSize, in_units, in_words, model_folder, model_
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
 from ds_sft.ranks.exits import exit_with
-from ds_sft.ranks.launch import Launch, hide_gpus, print_line, read_launch, require_groups
+from ds_sft.ranks.launch import Launch, hide_gpus, print_line, read_launch, rendezvous, require_groups, slurm_job
 from ds_sft.ranks.network import Exchange, Network, Unreachable, connect, measure_network, patience
 from ds_sft.ranks.nodes import keep_inside, name_spanning
 from ds_sft.results import git_commit, versions
@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
             require_groups(config.sequence_parallel, launch)
         zero_stage = stage(engine_config(config, launch))
         patience()
+        rendezvous()
     except UserError as error:
         exit_with(str(error), launch)
     try:
@@ -178,10 +179,11 @@ def _code_hash() -> str:
 def _device(launch: Launch, *, use_cpu: bool) -> Facts:
     import torch
 
-    promised = "0" if use_cpu else os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    job = slurm_job()
+    promised = job.gpus if job and not use_cpu else 0
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0))
-        trouble = f"Slurm gave {promised} GPUs, torch {torch.__version__} sees none" if promised != "0" else None
+        trouble = f"Slurm gave {promised} GPUs, torch {torch.__version__} sees none" if promised else None
         return {"kind": "cpu", "name": f"CPU, {cores} cores", "trouble": trouble}
     count = torch.cuda.device_count()
     if launch.local_rank >= count:

@@ -38,7 +38,7 @@ from ds_sft.data.encode import Encoded, Encoder, use_threads
 from ds_sft.data.files import BadRow, DataFile, Progress, Raw
 from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.launch import Launch, slurm_job, torchrun_restarts
 
 MAX_BAD_ROWS_SHOWN = 20
 MAX_FIELDS = 100  # names of fields that are counted; rows may bring names without end
@@ -207,13 +207,11 @@ def _word(file: DataFile, settings: str, launch: Launch, folder: Path) -> Path |
     """
     if launch.launcher == "environment":
         return None
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    parent = os.getppid()
-    start = [os.environ.get(name) for name in names] if launch.launcher == "slurm" else [parent, _started(parent)]
+    job, parent = slurm_job(), os.getppid()
+    start = job.start if job and launch.launcher == "slurm" else [parent, _started(parent)]
     stat = None if file.hub else _stat(file)
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     read = (file.name, file.split, file.config, file.limit, file.data_format, file.data_fields)
-    known = [socket.gethostname(), start, restart, read, stat, settings]
+    known = [socket.gethostname(), start, torchrun_restarts(), read, stat, settings]
     return folder / f"ready-{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}"
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ds_sft.export.placement import is_out_of_memory, logits_size, place
 from ds_sft.model.adapter_files import FOLDER, exported, find_base, load_on_disk
 from ds_sft.plan.adapter import is_adapter
-from ds_sft.ranks.launch import print_line
+from ds_sft.ranks.launch import print_line, without_launch
 from ds_sft.results import KEPT, write_json
 
 if TYPE_CHECKING:
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 # adapter in float32, the rounding of the merge alone 0.03 %, base + adapter in bfloat16 0.3 %.
 BOUNDS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
 LOGITS = 256  # tokens whose logits are compared: of 150,000 entries each they take 160 MB
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "PMI_", "OMPI_")
-
-
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # what a scheduler sends to every process
 
 
@@ -151,7 +147,7 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
 
 
 def _ask_fresh_process(folder: Path, question: Question) -> dict[str, Any]:
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
+    env = without_launch(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "ds_sft.export.verify"]
     asked = {"folder": str(folder), "rows": question.rows, "use_cpu": question.use_cpu,

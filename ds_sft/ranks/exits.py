@@ -10,7 +10,7 @@ import time
 import traceback
 from typing import NoReturn
 
-from ds_sft.ranks.launch import Launch, print_line
+from ds_sft.ranks.launch import Launch, print_line, torchrun_asks_for_errors
 
 # How long rank 0 has to say an error that every rank meets before another rank says it instead, seconds.
 # Long enough for rank 0 to reach the same line on a slow file system; launchers end the others as soon as it exits.
@@ -72,7 +72,7 @@ def exit_after(error: Exception, launch: Launch, *, told_to_end: bool = False) -
 
 def _tell_torchrun(error: Exception) -> None:
     """Leave the error where torchrun's summary, the last thing it prints, looks for it."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if torchrun_asks_for_errors():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

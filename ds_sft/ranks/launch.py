@@ -12,6 +12,9 @@ from typing import TextIO
 from ds_sft.errors import UserError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+# By what else a process would take itself for a rank of a launch.
+OF_A_RANK = (*VARIABLES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+OF_LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "PMI_", "OMPI_")  # what the names of theirs begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,83 @@ def _whole_number(env: Mapping[str, str], name: str) -> int:
             "start the run with deepspeed, torchrun or srun, or unset all three for a single process"
         )
     return int(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """The Slurm job that this process is part of."""
+
+    number: str
+    step: str = ""  # of the job; none in its batch shell
+    restarts: int = 0  # how often Slurm has started it again
+    gpus: int = 0  # that it was given on this node
+
+    @property
+    def start(self) -> str:
+        """Another word for each start of each step."""
+        return f"{self.number}.{self.step}.{self.restarts}"
+
+
+def slurm_job(env: Mapping[str, str] | None = None) -> SlurmJob | None:
+    """None outside of Slurm."""
+    env = os.environ if env is None else env
+    if not env.get("SLURM_JOB_ID"):
+        return None
+    return SlurmJob(
+        number=env["SLURM_JOB_ID"],
+        step=env.get("SLURM_STEP_ID", ""),
+        restarts=int(env.get("SLURM_RESTART_COUNT") or 0),
+        gpus=int(env.get("SLURM_GPUS_ON_NODE") or 0),
+    )
+
+
+def torchrun_restarts(env: Mapping[str, str] | None = None) -> int:
+    """How often torchrun has started its ranks again, in one job and beside one store."""
+    return int((os.environ if env is None else env).get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def torchrun_asks_for_errors(env: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun's summary has the error that a rank leaves in a file."""
+    return bool((os.environ if env is None else env).get("TORCHELASTIC_ERROR_FILE"))
+
+
+def launch_id(env: Mapping[str, str] | None = None) -> str:
+    """The same for all ranks that one launcher started on this node, another for the next start."""
+    env = os.environ if env is None else env
+    job = slurm_job(env)
+    known = [env.get("MASTER_PORT"), job.start if job else None, str(os.getppid())]
+    return "-".join(filter(None, known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Where ranks meet: the address of rank 0's store."""
+
+    address: str
+    port: int
+    kept_by_launcher: bool  # torchrun's agent keeps the store, and not rank 0
+
+
+def rendezvous(env: Mapping[str, str] | None = None) -> Rendezvous:
+    """As the launcher says it, or torch's own port of this machine.
+
+    Raises:
+        UserError: the port is no number.
+    """
+    env = os.environ if env is None else env
+    port = env.get("MASTER_PORT", "29500")
+    if not port.isdecimal():
+        raise UserError(f"environment: MASTER_PORT={port!r}: expected the number of a free port of the first node")
+    return Rendezvous(
+        address=env.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(port),
+        kept_by_launcher=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def without_launch(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is to be none of the ranks."""
+    return {name: text for name, text in env.items() if name not in OF_A_RANK and not name.startswith(OF_LAUNCHERS)}
 
 
 def require_groups(size: int, launch: Launch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ds_sft.errors import UserError
 from ds_sft.ranks.collectives import gather
-from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.launch import Launch, rendezvous
 from ds_sft.ranks.nodes import groups_of, is_shared, nodes_of, spanning
 
 ROUND_TRIPS, LARGE_TRIPS = 20, 3
@@ -123,10 +123,12 @@ def connect(launch: Launch, purpose: str = "doctor") -> Ranks:
 
     Raises:
         Unreachable: this rank cannot.
+        UserError: there is no such port.
     """
     import torch.distributed as dist
 
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    meeting = rendezvous()
+    address, port = meeting.address, meeting.port
     here = f"rank {launch.rank} on {socket.gethostname()}"
     try:
         socket.getaddrinfo(address, port)
@@ -135,12 +137,11 @@ def connect(launch: Launch, purpose: str = "doctor") -> Ranks:
             f"{here} cannot resolve {address}: {error.strerror}",
             "every node must know the first node's name (DNS, /etc/hosts), or set MASTER_ADDR to its address",
         ) from None
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store itself
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address,
             port,
-            is_master=launch.is_main and not agent,
+            is_master=launch.is_main and not meeting.kept_by_launcher,
             timeout=timedelta(seconds=patience()),
             wait_for_workers=False,
         )

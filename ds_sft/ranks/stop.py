@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from ds_sft.ranks.collectives import gather
-from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.launch import Launch, launch_id
 from ds_sft.results import write_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -52,7 +52,7 @@ class StopRequests:
         self.launch = launch
         self.reason: str | None = None
         self.decided: str | None = None
-        self._file = Path(os.environ["DS_SFT_STOP_FILE"]) if os.environ.get("DS_SFT_STOP_FILE") else None
+        self._file = named_stop_file()
         self._own_file = False  # the default one, which is removed when it was obeyed
         self._note: Path | None = None
         self._store: Any = None
@@ -90,7 +90,7 @@ class StopRequests:
         if self._file is None:
             self._file, self._own_file = output_dir / "STOP", True
         notes = f"ds_sft-stop-{os.getuid()}-"
-        self._note = Path(tempfile.gettempdir()) / f"{notes}{_launch_id()}"  # of one node
+        self._note = Path(tempfile.gettempdir()) / f"{notes}{launch_id()}"  # of one node
         remove_older(self._note.parent, f"{notes}*", A_DAY)  # of runs that were killed
         if self.reason:
             self._tell(self.reason)
@@ -322,6 +322,12 @@ def _group_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def named_stop_file() -> Path | None:
+    """The file that DS_SFT_STOP_FILE names; without it OUTPUT_DIR/STOP asks a run to stop."""
+    named = os.environ.get("DS_SFT_STOP_FILE")
+    return Path(named) if named else None
+
+
 _groups: list[Any] = []  # of the process group it was made beside, and the gloo group
 
 
@@ -334,12 +340,6 @@ def _cpu_group(timeout_seconds: int = 1800) -> Any:
     if not _groups or _groups[0] is not dist.group.WORLD:
         _groups[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))]
     return _groups[1]
-
-
-def _launch_id() -> str:
-    """The same for all ranks that one launcher started on this node, another for the next start."""
-    names = ("MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
-    return "-".join([*(os.environ[name] for name in names if os.environ.get(name)), str(os.getppid())])
 
 
 def _launcher_processes(launch: Launch) -> tuple[int, ...] | None:

@@ -7,13 +7,12 @@ before the end. What is found does not depend on who found it.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.launch import Launch, torchrun_restarts
 from ds_sft.ranks.network import Unreachable, connect, patience
 
 POLL_SECONDS = 0.1
@@ -80,6 +79,6 @@ def open_work(launch: Launch, purpose: str) -> Work:
         return Work(launch)
     try:
         # torchrun's store outlives ranks that it starts again, with what the first ones took of the pieces.
-        return Work(launch, connect(launch, f"{purpose}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}").store)
+        return Work(launch, connect(launch, f"{purpose}-{torchrun_restarts()}").store)
     except Unreachable as error:
         raise UserError(f"{error}: {error.remedy}") from None
