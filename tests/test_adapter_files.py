@@ -27,12 +27,12 @@ from ds_sft.errors import UserError
 from ds_sft.export.merge import merge, merge_as_asked
 from ds_sft.export.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
 from ds_sft.export.weights import finish_adapter, say_where_answers_end
+from ds_sft.finish import merge_later, use_model
 from ds_sft.model.adapter_files import ADAPTER, exported, from_anywhere, load_on_disk, save_adapter
 from ds_sft.model.load import load_tokenizer
 from ds_sft.plan.adapter import base_of
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import StopRequests
-from ds_sft.train import merge_later, use_model
 from tests.conftest import make_model
 from tests.mixtures import FAMILIES as MIXTURES
 from tests.mixtures import make_mixture, published
@@ -600,7 +600,7 @@ def test_weights_that_are_not_the_trained_ones_are_not_gone_on_with(
     def refuse(*given: Any) -> None:
         raise ExportError("Export NOT verified")
 
-    monkeypatch.setattr("ds_sft.train.merge_and_verify", refuse)
+    monkeypatch.setattr("ds_sft.finish.merge_and_verify", refuse)
     (tmp_path / "exported.json").touch()
     data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
     nobody: Any = object()
@@ -619,7 +619,7 @@ def test_a_later_merge_is_verified_by_the_loss_that_training_had(
     make_adapter(bases["tied"], tmp_path)
     calls: list[Any] = []
     monkeypatch.setattr(
-        "ds_sft.train.merge_and_verify", lambda config, rows, loss, run: calls.append((rows, loss, run))
+        "ds_sft.finish.merge_and_verify", lambda config, rows, loss, run: calls.append((rows, loss, run))
     )
     data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
     launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)

@@ -38,6 +38,7 @@ ALLOWED = {
     "training": "errors upstream config plan ranks engine data model checkpoints export results",
     "evaluation": "errors config plan ranks data model export training",
     "tracking": "errors config ranks",
+    "finish": "errors config plan ranks engine data checkpoints export training evaluation tracking results",
     "commands": "errors config plan ranks engine data model checkpoints export training evaluation tracking "
     "results shipped",
 }

@@ -20,10 +20,10 @@ from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.export.hub import push_as_asked, why_not
 from ds_sft.export.parcel import pack
+from ds_sft.finish import push_later
 from ds_sft.model.adapter_files import changes_of_config
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import StopRequests
-from ds_sft.train import push_later
 from tests.hub import TOKEN, Hub, serve_hub
 
 SECRET = "a row that nobody may read"

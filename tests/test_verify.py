@@ -29,7 +29,7 @@ from ds_sft.export.verify import (
     verify,
     verify_or_keep,
 )
-from ds_sft.train import let_it_answer, score_its_answers
+from ds_sft.finish import let_it_answer, score_its_answers
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
