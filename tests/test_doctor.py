@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.doctor import Check, compare, judge_exchange, judge_network, look_around
+from ds_sft.commands.doctor_checks import Check, compare, judge_exchange, judge_network
+from ds_sft.commands.doctor_facts import look_around
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
 from ds_sft.ranks.launch import Launch
@@ -115,8 +116,8 @@ def test_the_code_is_also_what_deepspeed_has_names_for(
 
     package = tmp_path / "ds_sft"
     shutil.copytree(ROOT / "ds_configs", package / "ds_configs")
-    monkeypatch.setattr("ds_sft.commands.doctor.PACKAGE", package)
-    monkeypatch.setattr("ds_sft.commands.doctor.CONFIGS", package / "ds_configs")
+    monkeypatch.setattr("ds_sft.commands.doctor_facts.PACKAGE", package)
+    monkeypatch.setattr("ds_sft.commands.doctor_facts.CONFIGS", package / "ds_configs")
     before = seen()
     assert seen() == before
     (package / "ds_configs" / "zero2.json").write_text("{}", encoding="utf-8")
@@ -337,7 +338,7 @@ def test_rows_are_read_while_there_is_time(
     assert "  bad.jsonl:5001: not JSON: " in capsys.readouterr().out
     assert main(["doctor", "run.yaml", *files, "--on_bad_row", "skip"]) == 0
     assert ", all 5,009 rows read\n" in capsys.readouterr().out
-    monkeypatch.setattr("ds_sft.commands.doctor.READ_SECONDS", -1)
+    monkeypatch.setattr("ds_sft.commands.doctor_facts.READ_SECONDS", -1)
     assert main(["doctor", "run.yaml", *files]) == 0
     assert ", only 2 rows read in time, at least the first of each file\n" in capsys.readouterr().out
 

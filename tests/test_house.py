@@ -144,7 +144,8 @@ OF_LAUNCHERS = re.compile(
 ENVIRONMENT = {
     "checkpoints/requeue.py": {"DS_SFT_MAX_STALLS"},
     "checkpoints/universal.py": {"TORCH_FORCE_WEIGHTS_ONLY_LOAD"},
-    "commands/doctor.py": {"CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE"},
+    "commands/doctor_checks.py": {"GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE"},
+    "commands/doctor_facts.py": {"CUDA_VISIBLE_DEVICES"},
     "data/cache.py": {"DS_SFT_CACHE", "XDG_CACHE_HOME"},
     "data/encode.py": {"TOKENIZERS_PARALLELISM"},
     "engine/builds.py": {"TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"},

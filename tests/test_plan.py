@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.plan import parser, size
+from ds_sft.commands.flag_values import size
+from ds_sft.commands.plan import parser
 from ds_sft.commands.plan_tables import duration, recommendation
 from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
@@ -642,7 +643,7 @@ def test_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_process_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What a run there says itself, and what Python takes beside it, in the memory that is here."""
     words = ["plan", "run.yaml", "--gpus-per-node", "0"]
-    monkeypatch.setattr("ds_sft.commands.plan.memory_here", lambda: 2 << 30)
+    monkeypatch.setattr("ds_sft.commands.plan_answers.memory_here", lambda: 2 << 30)
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (row,) = found["options"]
