@@ -138,7 +138,7 @@ def around(owner: Any, name: str, before: Any, after: Any = None) -> None:
     """Call `before` ahead of a function, and `after` behind it with what it returned."""
     original = getattr(owner, name)
 
-    @wraps(original)  # train.py looks at what some of them take (ds_sft/upstream.py)
+    @wraps(original)  # train.py looks at what some of them take (ds_sft/upstream/check.py)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         before()
         result = original(*args, **kwargs)

@@ -6,8 +6,8 @@
 
 What it lists is found in the source of ds_sft: methods that a class of ours has from a library's class, too; names that
 begin with _ and that ds_sft does not define; attributes whose presence is asked for by hasattr or getattr; attributes
-that are given to objects of a library's; and source that is read as text. `ds_sft/upstream.py` has a row for each, and
-`tests/test_upstream.py` fails for a use without a row and for a row without a use.
+that are given to objects of a library's; and source that is read as text. `ds_sft/upstream/names.py` has a row for
+each, and `tests/test_upstream.py` fails for a use without a row and for a row without a use.
 """
 
 from __future__ import annotations
@@ -30,18 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ds_sft.quiet import quiet  # noqa: E402
-from ds_sft.upstream import (  # noqa: E402
-    ASSIGNED,
-    NAMES,
-    OVERRIDDEN,
-    READ_IN,
-    TEXT,
-    USED,
-    Name,
-    describe,
-    faults,
-    mentioned,
-)
+from ds_sft.upstream.check import describe, faults, mentioned  # noqa: E402
+from ds_sft.upstream.names import ASSIGNED, NAMES, OVERRIDDEN, READ_IN, TEXT, USED, Name  # noqa: E402
 
 # Classes that are there to be subclassed: what their subclasses must have is documented.
 MADE_FOR_IT = {"Function", "Dataset", "Sampler", "Optimizer", "TrainerCallback", "ArgumentParser"}
@@ -82,7 +72,7 @@ class Use(NamedTuple):
 def uses() -> list[Use]:
     """All of them, in the order of files and lines."""
     trees = {str(file.relative_to(ROOT / "ds_sft")): ast.parse(file.read_text(encoding="utf-8"))
-             for file in sorted((ROOT / "ds_sft").rglob("*.py")) if file.name != "upstream.py"}  # fmt: skip
+             for file in sorted((ROOT / "ds_sft").rglob("*.py")) if file.parent.name != "upstream"}  # fmt: skip
     ours = {name for tree in trees.values() for name in defined(tree)}
     found = set()
     for file, tree in trees.items():

@@ -108,7 +108,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.training.optimizer import optimizer_of
     from ds_sft.training.profile import profiling
     from ds_sft.training.trainer import SFTTrainer
-    from ds_sft.upstream import require_names
+    from ds_sft.upstream.check import require_names
 
     require_names()
     engine = engine_config(config, launch)

@@ -48,7 +48,7 @@ LIGHT = [
     "ds_sft.cli",
     "ds_sft.errors",
     "ds_sft.train",
-    "ds_sft.upstream",
+    "ds_sft.upstream.check",
     "ds_sft.ranks.launch",
     "ds_sft.engine.zero",
     "ds_sft.checkpoints.checkpoint",

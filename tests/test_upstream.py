@@ -1,4 +1,4 @@
-"""ds_sft/upstream.py has a row for each use, a use for each row, and tells what another version changed."""
+"""ds_sft/upstream/names.py has a row for each use, a use for each row, and tells what another version changed."""
 
 from __future__ import annotations
 
@@ -19,22 +19,8 @@ from transformers import Trainer, TrainerCallback
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 from ds_sft.training import arguments
-from ds_sft.upstream import (
-    ASSIGNED,
-    NAMES,
-    OVERRIDDEN,
-    READ_IN,
-    TEXT,
-    USED,
-    Name,
-    describe,
-    faults,
-    find,
-    mentioned,
-    next_minor,
-    parameters,
-    require_names,
-)
+from ds_sft.upstream.check import describe, faults, find, mentioned, next_minor, parameters, require_names
+from ds_sft.upstream.names import ASSIGNED, NAMES, OVERRIDDEN, READ_IN, TEXT, USED, Name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import upstream
@@ -53,7 +39,7 @@ def found() -> list[upstream.Use]:
 
 def test_every_use_has_a_row(found: list[upstream.Use]) -> None:
     unlisted = [use for use in found if not any(upstream.is_use_of(use, name) for name in NAMES)]
-    assert unlisted == [], "a row of ds_sft/upstream.py must say what stops without it"
+    assert unlisted == [], "a row of ds_sft/upstream/names.py must say what stops without it"
 
 
 def test_every_row_has_its_uses(found: list[upstream.Use]) -> None:
@@ -232,7 +218,7 @@ def test_text_that_has_changed() -> None:
 
 
 def test_what_is_not_imported_is_neither_imported_nor_missing() -> None:
-    code = "from ds_sft.upstream import NAMES, faults; import sys; print(list(faults()), 'torch' in sys.modules)"
+    code = "from ds_sft.upstream.check import faults; import sys; print(list(faults()), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[] False\n"
 

@@ -14,7 +14,7 @@ from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
 from ds_sft.ranks.collectives import gather, start_gloo
 from ds_sft.ranks.launch import Launch
-from ds_sft.upstream import require_names
+from ds_sft.upstream.check import require_names
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -19,7 +19,7 @@ def poison(tokens: Mapping[str, str]) -> None:
     """Take the place of what Trainer computes, under our own Trainer."""
     compute_loss = Trainer.compute_loss
 
-    @wraps(compute_loss)  # train.py looks at what it takes (ds_sft/upstream.py)
+    @wraps(compute_loss)  # train.py looks at what it takes (ds_sft/upstream/check.py)
     def poisoned(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = compute_loss(self, model, inputs, *args, **kwargs)
         for token, kind in tokens.items():

@@ -1,0 +1,1 @@
+"""What this package builds on that libraries do not promise."""
