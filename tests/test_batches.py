@@ -18,7 +18,7 @@ from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, finge
 from ds_sft.data.micro_batches import Batching, Seam, lengths_of
 from ds_sft.data.packing import PackedRows, Plan
 from ds_sft.errors import UserError
-from ds_sft.training.trainer import RankRows
+from ds_sft.training.validation import RankRows
 
 
 def make(lengths: Any, **changes: Any) -> Batching:

@@ -227,11 +227,11 @@ WORKING = """
 import os, signal, sys
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from ds_sft.training.trainer import _loader_options
+from ds_sft.training.workers import loader_options
 
 args = TrainingArguments("out", use_cpu=True, report_to="none", dataloader_num_workers=1, dataloader_pin_memory=False,
                          dataloader_persistent_workers=True)
-loader = DataLoader(range(9), **_loader_options(args))
+loader = DataLoader(range(9), **loader_options(args))
 batches = iter(loader)
 loader.itself = loader  # as a Trainer refers to itself: nothing is freed at the end
 next(batches)

@@ -2,95 +2,41 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
 from itertools import islice
-from multiprocessing import Event
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from ds_sft.config.keys import OUR_ORDERS
-from ds_sft.data.batch import LAYOUT, views_of
+from ds_sft.data.batch import LAYOUT
 from ds_sft.data.batches import Ahead, GlobalBatches, Rows, TrainLoader
-from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.micro_batches import lengths_of
-from ds_sft.engine.zero import stage
 from ds_sft.model.attention import attention_of
 from ds_sft.model.fused import compiles_layers
-from ds_sft.model.load import computing_dtype
 from ds_sft.model.loss import supervised_loss
 from ds_sft.model.offload import offload_of
 from ds_sft.model.routing import routing_of
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
-from ds_sft.ranks.collectives import barrier, sum_over_ranks
+from ds_sft.ranks.collectives import sum_over_ranks
 from ds_sft.training.clock import EVALUATION, Clock
+from ds_sft.training.measuring import Measuring
 from ds_sft.training.metrics import Throughput
 from ds_sft.training.nonfinite import FiniteTrainer
-from ds_sft.training.peak import device_peak
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.timers import Timers
-
-
-class RankRows(Dataset[dict[str, Any]]):
-    """Every `ranks`-th row from `rank` on, longest first. Ranks without a last row get one that counts nothing.
-
-    All ranks so run the same number of forward passes, which ZeRO-3 needs, of about as many tokens each, and no row is
-    measured twice. Where ranks share rows, their groups count as ranks.
-    """
-
-    def __init__(self, rows: Any, rank: int, ranks: int) -> None:
-        self.rows, self.rank, self.ranks = views_of(rows), rank, ranks
-        self.order = np.argsort(-lengths_of(rows), kind="stable")
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.ranks)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        position = index * self.ranks + self.rank
-        if position < len(self.rows):
-            return dict(self.rows[int(self.order[position])])
-        shortest = self.rows[int(self.order[-1])]
-        return {**shortest, "labels": [IGNORE_INDEX] * len(shortest["labels"])}
+from ds_sft.training.validation import EvaluateAtEnd, RankRows, loss_sum
+from ds_sft.training.workers import loader_options
 
 
 def without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A batch's layout is for hooks: no model knows it."""
     return args, {name: value for name, value in kwargs.items() if name != LAYOUT}
-
-
-def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropy over supervised tokens, of a model that keeps its own loss.
-
-    In float32, row by row to keep one row's float32 logits only.
-
-    Args:
-        logits: [batch, seq, vocab], position t predicts token t + 1.
-        labels: [batch, seq], `IGNORE_INDEX` where nothing counts.
-    """
-    rows = [
-        F.cross_entropy(row[:-1].float(), target[1:], ignore_index=IGNORE_INDEX, reduction="sum")
-        for row, target in zip(logits, labels, strict=True)
-    ]
-    return torch.stack(rows).sum()
 
 
 class SFTTrainer(FiniteTrainer):
@@ -122,10 +68,15 @@ class SFTTrainer(FiniteTrainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
-        for callback in (ProgressLine(), EvaluateAtEnd(), Measuring(self), StepBoundary(self)):
+        for callback in (
+            ProgressLine(),
+            EvaluateAtEnd(),
+            Measuring(self.throughput, self.timers, self.run.site.launch),
+            StepBoundary(self),
+        ):
             self.add_callback(callback)
 
-    # ---- Measuring: see clock.py, timers.py and metrics.py
+    # ---- Measuring: see clock.py, timers.py, metrics.py and measuring.py
 
     def begin_training(self) -> None:
         super().begin_training()
@@ -231,7 +182,7 @@ class SFTTrainer(FiniteTrainer):
             batch_sampler=GlobalBatches(self.batching, args.process_index),
             collate_fn=self.data_collator,
             generator=torch.Generator(),  # its own: making an iterator must not move the state that dropout draws from
-            **_loader_options(args),
+            **loader_options(args),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Any]]:
@@ -241,7 +192,7 @@ class SFTTrainer(FiniteTrainer):
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             generator=torch.Generator(),
-            **_loader_options(self.args),
+            **loader_options(self.args),
         )
 
     def evaluation_loop(
@@ -285,75 +236,3 @@ class SFTTrainer(FiniteTrainer):
         self.model(**inputs, use_cache=False)
         assert supervised.total is not None
         return supervised.total
-
-
-def _loader_options(args: TrainingArguments) -> dict[str, Any]:
-    return {
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "worker_init_fn": partial(_end_with_parent, _process_ends()) if args.dataloader_num_workers else None,
-    }
-
-
-@cache
-def _process_ends() -> Any:
-    """Is set before multiprocessing terminates the workers at the end of the process, and waits for them."""
-    ending = Event()
-    atexit.register(ending.set)
-    return ending
-
-
-def _end_with_parent(ending: Any, worker: int) -> None:
-    """Whoever signals all processes of a job must not kill the loader's workers before their parent has saved."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
-
-
-class Measuring(TrainerCallback):
-    """Tells the trainer's clock where it is in a step."""
-
-    def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer, self.clock = trainer, trainer.clock
-        # Ranks meet after each, to reduce its gradients.
-        self.every_micro_batch = (stage(trainer.args.deepspeed) or 0) >= 2
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        barrier()
-        peak = device_peak(args.device, computing_dtype(args))
-        self.trainer.run.site.launch.say(f"Peak for MFU: {peak.flops / 1e12:,.3g} TFLOP/s a rank ({peak.source}).")
-        self.trainer.throughput.start(peak)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.clock.begin("optimizer")
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.clock.end()
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.every_micro_batch:
-            self.clock.lap()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.clock.lap()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.timers.restore()
-
-
-class EvaluateAtEnd(TrainerCallback):
-    """Measure the final model too: the last step is rarely a multiple of `eval_steps`."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
-            control.should_evaluate = True

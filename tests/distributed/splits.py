@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import ds_sft.training.arguments
-import ds_sft.training.trainer
+import ds_sft.training.measuring
 from ds_sft.checkpoints.folder_lock import FolderLock
 from ds_sft.config.read import load_config
 from ds_sft.ranks.collectives import end_group
@@ -32,7 +32,7 @@ def start_once(*args: int, **kwargs: bool) -> None:
 
 def main(files: Sequence[str], before_each: Callable[[str], None] = lambda file: None) -> None:
     ds_sft.training.arguments.start_gloo = start_once
-    ds_sft.training.trainer.device_peak = cache(ds_sft.training.trainer.device_peak)
+    ds_sft.training.measuring.device_peak = cache(ds_sft.training.measuring.device_peak)
     launch = read_launch()
     for file in files:
         print(f"---- {file}", flush=True)
