@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ds_sft.data.micro_batches import Batching
     from ds_sft.data.serving import Serving
     from ds_sft.plan.steps import Steps
-    from ds_sft.training.resumable import Continuity
+    from ds_sft.training.continuity import Continuity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,7 +315,7 @@ def continuity(
     end_ids: Sequence[int],
 ) -> Continuity:
     """How the run goes on from a checkpoint, is saved and stops."""
-    from ds_sft.training.resumable import Continuity
+    from ds_sft.training.continuity import Continuity
 
     return Continuity(
         stop=stop,

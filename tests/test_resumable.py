@@ -20,8 +20,8 @@ from ds_sft.ranks import stop as preempt
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.train import require_steps_left
-from ds_sft.training import resumable
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
+from ds_sft.training.saving import sync_and_hash
 
 
 def trainer(**attributes: Any) -> Any:
@@ -140,7 +140,7 @@ class Saving(ResumableTrainer):
     def position(self, step: int) -> tuple[int, int]:
         return divmod(step, 100)
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {**dict.fromkeys(FACTS - {"save_id"}, 0), "step": self.state.global_step}
 
 
@@ -190,8 +190,8 @@ def test_a_save_is_complete_at_the_end_of_the_step_in_which_it_is_hashed(
 def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is completed when all ranks are done, not before."""
     made, go_on = saving(tmp_path, monkeypatch), Event()
-    hash_files = resumable.sync_and_hash
-    monkeypatch.setattr(resumable, "sync_and_hash", lambda *args: go_on.wait(60) and hash_files(*args))
+    hash_files = sync_and_hash
+    monkeypatch.setattr("ds_sft.training.saving.sync_and_hash", lambda *args: go_on.wait(60) and hash_files(*args))
     made._save_checkpoint(None, None)
     saved = made.unfinished
     assert saved is not None
@@ -204,8 +204,8 @@ def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.
     boundary = StepBoundary(made)
     boundary.steps_an_epoch = 100
     with monkeypatch.context() as patch:
-        for way in ("gather", "barrier"):
-            patch.setattr(resumable, way, lambda *value: pytest.fail("a second collective in a step"))
+        for way in ("resumable.gather", "saving.gather", "saving.barrier"):
+            patch.setattr(f"ds_sft.training.{way}", lambda *value: pytest.fail("a second collective in a step"))
         end_step()
         go_on.set()
         saved.hashed.result(60)
@@ -253,7 +253,7 @@ def test_a_stop_after_training_saves_the_last_step(
     before = (tmp_path / f"checkpoint-{saved}" / "manifest.json").read_text() if saved else ""
     made.args.load_best_model_at_end, made.model, made.state.global_step = True, None, 9
     made.state.best_model_checkpoint, made.state.log_history = best, [{"loss": 2.0}, {"train_runtime": 1.0}]
-    made.facts_at_end = made._facts() | {"loss_total": 7.5}
+    made.facts_at_end = made.facts() | {"loss_total": 7.5}
     with pytest.raises(Stopped), made.saved_if_stopped():
         raise Stopped("SIGINT")
     assert complete_ones(tmp_path) == found
@@ -292,7 +292,7 @@ def test_a_failure_beside_the_next_step(
     made.run.on_save_error = on_save_error
     made._save_checkpoint(None, None)
     made.finish_save()
-    monkeypatch.setattr(resumable, "sync_and_hash", full)
+    monkeypatch.setattr("ds_sft.training.saving.sync_and_hash", full)
     made.state.global_step = 5
     made._save_checkpoint(None, None)
     if on_save_error == "stop":
@@ -318,8 +318,10 @@ def test_beside_frozen_weights_no_script_makes_a_model_of_the_others() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_node_has_the_adapter_and_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """Two nodes with a disk each, without DeepSpeed: `should_save` is true on both."""
-    monkeypatch.setattr(resumable, "trained_weights", lambda model, keep: {"kept": keep})
-    monkeypatch.setattr(resumable, "save_trained", lambda model, weights, to: (to / "adapter").write_text(str(weights)))
+    monkeypatch.setattr("ds_sft.training.saving.trained_weights", lambda model, keep: {"kept": keep})
+    monkeypatch.setattr(
+        "ds_sft.training.saving.save_trained", lambda model, weights, to: (to / "adapter").write_text(str(weights))
+    )
     site = Site(Launch(launcher="torchrun", rank=rank, world_size=2), shared=False)
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer").write_text("t"))
     made = trainer(model=None, args=SimpleNamespace(should_save=True, output_dir="elsewhere"),
@@ -334,7 +336,7 @@ def test_each_node_has_the_adapter_and_no_model(tmp_path: Path, monkeypatch: pyt
 
 def test_a_rank_that_saves_nothing_still_gathers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = []
-    monkeypatch.setattr(resumable, "trained_weights", lambda model, keep: gathered.append(keep))
+    monkeypatch.setattr("ds_sft.training.saving.trained_weights", lambda model, keep: gathered.append(keep))
     made = trainer(model=None, args=SimpleNamespace(should_save=False, output_dir=str(tmp_path)),
                    run=SimpleNamespace(freezes=True))  # fmt: skip
     made.save_model(_internal_call=True)

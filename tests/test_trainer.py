@@ -18,7 +18,7 @@ from ds_sft.model.loss import supervise, supervised_loss
 from ds_sft.model.padding import know_padding
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import StopRequests
-from ds_sft.training.resumable import Continuity
+from ds_sft.training.continuity import Continuity
 from ds_sft.training.trainer import SFTTrainer
 from tests.dispatch import NoReads
 

@@ -10,11 +10,11 @@ import sys
 import time
 from typing import Any
 
-import ds_sft.training.resumable
+import ds_sft.training.saving
 from ds_sft.train import main
 from ds_sft.training.trainer import SFTTrainer
 
-training_step, complete = SFTTrainer.training_step, ds_sft.training.resumable.complete
+training_step, complete = SFTTrainer.training_step, ds_sft.training.saving.complete
 
 
 def slow_step(self: SFTTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -28,5 +28,5 @@ def slow_complete(*args: Any, **kwargs: Any) -> Any:
 
 
 if __name__ == "__main__":
-    SFTTrainer.training_step, ds_sft.training.resumable.complete = slow_step, slow_complete
+    SFTTrainer.training_step, ds_sft.training.saving.complete = slow_step, slow_complete
     sys.exit(main())
