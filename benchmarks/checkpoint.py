@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from ds_sft.checkpoints import checkpoint
 from ds_sft.train import main as train
-from ds_sft.training import resumable, saving, trainer
+from ds_sft.training import saving, trainer
 from tests.conftest import questions_and_answers, write_rows
 
 STEPS, SAVES = 9, 3
@@ -69,7 +69,7 @@ def main() -> None:
     while not (folder / "train.jsonl").exists():
         time.sleep(0.1)
     for owner, name, part in (
-        (trainer.SFTTrainer, "_save_checkpoint", "whole"), (resumable.ResumableTrainer, "finish_save", "whole"),
+        (trainer.SFTTrainer, "_save_checkpoint", "whole"), (saving.SavingTrainer, "finish_save", "whole"),
         (Trainer, "save_model", "weights"),
         (trainer.SFTTrainer, "_save_optimizer_and_scheduler", "states"), (saving, "complete", "manifest"),
         (checkpoint, "hash_file", "hash"), (checkpoint, "sync", "fsync"),
