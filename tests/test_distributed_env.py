@@ -69,6 +69,7 @@ def test_launchers() -> None:
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is not set"),
         ({"RANK": "4"}, "RANK=4 LOCAL_RANK=1 WORLD_SIZE=4: expected 0 <= LOCAL_RANK <= RANK < WORLD_SIZE"),
         ({"RANK": "0"}, "RANK=0 LOCAL_RANK=1 WORLD_SIZE=4"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http': expected the number of a free port of the first node"),
     ],
 )
 def test_variables_that_contradict(change: dict[str, str], message: str) -> None:

@@ -56,7 +56,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
     """Read RANK, LOCAL_RANK and WORLD_SIZE, all of them or none.
 
     Raises:
-        UserError: a variable is missing, no number, or out of range.
+        UserError: a variable is missing, no number, or out of range; MASTER_PORT too.
     """
     env = os.environ if env is None else env
     given = [name for name in VARIABLES if env.get(name)]
@@ -71,6 +71,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
             f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={world_size}: "
             "expected 0 <= LOCAL_RANK <= RANK < WORLD_SIZE; start the run with deepspeed, torchrun or srun"
         )
+    rendezvous(env)  # torch looks at it much later
     return Launch(
         launcher=_launcher(env),
         rank=rank,
