@@ -195,3 +195,19 @@ def packages_of(file: Path) -> set[str]:
 def test_make_installs_what_the_demo_asks_for() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert tuple(re.search(r"^DEMO := (.*)$", makefile, re.M)[1].split()) == PACKAGES
+
+
+def test_make_says_what_each_target_and_each_variable_is_for() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    assigned = {*re.findall(r"^(?:export )?([A-Z_]+) :?= ", makefile, re.M), "CURDIR", "MAKEFILE_LIST"}  # two: of make
+    given = {*re.findall(r"\$\(([A-Z_]+)\)", makefile)} - assigned | {"LANES"}  # what a user may say, and must for none
+    said = [words("make", *target).splitlines() for target in ((), ("help",))]
+    assert said[0] == said[1]  # without a target nothing is installed
+    lines = [line.split(maxsplit=2) for line in said[0]]
+    assert [name for make, name, _ in lines[: len(targets)] if make == "make"] == targets
+    assert sorted(line[0] for line in lines[len(targets) :]) == sorted(f"{name}=" for name in given)
+
+
+def words(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
