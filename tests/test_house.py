@@ -6,11 +6,13 @@ import ast
 import configparser
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ds_sft.commands.demo import PACKAGES
 
@@ -197,17 +199,54 @@ def test_make_installs_what_the_demo_asks_for() -> None:
     assert tuple(re.search(r"^DEMO := (.*)$", makefile, re.M)[1].split()) == PACKAGES
 
 
+def targets() -> list[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+
+
 def test_make_says_what_each_target_and_each_variable_is_for() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
     assigned = {*re.findall(r"^(?:export )?([A-Z_]+) :?= ", makefile, re.M), "CURDIR", "MAKEFILE_LIST"}  # two: of make
-    given = {*re.findall(r"\$\(([A-Z_]+)\)", makefile)} - assigned | {"LANES"}  # what a user may say, and must for none
-    said = [words("make", *target).splitlines() for target in ((), ("help",))]
+    given = {*re.findall(r"\$\(([A-Z_]+)\)", makefile)} - assigned | {"LANES"}  # LANES= is what a user may say
+    asked = [["make"], ["make", "help"]]
+    said = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout for command in asked]
     assert said[0] == said[1]  # without a target nothing is installed
-    lines = [line.split(maxsplit=2) for line in said[0]]
-    assert [name for make, name, _ in lines[: len(targets)] if make == "make"] == targets
-    assert sorted(line[0] for line in lines[len(targets) :]) == sorted(f"{name}=" for name in given)
+    lines = [line.split(maxsplit=2) for line in said[0].splitlines()]
+    assert [name for make, name, _ in lines[: len(targets())] if make == "make"] == targets()
+    assert sorted(line[0] for line in lines[len(targets()) :]) == sorted(f"{name}=" for name in given)
 
 
-def words(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+WORKFLOW = ROOT / ".github/workflows/ci.yml"
+
+
+def test_hosted_jobs_run_what_anybody_can_run_here() -> None:
+    jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"].values()
+    asked = {tuple(shlex.split(step["run"])[:2]) for job in jobs for step in job["steps"] if "run" in step}
+    assert asked - {("make", name) for name in targets()} == {(".ci/run",)}
+    checks = [name for name in targets() if name.startswith(("test-", "lint", "docs")) and name != "test-gpu"]
+    assert {name for name in checks if ("make", name) not in asked} == set()
+
+
+def test_hosted_jobs_have_a_python_that_is_supported() -> None:
+    from packaging.specifiers import SpecifierSet
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    supported = SpecifierSet(setup["options"]["python_requires"])
+    versions = re.findall(r"(?<![\d.])3\.\d+", WORKFLOW.read_text(encoding="utf-8"))
+    assert len(versions) >= 3
+    assert [version for version in versions if version not in supported] == []
+
+
+def test_hosted_jobs_may_only_read_and_keep_what_pip_has_loaded() -> None:
+    workflow = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["cancel-in-progress"] is True
+    for job in workflow["jobs"].values():
+        checkout, cache, *runs = job["steps"]
+        assert re.fullmatch(r"actions/checkout@v\d+", checkout["uses"])
+        assert re.fullmatch(r"actions/cache@v\d+", cache["uses"])
+        assert cache["with"]["path"] == ".cache/pip"  # PIP_CACHE_DIR of the Makefile
+        assert "hashFiles('constraints" in cache["with"]["key"]
+        assert [list(step) for step in runs] == [["run"]] * len(runs)
+        assert 0 < job["timeout-minutes"] <= 60
