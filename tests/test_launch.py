@@ -163,8 +163,8 @@ def test_as_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--gpus-per-node", "4"], "Only 100 of 104 ranks have a row."),  # which trains as one rank would
-        (["--gpus-per-node", "8", "--sequence_parallel", "2"], "Only 100 of 104 groups have a row."),
+        (["--gpus-per-node", "4"], "Ranks that have rows: 100 of 104."),  # which trains as one rank would
+        (["--gpus-per-node", "8", "--sequence_parallel", "2"], "Groups that have rows: 100 of 104."),
     ],
 )
 def test_fewer_rows_than_ranks_are_trained(

@@ -48,9 +48,9 @@ def test_steps_of_micro_batches_that_tokens_fill() -> None:
     ("changes", "said"),
     [
         ({"num_rows": 3, "ranks": 3}, ""),
-        ({"num_rows": 3, "ranks": 4}, " Only 3 of 4 ranks have a row."),
-        ({"num_rows": 3, "ranks": 4, "group": 2}, " Only 3 of 4 groups have a row."),
-        ({"micro": None, "max_tokens": 4096, "num_bins": 1}, " Only 1 of 2 ranks have a micro batch."),
+        ({"num_rows": 3, "ranks": 4}, " Ranks that have rows: 3 of 4."),
+        ({"num_rows": 3, "ranks": 4, "group": 2}, " Groups that have rows: 3 of 4."),
+        ({"micro": None, "max_tokens": 4096, "num_bins": 1}, " Ranks that have rows: 1 of 2."),
     ],
 )
 def test_ranks_without_rows_are_said(changes: dict[str, Any], said: str) -> None:

@@ -53,9 +53,8 @@ class Steps:
 
     def _idle(self) -> str:
         """The loss is the same, as the mean is over the rows of a step; but more ranks are asked for than can help."""
-        few = "row" if self.micro is not None else "micro batch"
-        who = "ranks" if self.group == 1 else "groups"
-        return f" Only {self.units} of {self.ranks} {who} have a {few}." if self.units < self.ranks else ""
+        who = "Ranks" if self.group == 1 else "Groups"
+        return f" {who} that have rows: {self.units} of {self.ranks}." if self.units < self.ranks else ""
 
     def _batch(self) -> str:
         who = "rank" if self.group == 1 else "group"
