@@ -20,8 +20,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PACKAGE = f"{sys.path[0]}/ds_sft/"
 STOPS = {"load_data": "file to store", "get_batch_samples": "store to batch", "training_step": "batch to gradient"}
-passed: dict[str, Counter[str]] = defaultdict(Counter)  # stop -> module -> returns
-inside: list[str] = []  # the functions of STOPS under way
+passed, inside = defaultdict[str, Counter[str]](Counter), list[str]()  # stop -> module -> returns; STOPS under way
 
 
 def count(frame: FrameType, event: str, _: object) -> None:
@@ -46,11 +45,8 @@ def main() -> None:
         rows = write_rows(work / "rows.jsonl", questions_and_answers(1))
         os.environ.update(SWANLAB_MODE="disabled", DS_SFT_CACHE=str(work / "cache"))
         sys.setprofile(count)
-        keys = (
-            f"--model_name_or_path {model} --train_file {rows} --output_dir {work / 'output'} --max_steps 1 --bf16 no"
-        )
-        keys += " --use_cpu yes --num_predictions 0 --verify_export no --save_strategy no"
-        assert not train(keys.split())
+        keys = "--max_steps 1 --bf16 no --use_cpu yes --num_predictions 0 --verify_export no --save_strategy no"
+        assert not train(f"--model_name_or_path {model} --train_file {rows} --output_dir {work / 'o'} {keys}".split())
         sys.setprofile(None)
     for stop, modules in passed.items():
         print(f"{stop}: {len(modules)} modules, {sum(modules.values())} returns")
