@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import json
 import os
@@ -389,6 +390,24 @@ def test_the_page_of_a_row_shows_what_happens_to_it(
     ran = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(page, out=said.append)
     assert not ran.failed, "".join(said)
     assert ran.attempted > 60
+
+
+def test_the_page_of_a_row_names_what_does_it() -> None:
+    page = (ROOT / "docs/row.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| [")]
+    parts = [re.findall(r"`([^`]+)`", part) for cell in cells for part in cell.split("; ")]  # a file, what is in it
+    named = [(file, name) for file, *names in filter(None, parts) for name in names]
+    assert len(named) > 9
+    assert [(file, name) for file, name in named if not defines(ROOT / "ds_sft" / file, name)] == []
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a file has a function or class of this name, or `Class.method`."""
+    body: list[Any] = ast.parse(file.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = [node for node in body if getattr(node, "name", None) == part]
+        body = found[0].body if found else []
+    return bool(found)
 
 
 def test_the_picture_of_a_row_has_the_numbers_of_its_page() -> None:
