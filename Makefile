@@ -1,6 +1,7 @@
 # make demo: fine-tune a small real model on two CPU ranks.   make demo ADAPTER=lora: with an adapter.
 # make test: every test.
 # make wheel: dist/ds_sft-VERSION-py3-none-any.whl, for machines without this folder.
+# make test-oldest: with the oldest versions that setup.cfg names.   make test-newest: with the newest there are.
 # make test-gpu: what needs a CUDA device, and is skipped without one.   make lint: ruff and mypy.
 # make docs: the pages as a site, in .cache/site.
 # All of it lives in this folder: environment in .venv, caches in .cache, the demo in demo.
@@ -29,7 +30,7 @@ export SWANLAB_SAVE_DIR := $(CACHE)/swanlab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu wheel docs lint format clean
+.PHONY: demo test test-oldest test-newest test-gpu wheel docs lint format clean
 
 demo: .venv/.done
 	ds-sft demo
@@ -37,6 +38,18 @@ demo: .venv/.done
 
 test: .venv/.done
 	python -m pytest $(LANES) $(PYTEST_ARGS)
+
+# The unit tests, and a training by each engine, compared with bare PyTorch and, with adapters, with peft.
+UNIT := tests -m 'not distributed' --ignore tests/slurm --deselect tests/test_house.py::test_linters_are_silent
+TRAININGS := $(foreach case,none-1 none-2 zero2-2 zero3-2,'tests/distributed/test_trajectory.py::test_one_trajectory[$(case)]')
+# What PyTorch compiles lies beside the PyTorch that compiled it.
+OTHER = PATH="$(CURDIR)/$(@:test-%=.venv-%)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(@:test-%=.venv-%)/torch_extensions"
+
+# The trainings also where a unit test has failed.
+test-oldest test-newest: test-%: .venv-%/.done
+	-$(OTHER) python benchmarks/upstream.py --changed
+	$(OTHER) python -m pytest $(LANES) $(UNIT) $(PYTEST_ARGS); units=$$?; \
+	$(OTHER) python -m pytest $(TRAININGS) $(PYTEST_ARGS) && exit $$units
 
 # One after the other: there may be one device.
 test-gpu: .venv/.done
@@ -77,5 +90,25 @@ docs: .venv/.docs
 	pip install --quiet --progress-bar off -c constraints.txt --no-deps --upgrade --target .venv/kernels $(KERNELS)
 	touch $@
 
+# No more than setup.cfg asks for; torch first, as above.
+.venv-oldest/.done: setup.cfg pyproject.toml constraints-oldest.txt Makefile
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt torch ninja setuptools
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt -e '.[test]'
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt --no-deps $(DEMO)
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt --no-deps --upgrade --target .venv-oldest/kernels triton liger-kernel
+	touch $@
+
+# setup.cfg without its upper bounds. Liger stays out: it would bring a Triton.
+.venv-newest/.done: setup.cfg pyproject.toml Makefile
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	sed -n '/^ *liger/d; s/^    \([a-z0-9_-]*>=[0-9.]*\).*/\1/p' setup.cfg > .venv-newest/requirements.txt
+	.venv-newest/bin/pip install --quiet --progress-bar off torch ninja setuptools
+	.venv-newest/bin/pip install --quiet --progress-bar off -r .venv-newest/requirements.txt
+	.venv-newest/bin/pip install --quiet --progress-bar off --no-deps -e . $(DEMO)
+	.venv-newest/bin/pip install --quiet --progress-bar off --no-deps --target .venv-newest/kernels triton liger-kernel
+	touch $@
+
 clean:
-	rm -rf .venv .cache demo build dist
+	rm -rf .venv .venv-oldest .venv-newest .cache demo build dist
