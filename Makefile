@@ -15,7 +15,7 @@ NO_GPU := $(if $(wildcard /dev/nvidia0),,DS_ACCELERATOR=cpu)
 # GPU kernels, for Triton's interpreter in the tests; in a folder of their own, for a PyTorch for GPUs has its Triton.
 KERNELS := triton==3.9.0 liger-kernel
 
-## LANES= of test: when empty, one file of tests at a time, not two
+## LANES= of test, test-oldest, test-newest: when empty, one file of tests at a time, not two
 # Two, because many tests wait for files and timers.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -28,7 +28,7 @@ export SWANLAB_SAVE_DIR := $(CACHE)/swanlab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu wheel lint format docs clean
+.PHONY: help demo test test-oldest test-newest test-gpu wheel lint format docs clean
 
 help:  ## print this
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +38,23 @@ demo: .venv/.done  ## fine-tune a small real model on two CPU ranks: three minut
 	ds-sft demo
 	$(NO_GPU) deepspeed --quiet --num_accelerators 2 ds_sft/train.py --config ds_configs/demo.yaml $(if $(ADAPTER),$(WITH_ADAPTER))
 
-## PYTEST_ARGS= of test and test-gpu, words for pytest: 'tests/test_config.py -k alias'
+## PYTEST_ARGS= of all that begin with test, words for pytest: 'tests/test_config.py -k alias'
 test: .venv/.done  ## every test: 45 minutes on two cores
 	python -m pytest $(LANES) $(PYTEST_ARGS)
+
+# The unit tests, and a training by each engine, compared with bare PyTorch and, with adapters, with peft.
+UNIT := tests -m 'not distributed' --ignore tests/slurm --deselect tests/test_house.py::test_linters_are_silent
+TRAININGS := $(foreach case,none-1 none-2 zero2-2 zero3-2,'tests/distributed/test_trajectory.py::test_one_trajectory[$(case)]')
+# What PyTorch compiles lies beside the PyTorch that compiled it.
+OTHER = PATH="$(CURDIR)/$(@:test-%=.venv-%)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(@:test-%=.venv-%)/torch_extensions"
+
+test-oldest:  ## the unit tests and a training by each engine, with the oldest versions that setup.cfg names
+test-newest:  ## the same with the newest versions there are
+# The trainings also where a unit test has failed.
+test-oldest test-newest: test-%: .venv-%/.done
+	-$(OTHER) python benchmarks/upstream.py --changed
+	$(OTHER) python -m pytest $(LANES) $(UNIT) $(PYTEST_ARGS); units=$$?; \
+	$(OTHER) python -m pytest $(TRAININGS) $(PYTEST_ARGS) && exit $$units
 
 # One file after the other: there may be one device.
 test-gpu: .venv/.done  ## the tests that compute on a CUDA device
@@ -81,5 +95,25 @@ docs: .venv/.docs  ## the pages as a site, in .cache/site
 	pip install --quiet --progress-bar off -c constraints.txt --no-deps --upgrade --target .venv/kernels $(KERNELS)
 	touch $@
 
-clean:  ## delete .venv, .cache, demo, build and dist
-	rm -rf .venv .cache demo build dist
+# No more than setup.cfg asks for; torch first, as above.
+.venv-oldest/.done: setup.cfg pyproject.toml constraints-oldest.txt Makefile
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt torch ninja setuptools
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt -e '.[test]'
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt --no-deps $(DEMO)
+	.venv-oldest/bin/pip install --quiet --progress-bar off -c constraints-oldest.txt --no-deps --upgrade --target .venv-oldest/kernels triton liger-kernel
+	touch $@
+
+# setup.cfg without its upper bounds. Liger stays out: it would bring a Triton.
+.venv-newest/.done: setup.cfg pyproject.toml Makefile
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	sed -n '/^ *liger/d; s/^    \([a-z0-9_-]*>=[0-9.]*\).*/\1/p' setup.cfg > .venv-newest/requirements.txt
+	.venv-newest/bin/pip install --quiet --progress-bar off torch ninja setuptools
+	.venv-newest/bin/pip install --quiet --progress-bar off -r .venv-newest/requirements.txt
+	.venv-newest/bin/pip install --quiet --progress-bar off --no-deps -e . $(DEMO)
+	.venv-newest/bin/pip install --quiet --progress-bar off --no-deps --target .venv-newest/kernels triton liger-kernel
+	touch $@
+
+clean:  ## delete .venv, .venv-oldest, .venv-newest, .cache, demo, build and dist
+	rm -rf .venv .venv-oldest .venv-newest .cache demo build dist

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from ds_sft.commands.demo import PACKAGES
 
@@ -159,23 +162,35 @@ def test_engine_configs_leave_sizes_to_the_trainer(file: Path) -> None:
         assert zero["stage3_gather_16bit_weights_on_model_save"] is True  # without it there is no final model
 
 
-def test_every_pinned_version_satisfies_the_lower_bound() -> None:
-    from packaging.requirements import Requirement
-
+def requirements(*without: str) -> list[Requirement]:
+    """What setup.cfg asks for, its extras too."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    extras = setup["options.extras_require"]
-    lines = [
-        *setup["options"]["install_requires"].splitlines(),
-        *(line for e in extras.values() for line in e.splitlines()),
-    ]
-    requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
-    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
-    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
-    assert len(requirements) >= 15
-    for requirement in requirements:
+    extras = [text for name, text in setup["options.extras_require"].items() if name not in without]
+    lines = [line for text in (setup["options"]["install_requires"], *extras) for line in text.splitlines()]
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def pins(file: str) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+def test_every_pinned_version_satisfies_the_lower_bound() -> None:
+    pinned = pins("constraints.txt")
+    assert len(requirements()) >= 15
+    for requirement in requirements():
         version = pinned[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """All that a user installs, and the tests; the linters run with the pinned versions alone."""
+    pinned = pins("constraints-oldest.txt")
+    for requirement in requirements("dev", "docs"):
+        (lower,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
+        version = pinned[requirement.name.lower().replace("_", "-")]
+        assert Version(version) == Version(lower), f"{requirement} but constraints-oldest.txt has {version}"
 
 
 def test_what_is_imported_is_a_requirement() -> None:
@@ -234,8 +249,6 @@ def test_hosted_jobs_run_what_anybody_can_run_here() -> None:
 
 
 def test_hosted_jobs_have_a_python_that_is_supported() -> None:
-    from packaging.specifiers import SpecifierSet
-
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     supported = SpecifierSet(setup["options"]["python_requires"])
