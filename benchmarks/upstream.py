@@ -245,6 +245,15 @@ def import_all(names: Iterable[Name]) -> None:
             importlib.import_module(path.partition(":")[0])
 
 
+def not_imported(libraries: Iterable[str]) -> Iterator[str]:
+    """A line for each library that is not there, or says that it cannot work with another one that is."""
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            yield f"{library} cannot be imported: {' '.join(str(error).split())}"
+
+
 def summary(names: Sequence[Name]) -> str:
     """How many there are."""
     kinds = Counter(name.kind for name in names)
@@ -264,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name in NAMES if not given.library or name.library in given.library]
     if given.changed:
         import_all(names)
-        changed = [describe(*found) for found in faults(names)]
+        changed = [*not_imported(dict.fromkeys(name.library for name in names))]
+        changed += [describe(*found) for found in faults(names)]
         print(*changed or ["Nothing: all names are as they were read."], sep="\n")
         return int(bool(changed))
     found = uses()

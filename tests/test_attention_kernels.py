@@ -26,12 +26,13 @@ META, BFLOAT16 = torch.device("meta"), torch.bfloat16
 FORWARD, BACKWARD = "torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"
 IN_ONE = Attention("varlen_attn", "", in_one_kernel=True)
 WINDOWS = {"qwen3": -1, "llama": -1, "mistral": 6}  # of the kernel: the token itself does not count
+IN_KERNEL = [family for family, window in WINDOWS.items() if window == -1 or not attention.ONLY_PLAIN]
 
 
 def reference(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, of_keys: torch.Tensor,
     longest: int, longest_key: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
+    enable_gqa: bool = attention.ONLY_PLAIN,
 ) -> torch.Tensor:  # fmt: skip
     """`varlen_attn` as documented: [tokens, heads, head_dim], (left, right) tokens seen beside the own one, -1: all."""
     assert starts.dtype == of_keys.dtype == torch.int32
@@ -47,6 +48,12 @@ def reference(
     q, k, v = (states.transpose(0, 1) for states in (query, key, value))
     k, v = (states.repeat_interleave(len(q) // len(states), 0) for states in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
+
+
+def plain_reference(*states: Any, is_causal: bool) -> torch.Tensor:
+    """`varlen_attn` of torch 2.10 as documented."""
+    assert is_causal
+    return reference(*states, window_size=(-1, 0), enable_gqa=True)
 
 
 def meta_batch(lengths: list[int]) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def operations_of(model: Any, lengths: list[int], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", WINDOWS)
+@pytest.mark.parametrize("family", IN_KERNEL)
 def test_one_kernel_a_layer_whatever_the_rows(
     family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,10 +92,15 @@ def test_one_kernel_a_layer_whatever_the_rows(
     assert few.counted == many.counted
     layers = model.config.num_hidden_layers
     assert (many.counted[FORWARD], many.counted[BACKWARD]) == (layers * (2 if checkpointing else 1), layers)
-    query, key, value, starts, _, longest, _, _, scale, window, grouped, *_ = many.arguments[FORWARD]
+    query, key, value, starts, _, longest, _, causal, *words = many.arguments[FORWARD]
     assert (query.shape, key.shape, value.shape) == ((608, 4, 8), (608, 2, 8), (608, 2, 8))
-    assert (starts.shape, longest, scale, grouped) == ((41,), 128, 8**-0.5, True)
-    assert window == [WINDOWS[family], 0]
+    assert (starts.shape, longest) == ((41,), 128)
+    if attention.ONLY_PLAIN:
+        assert causal is True
+        return
+    scale, window, *grouped = words
+    assert (scale, window) == (8**-0.5, [WINDOWS[family], 0])
+    assert grouped[:1] == ([True] if attention.GROUPED else [])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -101,6 +113,7 @@ def test_rows_in_one_kernel_are_learned_as_if_alone(
     loss, gradient = learn(model, one_by_one(rows))
     monkeypatch.setattr(attention, "HALF", (torch.float32,))
     monkeypatch.setattr(attention, "varlen_attn", reference)
+    monkeypatch.setattr(attention, "ONLY_PLAIN", False)
     keep_rows_apart(model, None, ALONE, device=META, dtype=torch.float32)
     assert attention_of(model) == Attention("varlen_attn", "all rows in one kernel a layer", in_one_kernel=True)
     if checkpointing:
@@ -109,6 +122,41 @@ def test_rows_in_one_kernel_are_learned_as_if_alone(
         found, found_gradient = learn(model, layout)
         assert found == pytest.approx(loss, rel=1e-6)
         assert apart(found_gradient, gradient) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("llama", "all rows in one kernel a layer"), ("qwen3_moe", "all rows in one kernel a layer"),
+     ("mistral", "no kernel takes rows of different lengths with a window before torch 2.11"),
+     ("granite", "no kernel takes rows of different lengths with a scale of the model's own before torch 2.11")],
+)  # fmt: skip
+def test_the_kernel_of_torch_2_10_takes_what_it_has_words_for(
+    family: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows and scales of a model's own go row by row there, and all learn the same."""
+    rows, model = make_rows(), make(family, head_dim=8)
+    loss, gradient = learn(model, one_by_one(rows))
+    calls: list[None] = []
+    monkeypatch.setattr(attention, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "ONLY_PLAIN", True)
+    monkeypatch.setattr(
+        attention, "varlen_attn", lambda *states, **words: calls.append(None) or plain_reference(*states, **words)
+    )
+    keep_rows_apart(model, None, ALONE, device=META, dtype=torch.float32)
+    in_one = why == "all rows in one kernel a layer"
+    assert attention_of(model) == Attention("varlen_attn" if in_one else "row by row", why, in_one_kernel=in_one)
+    found, found_gradient = learn(model, [collate_flat(rows)])
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert apart(found_gradient, gradient) < 2e-6
+    assert len(calls) == (model.config.num_hidden_layers if in_one else 0)
+
+
+def test_torch_2_10_asks_row_by_row_where_a_layer_wants_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, value = torch.empty(1, 4, 5, 8, dtype=BFLOAT16), torch.empty(1, 2, 5, 8, dtype=BFLOAT16)
+    wanted = [(None, None), (None, 8**-0.5), (None, 0.3), (6, None)]  # window, scale
+    for only_plain, known in ((True, [True, True, False, False]), (False, [True] * 4)):
+        monkeypatch.setattr(attention, "ONLY_PLAIN", only_plain)
+        assert [attention._has_kernel(query, value, window, 0.0, scale) for window, scale in wanted] == known
 
 
 @pytest.mark.parametrize("length", [32, 33, 47])

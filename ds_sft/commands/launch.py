@@ -181,9 +181,8 @@ def _steps(config: Config, ranks: int) -> tuple[Steps, str]:
     """The steps, and how well they are known."""
     training, group = config.training, config.sequence_parallel
     rows, groups = rows_of_epoch(config, count_usable) or 0, ranks // group
-    if rows < groups:
-        who = f"{ranks} ranks" if group == 1 else f"{groups} groups of {group} ranks"
-        raise UserError(f"train_file: {rows} rows cannot be shared by {who}")
+    if not rows:
+        raise UserError("train_file: no row is left to learn from: give more rows, or a smaller val_size")
     accumulation, mean = training["gradient_accumulation_steps"], mean_tokens_of(config)
     known = "at most" if mean is None else "about"
     if config.max_tokens_per_batch is not None and config.fills_batches:

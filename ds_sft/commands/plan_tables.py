@@ -295,7 +295,9 @@ def time_lines(plan: dict[str, Any], given: argparse.Namespace) -> list[str]:
 
 
 def in_seconds(seconds: float) -> str:
-    """Of a step: 1.25 s, 43.1 ms."""
+    """Of a step: 1.25 s, 43.1 ms; from two minutes on 2 min, 1 h 16 min."""
+    if seconds >= 119.995:
+        return duration(seconds)
     return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
 
 

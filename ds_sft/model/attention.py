@@ -48,8 +48,11 @@ PLANNED_LENGTHS = 1024  # multiples of it
 NO_KERNEL = "no kernel takes rows of different lengths"
 MAX_HEAD_DIM = 256  # of varlen_attn's kernels, which also want multiples of 8
 BLOCK = 128  # tokens: kernels cover the longest row by blocks, so nothing is lost by rounding up to whole ones
+WORDS = inspect.signature(varlen_attn).parameters
 # Newer versions of torch want to be told of grouped heads, older ones do not know the word.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in WORDS else {}
+# torch 2.10, the last one on PyPI for CUDA 12: its kernel sees the whole past, and scales by the width of heads.
+ONLY_PLAIN = "window_size" not in WORDS
 # A model whose layers tell the attention function of their window; others have it in the mask.
 PASSES_WINDOW = re.compile(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=")
 NAME = "ds_sft_rows"  # as attn_implementation; transformers does not write it into a saved config
@@ -152,7 +155,7 @@ def _whole_rows(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    if not (rows.in_one_kernel and _has_kernel(query, value, dropout)):
+    if not (rows.in_one_kernel and _has_kernel(query, value, window, dropout, scaling)):
         by_row: torch.Tensor = _row_by_row(query, key, value, rows, window, dropout, scaling)
         return by_row
     if rows.by_cudnn and window is None:
@@ -168,8 +171,12 @@ def _masked(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor,
     return attended
 
 
-def _has_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+def _has_kernel(
+    query: torch.Tensor, value: torch.Tensor, window: int | None, dropout: float, scaling: float | None
+) -> bool:
     size = query.shape[-1]
+    if ONLY_PLAIN and (window is not None or scaling not in (None, size**-0.5)):
+        return False
     return query.dtype in HALF and not dropout and size == value.shape[-1] <= MAX_HEAD_DIM and size % 8 == 0
 
 
@@ -185,7 +192,8 @@ def _all_rows(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, head_dim]
     seen = (-1 if window is None else window - 1, 0)
     borders = (rows.starts, rows.starts, rows.longest, rows.longest)
-    attended: Any = varlen_attn(q, k, v, *borders, scale=scaling, window_size=seen, **GROUPED)
+    words: dict[str, Any] = {"is_causal": True} if ONLY_PLAIN else {"scale": scaling, "window_size": seen, **GROUPED}
+    attended: Any = varlen_attn(q, k, v, *borders, **words)
     return attended[None]  # type: ignore[no-any-return]
 
 
@@ -330,7 +338,8 @@ def _choose(model: PreTrainedModel, asked: str | None, device: torch.device, dty
     if reason := use_rows_attention(model):
         why = f"{type(model).__name__} {reason}; it masks all pairs of tokens of a micro batch"
         return Attention(str(model.config._attn_implementation), why)
-    if reason := _why_row_by_row(model.config.get_text_config(), device, dtype):
+    config = model.config.get_text_config()
+    if reason := _why_row_by_row(config, device, dtype) or _why_not_plain(model, config):
         return Attention("row by row", reason)
     by_cudnn = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)  # where it was measured
     long = f"a lone row of {LONE_ROW:,} tokens and more by cuDNN, " if by_cudnn else ""
@@ -351,6 +360,16 @@ def _why_row_by_row(config: Any, device: torch.device, dtype: torch.dtype) -> st
     if len(set(sizes)) > 1 or max(sizes) > MAX_HEAD_DIM or max(sizes) % 8:
         return f"{NO_KERNEL} with heads of {' and '.join(map(str, sizes))}"
     return None
+
+
+def _why_not_plain(model: PreTrainedModel, config: Any) -> str | None:
+    """What a model wants that torch 2.10's kernel has no word for; None: nothing, or a newer torch."""
+    if not ONLY_PLAIN:
+        return None
+    usual = {None, *(size**-0.5 for size in _head_dims(config))}
+    if any(getattr(module, "scaling", None) not in usual for module in model.modules()):
+        return f"{NO_KERNEL} with a scale of the model's own before torch 2.11"
+    return f"{NO_KERNEL} with a window before torch 2.11" if getattr(config, "sliding_window", None) else None
 
 
 def _head_dims(config: Any) -> list[int]:

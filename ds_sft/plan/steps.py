@@ -32,10 +32,13 @@ class Steps:
         return None if self.micro is None else self.micro * self.micro_batches_per_step
 
     @property
+    def units(self) -> int:
+        """What an epoch deals to the ranks: rows, or micro batches that tokens fill."""
+        return self.num_rows if self.micro is not None else self.num_bins or 1
+
+    @property
     def steps_per_epoch(self) -> int:
-        units, a_step = self.num_rows, self.rows_per_step
-        if a_step is None:
-            units, a_step = self.num_bins or 1, self.micro_batches_per_step
+        units, a_step = self.units, self.rows_per_step or self.micro_batches_per_step
         if self.drop_last:  # whole steps only, so that it does not depend on the number of ranks
             return max(1, units // a_step)
         return math.ceil(units / a_step)
@@ -46,6 +49,14 @@ class Steps:
 
     def describe(self) -> str:
         """The arithmetic in one line."""
+        return self._batch() + self._idle()
+
+    def _idle(self) -> str:
+        """The loss is the same, as the mean is over the rows of a step; but more ranks are asked for than can help."""
+        who = "Ranks" if self.group == 1 else "Groups"
+        return f" {who} that have rows: {self.units} of {self.ranks}." if self.units < self.ranks else ""
+
+    def _batch(self) -> str:
         who = "rank" if self.group == 1 else "group"
         shared = f" of {self.group} ranks" if self.group > 1 else ""
         times = f"{self.accumulation} accumulated x {self.ranks} {who}{'s' if self.ranks > 1 else ''}{shared}"

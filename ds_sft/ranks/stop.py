@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -151,7 +151,7 @@ class StopRequests:
     def leave(self, output_dir: Path, checkpoint: str | None, step: int) -> None:
         """Write OUTPUT_DIR/PREEMPTED.json and take the default stop file away: it was obeyed; for rank 0."""
         output_dir.mkdir(parents=True, exist_ok=True)
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         what = {"step": step, "checkpoint": checkpoint, "reason": self.reason, "time": now}
         write_json(output_dir / PREEMPTED, what)
         if self._own_file and self._file is not None:

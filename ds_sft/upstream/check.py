@@ -110,8 +110,9 @@ def find(path: str) -> Any:
 
 
 def mentioned(function: Any) -> set[str]:
-    """Words in the code of a function, and of those inside of it: attributes, globals, strings."""
-    return set(_words(_code(function)))
+    """Words in the code of a function, and of those inside of it: attributes, globals, strings; none of one in C."""
+    code = _code(function)
+    return set(_words(code)) if code else set()
 
 
 def _words(code: CodeType) -> Iterator[str]:
@@ -124,8 +125,10 @@ def _words(code: CodeType) -> Iterator[str]:
 
 
 def parameters(function: Any) -> str:
-    """Parameters of a function by their names, without types and defaults."""
+    """Parameters of a function by their names, without types and defaults; of one in C they are not known."""
     code = _code(function)
+    if code is None:
+        return "?"
     plain = code.co_argcount + code.co_kwonlyargcount
     names, many = list(code.co_varnames[:plain]), iter(code.co_varnames[plain:])
     if code.co_flags & inspect.CO_VARARGS:
@@ -135,8 +138,7 @@ def parameters(function: Any) -> str:
     return ", ".join(names)
 
 
-def _code(function: Any) -> CodeType:
-    """Of a function or a property, without its decorators."""
+def _code(function: Any) -> CodeType | None:
+    """Of a function or a property, without its decorators; None of one in C."""
     function = function.fget if isinstance(function, property) else function
-    code: CodeType = inspect.unwrap(function).__code__
-    return code
+    return getattr(inspect.unwrap(function), "__code__", None)
