@@ -62,15 +62,48 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
     "no_cuda": "write use_cpu",
     "dataset_text_field": "write data_fields",
 }
-UNSAFE = {  # keys of transformers that break what a run here promises -> how
-    "enable_jit_checkpoint": "ranks would save at different steps and wait for each other; runs stop and save anyway",
-    "auto_find_batch_size": "it changes the rows a step in mid-run; `ds-sft plan` tells what fits",
-    "use_liger_kernel": "it exchanges classes for the whole process, and the loss; write fused_kernels: liger",
-    "ignore_data_skip": "a resumed run would learn its first rows again",
-    "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
-    "hub_always_push": "a run pushes once, after its export was verified",
-    "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
-}
+# Keys of transformers that break what a run here promises, where they have another value than this -> how, and what to
+# write instead.
+UNSAFE: dict[str, tuple[Any, str]] = {
+    "enable_jit_checkpoint": (False, "ranks would save at different steps and wait for each other; runs stop and save "
+                                     "anyway"),
+    "auto_find_batch_size": (False, "it changes the rows a step in mid-run; `ds-sft plan` tells what fits"),
+    "use_liger_kernel": (False, "it exchanges classes for the whole process, and the loss; write fused_kernels: liger"),
+    "liger_kernel_config": (None, "it is of use_liger_kernel; write fused_kernels: liger"),
+    "ignore_data_skip": (False, "a resumed run would learn its first rows again"),
+    "logging_nan_inf_filter": (False, "it would log a loss that is no number as 0.0; see on_nonfinite"),
+    "hub_always_push": (False, "a run pushes once, after its export was verified"),
+    "use_cache": (False, "training does not read the cache, and with one rows laid end to end would see each other"),
+    "average_tokens_across_devices": (True, "a step's loss would be a mean of its ranks' means, and depend on their "
+                                            "number"),
+    **dict.fromkeys(("fsdp", "fsdp_config"),
+                    (None, "ZeRO-3 divides weights, gradients and states here; write deepspeed: zero3")),
+    "parallelism_config": (None, "deepspeed: zero3 divides weights, and sequence_parallel rows; write these"),
+    "accelerator_config": (None, "batches are made without accelerate, the same for any number of ranks"),
+    "dataloader_in_order": (True, "every run would have another order of batches"),
+    "ddp_static_graph": (False, "DDP fails with it where gradients are accumulated"),
+    "debug": (None, "it reads every weight in every layer, and fails under ZeRO-3; on_nonfinite finds the step and its "
+                    "rows"),
+}  # fmt: skip
+_NO_LOGITS = "validation computes eval_loss and keeps no logits; answers are scored by evaluate_rows"
+_IN_16_BITS = "validation computes in the precision of training"
+_NO_OPTIONS = "no optimizer of a run here has options of its own"
+# Keys of transformers that nothing here reads, or that say what is so anyway, where they have another value than this
+# -> why.
+UNUSED: dict[str, tuple[Any, str]] = {
+    "do_train": (False, "a run always trains"),
+    "do_eval": (False, "a run validates where it has an eval_file or val_size"),
+    "do_predict": (False, "a run answers validation rows at its end; see num_predictions"),
+    "remove_unused_columns": (True, "rows have token ids and labels alone"),
+    "label_names": (None, "labels are made from the answers; see mask"),
+    "length_column_name": ("length", "tokens of a row are counted"),
+    "dataloader_multiprocessing_context": (None, "workers start in Python's own way"),
+    **dict.fromkeys(("prediction_loss_only", "eval_use_gather_object", "batch_eval_metrics"), (False, _NO_LOGITS)),
+    **dict.fromkeys(("eval_accumulation_steps", "include_for_metrics"), (None, _NO_LOGITS)),
+    "eval_do_concat_batches": (True, _NO_LOGITS),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), (False, _IN_16_BITS)),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), (None, _NO_OPTIONS)),
+}  # fmt: skip
 # Keys that mean nothing without `adapter`.
 OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_modules_to_save", "use_rslora",
                "lora_init", "merge")  # fmt: skip
@@ -94,8 +127,9 @@ ELSEWHERE = {  # what other programs call a key of ours
 MUON = "muon"  # a value of `optim` that transformers has not
 UNTESTED_OPTIMS = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")  # of transformers.utils.logging
 SECRETS = ("hub_token",)
-POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
+POSITIVE = ("early_stopping_patience", "max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
             "predict_max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps")  # fmt: skip
 # A word that a key of transformers takes here beside its own values.
@@ -105,7 +139,8 @@ MODES = ("online", "cloud", "offline", "local", "disabled")
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("lora_dropout", "router_aux_loss_coef", "num_predictions", "evaluate_rows", "val_size", "learning_rate",
                 "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
-                "eval_delay")  # fmt: skip
+                "eval_delay", "neftune_noise_alpha", "label_smoothing_factor")  # fmt: skip
+SHARES = ("lora_dropout", "label_smoothing_factor")
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
@@ -240,6 +275,8 @@ class Config:
                              choices=("stop", "continue"), default="stop")  # fmt: skip
     on_nonfinite: str = key("a step whose loss or gradients are no numbers ends the run, or is left out and counted",
                             choices=("stop", "skip"), default="stop")  # fmt: skip
+    early_stopping_patience: int | None = key("with load_best_model_at_end: end training after so many validations in a "
+                                              "row that are no new best", default=None)  # fmt: skip
     profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
                                     default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -376,8 +413,19 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
         help_text = str(ast.literal_eval(text)) if isinstance(text, ast.Constant) else ""
     # A list of options (debug) is checked by transformers; here only keys with one value.
     enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
+    enum = enum or (LOG_LEVELS if name.startswith("log_level") else _listed(given.get("metadata")))
     enum += (MUON,) if name == "optim" else ()
     return Key(name, annotation, default, " ".join(help_text.split()), enum)
+
+
+def _listed(metadata: ast.expr | None) -> tuple[str, ...]:
+    """The values that a field's metadata lists; transformers gives them to its own parser of flags alone."""
+    found = ast.literal_eval(metadata) if _is_literal(metadata) else {}
+    return tuple(found.get("choices", ()))
+
+
+def _is_literal(node: ast.expr | None) -> bool:
+    return node is not None and not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(node))
 
 
 def all_keys() -> dict[str, Key]:
@@ -392,7 +440,7 @@ def _known(name: str, where: str, flags: Iterable[str] = ()) -> Key:
     place = f"--{name}: " if flag else where
     if name in GONE:
         raise UserError(f"{place}{name} is not a key of today's transformers: {GONE[name]}")
-    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), training_keys().keys() - UNSAFE.keys())
+    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), training_keys().keys() - UNSAFE.keys() - UNUSED.keys())
     remedy = f"did you mean {'--' if flag else ''}{near}?" if near else "--help lists all keys"
     raise UserError(f"{place}unknown key{'' if flag else f' {name!r}'}: {remedy}")
 
@@ -654,6 +702,8 @@ def _resolve(given: Mapping[str, Given]) -> Config:
     _check_adapter(config, given)
     _check_optimizer(config, given)
     _check_push(config, given)
+    _check_best(config, given)
+    _check_company(config, given)
     named = config.training["report_to"] or []
     if "none" in named and config.trackers:
         raise UserError(f"{given['report_to'].where}report_to: {', '.join(named)}: none is said alone")
@@ -703,11 +753,8 @@ AGAINST_SEQUENCE_PARALLEL: dict[str, tuple[Any, str]] = {
     "attn_implementation": (None, "only this package's attention exchanges heads between ranks"),
     "lora_dropout": (0.0, "what is left out would depend on the number of ranks"),
     "fp16": (False, "a model's own loss, which float16 keeps, would lose the first token of every part"),
-    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), (None, "no test trains with both")),
     "torch_compile": (False, "no test trains with both"),
-    "label_smoothing_factor": (0.0, "Trainer's loss would lose the first token of every part"),
     "neftune_noise_alpha": (None, "its noise depends on the tokens that a rank has"),
-    "average_tokens_across_devices": (True, "a rank's tokens are a part of a row"),
 }
 
 
@@ -791,7 +838,76 @@ def _check_push(config: Config, given: Mapping[str, Given]) -> None:
         )
 
 
+# Keys of transformers that do nothing without another one -> that, and what to write.
+ALONE_NOTHING = {
+    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+                    ("dataloader_num_workers", "dataloader_num_workers: 2")),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), ("torch_compile", "torch_compile: yes")),
+}  # fmt: skip
+FIXED_SCHEDULES = ("constant", "constant_with_warmup")  # which transformers gives no options
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # what it gives no warm-up
+
+
+def _check_company(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys of transformers that it would leave out beside others without a word."""
+    training = config.training
+    for name, (needed, remedy) in ALONE_NOTHING.items():
+        if training.get(name) and not training.get(needed):
+            raise UserError(f"{given[name].where}{name}: it does nothing alone: write {remedy} too, or leave it out")
+    schedule = training.get("lr_scheduler_type", "linear")
+    if training.get("lr_scheduler_kwargs") and schedule in FIXED_SCHEDULES:
+        raise UserError(
+            f"{given['lr_scheduler_kwargs'].where}lr_scheduler_kwargs: lr_scheduler_type: {schedule} has no options: "
+            "leave it out"
+        )
+    if training.get("warmup_steps") and schedule in WITHOUT_WARMUP:
+        instead = "write constant_with_warmup" if schedule == "constant" else "leave it out"
+        raise UserError(
+            f"{given['warmup_steps'].where}warmup_steps: lr_scheduler_type: {schedule} has no warm-up: {instead}"
+        )
+
+
+def _so_anyway(known: Key, given: Given) -> Any:
+    """The value of a key that no run here would obey: it may only say what is so anyway."""
+    so, why = (UNSAFE | UNUSED)[known.name]
+    try:
+        value = None if given.empty else _by_type(known, given.value, empty=False)
+    except ValueError:
+        value = given.value
+    if not value or str(value).lower() in FALSE:
+        value = None
+    if value == (so or None):
+        return so
+    place = f"{given.where}{given.alias or known.name}: "
+    if known.name in UNUSED:
+        raise UserError(f"{place}{_shown(given.value)}: {why}: leave it out")
+    expected = "nothing" if so is None else str(so).lower()
+    raise UserError(f"{place}expected {expected} ({why}), found {_shown(given.value)!r}")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _check_best(config: Config, given: Mapping[str, Given]) -> None:
+    """What is the best model, for the keys that ask for it."""
+    asked = [name for name, value in (("load_best_model_at_end", True), ("save_strategy", "best"))
+             if config.training.get(name) == value]  # fmt: skip
+    if config.early_stopping_patience is not None and "load_best_model_at_end" not in asked:
+        raise UserError(
+            f"{given['early_stopping_patience'].where}early_stopping_patience: the run would end with a model that is "
+            "not the best: write load_best_model_at_end: yes too"
+        )
+    if asked and config.training.get("eval_strategy", "no") == "no":
+        raise UserError(
+            f"{given[asked[0]].where}{asked[0]}: {given[asked[0]].value}: it needs an eval_file (or val_size), and an "
+            "eval_strategy"
+        )
+
+
 def _convert(known: Key, given: Given) -> Any:
+    if known.name in UNSAFE or known.name in UNUSED:
+        return _so_anyway(known, given)
     value = given.value
     empty = given.empty
     if empty and known.optional and not (value.lower() == "none" and known.name == "report_to"):
@@ -805,9 +921,9 @@ def _convert(known: Key, given: Given) -> Any:
         result = _by_type(known, value, empty)
         _check(known, result)
     except ValueError as error:
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         expected = f"yes, no or {also}" if also else str(error)
-        raise UserError(f"{given.where}{given.alias or known.name}: expected {expected}, found {shown!r}") from None
+        place = f"{given.where}{given.alias or known.name}"
+        raise UserError(f"{place}: expected {expected}, found {_shown(value)!r}") from None
     return result
 
 
@@ -891,18 +1007,20 @@ def _flow(text: str, kind: type) -> Any:
 def _check(known: Key, value: Any) -> None:
     if known.choices and value not in known.choices:
         raise ValueError(_one_of(known.choices, str(value)))
-    if known.name in UNSAFE and value:
-        raise ValueError(f"false ({UNSAFE[known.name]})")
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")
     if known.name == "data_fields" and isinstance(value, str):
         raise ValueError("a mapping such as {question: prompt}")
     if known.name in NOT_NEGATIVE and value is not None and value < 0:
         raise ValueError("0 or more")
-    if known.name == "lora_dropout" and value >= 1:
+    if known.name in SHARES and value >= 1:
         raise ValueError("a share below 1")
     if known.name in NOT_EMPTY and value is not None and not all([value, *(name.strip() for name in value)]):
         raise ValueError("a name or more, such as [a, b]; or leave it out")
+    if known.name == "max_steps" and value < 1 and value != -1:
+        raise ValueError("1 or more; -1: as num_train_epochs says")
+    if known.name == "metric_for_best_model" and value not in (None, "loss", "eval_loss"):
+        raise ValueError("eval_loss, which is all that validation measures")
     if known.name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:

@@ -151,6 +151,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             optimizer_cls_and_kwargs=optimizer_of(config, args, launch),
             batching=batching,
             on_nonfinite=config.on_nonfinite,
+            patience=config.early_stopping_patience,
             where=partial(data.where, "train"),
             callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
             run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
@@ -296,6 +297,7 @@ def load_model_to_train(
     from ds_sft.training.fused import fuse, require_kernels
     from ds_sft.training.loss import supervise
     from ds_sft.training.model import computing_dtype, load_model, make_room, say_not_loaded
+    from ds_sft.training.neftune import add_noise
     from ds_sft.training.offload import offload_inputs
     from ds_sft.training.padding import know_padding
     from ds_sft.training.routing import prepare_experts
@@ -321,7 +323,9 @@ def load_model_to_train(
         "use_reentrant", True
     )
     prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
-    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
+    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none",
+              smoothing=config.training.get("label_smoothing_factor") or 0.0)  # fmt: skip
+    add_noise(model, config.training.get("neftune_noise_alpha"), launch)
     require_shared(model)
     offload_inputs(model, config, args, launch, largest=largest)
     return model

@@ -18,6 +18,8 @@ from ds_sft.upstream import require_names
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+OUR_WAY = ("neftune_noise_alpha", "label_smoothing_factor")  # what Trainer would do in its own: load_model_to_train does
+
 
 def training_arguments(config: Config, engine: dict[str, Any] | None, launch: Launch) -> TrainingArguments:
     """Build the one `TrainingArguments` of the run; call it before the model, so that ZeRO-3 partitions while loading.
@@ -48,10 +50,28 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
             args = TrainingArguments(**keys)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+    _check_schedule(args)
     require_names("deepspeed", "torch")  # those of their modules that are imported by now
     if not config.trackers:
         args.report_to = []  # transformers adds Kubeflow's where it finds its cluster
     return args
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """See that the schedule takes its options: Trainer makes it when the model is loaded.
+
+    Raises:
+        UserError: it does not.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    options, kind = args.lr_scheduler_kwargs, args.lr_scheduler_type.value
+    try:
+        get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=1000, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lr_scheduler_kwargs: {options}: lr_scheduler_type: {kind}: {error}") from error
 
 
 def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
@@ -63,6 +83,10 @@ def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
         keys["optim"] = "adamw_torch"
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]
+    for name in OUR_WAY:
+        keys.pop(name, None)
+    if keys.get("save_strategy") == "best":
+        keys.setdefault("metric_for_best_model", "eval_loss")
     keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py
     for name in SECRETS:
         keys.pop(name, None)  # Trainer writes its arguments into every checkpoint

@@ -100,9 +100,12 @@ class ResumableTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, *args: Any, run: Continuity, batching: Batching, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, run: Continuity, batching: Batching, patience: int | None = None, **kwargs: Any
+    ) -> None:
+        """`patience`: validations without a new best one, in a row, after which training ends; None: it does not."""
         super().__init__(*args, **kwargs)
-        self.run, self.batching = run, batching
+        self.run, self.batching, self.patience = run, batching, patience
         self.tokens_seen = 0  # this rank's, without padding
         # Rotation is ours: Trainer's looks at names only, and with a limit of 1 deletes the newest for the best.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
@@ -243,13 +246,33 @@ class ResumableTrainer(Trainer):
         return begin
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would take one more
+        # Resumed from the last step: Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps or self.is_past_best():
             self.control.should_training_stop = True
             return
         if self.deals_rows:
             kwargs["num_update_steps_per_epoch"] = self.batching.steps_of(epoch)
             kwargs["steps_in_epoch"] = len(self.batching.epoch(epoch).computed) // self.batching.ranks
         super()._run_epoch(epoch=epoch, **kwargs)
+
+    def is_past_best(self) -> bool:
+        """Whether so many validations as `patience` says have come since the best one; the history has them all."""
+        best = self.state.best_global_step
+        if self.patience is None or best is None:
+            return False
+        measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
+        return sum(step > best for step in measured) >= self.patience
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if self.is_past_best() and self.state.global_step < self.state.max_steps:
+            self.control.should_training_stop = True
+            self.run.site.launch.say(
+                f"Training ends early, after step {self.state.global_step:,} of {self.state.max_steps:,}: no validation "
+                f"was better than that after step {self.state.best_global_step:,} (early_stopping_patience: "
+                f"{self.patience})."
+            )
+        return is_best
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
