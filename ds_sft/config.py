@@ -129,9 +129,9 @@ UNTESTED_OPTIMS = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")  # of transformers.utils.logging
 SECRETS = ("hub_token",)
-POSITIVE = ("early_stopping_patience", "max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
-            "predict_max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps")  # fmt: skip
+POSITIVE = ("early_stopping_patience", "max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel",
+            "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
 # A word that a key of transformers takes here beside its own values.
 ALSO = {"activation_checkpointing": "offload"}
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
@@ -275,8 +275,8 @@ class Config:
                              choices=("stop", "continue"), default="stop")  # fmt: skip
     on_nonfinite: str = key("a step whose loss or gradients are no numbers ends the run, or is left out and counted",
                             choices=("stop", "skip"), default="stop")  # fmt: skip
-    early_stopping_patience: int | None = key("with load_best_model_at_end: end training after so many validations in a "
-                                              "row that are no new best", default=None)  # fmt: skip
+    early_stopping_patience: int | None = key("with load_best_model_at_end: end training after so many "
+                                              "validations in a row that are no new best", default=None)  # fmt: skip
     profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
                                     default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -420,12 +420,11 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
 
 def _listed(metadata: ast.expr | None) -> tuple[str, ...]:
     """The values that a field's metadata lists; transformers gives them to its own parser of flags alone."""
-    found = ast.literal_eval(metadata) if _is_literal(metadata) else {}
-    return tuple(found.get("choices", ()))
-
-
-def _is_literal(node: ast.expr | None) -> bool:
-    return node is not None and not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(node))
+    if not isinstance(metadata, ast.Dict):
+        return ()
+    values = {ast.unparse(name): value for name, value in zip(metadata.keys, metadata.values, strict=True) if name}
+    listed = values.get("'choices'")
+    return tuple(ast.literal_eval(listed)) if isinstance(listed, ast.List) else ()
 
 
 def all_keys() -> dict[str, Key]:
@@ -440,7 +439,8 @@ def _known(name: str, where: str, flags: Iterable[str] = ()) -> Key:
     place = f"--{name}: " if flag else where
     if name in GONE:
         raise UserError(f"{place}{name} is not a key of today's transformers: {GONE[name]}")
-    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), training_keys().keys() - UNSAFE.keys() - UNUSED.keys())
+    obeyed = training_keys().keys() - UNSAFE.keys() - UNUSED.keys()
+    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), obeyed)
     remedy = f"did you mean {'--' if flag else ''}{near}?" if near else "--help lists all keys"
     raise UserError(f"{place}unknown key{'' if flag else f' {name!r}'}: {remedy}")
 

@@ -18,7 +18,7 @@ from ds_sft.upstream import require_names
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-OUR_WAY = ("neftune_noise_alpha", "label_smoothing_factor")  # what Trainer would do in its own: load_model_to_train does
+OUR_WAY = ("neftune_noise_alpha", "label_smoothing_factor")  # what train.py does with the model, and Trainer must not
 
 
 def training_arguments(config: Config, engine: dict[str, Any] | None, launch: Launch) -> TrainingArguments:

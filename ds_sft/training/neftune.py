@@ -1,7 +1,7 @@
 """Noise on input embeddings while a model trains: NEFTune (Jain et al., 2310.05914).
 
-Each number of a token's embedding gets noise between -a and a, drawn uniformly, with a = alpha / sqrt(tokens of the row x
-width). Trainer's own counts all places of a micro batch as the row's, padding and other rows included: a row's noise
+Each number of a token's embedding gets noise between -a and a, drawn uniformly, with a = alpha / sqrt(tokens of the row
+x width). Trainer's own counts all places of a micro batch as the row's, padding and other rows included: a row's noise
 would depend on the rows beside it.
 """
 

@@ -261,16 +261,16 @@ class ResumableTrainer(Trainer):
         if self.patience is None or best is None:
             return False
         measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
-        return sum(step > best for step in measured) >= self.patience
+        return len([step for step in measured if step > best]) >= self.patience
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best: bool = super()._determine_best_metric(metrics, trial)
         if self.is_past_best() and self.state.global_step < self.state.max_steps:
             self.control.should_training_stop = True
             self.run.site.launch.say(
-                f"Training ends early, after step {self.state.global_step:,} of {self.state.max_steps:,}: no validation "
-                f"was better than that after step {self.state.best_global_step:,} (early_stopping_patience: "
-                f"{self.patience})."
+                f"Training ends early, after step {self.state.global_step:,} of {self.state.max_steps:,}: no "
+                f"validation was better than that after step {self.state.best_global_step:,} "
+                f"(early_stopping_patience: {self.patience})."
             )
         return is_best
 
