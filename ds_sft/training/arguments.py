@@ -37,6 +37,8 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys = keywords(config, engine)
     # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).
     keys["use_cpu"] = keys.get("use_cpu", False) or not torch.cuda.is_available()
+    if not launch.distributed:
+        keys.pop("ddp_backend", None)  # accelerate would ask for a group of one
     if keys["use_cpu"]:
         keys.setdefault("dataloader_pin_memory", False)
         if launch.distributed:
