@@ -28,7 +28,7 @@ SEEN_IN_NO_LOSS = {
     "run_name": "options", "project": "options", "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket",
     "trackio_static_space_id": "me/page", "activation_checkpointing_kwargs": "{every_n_layers: 2}",
 }  # fmt: skip
-# What is learned is another, with noise and a rate that depends on validations: the same under all engines of two ranks.
+# With these what is learned is another, by noise and a rate that depends on validations; the same under all engines.
 LEARNED = {
     "neftune_noise_alpha": 5, "label_smoothing_factor": 0.1, "lr_scheduler_type": "reduce_lr_on_plateau",
     "lr_scheduler_kwargs": "{patience: 0, factor: 0.5, threshold: 1.0}", "train_sampling_strategy": "batch_rebalance",
