@@ -26,12 +26,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 from ds_sft.data.dataset import load_data
 from ds_sft.data.micro_batches import Batching, Epoch, lengths_of
-from ds_sft.runtime.distributed import Launch
+from ds_sft.model.load import load_tokenizer
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.arguments import attention_cost
-from ds_sft.training.model import load_tokenizer
 
 EPOCHS = 3
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import Trainer, TrainerCallback
 
-from ds_sft.runtime import checkpoint
+from ds_sft.checkpoints import checkpoint
 from ds_sft.train import main as train
 from ds_sft.training import resumable, trainer
 from tests.conftest import questions_and_answers, write_rows

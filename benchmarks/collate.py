@@ -23,8 +23,8 @@ from datasets import Dataset, concatenate_datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_sft.data.batch import ArrowRows, collate_flat, collate_padded
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.layout import ArrowRows, collate_flat, collate_padded
 
 PAD = 0
 

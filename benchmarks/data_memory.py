@@ -35,7 +35,7 @@ WORDS = [
 PREPARE = """
 import resource, sys
 from ds_sft.cli import main
-from ds_sft.runtime.results import peak_resident_kib
+from ds_sft.results import peak_resident_kib
 code = main(sys.argv[1:])
 print("PEAKS", peak_resident_kib() // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 sys.exit(code)

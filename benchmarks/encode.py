@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 
 def texts_of(row: dict[str, str]) -> tuple[str, str]:
     """What the reference encodes of a row."""
-    from ds_sft.config import REFERENCE_PROMPT
+    from ds_sft.config.keys import REFERENCE_PROMPT
 
     chat = f"<|im_start|>system\n{REFERENCE_PROMPT}<|im_end|>\n<|im_start|>user\n{row['question']}<|im_end|>\n"
     return chat + "<|im_start|>assistant\n", row["answer"]
@@ -79,9 +79,9 @@ def time_library(tokenizer: Any, rows: list[dict[str, str]]) -> float:
 
 
 def time_ours(tokenizer: Any, folder: Path, number: int) -> float:
-    from ds_sft.config import Config
+    from ds_sft.config.keys import Config
     from ds_sft.data.dataset import load_data
-    from ds_sft.runtime.distributed import Launch
+    from ds_sft.ranks.launch import Launch
 
     config = Config(
         model_name_or_path="-",

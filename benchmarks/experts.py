@@ -22,13 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.layout import collate_flat
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.attention import keep_rows_apart
-from ds_sft.training.loss import supervise
-from ds_sft.training.routing import prepare_experts
+from ds_sft.data.batch import collate_flat
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.loss import supervise
+from ds_sft.model.routing import prepare_experts
+from ds_sft.model.working_copy import WorkingCopy
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.trainer import without_layout
-from ds_sft.training.working_copy import WorkingCopy
 
 WAYS = {"ours": None, "grouped_mm": "grouped_mm", "loop": "eager"}  # experts_implementation; None: what a run has
 

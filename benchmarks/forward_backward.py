@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.layout import LAYOUT, Layout, collate_flat
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.attention import keep_rows_apart
-from ds_sft.training.loss import supervise
+from ds_sft.data.batch import LAYOUT, Layout, collate_flat
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.loss import supervise
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.metrics import count_flops
 
 

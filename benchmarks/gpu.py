@@ -220,7 +220,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> Card:
 def card_of(device: str) -> Card:
     import torch
 
-    from ds_sft.runtime.peak import SIZES, device_peak, measure
+    from ds_sft.training.peak import SIZES, device_peak, measure
 
     place = torch.device(device)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.layout import collate_flat
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.attention import keep_rows_apart
-from ds_sft.training.fused import Kernels, use_kernels
-from ds_sft.training.loss import supervise
+from ds_sft.data.batch import collate_flat
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.fused import Kernels, use_kernels
+from ds_sft.model.loss import supervise
+from ds_sft.model.working_copy import WorkingCopy
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.trainer import without_layout
-from ds_sft.training.working_copy import WorkingCopy
 
 QWEN3: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
                          "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936,

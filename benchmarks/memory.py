@@ -117,9 +117,9 @@ def make_model(kind: str, vocab: int) -> Any:
     )
     model = Qwen3ForCausalLM(config).to(torch.bfloat16).train()
     if kind == "ours":
-        from ds_sft.runtime.distributed import Launch
-        from ds_sft.training.attention import keep_rows_apart
-        from ds_sft.training.loss import supervise
+        from ds_sft.model.attention import keep_rows_apart
+        from ds_sft.model.loss import supervise
+        from ds_sft.ranks.launch import Launch
 
         launch = Launch(launcher="python")
         keep_rows_apart(model, None, launch)

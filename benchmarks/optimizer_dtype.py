@@ -50,7 +50,7 @@ LAST = 20  # steps whose mean is the loss at the end
 
 def rank(variant: str, report: Path, flags: Sequence[str]) -> None:
     """Train as the flags say; rank 0 writes what the tensors take at an optimizer step, and the CPU seconds of most."""
-    from ds_sft.runtime.distributed import read_launch
+    from ds_sft.ranks.launch import read_launch
     from ds_sft.train import main as train
     from ds_sft.training import optimizer
 

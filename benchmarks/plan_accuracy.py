@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ds_sft.config import Config  # noqa: E402
+from ds_sft.config.keys import Config  # noqa: E402
 from ds_sft.plan.layouts import shipped_engine  # noqa: E402
 from ds_sft.plan.memory import model_states, peak  # noqa: E402
 from ds_sft.plan.optimizer import optimizer_of  # noqa: E402

@@ -156,12 +156,12 @@ def main() -> None:
     import torch
     import transformers
 
-    import ds_sft.runtime.export
-    import ds_sft.training.model
+    import ds_sft.export.weights
+    import ds_sft.model.load
     from ds_sft import train
     from ds_sft.training.optimizer import StochasticAdamW
 
-    around(ds_sft.training.model, "load_model", recorder.start, lambda _: (give_back_memory(), recorder.mark("engine")))
+    around(ds_sft.model.load, "load_model", recorder.start, lambda _: (give_back_memory(), recorder.mark("engine")))
     around(train, "load_model_to_train", lambda: None, own_frozen)
     around(transformers.Trainer, "compute_loss", lambda: recorder.mark("forward"))
     around(accelerate.Accelerator, "backward", lambda: recorder.mark("backward"), lambda _: recorder.mark("after"))
@@ -188,7 +188,7 @@ def main() -> None:
             torch.distributed.barrier()
         os._exit(0)
 
-    around(ds_sft.runtime.export, "export_model", end)
+    around(ds_sft.export.weights, "export_model", end)
     sys.exit(train.main(sys.argv[2:]))
 
 

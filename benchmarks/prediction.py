@@ -56,10 +56,11 @@ def measure(folder: Path, way: str, new_tokens: int) -> None:
     import deepspeed
     import torch
 
-    from ds_sft.config import Config
-    from ds_sft.runtime.distributed import barrier, read_launch
+    from ds_sft.config.keys import Config
+    from ds_sft.model.load import load_model
+    from ds_sft.ranks.collectives import barrier
+    from ds_sft.ranks.launch import read_launch
     from ds_sft.training.arguments import training_arguments
-    from ds_sft.training.model import load_model
 
     engine = json.loads((ROOT / "ds_configs" / "zero3.json").read_text(encoding="utf-8"))
     if way == "released":
@@ -105,7 +106,7 @@ def predict_from_export(model: Any, prompts: Any, new_tokens: int, folder: Path)
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from ds_sft.runtime.export import full_weights
+    from ds_sft.export.weights import full_weights
 
     main_rank = os.environ["RANK"] == "0"
     weights = full_weights(model, torch.bfloat16, keep=main_rank)

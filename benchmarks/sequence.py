@@ -144,10 +144,10 @@ def make_model(layers: int, ranks: int, vocab: int) -> Any:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from ds_sft.runtime.distributed import Launch
-    from ds_sft.training.attention import keep_rows_apart
-    from ds_sft.training.loss import supervise
-    from ds_sft.training.sequence import join_group
+    from ds_sft.model.attention import keep_rows_apart
+    from ds_sft.model.loss import supervise
+    from ds_sft.model.sequence import join_group
+    from ds_sft.ranks.launch import Launch
 
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=vocab, hidden_size=512, intermediate_size=1536, num_hidden_layers=layers,
@@ -164,7 +164,7 @@ def make_model(layers: int, ranks: int, vocab: int) -> Any:
 def make_batch(given: argparse.Namespace, tokens: int) -> dict[str, Any]:
     import torch
 
-    from ds_sft.data.layout import collate_share
+    from ds_sft.data.batch import collate_share
 
     ids = torch.randint(VOCAB[given.what], (tokens,), generator=torch.Generator().manual_seed(1)).numpy()
     batch: dict[str, Any] = collate_share([{"input_ids": ids, "labels": ids}], place=given.rank, size=given.ranks)

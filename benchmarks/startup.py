@@ -29,12 +29,12 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("launcher", "imports", "tokenizer", "data", "process group", "model", "SwanLab", "engine", "first step",
          "rest")  # fmt: skip
 CALLS = (  # module or class, function -> part
-    ("ds_sft.training.model", "load_tokenizer", "tokenizer"),
+    ("ds_sft.model.load", "load_tokenizer", "tokenizer"),
     ("ds_sft.data.dataset", "load_data", "data"),
     ("ds_sft.data.batches", "make_batches", "data"),
     ("ds_sft.data.batches", "fingerprint", "data"),
     ("ds_sft.training.arguments", "training_arguments", "process group"),
-    ("ds_sft.training.model", "load_model", "model"),
+    ("ds_sft.model.load", "load_model", "model"),
     ("ds_sft.tracking.Tracker", "start", "SwanLab"),
     ("ds_sft.training.trainer.SFTTrainer", "_prepare_for_training", "engine"),
 )
@@ -90,7 +90,7 @@ def in_rank(out: Path, words: list[str]) -> None:
     clock = Clock(float(os.environ[BEGAN]))
     clock.start("imports")
     import ds_sft.train
-    from ds_sft.runtime import zero
+    from ds_sft.engine import zero
     from ds_sft.training.resumable import StepBoundary
 
     for place, name, part in CALLS:

@@ -25,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.training.tiling import TiledMLP
+from ds_sft.model.tiling import TiledMLP
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ds_sft.runtime.quiet import quiet  # noqa: E402
+from ds_sft.quiet import quiet  # noqa: E402
 from ds_sft.upstream import (  # noqa: E402
     ASSIGNED,
     NAMES,
@@ -174,7 +174,7 @@ def called(file: str, node: ast.Call, ours: set[str]) -> Iterator[Use]:
         unknown = function == "hasattr" or len(arguments) > 2
         if unknown and name not in ours | ASKED | OWN and not name.startswith("_") and not CONFIGS.search(of):
             yield Use(USED, name, file, node.lineno)
-    elif function in ("setattr", "delattr") or (function == "vars" and "owner" in ast.unparse(node)):
+    elif function in ("setattr", "delattr", "lend"):
         yield Use(ASSIGNED, "", file, node.lineno)
     elif function == "inspect.getsource" or (function == "ast.parse" and "read" in ast.unparse(node)):
         yield Use(TEXT, "", file, node.lineno)

@@ -79,10 +79,11 @@ def launch(folder: Path, ranks: int, script: Path = Path(__file__)) -> list[str]
 
 def measure(folder: Path) -> None:
     """What one rank does: load the model as train.py does, watching its own memory."""
-    from ds_sft.config import Config
-    from ds_sft.runtime.distributed import barrier, read_launch
+    from ds_sft.config.keys import Config
+    from ds_sft.model.load import load_model
+    from ds_sft.ranks.collectives import barrier
+    from ds_sft.ranks.launch import read_launch
     from ds_sft.training.arguments import training_arguments
-    from ds_sft.training.model import load_model
 
     engine = json.loads((ROOT / "ds_configs" / "zero3.json").read_text(encoding="utf-8"))
     training = {"output_dir": str(folder / "out"), "bf16": True, "report_to": ["none"]}

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from ds_sft import __version__
-from ds_sft.config import given_twice
+from ds_sft.config.read import given_twice
 from ds_sft.errors import UserError, nearest
-from ds_sft.runtime.quiet import quiet
+from ds_sft.quiet import quiet
 
 COMMANDS = {  # name -> module with `main(argv) -> exit code`, what it does
     "init": ("ds_sft.commands.init", "write a configuration to begin with, and with --slurm the templates of jobs"),

@@ -20,8 +20,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft.config import Config
-from ds_sft.runtime.distributed import Launch, print_line
+from ds_sft.config.keys import Config
+from ds_sft.ranks.launch import Launch, print_line
 
 MODES = ("online", "offline", "local", "disabled")
 START_SECONDS, LOG_SECONDS = 60.0, 30.0  # without a network SwanLab gives up after 15 s by itself

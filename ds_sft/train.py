@@ -21,30 +21,29 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.config import OUR_ORDERS, RECORD, Config, given_twice, load_config
+from ds_sft.checkpoints.checkpoint import Site, Start, exported_step, newest_complete, where_to_start
+from ds_sft.checkpoints.folder_lock import FolderLock
+from ds_sft.checkpoints.identity import identity
+from ds_sft.checkpoints.storage import require_no_model, require_writable, settle_storage
+from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
+from ds_sft.config.read import given_twice, load_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.plan.source import require_model
-from ds_sft.runtime.checkpoint import Site, Start, exported_step, newest_complete, where_to_start
-from ds_sft.runtime.distributed import (
+from ds_sft.quiet import quiet
+from ds_sft.ranks.collectives import end_group, others_wait
+from ds_sft.ranks.exits import exit_after, exit_with
+from ds_sft.ranks.launch import (
     Launch,
-    end_group,
-    exit_after,
-    exit_with,
     grow_segments,
     hide_gpus,
-    others_wait,
     print_line,
     read_launch,
     require_groups,
     share_cores,
     use_one_device,
 )
-from ds_sft.runtime.folder_lock import FolderLock
-from ds_sft.runtime.identity import identity
-from ds_sft.runtime.preempt import PREEMPTED, Stopped, StopRequests, watch_for_stop
-from ds_sft.runtime.quiet import quiet
-from ds_sft.runtime.results import EXPORTED, KEPT, RESULTS, write_json
-from ds_sft.runtime.storage import require_no_model, require_writable, settle_storage
+from ds_sft.ranks.stop import PREEMPTED, Stopped, StopRequests, watch_for_stop
+from ds_sft.results import EXPORTED, KEPT, RESULTS, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -53,8 +52,8 @@ if TYPE_CHECKING:
     from ds_sft.data.micro_batches import Batching
     from ds_sft.data.serving import Serving
     from ds_sft.plan.steps import Steps
-    from ds_sft.runtime.expectation import Expectation
     from ds_sft.tracking import Tracker
+    from ds_sft.training.expectation import Expectation
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
 
@@ -104,13 +103,13 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
     from ds_sft.data.batches import make_batches
-    from ds_sft.runtime.expectation import expect_memory
-    from ds_sft.runtime.export import with_template
-    from ds_sft.runtime.kernels import avoid_plans
-    from ds_sft.runtime.zero import engine_config
+    from ds_sft.engine.zero import engine_config
+    from ds_sft.export.kernels import avoid_plans
+    from ds_sft.export.weights import with_template
+    from ds_sft.model.load import uses_padding
     from ds_sft.tracking import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
-    from ds_sft.training.model import uses_padding
+    from ds_sft.training.expectation import expect_memory
     from ds_sft.training.optimizer import optimizer_of
     from ds_sft.training.profile import profiling
     from ds_sft.training.trainer import SFTTrainer
@@ -185,13 +184,13 @@ def settle_devices(config: Config, launch: Launch) -> None:
 
 def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data, str]:
     """The tokenizer, what a server will be told, the encoded rows, which the model has room for, and `hash_base`."""
+    from ds_sft.checkpoints.base import begin_to_hash_base
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.data.serving import serving
     from ds_sft.evaluation.scores import require_metrics
-    from ds_sft.runtime.base import begin_to_hash_base
-    from ds_sft.training.limits import check_limits
-    from ds_sft.training.model import load_tokenizer, read_ahead
-    from ds_sft.training.shareable import require_shareable
+    from ds_sft.model.limits import check_limits
+    from ds_sft.model.load import load_tokenizer, read_ahead
+    from ds_sft.model.shareable import require_shareable
 
     if config.evaluate_rows:
         require_metrics("evaluate_rows: 0")
@@ -212,8 +211,8 @@ def require_hub(config: Config, launch: Launch) -> None:
 
     All ranks must call it.
     """
-    from ds_sft.runtime.distributed import gather
-    from ds_sft.runtime.hub import why_not
+    from ds_sft.export.hub import why_not
+    from ds_sft.ranks.collectives import gather
 
     if config.training.get("push_to_hub"):
         trouble = gather(why_not(config) if launch.is_main else None)[0]
@@ -233,7 +232,7 @@ def plan_steps(
     args: TrainingArguments, batching: Batching, data: Data, engine: dict[str, Any] | None, start: Start, launch: Launch
 ) -> Steps:
     """How rows become steps, checked and said."""
-    from ds_sft.runtime.zero import stage
+    from ds_sft.engine.zero import stage
     from ds_sft.training.arguments import run_steps
 
     steps = run_steps(args, batching)
@@ -273,7 +272,7 @@ def done_before(
 
 def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop: StopRequests) -> None:
     """What loading a checkpoint needs: the one to go on from, before the model is loaded, and the best at the end."""
-    from ds_sft.runtime.universal import load_data_only, make_universal
+    from ds_sft.checkpoints.universal import load_data_only, make_universal
     from ds_sft.training.arguments import continue_from
 
     if args.deepspeed is not None:
@@ -292,18 +291,18 @@ def load_model_to_train(
 
     `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
-    from ds_sft.training.adapters import choose_weights
-    from ds_sft.training.attention import keep_rows_apart
-    from ds_sft.training.fused import fuse, require_kernels
-    from ds_sft.training.loss import supervise
-    from ds_sft.training.model import computing_dtype, load_model, make_room, say_not_loaded
-    from ds_sft.training.neftune import add_noise
-    from ds_sft.training.offload import offload_inputs
-    from ds_sft.training.padding import know_padding
-    from ds_sft.training.routing import prepare_experts
-    from ds_sft.training.sequence import join_group
-    from ds_sft.training.shareable import require_shared
-    from ds_sft.training.tiling import tile_mlps
+    from ds_sft.model.adapters import choose_weights
+    from ds_sft.model.attention import keep_rows_apart
+    from ds_sft.model.fused import fuse, require_kernels
+    from ds_sft.model.load import computing_dtype, load_model, make_room, say_not_loaded
+    from ds_sft.model.loss import supervise
+    from ds_sft.model.neftune import add_noise
+    from ds_sft.model.offload import offload_inputs
+    from ds_sft.model.padding import know_padding
+    from ds_sft.model.routing import prepare_experts
+    from ds_sft.model.sequence import join_group
+    from ds_sft.model.shareable import require_shared
+    from ds_sft.model.tiling import tile_mlps
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
@@ -361,9 +360,9 @@ def find_room(
     config: Config, engine: dict[str, Any] | None, model: PreTrainedModel, steps: Steps, start: Start, site: Site
 ) -> int:
     """See that what the run will write fits on the disk; bytes of a checkpoint on this rank's file system."""
+    from ds_sft.checkpoints.space import check_space, export_size, predict_size
+    from ds_sft.engine.zero import stage
     from ds_sft.plan.optimizer import state_bytes
-    from ds_sft.runtime.disk import check_space, export_size, predict_size
-    from ds_sft.runtime.zero import stage
 
     size = predict_size(model, stage(engine), site, kept=state_bytes(config))
     done = start.checkpoint.step if start.checkpoint else 0
@@ -385,9 +384,9 @@ def finish(
     started: float,
 ) -> None:
     """Export the trained model and put it to use, unless the run was asked to stop; all ranks must call it."""
-    from ds_sft.runtime.expectation import compare_with_plan
-    from ds_sft.runtime.export import export_model, rows_to_verify
-    from ds_sft.runtime.release import release
+    from ds_sft.engine.release import release
+    from ds_sft.export.weights import export_model, rows_to_verify
+    from ds_sft.training.expectation import compare_with_plan
     from ds_sft.training.report import best_checkpoint, describe_run
 
     with trainer.saved_if_stopped():
@@ -417,8 +416,8 @@ def use_model(
 
     Where it is stopped, and no checkpoint has the last step, the same command goes on from `exported`.
     """
-    from ds_sft.runtime.export import rows_to_verify
-    from ds_sft.runtime.verify import ExportError
+    from ds_sft.export.verify import ExportError
+    from ds_sft.export.weights import rows_to_verify
     from ds_sft.training.report import summary
 
     results = copy.deepcopy(exported["results"])
@@ -452,7 +451,7 @@ def finish_later(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from ds_sft.plan.adapter import read_json
-    from ds_sft.runtime.distributed import gather
+    from ds_sft.ranks.collectives import gather
     from ds_sft.tracking import open_tracker
 
     unset_hf_deepspeed_config()  # no engine comes: under ZeRO-3 from_pretrained would wait for the other ranks
@@ -465,9 +464,9 @@ def finish_later(
 
 def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, results: dict[str, Any]) -> None:
     """Merge an adapter as asked, and ask a fresh process for the exported model's loss; says it in `run.json`."""
-    from ds_sft.runtime.export import check_export
-    from ds_sft.runtime.merge import merge_as_asked
-    from ds_sft.runtime.verify import require_verified
+    from ds_sft.export.merge import merge_as_asked
+    from ds_sft.export.verify import require_verified
+    from ds_sft.export.weights import check_export
 
     if results["adapter"] is not None:
         results["adapter"]["not_merged"] = merge_as_asked(config)
@@ -478,8 +477,8 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
 
 def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) -> None:
     """Merge the adapter of a finished run that was not merged, and is asked for by now; all ranks must call it."""
+    from ds_sft.export.weights import rows_to_verify
     from ds_sft.plan.adapter import read_json
-    from ds_sft.runtime.export import rows_to_verify
 
     if config.merge != "yes":
         return
@@ -495,7 +494,7 @@ def let_it_answer(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
-    from ds_sft.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.export.predict import as_text, predict, print_predictions, write_predictions
 
     file = config.output_dir / "predictions.jsonl"
     file.unlink(missing_ok=True)  # an earlier run's
@@ -531,7 +530,7 @@ def score_its_answers(
 @contextmanager
 def done_without(what: str) -> Iterator[None]:
     """What a run whose weights are written does not fail for: want of memory, and rows that are no longer there."""
-    from ds_sft.runtime.placement import is_out_of_memory
+    from ds_sft.export.placement import is_out_of_memory
 
     try:
         yield
@@ -547,15 +546,15 @@ def done_without(what: str) -> Iterator[None]:
 def push(config: Config, results: dict[str, Any]) -> None:
     """Push the verified model, where the run is asked to; `run.json` says where to."""
     if config.training.get("push_to_hub"):
-        from ds_sft.runtime.hub import push_as_asked
+        from ds_sft.export.hub import push_as_asked
 
         results["pushed"] = push_as_asked(config)
 
 
 def push_later(config: Config, launch: Launch, stop: StopRequests) -> None:
     """Push the model of a finished run that is not there yet, where it is asked for by now; all ranks must call it."""
+    from ds_sft.export.hub import was_pushed
     from ds_sft.plan.adapter import read_json
-    from ds_sft.runtime.hub import was_pushed
 
     if not config.training.get("push_to_hub"):
         return

@@ -5,7 +5,7 @@
 # Where it hurts: evaluation, generation or a second training in the same process, with the Trainer still in a variable
 # (for its state or its log): weights and two Adam states a parameter stay on the device, and the next model may find no
 # room though "everything" was set to None.
-# What this project does: ds_sft/runtime/release.py empties the whole Trainer, after free_memory().
+# What this project does: ds_sft/engine/release.py empties the whole Trainer, after free_memory().
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

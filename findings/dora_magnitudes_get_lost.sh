@@ -5,7 +5,7 @@
 # peft writes the magnitudes without the last part of their name; transformers looks for the whole name. Its report
 # lists them as UNEXPECTED and, one line each, as MISSING and "newly initialized", and the model answers all the same.
 # Where it hurts: whoever evaluates or serves the adapter's folder by transformers has other answers than in training.
-# What this project does: ds_sft/runtime/adapter.py writes the whole name, which both libraries read.
+# What this project does: ds_sft/model/adapter_files.py writes the whole name, which both libraries read.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

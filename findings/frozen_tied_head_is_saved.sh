@@ -4,7 +4,7 @@
 # under a second name; the frozen parameters are collected by their first names, so the second stays in the state.
 # Where it hurts: each checkpoint of an adapter has the whole embedding, the largest matrix of a small model: 311 MB of
 # Qwen3-0.6B beside an adapter of 40 MB.
-# What this project does: ds_sft/runtime/trained.py leaves frozen weights out under all their names.
+# What this project does: ds_sft/checkpoints/trained.py leaves frozen weights out under all their names.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -5,7 +5,7 @@
 # Where it hurts: a teacher, a reference model or a CPU evaluation in the same process gets kernels that nobody asked
 # for. Made before or after, it rotates with a Triton kernel, which on a CPU fails; a comparison "with and without
 # Liger" in one process compares Liger with Liger.
-# What this project does: ds_sft/training/fused.py gives the modules of one model another forward, and exchanges no
+# What this project does: ds_sft/model/fused.py gives the modules of one model another forward, and exchanges no
 # class or function of transformers.
 set -euo pipefail
 work=$(mktemp -d)

@@ -7,7 +7,7 @@
 # Where it hurts: SmolLM2, Qwen3 up to 4B, Gemma and Llama 3.2 have tied heads; naming lm_head among target_modules is
 # in many recipes, and the merged model is not the one that was trained and measured.
 # What this project does: an adapter on a tied head or embedding is refused before training; lora_modules_to_save trains
-# such a head whole (ds_sft/runtime/merge.py).
+# such a head whole (ds_sft/export/merge.py).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

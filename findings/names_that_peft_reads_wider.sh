@@ -8,7 +8,7 @@
 # transformers 5 keeps in one tensor, and the dense layers of the same names get no adapter.
 # Where it hurts: a run trains and saves some hundred tensors that nobody asked for, or leaves out the layers that were
 # named; nothing fails.
-# What this project does: ds_sft/training/targets.py chooses the modules first, gives peft their whole names, and says
+# What this project does: ds_sft/model/targets.py chooses the modules first, gives peft their whole names, and says
 # how many of each there are.
 set -euo pipefail
 work=$(mktemp -d)

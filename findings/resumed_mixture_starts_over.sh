@@ -5,7 +5,7 @@
 # model in memory has one tensor for all of a layer, and Trainer loads the file's names into the model as they are: the
 # missing names are a warning, and the optimizer's states are those of other weights.
 # Where it hurts: every run of a mixture that goes on after an interruption, and load_best_model_at_end.
-# What this project does: ds_sft/runtime/trained.py (load_converted) turns the names into those of the model.
+# What this project does: ds_sft/checkpoints/trained.py (load_converted) turns the names into those of the model.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

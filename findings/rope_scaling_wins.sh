@@ -5,7 +5,7 @@
 # Where it hurts: files that transformers 5 saved keep rope_theta inside rope_parameters. Who adds a model card's
 # "rope_scaling": {"rope_type": "yarn", ...} for long rows loses it: positions turn at the default base, 10,000 instead
 # of 1,000,000, and the model loads without a word. The other way round, a new factor in rope_parameters does nothing.
-# What this project does: for rows that are too long ds_sft/training/limits.py writes out the whole rope_parameters,
+# What this project does: for rows that are too long ds_sft/model/limits.py writes out the whole rope_parameters,
 # rope_theta included, and says to put it in place of rope_scaling.
 set -euo pipefail
 work=$(mktemp -d)

@@ -4,7 +4,7 @@
 # cross-entropy is divided by it. The auxiliary loss in the same forward is not, and nothing is said.
 # Where it hurts: the router is pulled towards balance N times as hard with N micro batches a step. Who halves the micro
 # batch to save memory and doubles the accumulation trains with twice the router_aux_loss_coef of config.json.
-# What this project does: SharedAuxiliary in ds_sft/training/loss.py weighs the auxiliary loss by the micro batch's
+# What this project does: SharedAuxiliary in ds_sft/model/loss.py weighs the auxiliary loss by the micro batch's
 # share of the step's supervised tokens.
 set -euo pipefail
 work=$(mktemp -d)

@@ -8,7 +8,7 @@
 # Where it hurts: a loss that depends on how rows are batched, padded or packed; an evaluation whose result depends on
 # its batch size and order; generation whose cached keys are turned otherwise than new queries. Here the model is random
 # and small; what a trained one loses is not measured.
-# What this project does: ds_sft/training/limits.py refuses rows longer than the model was made for with such
+# What this project does: ds_sft/model/limits.py refuses rows longer than the model was made for with such
 # positions, and the key rope_scaling offers the types that turn each row by itself.
 set -euo pipefail
 work=$(mktemp -d)

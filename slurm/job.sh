@@ -97,7 +97,7 @@ await() {
     return "$code"
 }
 
-requeue() { "$PYTHON" -m ds_sft.runtime.requeue "$1" --starts "$logs/starts.jsonl" "${@:2}"; }
+requeue() { "$PYTHON" -m ds_sft.checkpoints.requeue "$1" --starts "$logs/starts.jsonl" "${@:2}"; }
 
 # train CONFIG [--key value ...]
 train() {

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_sft.config import REFERENCE_PROMPT, Config
+from ds_sft.config.keys import REFERENCE_PROMPT, Config
 from ds_sft.data.content import REASONING, THINKING
 from ds_sft.data.encode import IGNORE_INDEX, Encoded, Encoder
 from ds_sft.data.files import BadRow, DataFile

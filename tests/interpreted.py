@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ds_sft.model import loss_kernel
+from ds_sft.model.fused import Kernels, liger, use_kernels
+from ds_sft.model.loss import LogitTerms, _by_kernel, _by_torch
 from ds_sft.plan.activations import layer_activations
-from ds_sft.training import loss_kernel
-from ds_sft.training.fused import Kernels, liger, use_kernels
-from ds_sft.training.loss import LogitTerms, _by_kernel, _by_torch
 from tests.test_fused import IN_TORCH
 from tests.test_plan_activations import kept_by_autograd, planned
 

@@ -18,21 +18,21 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ds_sft.checkpoints.base import hash_base
+from ds_sft.checkpoints.checkpoint import FACTS, Site, _is_exported, _is_finished
+from ds_sft.checkpoints.space import export_size, predict_size
 from ds_sft.cli import main
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.export.merge import merge, merge_as_asked
+from ds_sft.export.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
+from ds_sft.export.weights import finish_adapter, say_where_answers_end
+from ds_sft.model.adapter_files import ADAPTER, exported, from_anywhere, load_on_disk, save_adapter
+from ds_sft.model.load import load_tokenizer
 from ds_sft.plan.adapter import base_of
-from ds_sft.runtime.adapter import ADAPTER, exported, from_anywhere, load_on_disk, save_adapter
-from ds_sft.runtime.base import hash_base
-from ds_sft.runtime.checkpoint import FACTS, Site, _is_exported, _is_finished
-from ds_sft.runtime.disk import export_size, predict_size
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.export import finish_adapter, say_where_answers_end
-from ds_sft.runtime.merge import merge, merge_as_asked
-from ds_sft.runtime.preempt import StopRequests
-from ds_sft.runtime.verify import ExportError, Question, loss_on_disk, require_verified, verify, verify_or_keep
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import StopRequests
 from ds_sft.train import merge_later, use_model
-from ds_sft.training.model import load_tokenizer
 from tests.conftest import make_model
 from tests.mixtures import FAMILIES as MIXTURES
 from tests.mixtures import make_mixture, published
@@ -364,7 +364,7 @@ def test_without_room_the_adapter_stays(
             merge_as_asked(config(bases, tmp_path, merge="yes"))
 
     with monkeypatch.context() as patched:
-        patched.setattr("ds_sft.runtime.merge.free_memory_here", lambda: 100_000)
+        patched.setattr("ds_sft.export.merge.free_memory_here", lambda: 100_000)
         assert merge_as_asked(config(bases, tmp_path)) == (
             "a merge takes about 197.2 KiB of memory, of which 97.7 KiB are free"
         )
@@ -373,7 +373,7 @@ def test_without_room_the_adapter_stays(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:  # filled meanwhile
-        patched.setattr("ds_sft.runtime.merge.move_into", full)
+        patched.setattr("ds_sft.export.merge.move_into", full)
         assert merge_as_asked(config(bases, tmp_path)) == "[Errno 28] No space left on device"
     assert merge_as_asked(config(bases, tmp_path, merge="no")) == "merge: no"
     assert (names(tmp_path), names(adapter)) == (["adapter"], before)
@@ -507,7 +507,7 @@ def test_what_export_refuses(bases: dict[str, Path], tmp_path: Path, capsys: pyt
     assert "the merged model takes about 194.8 KiB, the disk has 1,000 bytes free" in said(source, out, "--merge")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
-        patched.setattr("ds_sft.runtime.merge.free_memory_here", lambda: 1000)
+        patched.setattr("ds_sft.export.merge.free_memory_here", lambda: 1000)
         assert "a merge takes about 197.2 KiB of memory, of which 1,000 bytes are free" in said(source, out, "--merge")
     assert not out.exists()
     assert main(["export", str(source), str(out)]) == 0

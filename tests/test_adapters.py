@@ -13,17 +13,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.config import Config, load_config
-from ds_sft.data.layout import collate_flat
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
+from ds_sft.data.batch import collate_flat
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training import loss as chunked
-from ds_sft.training.adapters import choose_weights, count_parameters, lora_config, trained_parts
-from ds_sft.training.attention import keep_rows_apart
-from ds_sft.training.loss import supervise, supervised_loss
-from ds_sft.training.model import load_model
-from ds_sft.training.targets import expert_tensors, linear_layers, targets, whole_modules
-from ds_sft.training.working_copy import LentCopy, WorkingCopy
+from ds_sft.model import loss as chunked
+from ds_sft.model.adapters import choose_weights, count_parameters, lora_config, trained_parts
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.load import load_model
+from ds_sft.model.loss import supervise, supervised_loss
+from ds_sft.model.targets import expert_tensors, linear_layers, targets, whole_modules
+from ds_sft.model.working_copy import LentCopy, WorkingCopy
+from ds_sft.ranks.launch import Launch
 from tests.mixtures import FAMILIES as MIXTURES
 from tests.test_attention import make_rows
 from tests.test_loss import SMALL, apart, make_batch

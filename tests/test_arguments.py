@@ -10,9 +10,9 @@ import pytest
 from datasets import Dataset
 from transformers.integrations import integration_utils
 
-from ds_sft.config import TRAINING_DEFAULTS, Config
+from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.arguments import batching_of, run_steps, training_arguments
 
 ALONE = Launch(launcher="python")

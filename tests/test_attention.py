@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.data.layout import collate_flat
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training import attention
-from ds_sft.training.attention import (
+from ds_sft.data.batch import collate_flat
+from ds_sft.model import attention
+from ds_sft.model.attention import (
     NAME,
     Attention,
     RowBorders,
@@ -22,7 +21,8 @@ from ds_sft.training.attention import (
     lengths_of_rows,
     rows_attention,
 )
-from ds_sft.training.loss import supervise
+from ds_sft.model.loss import supervise
+from ds_sft.ranks.launch import Launch
 from tests.distributed.harness import check_apart
 from tests.test_loss import SMALL, VOCAB, apart
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_sft.data.layout import collate_flat
-from ds_sft.training import attention, precision
-from ds_sft.training.attention import NAME, Attention, RowBorders, attention_of, keep_rows_apart, rows_attention
-from ds_sft.training.loss import supervise
+from ds_sft.data.batch import collate_flat
+from ds_sft.model import attention, precision
+from ds_sft.model.attention import NAME, Attention, RowBorders, attention_of, keep_rows_apart, rows_attention
+from ds_sft.model.loss import supervise
 from tests.dispatch import NoReads, Operations
 from tests.distributed.harness import check_apart
 from tests.test_attention import ALONE, borders, learn, make, make_rows, one_by_one
@@ -238,7 +238,7 @@ def test_a_model_on_the_meta_device_learns(monkeypatch: pytest.MonkeyPatch) -> N
     model = on_meta("qwen3")
     supervise(model, ALONE)
     monkeypatch.setattr(
-        "ds_sft.training.loss.supervised_positions",
+        "ds_sft.model.loss.supervised_positions",
         lambda labels: (torch.zeros(9, dtype=torch.long, device=META), torch.zeros(9, dtype=torch.long, device=META)),
     )
     monkeypatch.setattr(

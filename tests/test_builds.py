@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.runtime import builds
-from ds_sft.runtime.distributed import Launch
+from ds_sft.engine import builds
+from ds_sft.ranks.launch import Launch
 
 LAUNCHED = Launch(launcher="torchrun", world_size=2)
 
@@ -45,7 +45,7 @@ def test_a_lock_that_is_held_stays(lock: Path) -> None:
 
 BUILD = """
 import sys, time
-from ds_sft.runtime.builds import hold_builds_by_flock
+from ds_sft.engine.builds import hold_builds_by_flock
 from torch.utils.file_baton import FileBaton
 hold_builds_by_flock()
 hold_builds_by_flock()  # of another run in the same process
@@ -110,7 +110,7 @@ def test_where_torch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_compiler_of_an_unused_optimizer_is_not_loaded() -> None:
     """DeepSpeed imports Muon to compare; only where it is the run's optimizer may it compile."""
     code = (
-        "import sys; from ds_sft.runtime.builds import import_muon; import_muon({ENGINE}); "
+        "import sys; from ds_sft.engine.builds import import_muon; import_muon({ENGINE}); "
         "from deepspeed.runtime import compiler; "
         "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam; "
         "print('torch._inductor.compile_fx' in sys.modules, compiler.compile.__name__)"

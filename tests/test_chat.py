@@ -30,7 +30,7 @@ from ds_sft.commands.chat import _talk
 from ds_sft.commands.chat_answer import Heard, Speaker
 from ds_sft.commands.chat_screen import Alone, Columns, Stream
 from ds_sft.commands.chat_session import Chat
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import find_files
 from ds_sft.data.prompts import Said
@@ -86,7 +86,7 @@ def rewrite(file: Path, **changes: Any) -> None:
 
 def speaker(folder: Path, label: str = "new") -> Speaker:
     from ds_sft.commands.opened import open_model
-    from ds_sft.runtime.distributed import Launch
+    from ds_sft.ranks.launch import Launch
 
     with open_model(str(folder), [], Launch(launcher="python")) as opened:
         return Speaker(label, opened, opened.path)

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import Config
-from ds_sft.errors import UserError
-from ds_sft.runtime import checkpoint
-from ds_sft.runtime.checkpoint import (
+from ds_sft.checkpoints import checkpoint
+from ds_sft.checkpoints.checkpoint import (
     FACTS,
     Broken,
     Site,
@@ -26,8 +24,10 @@ from ds_sft.runtime.checkpoint import (
     set_aside,
     where_to_start,
 )
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import changes, identity, in_words
+from ds_sft.checkpoints.identity import changes, identity, in_words
+from ds_sft.config.keys import Config
+from ds_sft.errors import UserError
+from ds_sft.ranks.launch import Launch
 
 ALONE = Site(Launch(launcher="python"), shared=True)
 RUN = {"config": {"learning_rate": 1e-4}, "data": "abc", "zero_stage": None}

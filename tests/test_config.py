@@ -11,20 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ds_sft.config import (
-    ALIASES,
-    ENGINES,
-    REFERENCE_PROMPT,
-    TRAINING_DEFAULTS,
-    Config,
-    all_keys,
-    given_twice,
-    help_text,
-    load_config,
-    our_keys,
-    training_keys,
-    with_changes,
-)
+from ds_sft.config.change import with_changes
+from ds_sft.config.help import help_text
+from ds_sft.config.keys import ENGINES, REFERENCE_PROMPT, TRAINING_DEFAULTS, Config
+from ds_sft.config.read import given_twice, load_config
+from ds_sft.config.upstream_keys import ALIASES, all_keys, our_keys, training_keys
 from ds_sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -541,7 +532,7 @@ def test_help_names_what_deepspeed_may_be() -> None:
 def test_help_needs_no_torch(flags: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['train.py', *sys.argv[1:]]\n"
-        "from ds_sft.config import load_config\n"
+        "from ds_sft.config.read import load_config\n"
         "try: load_config(sys.argv[1:])\n"
         "except SystemExit as end: print(end.code, [n for n in ('torch', 'transformers') if n in sys.modules])"
     )

@@ -16,14 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data import cache
 from ds_sft.data.dataset import load_data, print_report
 from ds_sft.data.encode import has_textless_answer
 from ds_sft.data.files import DataFile
 from ds_sft.data.records import Reading, to_dialogue
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import wait_until_gone
 from tests.families import family
@@ -328,8 +328,8 @@ def test_prepared_data_is_found_by_training(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ds_sft.cli import main
-    from ds_sft.config import load_config
-    from ds_sft.training.model import load_tokenizer
+    from ds_sft.config.read import load_config
+    from ds_sft.model.load import load_tokenizer
 
     file = write_rows(tmp_path / "train.jsonl", questions_and_answers(8))
     (tmp_path / "run.yaml").write_text(
@@ -663,10 +663,10 @@ def test_rows_that_forge_a_turn_under_the_reference_are_counted(
 MEMORY = """
 import json, sys
 from datasets import disable_progress_bars
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.dataset import load_data
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.results import peak_resident_kib
+from ds_sft.ranks.launch import Launch
+from ds_sft.results import peak_resident_kib
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 for file in sys.argv[2:]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ds_sft.config import Config
+from ds_sft.checkpoints.checkpoint import Site
+from ds_sft.checkpoints.space import check_space, export_size, no_room, predict_size
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.steps import Steps
-from ds_sft.runtime.checkpoint import Site
-from ds_sft.runtime.disk import check_space, export_size, no_room, predict_size
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 ALONE = Site(Launch(launcher="python"), shared=True)
 STEPS = Steps(micro=1, accumulation=1, ranks=1, num_rows=50, epochs=2)  # 100 steps

@@ -14,18 +14,9 @@ import pytest
 from tqdm import tqdm
 
 from ds_sft.errors import UserError
-from ds_sft.runtime import distributed
-from ds_sft.runtime.distributed import (
-    LOST_PEER,
-    Launch,
-    exit_after,
-    exit_with,
-    grow_segments,
-    print_line,
-    read_launch,
-    share_cores,
-    use_one_device,
-)
+from ds_sft.ranks import exits, launch
+from ds_sft.ranks.exits import LOST_PEER, exit_after, exit_with
+from ds_sft.ranks.launch import Launch, grow_segments, print_line, read_launch, share_cores, use_one_device
 
 TORCHRUN = {
     "RANK": "3",
@@ -117,7 +108,7 @@ def test_use_cpu_shows_no_gpu(
 
 
 def test_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda process: range(8))
     for ranks, before, after in ((4, {}, "2"), (16, {}, "1"), (4, {"OMP_NUM_THREADS": "3"}, "3"), (1, {}, None)):
         share_cores(Launch(launcher="deepspeed", world_size=ranks, local_world_size=ranks), before)
         assert before.get("OMP_NUM_THREADS") == after
@@ -136,13 +127,13 @@ def test_rank_0_says_an_error_and_others_only_when_it_did_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    monkeypatch.setattr(exits.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as first:
         exit_with("no such file", Launch(launcher="torchrun", world_size=2))
     assert (first.value.code, slept, capsys.readouterr().err) == (2, [], "ds_sft: error: no such file\n")
     with pytest.raises(SystemExit) as second:
         exit_with("no such file", Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2))
-    assert (second.value.code, slept) == (2, [distributed.ERROR_GRACE])
+    assert (second.value.code, slept) == (2, [exits.ERROR_GRACE])
     assert capsys.readouterr().err.startswith("ds_sft: error: [rank 1 on ")
     with pytest.raises(SystemExit) as third:  # the launcher was faster
         exit_with("no such file", Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2), told_to_end=True)
@@ -172,16 +163,16 @@ def test_a_rank_that_lost_the_others_keeps_its_traceback(
 ) -> None:
     ended: list[int] = []
     waited: list[float] = []
-    monkeypatch.setattr(distributed.os, "_exit", ended.append)
-    monkeypatch.setattr(distributed.time, "sleep", waited.append)
+    monkeypatch.setattr(exits.os, "_exit", ended.append)
+    monkeypatch.setattr(exits.time, "sleep", waited.append)
     launch = Launch(launcher="torchrun", rank=1, world_size=2)
     exit_after(RuntimeError("Connection closed by peer"), launch)
     said = capsys.readouterr().err
     assert said.endswith("lost the other ranks (Connection closed by peer); the rank that failed first says why\n")
     assert "RuntimeError: Connection closed by peer\n" in said
-    assert (ended, waited) == ([1], [distributed.LOST_PEER_GRACE])
+    assert (ended, waited) == ([1], [exits.LOST_PEER_GRACE])
     exit_after(RuntimeError("Connection closed by peer"), launch, told_to_end=True)  # the launcher was faster
-    assert (ended, waited, capsys.readouterr().err) == ([1, 1], [distributed.LOST_PEER_GRACE], "")
+    assert (ended, waited, capsys.readouterr().err) == ([1, 1], [exits.LOST_PEER_GRACE], "")
     exit_after(RuntimeError("a fault"), launch, told_to_end=True)
     assert "RuntimeError: a fault\n" in capsys.readouterr().err
 

@@ -25,9 +25,12 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from ds_sft import cli, config
+from ds_sft import cli
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import Given, all_keys, load_config
+from ds_sft.config import read, upstream_keys, values
+from ds_sft.config.read import load_config
+from ds_sft.config.upstream_keys import all_keys
+from ds_sft.config.values import Given
 from ds_sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +175,7 @@ def yaml_blocks(page: str) -> list[tuple[int, str]]:
 @contextlib.contextmanager
 def only_understanding(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside it a program that has read its command line, and its configuration, goes no further."""
-    resolve = config._resolve
+    resolve = read._resolve
 
     def stop_after(read: Callable[..., Any]) -> Callable[..., Any]:
         def reading(*args: Any, **options: Any) -> Any:
@@ -195,13 +198,13 @@ def only_understanding(patch: pytest.MonkeyPatch) -> Iterator[None]:
             load_config(rest if own else ["--config", "any.yaml", *rest], flags=parser.flags)
         return given, rest
 
-    read_flags, read_file = FlagParser.parse, config._read_yaml
+    read_flags, read_file = FlagParser.parse, read._read_yaml
     with patch.context() as inside:
         inside.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
         inside.setattr(FlagParser, "parse", stop_after(parse))
         inside.setattr(FlagParser, "parse_known_args", parse_known_args, raising=False)
-        inside.setattr(config, "_resolve", stop_after(resolve))
-        inside.setattr(config, "_read_yaml", read_yaml)
+        inside.setattr(read, "_resolve", stop_after(resolve))
+        inside.setattr(read, "_read_yaml", read_yaml)
         inside.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
         with contextlib.suppress(Understood):
             yield
@@ -384,19 +387,19 @@ def test_json_and_python_can_be_read(page: str) -> None:
 def test_values_of_keys_in_running_text_are_valid(page: str) -> None:
     for line, child in inlines(page):
         named = re.fullmatch(r"([a-z_]+): (\S.*)", child.content, re.S) if child.type == "code_inline" else None
-        name = config.ALIASES.get(named[1], named[1]) if named else ""
+        name = upstream_keys.ALIASES.get(named[1], named[1]) if named else ""
         if named and name in all_keys():
             node: Any = yaml.compose(f"{name}: {named[2]}")
-            (given,) = config._given_of(node, Path(page)).values()
+            (given,) = read._given_of(node, Path(page)).values()
             try:
-                config._convert(all_keys()[name], given)
+                values.convert(all_keys()[name], given)
             except UserError as error:
                 raise AssertionError(f"{page}:{line}: {error}") from error
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_of_keys_name_keys(page: str) -> None:
-    known = {*all_keys(), *config.ALIASES}
+    known = {*all_keys(), *upstream_keys.ALIASES}
     unknown = [name for name in keys_in_tables(page) if name not in known]
     assert unknown == []
 

@@ -17,9 +17,10 @@ import yaml
 
 from ds_sft.cli import main
 from ds_sft.commands.doctor import Check, compare, judge_exchange, judge_network, look_around
-from ds_sft.config import Config, load_config
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.network import Exchange, Network
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.network import Exchange, Network
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import BIN, free_port, run
 from tests.test_house import ROOT

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.encode import Encoded, Encoder
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message

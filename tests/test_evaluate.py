@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from ds_sft.cli import main
 from ds_sft.commands.evaluate import data_words, read_words
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 from ds_sft.data.batches import fingerprint
 from ds_sft.data.dataset import load_data
 from ds_sft.data.files import find_files
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError
-from ds_sft.predict import predict
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import load_tokenizer
+from ds_sft.export.predict import predict
+from ds_sft.model.load import load_tokenizer
+from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import read_lines
 

@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import UserError
 from ds_sft.evaluation import scores
@@ -37,9 +37,9 @@ from ds_sft.evaluation.measure import (
 from ds_sft.evaluation.progress import Progress
 from ds_sft.evaluation.report import same_tokens
 from ds_sft.evaluation.scores import score, words
-from ds_sft.predict import Answer, answer_batch, generation_options
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.work import Work, open_work
+from ds_sft.export.predict import Answer, answer_batch, generation_options
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.work import Work, open_work
 from tests.test_predict import always_says, make
 
 PAIRS = [  # answer, reference
@@ -384,7 +384,7 @@ def test_ranks_that_torchrun_starts_again_begin_again(monkeypatch: pytest.Monkey
     """In its store, which outlives them: else nobody would take what the first ones have taken."""
     kept = dist.HashStore()
     monkeypatch.setattr(
-        "ds_sft.runtime.work.connect",
+        "ds_sft.ranks.work.connect",
         lambda launch, purpose: SimpleNamespace(store=dist.PrefixStore(purpose, kept)),
     )
     for restart in range(2):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from ds_sft.data.layout import collate_share
+from ds_sft.data.batch import collate_share
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.loss import supervise
+from ds_sft.model.sequence import SequenceGroup
 from ds_sft.plan.cost import exchanged
 from ds_sft.plan.shape import shape_of
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.attention import keep_rows_apart
-from ds_sft.training.loss import supervise
-from ds_sft.training.sequence import SequenceGroup
+from ds_sft.ranks.launch import Launch
 from tests.distributed.harness import run_forked, script
 from tests.test_attention import learn, make, make_rows
 

@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.experts import BLOCK, NAME, experts_of, group_experts
-from ds_sft.training.working_copy import WorkingCopy
+from ds_sft.model.experts import BLOCK, NAME, experts_of, group_experts
+from ds_sft.model.working_copy import WorkingCopy
+from ds_sft.ranks.launch import Launch
 
 ALONE = Launch(launcher="python")
 EXPERTS, HIDDEN = 8, 32

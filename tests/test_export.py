@@ -25,11 +25,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from ds_sft.checkpoints.consolidate import Weight
 from ds_sft.cli import main
 from ds_sft.commands.export import _dtypes
 from ds_sft.commands.export import main as export
 from ds_sft.errors import UserError
-from ds_sft.runtime.consolidate import Weight
 from tests.families import FAMILIES
 
 RANKS = 3

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ds_sft.commands.rows import count_quickly
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data import files
 from ds_sft.data.files import CHUNK, BadRow, DataFile, find_files, holds_lines, hub_name
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
@@ -395,7 +395,7 @@ READ_IN_LITTLE_MEMORY = """
 import sys
 from ds_sft.data.files import DataFile, BadRow
 from ds_sft.errors import UserError
-from ds_sft.runtime.results import peak_resident_kib
+from ds_sft.results import peak_resident_kib
 list(DataFile(sys.argv[2]).rows())  # what a small file needs is loaded
 before = peak_resident_kib()
 try:

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from ds_sft.checkpoints import folder_lock, storage
+from ds_sft.checkpoints.folder_lock import RUNNING, WATCH, FolderLock
 from ds_sft.errors import UserError
-from ds_sft.runtime import folder_lock, storage
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.folder_lock import RUNNING, WATCH, FolderLock
+from ds_sft.ranks.launch import Launch
 from ds_sft.train import main
 
 ELSEWHERE = {"id": "f00", "machine": "another kernel", "host": "node7", "pid": 42, "slurm_job": "17",
@@ -27,7 +27,7 @@ ELSEWHERE = {"id": "f00", "machine": "another kernel", "host": "node7", "pid": 4
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from ds_sft.runtime import folder_lock
+from ds_sft.checkpoints import folder_lock
 folder_lock.BEAT = 0.01
 lock = folder_lock.FolderLock(Path(sys.argv[1]))
 lock.take()

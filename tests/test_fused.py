@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model import fused
+from ds_sft.model.fused import Kernels, compile_layers, fuse, require_kernels, use_kernels
+from ds_sft.model.working_copy import WorkingCopy
 from ds_sft.plan.layouts import run_of
 from ds_sft.plan.run import Engine
 from ds_sft.plan.shape import read_shape
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training import fused
-from ds_sft.training.fused import Kernels, compile_layers, fuse, require_kernels, use_kernels
-from ds_sft.training.working_copy import WorkingCopy
+from ds_sft.ranks.launch import Launch
 from tests.distributed.harness import check_apart
 from tests.test_adapters import choose
 

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu
 from peers.commands import command_for, environment
 
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 
 CARD = gpu.Card("NVIDIA H200", peak=1000e12, product=800e12)
 GIVEN = Namespace(shape="0.6b", steps=30, train_file=None, trl=None, timeout=100, budget=None, json=None)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.runtime import host
-from ds_sft.runtime.host import free_memory_here, memory_here
+from ds_sft.ranks import host
+from ds_sft.ranks.host import free_memory_here, memory_here
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\n"
 

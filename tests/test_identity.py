@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import Config, all_keys
-from ds_sft.runtime.identity import CLASSES, changes, identity, unchangeable
+from ds_sft.checkpoints.identity import CLASSES, changes, identity, unchangeable
+from ds_sft.config.keys import Config
+from ds_sft.config.upstream_keys import all_keys
 
 TABLE = (Path(__file__).resolve().parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
 

@@ -10,7 +10,8 @@ import torch
 
 from ds_sft.cli import main
 from ds_sft.commands.init import next_steps
-from ds_sft.config import ENGINES, load_config
+from ds_sft.config.keys import ENGINES
+from ds_sft.config.read import load_config
 from tests.test_house import ROOT
 
 TEMPLATES = ["README.md", "debug.sbatch", "job.sh", "one_node.sbatch", "prepare.sbatch", "site.sh", "sweep.sbatch",

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_sft.config import Config, load_config
-from ds_sft.predict import generate
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.folder_lock import FolderLock
-from ds_sft.runtime.preempt import watch_for_stop
-from ds_sft.runtime.verify import loss_on_disk
+from ds_sft.checkpoints.folder_lock import FolderLock
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
+from ds_sft.export.predict import generate
+from ds_sft.export.verify import loss_on_disk
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import watch_for_stop
 from ds_sft.train import run
 from tests.conftest import questions_and_answers, write_rows
 
@@ -67,7 +68,7 @@ def test_training(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         found.append(torch.backends.cuda.cudnn_sdp_enabled())
         raise Attended
 
-    monkeypatch.setattr("ds_sft.training.model.load_model", stop_here)
+    monkeypatch.setattr("ds_sft.model.load.load_model", stop_here)
     rows, launch = write_rows(tmp_path / "train.jsonl", questions_and_answers(4)), Launch(launcher="python")
     flags = {"model_name_or_path": model_dir, "train_file": rows, "output_dir": tmp_path / "out", "max_length": 256}
     config = load_config([f"--{name}={value}" for name, value in flags.items()], "train.py")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
+from ds_sft.data.batch import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded, collate_share
 from ds_sft.data.batches import NOTHING, Rows
-from ds_sft.data.layout import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded, collate_share
 from ds_sft.data.packing import PackedRows, Plan
-from ds_sft.training.attention import lengths_of_rows
-from ds_sft.training.loss import supervised_positions
+from ds_sft.model.attention import lengths_of_rows
+from ds_sft.model.loss import supervised_positions
 
 ROWS = [
     {"input_ids": [1, 2, 3, 4, 5], "labels": [7, -100, 8, 9, -100]},

@@ -12,12 +12,12 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.cli import main
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.dataset import load_data
 from ds_sft.errors import UserError
+from ds_sft.model.limits import check_limits, positions_left, table_of_positions
 from ds_sft.plan.shape import positions_of
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.limits import check_limits, positions_left, table_of_positions
+from ds_sft.ranks.launch import Launch
 from tests.conftest import write_rows
 
 ALONE = Launch(launcher="python")

@@ -14,19 +14,19 @@ import pytest
 from datasets import Dataset
 
 from ds_sft.commands import preview
-from ds_sft.commands.preview import shown_of
-from ds_sft.config import Config
+from ds_sft.commands.preview_tokens import shown_of
+from ds_sft.config.keys import Config
 from ds_sft.data import cache, encode, files, rendered
+from ds_sft.data.batch import collate_flat, views_of
 from ds_sft.data.dataset import load_data
 from ds_sft.data.encode import Encoder, last_that_fits
 from ds_sft.data.files import DataFile
-from ds_sft.data.layout import collate_flat, views_of
 from ds_sft.data.packing import plan_packs
 from ds_sft.data.records import Dialogue
 from ds_sft.data.rendered import left_out
 from ds_sft.data.shapes import Message
-from ds_sft.runtime import export
-from ds_sft.runtime.distributed import Launch
+from ds_sft.export import weights as export
+from ds_sft.ranks.launch import Launch
 from tests.conftest import write_rows
 
 

@@ -13,9 +13,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training import loss as chunked
-from ds_sft.training.loss import LogitTerms, cross_entropy_sum, supervise, supervised_loss, supervised_positions
+from ds_sft.model import loss as chunked
+from ds_sft.model.loss import LogitTerms, cross_entropy_sum, supervise, supervised_loss, supervised_positions
+from ds_sft.ranks.launch import Launch
 
 ALONE = Launch(launcher="python")
 VOCAB = 160
@@ -320,9 +320,9 @@ def test_half_precision_keeps_the_loss_of_the_model(capsys: pytest.CaptureFixtur
 PEAK = """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.results import peak_resident_kib
-from ds_sft.training.loss import supervise
+from ds_sft.ranks.launch import Launch
+from ds_sft.results import peak_resident_kib
+from ds_sft.model.loss import supervise
 config = AutoConfig.for_model("llama", vocab_size=150_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                               num_attention_heads=4, tie_word_embeddings=True)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from ds_sft.model.lend import lend
+from ds_sft.model.sequence import SequenceGroup
 from ds_sft.plan.cost import model_flops_per_token
 from ds_sft.plan.shape import shape_of
-from ds_sft.runtime.peak import device_peak, known_peak
 from ds_sft.training import metrics
 from ds_sft.training.metrics import WAITS, Clock, Flops, Interval, Meter, count_flops
+from ds_sft.training.peak import device_peak, known_peak
 from ds_sft.training.progress import describe
-from ds_sft.training.sequence import SequenceGroup
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}  # fmt: skip
@@ -320,7 +321,7 @@ def test_what_is_compiled_has_no_hooks_that_break_its_graph(compiled: bool, monk
 
 def test_what_was_replaced_before_is_put_back() -> None:
     owner = SimpleNamespace(own=1)
-    take_off = metrics.replace(owner, {"own": len, "other": len})
+    take_off = lend(owner, {"own": len, "other": len})
     assert owner.own is owner.other is len
     take_off()
     assert vars(owner) == {"own": 1}

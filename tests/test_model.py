@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import (
+from ds_sft.model.load import (
     load_model,
     load_tokenizer,
     make_room,
@@ -27,6 +26,7 @@ from ds_sft.training.model import (
     training_dtype,
     uses_padding,
 )
+from ds_sft.ranks.launch import Launch
 
 ALONE = Launch(launcher="python")
 NO_FOLDER = "no such folder (the current directory is {here}), and not a hub id such as Qwen/Qwen3-0.6B"

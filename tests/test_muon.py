@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from ds_sft.engine.builds import import_muon
 from ds_sft.errors import UserError
-from ds_sft.runtime.builds import import_muon
 from ds_sft.training.muon import hidden_matrices, muon_of, partitioned_muon_of
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.neftune import activate_neftune
 
-from ds_sft.data.layout import LAYOUT, collate_flat, collate_padded
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.neftune import add_noise
+from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
+from ds_sft.model.neftune import add_noise
+from ds_sft.ranks.launch import Launch
 from tests.test_trainer import SIZES
 
 ALONE = Launch(launcher="python")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_sft.runtime.nodes import describe_spanning, groups_of, nodes_of, spanning
+from ds_sft.ranks.nodes import describe_spanning, groups_of, nodes_of, spanning
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import Trainer
 
-from ds_sft.config import TRAINING_DEFAULTS, Config
+from ds_sft.checkpoints.checkpoint import Site
+from ds_sft.checkpoints.identity import changes, identity
+from ds_sft.config.keys import TRAINING_DEFAULTS, Config
+from ds_sft.data.batch import collate_share
 from ds_sft.data.batches import single_rows
-from ds_sft.data.layout import collate_share
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.packing import PackedRows, Plan
+from ds_sft.engine.zero import engine_config
 from ds_sft.errors import RunError, UserError
-from ds_sft.runtime.checkpoint import Site
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import changes, identity
-from ds_sft.runtime.results import write_json
-from ds_sft.runtime.zero import engine_config
+from ds_sft.ranks.launch import Launch
+from ds_sft.results import write_json
 from ds_sft.training.arguments import training_arguments
 from ds_sft.training.nonfinite import FiniteTrainer, Reading, describe, spread
 

@@ -15,11 +15,11 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training import offload
-from ds_sft.training.offload import InputOffload, offload_inputs
+from ds_sft.model import offload
+from ds_sft.model.offload import InputOffload, offload_inputs
+from ds_sft.ranks.launch import Launch
 from tests.test_trainer import make_trainer
 
 ALONE = Launch(launcher="python")

@@ -14,16 +14,16 @@ from transformers import AutoTokenizer
 
 from ds_sft.cli import main
 from ds_sft.commands.opened import Opened, open_model
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.prompts import Prompts
 from ds_sft.data.records import Dialogue
 from ds_sft.data.serving import authors_template, serving
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
+from ds_sft.model.adapter_files import find_base
 from ds_sft.plan.adapter import base_of
-from ds_sft.runtime.adapter import find_base
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 from tests.families import FAMILIES
 from tests.test_adapter_files import make_adapter
 

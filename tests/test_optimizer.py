@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.release import _clear_bitsandbytes
+from ds_sft.engine.release import _clear_bitsandbytes
+from ds_sft.ranks.launch import Launch
 from ds_sft.training import optimizer
 from ds_sft.training.optimizer import LOW, StochasticAdamW, optimizer_of, round_into
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import ALIASES, UNSAFE, UNUSED, load_config, training_keys
+from ds_sft.config.read import load_config
+from ds_sft.config.refused import UNSAFE, UNUSED
+from ds_sft.config.upstream_keys import ALIASES, training_keys
 from ds_sft.errors import UserError
 from tests.distributed.test_options import LEARNED, SEEN_IN_NO_LOSS
 
@@ -120,14 +122,16 @@ NOT_OBEYED_ALONE = [
     (["--load_best_model_at_end", "yes"], "--load_best_model_at_end: yes: it needs an eval_file (or val_size), and an "
      "eval_strategy"),
     (["--save_strategy", "best"], "--save_strategy: best: it needs an eval_file (or val_size), and an eval_strategy"),
-    (["--early_stopping_patience", "3", "--eval_file", "e"], "--early_stopping_patience: the run would end with a model "
-     "that is not the best: write load_best_model_at_end: yes too"),
+    (["--early_stopping_patience", "3", "--eval_file", "e"], "--early_stopping_patience: the run would end with a "
+     "model that is not the best: write load_best_model_at_end: yes too"),
     (["--sequence_parallel", "2", "--neftune_noise_alpha", "5"], "--sequence_parallel: 2: neftune_noise_alpha: 5: its "
      "noise depends on the tokens that a rank has: leave out one of the two"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("flags", "said"), NOT_OBEYED_ALONE, ids=lambda value: value[0] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("flags", "said"), NOT_OBEYED_ALONE, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
 def test_what_trainer_would_leave_out_without_a_word(flags: list[str], said: str) -> None:
     assert said_of(*flags) == said
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
+from ds_sft.data.batch import LAYOUT, collate_flat
 from ds_sft.data.batches import NOTHING, GlobalBatches, make_batches
 from ds_sft.data.dataset import load_data
-from ds_sft.data.layout import LAYOUT, collate_flat
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, plan_packs
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.model import why_rows_mix
+from ds_sft.model.load import why_rows_mix
+from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
 
 ALONE = Launch(launcher="python")

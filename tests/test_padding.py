@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, masking_utils
 
-from ds_sft.config import Config
-from ds_sft.data.layout import LAYOUT, collate_padded
-from ds_sft.runtime.distributed import Launch
+from ds_sft.config.keys import Config
+from ds_sft.data.batch import LAYOUT, collate_padded
+from ds_sft.model.padding import know_padding
+from ds_sft.ranks.launch import Launch
 from ds_sft.train import load_model_to_train
-from ds_sft.training.padding import know_padding
 from ds_sft.training.trainer import without_layout
 from tests.dispatch import NoReads
 

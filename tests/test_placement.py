@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ds_sft.runtime.placement import GIB, cache_size, choose_devices, logits_size, place, weights_size
+from ds_sft.export.placement import GIB, cache_size, choose_devices, logits_size, place, weights_size
 
 
 @pytest.mark.parametrize(

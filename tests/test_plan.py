@@ -19,7 +19,7 @@ import yaml
 from ds_sft.cli import main
 from ds_sft.commands.plan import parser, size
 from ds_sft.commands.plan_tables import duration, recommendation
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan import layouts
 from ds_sft.plan import recommend as advice
@@ -43,8 +43,8 @@ from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.states import owned, states
 from ds_sft.plan.sweep import nodes_of
-from ds_sft.runtime import expectation
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
+from ds_sft.training import expectation
 
 TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -775,7 +775,7 @@ def test_freed_blocks_that_the_c_library_keeps() -> None:
         return
     script = """
 import ctypes
-from ds_sft.runtime.expectation import freed_gib
+from ds_sft.training.expectation import freed_gib
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 c.free(c.malloc(20 << 20))

@@ -11,15 +11,15 @@ from weakref import WeakSet
 
 import pytest
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
+from ds_sft.model.adapters import choose_weights
+from ds_sft.model.experts import NAME
+from ds_sft.model.working_copy import WorkingCopy
 from ds_sft.plan.activations import layer_activations
 from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.shape import shape_of
 from ds_sft.plan.weights import ALL, Choice, choice_of
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.adapters import choose_weights
-from ds_sft.training.experts import NAME
-from ds_sft.training.working_copy import WorkingCopy
+from ds_sft.ranks.launch import Launch
 
 ROWS, LENGTH = 2, 48
 KEYS = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,

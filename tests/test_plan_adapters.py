@@ -17,10 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ds_sft.checkpoints.checkpoint import Site
+from ds_sft.checkpoints.space import export_size, predict_size
 from ds_sft.cli import main
 from ds_sft.commands.preview import say_trained
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model.adapter_files import WEIGHTS, save_adapter
+from ds_sft.model.adapters import choose_weights, trained_parts
 from ds_sft.plan.cost import Hardware, collectives, model_flops_per_token, step_flops, traffic
 from ds_sft.plan.disk import trained_checkpoint_bytes
 from ds_sft.plan.gradients import gradients_before, reductions
@@ -28,15 +32,11 @@ from ds_sft.plan.layouts import CUDA_CONTEXT, loading_bytes, option
 from ds_sft.plan.memory import model_states
 from ds_sft.plan.run import Engine, Run, trained_weights
 from ds_sft.plan.shape import FAMILIES, shape_of
+from ds_sft.plan.size import model_size, written_bytes
 from ds_sft.plan.states import states
 from ds_sft.plan.weights import ALL, Choice, Weight, choice_of
-from ds_sft.runtime.adapter import WEIGHTS, save_adapter
-from ds_sft.runtime.checkpoint import Site
-from ds_sft.runtime.disk import export_size, predict_size
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.expectation import expect_memory
-from ds_sft.runtime.size import model_size, written_bytes
-from ds_sft.training.adapters import choose_weights, trained_parts
+from ds_sft.ranks.launch import Launch
+from ds_sft.training.expectation import expect_memory
 from ds_sft.training.metrics import count_flops
 from ds_sft.training.resumable import ResumableTrainer
 

@@ -13,19 +13,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.cli import main
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
+from ds_sft.model.adapters import choose_weights
+from ds_sft.model.experts import BLOCK
 from ds_sft.plan.cost import model_flops_per_token, step_flops, traffic
 from ds_sft.plan.experts import EXPERT_BLOCK, compiled_products
 from ds_sft.plan.gathered import gathered_at
 from ds_sft.plan.memory import peak
 from ds_sft.plan.run import Engine, Run, trained_weights
 from ds_sft.plan.shape import MIXTURES, shape_of
+from ds_sft.plan.size import ModelSize, in_words, model_size
 from ds_sft.plan.states import states
 from ds_sft.plan.weights import Choice, choice_of
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.size import ModelSize, in_words, model_size
-from ds_sft.training.adapters import choose_weights
-from ds_sft.training.experts import BLOCK
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.metrics import count_flops
 from ds_sft.training.resumable import ResumableTrainer
 from tests.test_plan_activations import MIXTURES as OWN

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_sft.cli import main
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
+from ds_sft.model import offload, tiling
 from ds_sft.plan.activations import layer_activations, layer_backward, outside_layers
 from ds_sft.plan.attention import attention_backward
 from ds_sft.plan.cost import exchanged, step_flops, traffic
@@ -30,7 +31,6 @@ from ds_sft.plan.recommend import Way, ways
 from ds_sft.plan.run import TILE, TILED_FROM, Engine, Run
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.states import PINNED, host, moments, states
-from ds_sft.training import offload, tiling
 
 SHAPE = Shape(family="llama", hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=1000,
               tied=False)  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_tile_of_the_mlp_is_there_at_a_time() -> None:
 
 
 def test_where_mlps_are_computed_in_tiles() -> None:
-    """The rule of `training/tiling.py`: by the tokens of a rank, and where the MLP is most of its layer."""
+    """The rule of `model/tiling.py`: by the tokens of a rank, and where the MLP is most of its layer."""
     assert (tiling.TILE, tiling.MANY, offload.BUFFER) == (TILE, TILED_FROM, PINNED)
 
     def tile(shape: Shape = WIDE, **keys: Any) -> int | None:

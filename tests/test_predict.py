@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
-from ds_sft.predict import (
+from ds_sft.export.predict import (
     Prediction,
     as_text,
     generation_options,

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from ds_sft.runtime import preempt
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import LAUNCHER_DIED, Stopped, StopRequests, watch_for_stop
+from ds_sft.ranks import stop as preempt
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import LAUNCHER_DIED, Stopped, StopRequests, watch_for_stop
 from ds_sft.train import ended_by_launcher
 from tests.distributed.harness import free_port
 
@@ -123,8 +123,8 @@ def test_the_group_between_cpus_has_the_time_limit_of_the_run(monkeypatch: pytes
 TWO_RANKS = """
 import os, sys
 import torch.distributed as dist
-from ds_sft.runtime import preempt
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks import stop as preempt
+from ds_sft.ranks.launch import Launch
 rank, now, turns, collectives = int(os.environ["RANK"]), [0.0], [], []
 dist.init_process_group("gloo")
 for name in ("all_reduce", "all_gather_object", "barrier"):
@@ -178,8 +178,8 @@ def test_a_stop_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool)
 
 SECOND = """
 import os, signal, sys, time
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import watch_for_stop
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import watch_for_stop
 with watch_for_stop(Launch(launcher="python")) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     while stop.reason is None:
@@ -199,8 +199,8 @@ def test_a_second_signal_ends_at_once() -> None:
 
 FORKS = """
 import multiprocessing, os, signal, time
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import watch_for_stop
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import watch_for_stop
 def work(pid):
     os.kill(os.getpid(), signal.SIGINT)  # what a terminal does to every process
     os.kill(os.getpid(), signal.SIGUSR1)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from ds_sft.cli import main
-from ds_sft.commands.preview import row_numbers, tokens_of
+from ds_sft.commands.preview import row_numbers
+from ds_sft.commands.preview_tokens import tokens_of
 from ds_sft.errors import UserError
 from tests.conftest import write_rows
 
@@ -229,9 +230,9 @@ def unfilter(kind: int, line: bytearray, above: bytearray, step: int) -> bytearr
 
 
 def test_the_report_in_json_has_what_the_page_shows(model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
-    from ds_sft.config import Config
+    from ds_sft.config.keys import Config
     from ds_sft.data.dataset import load_data
-    from ds_sft.runtime.distributed import Launch
+    from ds_sft.ranks.launch import Launch
 
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     config = Config(model_name_or_path="m", train_file=str(file), on_bad_row="skip", cache_dir=str(tmp_path / "c"))

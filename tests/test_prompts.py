@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.prompts import Prompts, _without_begun, taught_reasoning
 from ds_sft.data.records import Dialogue

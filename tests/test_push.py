@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
+from ds_sft.checkpoints.base import hash_base
 from ds_sft.cli import main
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.adapter import changes_of_config
-from ds_sft.runtime.base import hash_base
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.hub import push_as_asked, why_not
-from ds_sft.runtime.parcel import pack
-from ds_sft.runtime.preempt import StopRequests
+from ds_sft.export.hub import push_as_asked, why_not
+from ds_sft.export.parcel import pack
+from ds_sft.model.adapter_files import changes_of_config
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import StopRequests
 from ds_sft.train import push_later
 from tests.hub import TOKEN, Hub, serve_hub
 
@@ -118,7 +118,7 @@ def test_the_base_that_is_named_is_compared_with_the_one_of_training(
     copy, adapter = adapted.parent / "cached", adapted / "adapter"
     if kept is not None:
         shutil.copytree(model_dir, copy)
-        monkeypatch.setattr("ds_sft.runtime.parcel.model_folder", lambda name: copy if name == BASE else None)
+        monkeypatch.setattr("ds_sft.export.parcel.model_folder", lambda name: copy if name == BASE else None)
     (adapter / "trained_on.json").write_text(json.dumps({"base": hash_base(str(model_dir))}), encoding="utf-8")
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     if kept == "the same but for its name":

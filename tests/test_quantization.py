@@ -16,17 +16,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import validate_quantization_for_training
 
-from ds_sft.config import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
+from ds_sft.engine.zero import engine_config
 from ds_sft.errors import UserError
-from ds_sft.runtime import quantized
-from ds_sft.runtime.adapter import load_on_disk, save_adapter
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.export import say_how_its_base_is_loaded
-from ds_sft.runtime.quantized import as_trained, elements, nf4_config, quantised_layers, round_base, settle, skeleton
-from ds_sft.runtime.zero import engine_config
-from ds_sft.training.adapters import choose_weights, count_parameters, trained_parts
+from ds_sft.export.weights import say_how_its_base_is_loaded
+from ds_sft.model import quantized
+from ds_sft.model.adapter_files import load_on_disk, save_adapter
+from ds_sft.model.adapters import choose_weights, count_parameters, trained_parts
+from ds_sft.model.load import load_model, load_tokenizer
+from ds_sft.model.quantized import as_trained, elements, nf4_config, quantised_layers, round_base, settle, skeleton
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.metrics import count_flops
-from ds_sft.training.model import load_model, load_tokenizer
 from tests.conftest import make_model
 
 ALONE = Launch(launcher="python")

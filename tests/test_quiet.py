@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from ds_sft.runtime.quiet import NO_GPU, quiet
+from ds_sft.quiet import NO_GPU, quiet
 
 SCRIPT = """
 import logging, os, warnings
 os.environ.pop("DS_ACCELERATOR", None)
-from ds_sft.runtime.quiet import quiet
+from ds_sft.quiet import quiet
 quiet(bars=True)
 quiet(bars=True)
 import deepspeed  # asks for the accelerator
@@ -40,7 +40,7 @@ def test_what_is_kept_back() -> None:
 
 BARS = """
 import sys
-from ds_sft.runtime.quiet import quiet
+from ds_sft.quiet import quiet
 quiet(bars=sys.argv[1] == "shown")
 from datasets import Dataset
 from huggingface_hub.utils import tqdm as hub

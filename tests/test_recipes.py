@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ds_sft.cli import main
-from ds_sft.config import load_config
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.expectation import expect_memory
-from ds_sft.runtime.size import in_units
+from ds_sft.config.read import load_config
+from ds_sft.plan.size import in_units
+from ds_sft.ranks.launch import Launch
+from ds_sft.training.expectation import expect_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import REFERENCE_PROMPT
+from ds_sft.config.keys import REFERENCE_PROMPT
 from ds_sft.data.files import BadRow, DataFile
 from ds_sft.data.records import Dialogue, Reading, read_dialogues, to_dialogue
 from ds_sft.data.shapes import Message

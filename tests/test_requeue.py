@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.runtime.checkpoint import FACTS, FORMAT
-from ds_sft.runtime.folder_lock import FolderLock
-from ds_sft.runtime.requeue import DONE, NO_PROGRESS, main, stalls
+from ds_sft.checkpoints.checkpoint import FACTS, FORMAT
+from ds_sft.checkpoints.folder_lock import FolderLock
+from ds_sft.checkpoints.requeue import DONE, NO_PROGRESS, main, stalls
 
 
 @pytest.fixture

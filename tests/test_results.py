@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.runtime import results
+from ds_sft import results
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_versions_and_memory() -> None:
     assert 0.01 < results.peak_memory()["host_gib"] < 100
 
 
-CHILD = "from ds_sft.runtime.results import peak_memory; print(peak_memory()['host_gib'])"
+CHILD = "from ds_sft.results import peak_memory; print(peak_memory()['host_gib'])"
 PARENT = f"""
 import subprocess, sys
 held = b"x" * 600_000_000

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from ds_sft.checkpoints.checkpoint import FACTS, Checkpoint, Site, Start
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
-from ds_sft.runtime import preempt
-from ds_sft.runtime.checkpoint import FACTS, Checkpoint, Site, Start
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped, StopRequests
+from ds_sft.ranks import stop as preempt
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.train import require_steps_left
 from ds_sft.training import resumable
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary

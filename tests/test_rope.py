@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.errors import UserError
+from ds_sft.export.card import Facts, model_card
+from ds_sft.model.rotary import knows_scaling, read_config, scaled_options
 from ds_sft.plan.rope import scaled
 from ds_sft.plan.shape import positions_of
-from ds_sft.runtime.card import Facts, model_card
-from ds_sft.runtime.rotary import knows_scaling, read_config, scaled_options
 
 QWEN3 = {"model_type": "qwen3", "max_position_embeddings": 40960, "rope_theta": 1e6}
 YARN = {"rope_type": "yarn", "factor": 4.0}

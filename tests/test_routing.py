@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.data.layout import collate_flat, collate_padded
+from ds_sft.checkpoints.checkpoint import Checkpoint, read_manifest
+from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.errors import UserError
-from ds_sft.runtime.checkpoint import Checkpoint, read_manifest
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training.experts import experts_of
-from ds_sft.training.loss import supervise
-from ds_sft.training.routing import Routing, counted_tokens, prepare_experts, routing_of
+from ds_sft.model.experts import experts_of
+from ds_sft.model.loss import supervise
+from ds_sft.model.routing import Routing, counted_tokens, prepare_experts, routing_of
+from ds_sft.ranks.launch import Launch
 from tests.test_loss import SMALL, apart
 from tests.test_trainer import make_trainer
 

@@ -14,7 +14,7 @@ from ds_sft.data.encode import Encoder
 from ds_sft.data.records import Dialogue
 from ds_sft.data.serving import serving
 from ds_sft.data.shapes import Message
-from ds_sft.runtime.export import end_answers_at, save_tokenizer
+from ds_sft.export.weights import end_answers_at, save_tokenizer
 from tests.families import FAMILIES, family
 from tests.test_encode import config
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch, require_groups
-from ds_sft.training.attention import Attention
-from ds_sft.training.sequence import SequenceGroup
-from ds_sft.training.shareable import require_shareable, require_shared
+from ds_sft.model.attention import Attention
+from ds_sft.model.sequence import SequenceGroup
+from ds_sft.model.shareable import require_shareable, require_shared
+from ds_sft.ranks.launch import Launch, require_groups
 from tests.test_attention import make
 from tests.test_loss import SMALL
 

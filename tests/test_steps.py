@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
+from ds_sft.plan.size import ModelSize, in_units, model_size, tensor_shapes, written_bytes
 from ds_sft.plan.steps import Steps
-from ds_sft.runtime.size import ModelSize, in_units, model_size, tensor_shapes, written_bytes
 
 BASE: dict[str, Any] = {"micro": 2, "accumulation": 4, "ranks": 2, "num_rows": 100, "epochs": 2.0}
 

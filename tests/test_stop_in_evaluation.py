@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ds_sft.data.layout import LAYOUT
-from ds_sft.runtime import preempt
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped, StopRequests
+from ds_sft.data.batch import LAYOUT
+from ds_sft.ranks import stop as preempt
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.training.trainer import SFTTrainer
 
 

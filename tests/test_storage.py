@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ds_sft.checkpoints import storage
+from ds_sft.checkpoints.storage import require_no_model, require_writable
 from ds_sft.errors import UserError
-from ds_sft.runtime import storage
-from ds_sft.runtime.storage import require_no_model, require_writable
 
 
 def test_a_folder_that_can_be_made_is_not_made(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.integrations import deepspeed as deepspeed_integration
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.training import tiling
-from ds_sft.training.offload import InputOffload
-from ds_sft.training.tiling import TiledMLP, pays, tile_mlps, tiles
-from ds_sft.training.working_copy import LentCopy, WorkingCopy
+from ds_sft.model import tiling
+from ds_sft.model.offload import InputOffload
+from ds_sft.model.tiling import TiledMLP, pays, tile_mlps, tiles
+from ds_sft.model.working_copy import LentCopy, WorkingCopy
+from ds_sft.ranks.launch import Launch
 from tests.test_adapters import choose
 from tests.test_offload import BUFFER, LateCopies
 

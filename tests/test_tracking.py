@@ -17,9 +17,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ds_sft import tracking
-from ds_sft.config import Config
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped
+from ds_sft.config.keys import Config
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import Stopped
 from ds_sft.tracking import (
     Tracker,
     TrackerCallback,
@@ -271,9 +271,9 @@ HANGING = """
 import sys, threading, time, types
 from pathlib import Path
 from ds_sft import tracking
-from ds_sft.config import Config
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped
+from ds_sft.config.keys import Config
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import Stopped
 
 class Fake(types.ModuleType):
     def __getattr__(self, name):

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ds_sft.config import Config, load_config
+from ds_sft.checkpoints.base import begin_to_hash_base, hash_base
+from ds_sft.checkpoints.checkpoint import _refuse_another_run
+from ds_sft.checkpoints.identity import base_differs, changes, identity, in_words
+from ds_sft.checkpoints.trained import expect_trained_only, load_trained, save_trained, trained_weights
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
-from ds_sft.runtime.base import begin_to_hash_base, hash_base
-from ds_sft.runtime.checkpoint import _refuse_another_run
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import base_differs, changes, identity, in_words
-from ds_sft.runtime.trained import expect_trained_only, load_trained, save_trained, trained_weights
-from ds_sft.training.adapters import choose_weights
+from ds_sft.model.adapters import choose_weights
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 
 ALONE = Launch(launcher="python")

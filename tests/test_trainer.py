@@ -10,14 +10,14 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from ds_sft.data.layout import LAYOUT, collate_flat, collate_padded
+from ds_sft.checkpoints.checkpoint import Checkpoint, Site
+from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
 from ds_sft.data.micro_batches import Batching, lengths_of
-from ds_sft.runtime.checkpoint import Checkpoint, Site
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import StopRequests
-from ds_sft.training.attention import keep_rows_apart
-from ds_sft.training.loss import supervise, supervised_loss
-from ds_sft.training.padding import know_padding
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.loss import supervise, supervised_loss
+from ds_sft.model.padding import know_padding
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import StopRequests
 from ds_sft.training.resumable import Continuity
 from ds_sft.training.trainer import SFTTrainer
 from tests.dispatch import NoReads

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.runtime.checkpoint import Checkpoint, Site
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.preempt import Stopped, watch_for_stop
-from ds_sft.runtime.universal import make_universal
+from ds_sft.checkpoints.checkpoint import Checkpoint, Site
+from ds_sft.checkpoints.universal import make_universal
+from ds_sft.ranks.launch import Launch
+from ds_sft.ranks.stop import Stopped, watch_for_stop
 
 ALONE = Launch(launcher="python")
 
@@ -79,7 +79,7 @@ def ended(process: int) -> bool:
 
 ORPHAN = """
 import os, signal, time
-from ds_sft.runtime.universal import end_with_parent
+from ds_sft.checkpoints.universal import end_with_parent
 ready, tell = os.pipe()
 if os.fork() == 0:
     end_with_parent()

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from transformers import Trainer, TrainerCallback
 
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 from ds_sft.training import arguments
 from ds_sft.upstream import (
     ASSIGNED,
@@ -219,7 +219,13 @@ def test_a_name_that_is_gone_or_has_moved() -> None:
 
 
 def test_text_that_has_changed() -> None:
-    row = Name("transformers/training_args.py", TEXT, "config.py", "no key is known", as_read="class TrainingArgs:")
+    row = Name(
+        "transformers/training_args.py",
+        TEXT,
+        "config/upstream_keys.py",
+        "no key is known",
+        as_read="class TrainingArgs:",
+    )
     assert [fault for _, fault in faults([row])] == ["transformers/training_args.py has no `class TrainingArgs:`"]
     gone = dataclasses.replace(row, path="transformers/arguments.py")
     assert [fault for _, fault in faults([gone])] == ["transformers/arguments.py has no `class TrainingArgs:`"]
@@ -277,7 +283,7 @@ def test_the_script_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert upstream.main(["datasets"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "datasets.arrow_dataset.Dataset()._indices  used"
-    assert re.fullmatch(r"    ds_sft/data/batches\.py:\d+(, ds_sft/data/\w+\.py:\d+)+", lines[1])
+    assert re.fullmatch(r"    ds_sft/data/\w+\.py:\d+(, ds_sft/data/\w+\.py:\d+)+", lines[1])
     assert lines[2] == "    without it rows that were chosen are read as all rows"
     assert lines[-1] == "1 names, 1 of them private: 1 used"
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from ds_sft.cli import main
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.placement import is_out_of_memory
-from ds_sft.runtime.verify import (
+from ds_sft.export.placement import is_out_of_memory
+from ds_sft.export.verify import (
     ExportError,
     Question,
     answer,
@@ -131,7 +131,7 @@ def test_what_is_a_want_of_memory(monkeypatch: pytest.MonkeyPatch, error: Except
         except Exception as cause:
             raise RuntimeError("could not load shard 3") from cause
 
-    monkeypatch.setattr("ds_sft.runtime.verify.loss_on_disk", fail)
+    monkeypatch.setattr("ds_sft.export.verify.loss_on_disk", fail)
     assert answer({}) == {"out_of_memory": "could not load shard 3"}
     assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("size mismatch for lm_head.weight"))
@@ -176,7 +176,7 @@ def test_predictions_that_find_no_memory_do_not_fail_the_run(
         def fail(*given: Any) -> None:
             raise error
 
-        monkeypatch.setattr("ds_sft.predict.predict", fail)
+        monkeypatch.setattr("ds_sft.export.predict.predict", fail)
         config = Config(model_name_or_path="m", train_file="t", training={"output_dir": str(tmp_path)})
         data, tracker = (cast("Any", SimpleNamespace(samples=[])) for _ in range(2))
         let_it_answer(config, data, None, tracker, {"export": export})  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_sft.training import working_copy
-from ds_sft.training.working_copy import LentCopy, WorkingCopy
+from ds_sft.model import working_copy
+from ds_sft.model.working_copy import LentCopy, WorkingCopy
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip

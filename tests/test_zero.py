@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ds_sft.config import ENGINES, TRAINING_DEFAULTS, Config
+from ds_sft.checkpoints.identity import changes, identity
+from ds_sft.config.keys import ENGINES, TRAINING_DEFAULTS, Config
+from ds_sft.engine.zero import _package, engine_config, read_engine, stage
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.identity import changes, identity
-from ds_sft.runtime.zero import _package, engine_config, read_engine, stage
+from ds_sft.ranks.launch import Launch
 from tests.test_house import ROOT
 
 ALONE = Launch(launcher="python")
@@ -74,7 +74,7 @@ def test_what_would_use_it(
     root: Path | None, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("ds_sft.runtime.shipped.clone", lambda: root)
+    monkeypatch.setattr("ds_sft.shipped.clone", lambda: root)
     assert engine_config(make("zero2"), ALONE) is None
     assert capsys.readouterr().out.endswith(f" the deepspeed key is ignored (`{command} ...` uses it, and all GPUs).\n")
 

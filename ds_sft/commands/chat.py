@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TextIO
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.opened import keys_alone
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from ds_sft.commands.chat_answer import Speaker
@@ -127,8 +127,8 @@ def _base(opened: Opened) -> str:
     """
     from pathlib import Path
 
+    from ds_sft.model.adapter_files import find_base
     from ds_sft.plan.adapter import is_adapter
-    from ds_sft.runtime.adapter import find_base
 
     if is_adapter(Path(opened.path)):
         return find_base(Path(opened.path))

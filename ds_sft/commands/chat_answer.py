@@ -10,14 +10,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ds_sft.commands.opened import Opened
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.files import BadRow
 from ds_sft.data.prompts import Prompt, Prompts, Said
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
-from ds_sft.predict import generation_options, load_to_answer
-from ds_sft.runtime.placement import is_out_of_memory
-from ds_sft.training.limits import made_for
+from ds_sft.export.placement import is_out_of_memory
+from ds_sft.export.predict import generation_options, load_to_answer
+from ds_sft.model.limits import made_for
 
 if TYPE_CHECKING:
     import torch

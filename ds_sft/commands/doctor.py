@@ -24,22 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import Config, given_twice, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import given_twice, load_config
 from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import read_dialogues, reading_of
+from ds_sft.engine.zero import engine_config, stage
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives, exchanged
 from ds_sft.plan.run import Engine
 from ds_sft.plan.shape import read_shape
+from ds_sft.plan.size import ModelSize, in_units, in_words, model_folder, model_size, written_bytes
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
-from ds_sft.runtime.distributed import Launch, exit_with, hide_gpus, print_line, read_launch, require_groups
-from ds_sft.runtime.network import Exchange, Network, Unreachable, connect, measure_network, patience
-from ds_sft.runtime.nodes import keep_inside, name_spanning
-from ds_sft.runtime.results import git_commit, versions
-from ds_sft.runtime.shipped import CONFIGS, PACKAGE
-from ds_sft.runtime.size import ModelSize, in_units, in_words, model_folder, model_size, written_bytes
-from ds_sft.runtime.zero import engine_config, stage
+from ds_sft.ranks.exits import exit_with
+from ds_sft.ranks.launch import Launch, hide_gpus, print_line, read_launch, require_groups
+from ds_sft.ranks.network import Exchange, Network, Unreachable, connect, measure_network, patience
+from ds_sft.ranks.nodes import keep_inside, name_spanning
+from ds_sft.results import git_commit, versions
+from ds_sft.shipped import CONFIGS, PACKAGE
 
 READ_SECONDS = 10.0  # of reading rows, on a rank of each node
 CLOCK_SECONDS = 1.0  # more makes "newer than" of files on a shared disk a lie
@@ -211,7 +213,7 @@ def _look_at_groups(config: Config) -> Facts:
     """
     folder = model_folder(config.model_name_or_path)
     if folder is not None and (folder / "config.json").is_file():
-        from ds_sft.training.shareable import require_shareable
+        from ds_sft.model.shareable import require_shareable
 
         require_shareable(config)
     return {}

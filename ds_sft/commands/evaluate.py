@@ -20,18 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import RECORD, given_twice
+from ds_sft.config.keys import RECORD
+from ds_sft.config.read import given_twice
 from ds_sft.errors import RunError, UserError
-from ds_sft.runtime.distributed import (
-    Launch,
-    exit_after,
-    exit_with,
-    grow_segments,
-    hide_gpus,
-    print_line,
-    read_launch,
-    share_cores,
-)
+from ds_sft.ranks.exits import exit_after, exit_with
+from ds_sft.ranks.launch import Launch, grow_segments, hide_gpus, print_line, read_launch, share_cores
 
 if TYPE_CHECKING:
     from ds_sft.commands.opened import Opened
@@ -70,8 +63,8 @@ def run(argv: Sequence[str], launch: Launch) -> None:
     from ds_sft.evaluation.report import print_tables
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.evaluation.session import common_places, evaluate
-    from ds_sft.runtime.results import versions, write_json
-    from ds_sft.runtime.work import open_work
+    from ds_sft.ranks.work import open_work
+    from ds_sft.results import versions, write_json
 
     disable_progress_bar()  # of loading: every rank would show one
     if not given.loss_only:
@@ -232,9 +225,9 @@ def use_device(opened: Opened, launch: Launch) -> None:
 
 def base_name(opened: Opened, launch: Launch) -> str | None:
     """The model that training began with; None where nobody tells, or where it is gone, which is said."""
+    from ds_sft.model.adapter_files import find_base
     from ds_sft.plan.adapter import is_adapter
     from ds_sft.plan.source import require_model
-    from ds_sft.runtime.adapter import find_base
 
     adapter = is_adapter(Path(opened.path))
     name = find_base(Path(opened.path)) if adapter else opened.config.model_name_or_path if opened.trained else None
@@ -281,10 +274,10 @@ def prepare_opened(opened: Opened, subject: Any, launch: Launch) -> Prepared:
 
 def say_other_rows(opened: Opened, rows: Any, launch: Launch) -> None:
     """Whether what `val_size` sets aside now is what the run has set aside: else the run may have learned of it."""
+    from ds_sft.checkpoints.identity import EVAL_DATA
     from ds_sft.data.batches import fingerprint
     from ds_sft.plan.adapter import read_json
-    from ds_sft.runtime.identity import EVAL_DATA
-    from ds_sft.runtime.results import RESULTS
+    from ds_sft.results import RESULTS
 
     folder = Path(opened.name).expanduser()
     record = next((path for path in (folder / RESULTS, folder.resolve().parent / RESULTS) if path.is_file()), None)

@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import RECORD, is_size, load_config
+from ds_sft.config.keys import RECORD
+from ds_sft.config.read import load_config
+from ds_sft.config.values import is_size
 from ds_sft.errors import UserError
 from ds_sft.plan.source import is_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from ds_sft.runtime.consolidate import Weight
+    from ds_sft.checkpoints.consolidate import Weight
 
 MERGE = {"yes": "--merge", "no": "--adapter-only", "auto": ""}  # the key of a run -> our flag
 
@@ -42,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
     given = _parse(argv)
     started = time.monotonic()
     # Heavy imports stand here: --help and mistakes are answered without them.
+    from ds_sft.checkpoints.consolidate import open_checkpoint
+    from ds_sft.checkpoints.trained import TRAINED
+    from ds_sft.export.weights import PARTIAL, move_into
     from ds_sft.plan.adapter import is_adapter
-    from ds_sft.runtime.consolidate import open_checkpoint
-    from ds_sft.runtime.export import PARTIAL, move_into
-    from ds_sft.runtime.trained import TRAINED
 
     with_adapter = is_adapter(given.checkpoint)
     frozen = with_adapter or (given.checkpoint / TRAINED).is_file()
@@ -78,8 +80,8 @@ def main(argv: Sequence[str]) -> int:
 def _export_frozen(given: argparse.Namespace) -> None:
     """Of a checkpoint that is without its frozen weights."""
     from ds_sft.commands.export_frozen import export_adapter, export_trained
+    from ds_sft.model.adapter_files import FOLDER
     from ds_sft.plan.adapter import is_adapter
-    from ds_sft.runtime.adapter import FOLDER
 
     at_the_end = given.checkpoint.resolve().name == FOLDER  # what a run leaves there is no checkpoint
     manifest = {} if at_the_end else _require_manifest(given.checkpoint)
@@ -133,7 +135,7 @@ def _require_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none, or one that cannot be read, in a folder that a run of ours has reported its data in.
     """
-    from ds_sft.runtime.checkpoint import Broken, read_manifest
+    from ds_sft.checkpoints.checkpoint import Broken, read_manifest
 
     if not (checkpoint.resolve().parent / "data_report.json").exists():
         return {}
@@ -167,9 +169,9 @@ def _folder_of_config(given: argparse.Namespace) -> Path:
     Raises:
         UserError: the base is not here.
     """
+    from ds_sft.model.adapter_files import find_base
     from ds_sft.plan.adapter import is_adapter
-    from ds_sft.runtime.adapter import find_base
-    from ds_sft.runtime.size import model_folder
+    from ds_sft.plan.size import model_folder
 
     if not is_adapter(given.checkpoint):
         return Path(given.checkpoint)
@@ -237,7 +239,7 @@ def _as_published(weights: Mapping[str, Weight], model: Any, dtypes: Mapping[str
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    from ds_sft.runtime.consolidate import Weight
+    from ds_sft.checkpoints.consolidate import Weight
 
     layers: dict[str, list[str]] = {}
     for name in weights:
@@ -317,7 +319,7 @@ def _write_rest(given: argparse.Namespace, folder: Path, dtype: torch.dtype) -> 
 def _tell_servers(given: argparse.Namespace, tokenizer: Any, folder: Path) -> None:
     """As the run itself would at its end: where an answer ends, and the chat template; its config.yaml knows both."""
     from ds_sft.data.serving import serving
-    from ds_sft.runtime.export import end_answers_at, save_tokenizer
+    from ds_sft.export.weights import end_answers_at, save_tokenizer
 
     record = given.checkpoint.resolve().parent / RECORD
     if not record.is_file():

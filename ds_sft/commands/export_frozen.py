@@ -12,10 +12,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import RECORD, Config, load_config
+from ds_sft.checkpoints.base import require_base
+from ds_sft.checkpoints.identity import BASE
+from ds_sft.checkpoints.trained import TRAINED
+from ds_sft.config.keys import RECORD, Config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
-from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
-from ds_sft.runtime.adapter import (
+from ds_sft.export.merge import NoRoom, merge, require_memory, require_room
+from ds_sft.export.weights import (
+    PARTIAL,
+    end_answers_at,
+    finish_adapter,
+    move_into,
+    own_ends,
+    save_tokenizer,
+    say_how_its_base_is_loaded,
+    say_where_answers_end,
+)
+from ds_sft.model.adapter_files import (
     COMPUTED_IN,
     FACTS,
     FOLDER,
@@ -27,21 +41,8 @@ from ds_sft.runtime.adapter import (
     from_anywhere,
     load_base,
 )
-from ds_sft.runtime.base import require_base
-from ds_sft.runtime.export import (
-    PARTIAL,
-    end_answers_at,
-    finish_adapter,
-    move_into,
-    own_ends,
-    save_tokenizer,
-    say_how_its_base_is_loaded,
-    say_where_answers_end,
-)
-from ds_sft.runtime.identity import BASE
-from ds_sft.runtime.merge import NoRoom, merge, require_memory, require_room
-from ds_sft.runtime.results import write_json
-from ds_sft.runtime.trained import TRAINED
+from ds_sft.plan.adapter import CONFIG, base_of, is_adapter, read_json
+from ds_sft.results import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def export_adapter(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run writes beside its adapter at the end, see `runtime/adapter.py`, from a checkpoint's manifest."""
+    """What a run writes beside its adapter at the end, see `model/adapter_files.py`, from a checkpoint's manifest."""
     keys = manifest.get("config")
     if keys is None:
         return {}
@@ -177,7 +178,7 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
 
 def _make_room(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """Under `resize_embeddings` the trained embedding has more rows than the base's."""
-    from ds_sft.training.model import resize_embeddings
+    from ds_sft.model.load import resize_embeddings
 
     embedding = model.get_input_embeddings().weight
     rows = [len(weights[n]) for n, p in model.named_parameters() if p is embedding and n in weights]

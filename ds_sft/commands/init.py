@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
-from ds_sft.runtime.shipped import CONFIGS, TEMPLATES, command
+from ds_sft.shipped import CONFIGS, TEMPLATES, command
 
 FOLDER = Path("slurm")  # the templates look for each other by this name
 

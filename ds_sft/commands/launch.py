@@ -20,16 +20,17 @@ from typing import Any
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_usable, rows_of_epoch
-from ds_sft.config import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
+from ds_sft.engine.zero import engine_config, stage
 from ds_sft.errors import UserError
 from ds_sft.plan.schedule import mean_tokens_of, sequences, slurm_seconds
+from ds_sft.plan.size import ModelSize, in_units, model_folder, model_size, written_bytes
 from ds_sft.plan.steps import Steps, steps_of
 from ds_sft.plan.weights import choice_of
-from ds_sft.runtime.distributed import Launch, require_groups
-from ds_sft.runtime.nodes import describe_spanning
-from ds_sft.runtime.shipped import clone, command, program
-from ds_sft.runtime.size import ModelSize, in_units, model_folder, model_size, written_bytes
-from ds_sft.runtime.zero import engine_config, stage
+from ds_sft.ranks.launch import Launch, require_groups
+from ds_sft.ranks.nodes import describe_spanning
+from ds_sft.shipped import clone, command, program
 
 TEMPLATE = Path("slurm/train.sbatch")
 NO_TEMPLATE = f"there is no {TEMPLATE} here: `ds-sft init --slurm` writes the templates"

@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ds_sft.config import RECORD, TEMPLATES, Config, load_config
+from ds_sft.checkpoints.checkpoint import newest_complete
+from ds_sft.config.keys import RECORD, TEMPLATES, Config
+from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.plan.adapter import CONFIG, is_adapter
 from ds_sft.plan.source import require_model
-from ds_sft.runtime.checkpoint import newest_complete
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def _final(output_dir: Path) -> Path:
     Raises:
         UserError: the run is not finished.
     """
-    from ds_sft.runtime.adapter import exported
+    from ds_sft.model.adapter_files import exported
 
     found = exported(output_dir)
     if is_adapter(found) or any(found.glob("model*.safetensors")):
@@ -107,8 +108,8 @@ def _require_base(folder: Path) -> None:
     Raises:
         UserError: it is not.
     """
-    from ds_sft.runtime.adapter import BASE, facts_of, find_base
-    from ds_sft.runtime.base import require_base
+    from ds_sft.checkpoints.base import require_base
+    from ds_sft.model.adapter_files import BASE, facts_of, find_base
 
     base = find_base(folder)
     try:
@@ -162,7 +163,7 @@ def _require_template(checkpoint: Path) -> None:
 def _exported(checkpoint: Path, launch: Launch) -> Iterator[str]:
     """The folder of a checkpoint's model, beside it or, where that cannot be written, in the system's folder."""
     from ds_sft.commands.export import main as export
-    from ds_sft.runtime.adapter import FOLDER
+    from ds_sft.model.adapter_files import FOLDER
 
     launch.say(f"Exporting {checkpoint.name} first, into a folder that is removed afterwards.")
     try:
@@ -193,7 +194,7 @@ def _open(name: str, path: str, launch: Launch, config: Config, trained: bool) -
         UserError: it cannot be opened.
     """
     from ds_sft.data.serving import authors_template
-    from ds_sft.training.model import load_tokenizer, open_tokenizer
+    from ds_sft.model.load import load_tokenizer, open_tokenizer
 
     try:
         if is_adapter(Path(path)):

@@ -23,9 +23,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ds_sft.checkpoints.storage import nearest
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
-from ds_sft.config import AGAINST_ADAPTERS, ALIASES, MUON, TORCH_ADAMW, Config, config_file, load_config, with_changes
+from ds_sft.config.change import with_changes
+from ds_sft.config.keys import MUON, TORCH_ADAMW, Config
+from ds_sft.config.read import config_file, load_config
+from ds_sft.config.rules import AGAINST_ADAPTERS
+from ds_sft.config.upstream_keys import ALIASES
+from ds_sft.engine.zero import configured_engine
 from ds_sft.errors import UserError
 from ds_sft.plan.activations import activations
 from ds_sft.plan.cost import Hardware, hiding_bandwidth, traffic
@@ -47,9 +53,7 @@ from ds_sft.plan.rope import how_to_scale, scaled
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
 from ds_sft.plan.shape import Shape, positions_of, read_config, shape_of_run
-from ds_sft.runtime.host import memory_here
-from ds_sft.runtime.storage import nearest
-from ds_sft.runtime.zero import configured_engine
+from ds_sft.ranks.host import memory_here
 
 UNITS = {
     "": 1.0,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_sft.plan.optimizer import OPTIMIZERS
-from ds_sft.runtime.size import in_units
+from ds_sft.plan.size import in_units
 
 GB, GIB = 1e9, 2**30  # of links, as they are sold; of memory, disks and what is sent
 PARTS = ("parameters", "frozen weights", "gradients", "master weights", "optimizer states", "working copy",

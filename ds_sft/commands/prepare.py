@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ds_sft.config import Config, load_config
+from ds_sft.config.keys import Config
+from ds_sft.config.read import load_config
+from ds_sft.engine.zero import configured_engine
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.zero import configured_engine
+from ds_sft.ranks.launch import Launch
 
 USAGE = """usage: ds-sft prepare CONFIG.yaml [--key value ...]
 
@@ -26,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
         raise SystemExit(0)
     config, launch = read_config(argv, "prepare"), Launch(launcher="python")
     from ds_sft.data.dataset import load_data, print_report
-    from ds_sft.training.limits import check_limits
-    from ds_sft.training.model import load_tokenizer
+    from ds_sft.model.limits import check_limits
+    from ds_sft.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(config, launch)
     data = load_data(config, tokenizer, launch)

@@ -6,16 +6,16 @@ In the terminal learned tokens are green, special tokens bold. `--html FILE` wri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.prepare import read_config
-from ds_sft.config import Config
-from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.commands.preview_tokens import Shown, Token, describe, left_out, sequences_of, shown_of
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -32,33 +32,8 @@ With an adapter or train_only also which weights are trained, and the size of a 
 
 Any key of the configuration may follow: --max_length 1024 shows what it would cost."""
 OPEN, CLOSE = "⟦", "⟧"
-SHOWN = 20_000  # tokens of a row or a sequence that are shown, half of them its first: browsers choke on a million
 COUNTS = ("limit", "n", "num", "num_rows", "head")  # how other commands would ask for the first rows
 OPTIONS = {"rows": "1-5", "split": "train", "html": None}
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token, or the few that share a character."""
-
-    text: str
-    ids: tuple[int, ...]
-    learned: bool
-    special: bool
-    padding: bool = False
-    starts_row: bool = False  # the first of a packed row
-    left_out: int = 0  # tokens that this one stands for and that are not shown
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A row or a sequence of a batch, with where it comes from."""
-
-    title: str
-    tokens: list[Token]
-    num_tokens: int  # shown or not, without padding
-    num_learned: int
-    num_padding: int = 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options, words = take_options(argv)
     config, launch = read_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
     from ds_sft.data.dataset import load_data
-    from ds_sft.training.model import load_tokenizer
+    from ds_sft.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(config, launch)
     data = load_data(config, tokenizer, launch)
@@ -105,14 +80,14 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     Raises:
         UserError: a key names nothing in this model.
     """
+    from ds_sft.checkpoints.checkpoint import Site
+    from ds_sft.checkpoints.space import export_size, predict_size
+    from ds_sft.engine.zero import configured_engine, stage
+    from ds_sft.model.adapters import choose_weights
+    from ds_sft.model.load import make_room
+    from ds_sft.model.quantized import skeleton
     from ds_sft.plan.optimizer import state_bytes
-    from ds_sft.runtime.checkpoint import Site
-    from ds_sft.runtime.disk import export_size, predict_size
-    from ds_sft.runtime.quantized import skeleton
-    from ds_sft.runtime.size import in_units
-    from ds_sft.runtime.zero import configured_engine, stage
-    from ds_sft.training.adapters import choose_weights
-    from ds_sft.training.model import make_room
+    from ds_sft.plan.size import in_units
 
     engine, site = configured_engine(config), Site(launch, shared=True)
     model = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
@@ -179,7 +154,7 @@ def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[
     """The batch that a rank would make of these rows, whatever their number; several where tokens fill them."""
     from ds_sft.data.batches import make_batches
     from ds_sft.data.micro_batches import Batching, lengths_of
-    from ds_sft.training.model import uses_padding
+    from ds_sft.model.load import uses_padding
 
     padded = uses_padding(config, launch)
     in_batches, collate = make_batches(rows, config, tokenizer, launch, padded=padded)
@@ -192,92 +167,10 @@ def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[
     return [
         shown
         for number, batch in enumerate(batches)
-        for shown in _sequences(
+        for shown in sequences_of(
             collate([in_batches[i] for i in batch]), tokenizer, f" {number + 1}" if len(batches) > 1 else ""
         )
     ]
-
-
-def _sequences(batch: dict[str, Any], tokenizer: Any, number: str) -> list[Shown]:
-    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    masks = batch["attention_mask"].tolist() if "attention_mask" in batch else [None] * len(ids)
-    positions = batch["position_ids"].tolist() if "position_ids" in batch else [None] * len(ids)
-    shape = " x ".join(map(str, batch["input_ids"].shape))
-    return [
-        shown_of(
-            f"sequence {i + 1} of {f'batch{number}, of' if number else 'a batch of'} {shape} tokens",
-            ids[i],
-            labels[i],
-            tokenizer,
-            mask=masks[i],
-            positions=positions[i],
-        )
-        for i in range(len(ids))
-    ]
-
-
-def shown_of(
-    title: str,
-    ids: Sequence[int],
-    labels: Sequence[int],
-    tokenizer: Any,
-    *,
-    mask: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
-) -> Shown:
-    """A row or a sequence as it is shown: of a long one its first and its last tokens."""
-    num_padding = 0 if mask is None else list(mask).count(0)
-    counts = len(ids) - num_padding, len(labels) - list(labels).count(IGNORE_INDEX), num_padding
-    ends = [slice(0, SHOWN // 2), slice(len(ids) - SHOWN // 2, len(ids))] if len(ids) > SHOWN else [slice(0, len(ids))]
-    parts = [
-        tokens_of(ids[end], labels[end], tokenizer, mask=mask and mask[end], positions=positions and positions[end])
-        for end in ends
-    ]
-    if len(parts) > 1:
-        parts.insert(1, [Token("", (), learned=False, special=False, left_out=len(ids) - SHOWN)])
-    return Shown(title, [token for part in parts for token in part], *counts)
-
-
-def tokens_of(
-    ids: Sequence[int],
-    labels: Sequence[int],
-    tokenizer: Any,
-    *,
-    mask: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
-) -> list[Token]:
-    """Tokens with the text each stands for; ids that only together make a character are one token here."""
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    tokens: list[Token] = []
-    start = 0
-    while start < len(ids):
-        end = start + 1
-        text = _text(ids[start:end], tokenizer)
-        while "\ufffd" in text and end < min(len(ids), start + 4) and ids[end] not in special:
-            longer = _text(ids[start : end + 1], tokenizer)
-            end += 1
-            if "\ufffd" not in longer:
-                text = longer
-                break
-        else:
-            end = start + 1
-        tokens.append(
-            Token(
-                text,
-                tuple(ids[start:end]),
-                learned=labels[start] != IGNORE_INDEX,
-                special=ids[start] in special,
-                padding=mask is not None and not mask[start],
-                starts_row=positions is not None and positions[start] == 0,
-            )
-        )
-        start = end
-    return tokens
-
-
-def _text(ids: Sequence[int], tokenizer: Any) -> str:
-    text: str = tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
-    return text
 
 
 def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str, Any]) -> None:
@@ -299,10 +192,6 @@ def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str
     print_report(report, launch)
 
 
-def left_out(token: Token) -> str:
-    return f"⎯⎯ {token.left_out:,} tokens are not shown ⎯⎯"
-
-
 def _as_text(sequence: Shown, *, plain: bool) -> Text:
     """Tokens in their styles; `plain`: with marks around what is learned, where no style is seen."""
     from rich.text import Text
@@ -321,12 +210,6 @@ def _as_text(sequence: Shown, *, plain: bool) -> Text:
         text.append(_shown(token), style=_style(token))
         before = token.learned
     return text.append(CLOSE) if plain and before else text
-
-
-def describe(sequence: Shown) -> str:
-    share = sequence.num_learned / max(1, sequence.num_tokens)
-    padding = f", {sequence.num_padding:,} padding" if sequence.num_padding else ""
-    return f"{sequence.title} · {sequence.num_tokens:,} tokens, {sequence.num_learned:,} learned ({share:.0%}){padding}"
 
 
 def _shown(token: Token) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ds_sft.commands.page import frame
-from ds_sft.config import Config
-
-if TYPE_CHECKING:
-    from ds_sft.commands.preview import Shown, Token
+from ds_sft.commands.preview_tokens import Shown, Token, describe, left_out
+from ds_sft.config.keys import Config
 
 BARS = 40
 STYLE = """
@@ -120,8 +118,6 @@ def _histogram(lengths: np.ndarray, max_length: int) -> str:
 
 
 def _sequence(sequence: Shown) -> str:
-    from ds_sft.commands.preview import describe
-
     tokens = "".join(_token(token, first=i == 0) for i, token in enumerate(sequence.tokens))
     return (
         f'<section class="row"><header>{escape(describe(sequence))}</header><div class="text">{tokens}</div></section>'
@@ -129,8 +125,6 @@ def _sequence(sequence: Shown) -> str:
 
 
 def _token(token: Token, *, first: bool) -> str:
-    from ds_sft.commands.preview import left_out
-
     if token.left_out:
         return f'<span class="next">{left_out(token)}</span>'
     classes = "t" + " l" * token.learned + " s" * token.special + " p" * token.padding

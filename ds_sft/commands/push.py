@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_sft.commands.flags import FlagParser
-from ds_sft.config import is_repo
+from ds_sft.config.values import is_repo
 from ds_sft.errors import UserError
 
 if TYPE_CHECKING:
-    from ds_sft.runtime.parcel import Parcel
+    from ds_sft.export.parcel import Parcel
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     given = _parse(argv)
-    from ds_sft.runtime.hub import Address, send
-    from ds_sft.runtime.parcel import pack
+    from ds_sft.export.hub import Address, send
+    from ds_sft.export.parcel import pack
 
     parcel = pack(given.folder, given.repo, merged=given.merged, base=given.base, license=given.license,
                   unverified=given.unverified)  # fmt: skip
@@ -69,8 +69,8 @@ def show(parcel: Parcel) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ds_sft.runtime.parcel import TEMPLATE
-    from ds_sft.runtime.size import in_units
+    from ds_sft.export.parcel import TEMPLATE
+    from ds_sft.plan.size import in_units
 
     sizes = parcel.sizes
     table = Table(title=f"{len(sizes)} files, {in_units(sum(sizes.values()))}", title_justify="left")

@@ -16,7 +16,7 @@ from ds_sft.commands.page import frame
 from ds_sft.commands.plan_tables import duration
 from ds_sft.commands.report_figures import AXES, Picture, color_of, curves, lengths, memory, time_by_part
 from ds_sft.commands.report_runs import Run, is_number
-from ds_sft.config import STARTED_IN
+from ds_sft.config.keys import STARTED_IN
 
 SHOWN = 50  # questions
 EMPTY = '<span class="soft">nothing</span>'

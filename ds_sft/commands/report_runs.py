@@ -13,10 +13,10 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from ds_sft.checkpoints.folder_lock import RUNNING, describe, parse
 from ds_sft.errors import UserError
-from ds_sft.runtime.folder_lock import RUNNING, describe, parse
-from ds_sft.runtime.preempt import PREEMPTED
-from ds_sft.runtime.results import RESULTS
+from ds_sft.ranks.stop import PREEMPTED
+from ds_sft.results import RESULTS
 
 METRICS, CONFIG, DATA, PREDICTIONS = "metrics.jsonl", "config.yaml", "data_report.json", "predictions.jsonl"
 SCORES = {"exact_match": "exact match", "chrf": "chrF", "rouge_l": "ROUGE-L"}  # of an evaluation -> their names

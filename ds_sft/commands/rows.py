@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.files import BadRow, DataFile, find_files, holds_lines
 from ds_sft.data.records import read_dialogues, reading_of
 from ds_sft.errors import UserError

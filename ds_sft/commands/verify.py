@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ds_sft.commands.flags import FlagParser
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import print_line
-from ds_sft.runtime.results import KEPT, RESULTS, write_json
+from ds_sft.ranks.launch import print_line
+from ds_sft.results import KEPT, RESULTS, write_json
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f'{folder}: no {KEPT} in it; it is there where a run ended with "Export not verified: no memory"'
         )
-    from ds_sft.runtime.verify import ExportError, Question, require_verified, verify_or_keep
+    from ds_sft.export.verify import ExportError, Question, require_verified, verify_or_keep
 
     result = verify_or_keep(folder, Question(**json.loads(kept.read_text(encoding="utf-8"))))
     run = folder / RESULTS

@@ -12,12 +12,12 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
+from ds_sft.data.batch import collate_flat, collate_padded, collate_share, views_of
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.layout import collate_flat, collate_padded, collate_share, views_of
 from ds_sft.data.micro_batches import Batching, lengths_of
 from ds_sft.data.packing import PackedRows, plan_packs
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 NOTHING = -1  # the row of a rank for which the end of an epoch has none left
 

@@ -33,12 +33,12 @@ import pyarrow as pa
 import xxhash
 from filelock import FileLock
 
-from ds_sft.config import TEMPLATES, Config
+from ds_sft.config.keys import TEMPLATES, Config
 from ds_sft.data.encode import Encoded, Encoder, use_threads
 from ds_sft.data.files import BadRow, DataFile, Progress, Raw
 from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 MAX_BAD_ROWS_SHOWN = 20
 MAX_FIELDS = 100  # names of fields that are counted; rows may bring names without end

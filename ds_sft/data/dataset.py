@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ds_sft.config import Config, is_repo
+from ds_sft.config.keys import Config
+from ds_sft.config.values import is_repo
 from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
 from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
 from ds_sft.data.encode import Encoder
@@ -21,7 +22,7 @@ from ds_sft.data.files import BadRow, DataFile, find_files
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.report import Report, describe, print_report
 from ds_sft.errors import UserError
-from ds_sft.runtime.distributed import Launch, print_line
+from ds_sft.ranks.launch import Launch, print_line
 
 __all__ = ["Data", "Measured", "load_data", "load_measured", "print_report", "read_rows"]
 ROWS = np.dtype([*STATS.descr, ("file", "<i4")])

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory

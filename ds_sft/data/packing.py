@@ -1,7 +1,7 @@
 """Which rows share a sequence (`packing: concat`).
 
 Whole rows only. Position ids start at 0 with every row, and there is no attention mask: from that
-training/attention.py, or transformers' mask (masking_utils.py), keeps the rows of a sequence apart, so a packed row is
+model/attention.py, or transformers' mask (masking_utils.py), keeps the rows of a sequence apart, so a packed row is
 learned as if it were alone.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_sft.data.layout import Ids, concatenate, views_of
+from ds_sft.data.batch import Ids, concatenate, views_of
 
 
 @dataclass(frozen=True)

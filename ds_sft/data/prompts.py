@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.content import THINKING
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow, find_files

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.content import as_object
 from ds_sft.data.files import ROWS_UNDER, BadRow, DataFile, Raw
 from ds_sft.data.shapes import Message, Shape, to_messages

@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_sft.data.cache import Counts
 from ds_sft.data.encode import LONGER, TOO_LONG
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 LONGEST = 10  # rows named with their lengths
 ROUND = 64  # tokens: recommended lengths are multiples, as GPUs like them

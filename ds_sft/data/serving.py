@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.templates import ChatTemplate, Reference, open_template
 from ds_sft.data.turns import EMPTY_BLOCK, common_start
-from ds_sft.runtime.distributed import Launch
+from ds_sft.ranks.launch import Launch
 
 # `Reference.pieces` in Jinja, under the values of `system_turn`, `end` and `thinking`.
 REFERENCE = """

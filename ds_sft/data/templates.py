@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.content import THINKING
 from ds_sft.data.files import BadRow
 from ds_sft.data.hermes import HERMES

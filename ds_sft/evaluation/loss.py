@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ds_sft.data.layout import LAYOUT, collate_padded
+from ds_sft.data.batch import LAYOUT, collate_padded
 from ds_sft.plan.activations import CHUNK_BYTES
 
 PLACES = 8192  # of a batch, padding included

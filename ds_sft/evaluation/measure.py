@@ -10,20 +10,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ds_sft.config import SAMPLING, Config
+from ds_sft.config.keys import Config
+from ds_sft.config.values import SAMPLING
+from ds_sft.data.batch import views_of
 from ds_sft.data.dataset import Measured, read_rows
 from ds_sft.data.encode import Encoder
 from ds_sft.data.files import BadRow
-from ds_sft.data.layout import views_of
 from ds_sft.errors import UserError
 from ds_sft.evaluation.bootstrap import Floats
 from ds_sft.evaluation.loss import loss_batches, row_losses
 from ds_sft.evaluation.progress import progress
 from ds_sft.evaluation.scores import THOUGHT, score
-from ds_sft.predict import answer_batch, load_to_answer
-from ds_sft.runtime.placement import is_out_of_memory
-from ds_sft.runtime.work import Work
-from ds_sft.training.limits import positions_left
+from ds_sft.export.placement import is_out_of_memory
+from ds_sft.export.predict import answer_batch, load_to_answer
+from ds_sft.model.limits import positions_left
+from ds_sft.ranks.work import Work
 
 MAX_ROWS = 32  # answered together
 MAX_TOKENS = 32_768  # of prompts and answers together, unless one row has more

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from ds_sft.runtime.distributed import Launch, print_line
+from ds_sft.ranks.launch import Launch, print_line
 
 LINE_SECONDS = 30.0  # from one line to the next
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.data.dataset import Data, Measured
 from ds_sft.errors import UserError
 from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, choose, measure, places_of, read_items
 from ds_sft.evaluation.report import answer_line, describe, write_answers
+from ds_sft.model.adapter_files import exported, find_base
+from ds_sft.model.limits import check_limits
 from ds_sft.plan.adapter import is_adapter
-from ds_sft.runtime.adapter import exported, find_base
-from ds_sft.runtime.distributed import Launch, print_line
-from ds_sft.runtime.work import Work
-from ds_sft.training.limits import check_limits
+from ds_sft.ranks.launch import Launch, print_line
+from ds_sft.ranks.work import Work
 
 ANSWERS = "evaluation.jsonl"  # of a run
 

@@ -130,7 +130,7 @@ def outside_layers(run: Run) -> int:
 
 
 def chunk_logits(run: Run, tokens: int) -> int:
-    """Logits of a chunk (`training/loss.py`), as the product leaves them, and on a CPU in float32 too."""
+    """Logits of a chunk (`model/loss.py`), as the product leaves them, and on a CPU in float32 too."""
     chunk = min(tokens, max(1, CHUNK_BYTES // (FP32 * run.shape.vocab)))
     return chunk * run.shape.vocab * (run.width + (FP32 if run.half and run.lazy else 0))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.plan.optimizer import FLOAT32, StateBytes
 
 
 class Sized(Protocol):
-    """A `Shape`, or what the headers of a model's files say (`runtime/size.py`)."""
+    """A `Shape`, or what the headers of a model's files say (`plan/size.py`)."""
 
     @property
     def parameters(self) -> int: ...

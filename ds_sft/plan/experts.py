@@ -6,7 +6,7 @@ from ds_sft.plan.blocks import Experts
 from ds_sft.plan.run import Run, gates_kept, inputs_kept
 from ds_sft.plan.weights import FP32, Learned
 
-EXPERT_BLOCK = 16  # tokens of an expert are filled up to it on a CPU in 16 bits (`training/experts.py`)
+EXPERT_BLOCK = 16  # tokens of an expert are filled up to it on a CPU in 16 bits (`model/experts.py`)
 INDEX = 8  # an int64
 # oneDNN keeps what it compiled for products of each number of rows, up to so many: 0.55 MiB each (a CPU in bfloat16,
 # torch 2.13, 256 x 384 to 512 x 384).
@@ -28,7 +28,7 @@ def experts_kept(run: Run, learned: Learned, experts: Experts) -> int:
 
     On a GPU transformers' `grouped_mm_experts_forward` (`integrations/moe.py`): copies of the tokens sorted by expert,
     both projections in one, the activation, the product, and what comes out, which is weighted there. On a CPU
-    `training/experts.py`, which weights what goes into the second matrix.
+    `model/experts.py`, which weights what goes into the second matrix.
     """
     h, inner, w = run.shape.hidden, experts.intermediate, run.width
     first, second = (inputs_kept(run, learned, f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))

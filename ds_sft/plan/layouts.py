@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, Step, step_time
 from ds_sft.plan.memory import Memory, peak
@@ -209,7 +209,7 @@ def needed(run: Run, per_node: int, gpu_memory: float) -> tuple[Memory, int, int
 
 
 def loading_bytes(run: Run, gpu_memory: float) -> int:
-    """Host memory of a rank while it loads (`training/model.py`), and DeepSpeed makes its flat weights.
+    """Host memory of a rank while it loads (`model/load.py`), and DeepSpeed makes its flat weights.
 
     Weights go to the GPU a tensor at a time; under stage 3 a rank's share is counted beside it. Stages 1 and 2 copy
     what is trained into one buffer (`stage_1_and_2.py`): on the GPU where that is free there, else on the host, from

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ds_sft.config import MUON, TORCH_ADAMW, Config
+from ds_sft.config.keys import MUON, TORCH_ADAMW, Config
 from ds_sft.plan.weights import EMBEDDING, FP32, Weight
 
 ADAMW, EIGHT_BITS = "adamw_torch", "adamw_8bit"

@@ -7,7 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ds_sft.config import AGAINST_SEQUENCE_PARALLEL, Config
+from ds_sft.config.keys import Config
+from ds_sft.config.rules import AGAINST_SEQUENCE_PARALLEL
 from ds_sft.plan.cost import Hardware
 from ds_sft.plan.layouts import NAMED, Option, option
 from ds_sft.plan.run import Run

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ds_sft.config import ROPE_TYPES
+from ds_sft.config.values import ROPE_TYPES
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import positions_of, rope_of
 

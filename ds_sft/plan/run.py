@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ds_sft.config import MUON
+from ds_sft.config.keys import MUON
 from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
@@ -48,11 +48,11 @@ class Run:
     packed: bool = False  # a micro batch is one sequence of `micro_batch` x `length` tokens, of several rows
     flat: bool = False  # the same of rows that are not packed
     max_tokens: int | None = None  # of a micro batch, where it has fewer than `micro_batch` x `length`
-    attention: str = "rows"  # training/attention.py where rows are packed or flat, else `sdpa`
+    attention: str = "rows"  # model/attention.py where rows are packed or flat, else `sdpa`
     eval_batch: int = 0  # rows of a validation batch; 0: no validation
     learned: float = 1.0  # share of the tokens that are supervised, at most
     lazy: bool = False  # a CPU: memory counts once it is written to, not when it is allocated
-    fused: bool = False  # norms, rotations and gates by Liger (`training/fused.py`)
+    fused: bool = False  # norms, rotations and gates by Liger (`model/fused.py`)
     choice: Choice = ALL  # of what is trained
     sequence: int = 1  # ranks that share each row (`sequence_parallel`)
     inputs_on_host: bool = False  # what checkpointing keeps of layers (`activation_checkpointing: offload`)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, model_flops_per_token, step_time
 from ds_sft.plan.run import Run

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.blocks import Experts, Latent, gated_mlp, linear
 from ds_sft.plan.source import cached_config, is_folder, require_model

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-from ds_sft.config import MUON
+from ds_sft.config.keys import MUON
 from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS, MOMENTS, eight_bits, is_hidden, whole_moments
 from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.weights import FP32
 
-PINNED = 32 * 2**20  # bytes of a buffer that layers' inputs are offloaded to, at most (`training/offload.py`)
+PINNED = 32 * 2**20  # bytes of a buffer that layers' inputs are offloaded to, at most (`model/offload.py`)
 
 
 def states(run: Run) -> dict[str, int]:
@@ -146,7 +146,7 @@ def in_share(run: Run, rank: int) -> Iterator[tuple[int, int, int]]:
 
 
 def working_copy(run: Run) -> int:
-    """Without DeepSpeed bfloat16 weights are made once a step (`training/working_copy.py`).
+    """Without DeepSpeed bfloat16 weights are made once a step (`model/working_copy.py`).
 
     float16 and `torch_compile` stay under autocast, which takes 5 to 14 % more in all, and is not followed here.
     """

@@ -1,6 +1,6 @@
 """Which weights of a model a run trains, told from names and shapes alone: all, adapters beside frozen ones, or some.
 
-As peft 0.21 names and shapes what it puts into a model (`training/adapters.py` has it do so), and bitsandbytes 0.50
+As peft 0.21 names and shapes what it puts into a model (`model/adapters.py` has it do so), and bitsandbytes 0.50
 stores 4 bits.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ds_sft.config import Config
+from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 
 # Of the parts of a layer that are trained, such as self_attn.q_proj: whole, not by an adapter?
 Learned = Mapping[str, bool]
 Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by their names in it; tied ones once
-ALL_LINEAR, EXPERTS = "all-linear", "experts"  # of `lora_targets`, as `training/targets.py` has them
+ALL_LINEAR, EXPERTS = "all-linear", "experts"  # of `lora_targets`, as `model/targets.py` has them
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 # Modules with a matrix that has no adapter, beside those with "emb" in their name: routers, ends of other models.
 NO_LINEAR = (HEAD, "wte", "wpe", "gate", "router", "shared_expert_gate")

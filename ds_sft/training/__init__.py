@@ -1,1 +1,1 @@
-"""How it is learned: the model, the loss, the Trainer."""
+"""How it is learned: the arguments, the Trainer, its optimizers, what is measured and shown."""

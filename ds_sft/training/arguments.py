@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import MUON, OUR_ORDERS, SECRETS, Config
+from ds_sft.config.keys import MUON, OUR_ORDERS, SECRETS, Config
 from ds_sft.data.micro_batches import Batching, Seam, lengths_of
+from ds_sft.engine.builds import hold_builds_by_flock, import_muon, remove_stale_locks
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
-from ds_sft.runtime.builds import hold_builds_by_flock, import_muon, remove_stale_locks
-from ds_sft.runtime.distributed import Launch, gather, start_gloo
+from ds_sft.ranks.collectives import gather, start_gloo
+from ds_sft.ranks.launch import Launch
 from ds_sft.upstream import require_names
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
         keys.pop(name, None)
     if keys.get("save_strategy") == "best":
         keys.setdefault("metric_for_best_model", "eval_loss")
-    keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see runtime/hub.py
+    keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see export/hub.py
     for name in SECRETS:
         keys.pop(name, None)  # Trainer writes its arguments into every checkpoint
     keys.setdefault("ddp_find_unused_parameters", False)  # every parameter of a causal model takes part in every step

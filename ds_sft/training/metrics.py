@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_sft.data.layout import Layout
+from ds_sft.data.batch import Layout
+from ds_sft.model.lend import lend
+from ds_sft.model.loss import output_projection
+from ds_sft.model.quantized import elements
+from ds_sft.model.sequence import SequenceGroup
+from ds_sft.model.targets import shape_of
 from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
-from ds_sft.runtime.distributed import gather_numbers
-from ds_sft.runtime.peak import Peak
-from ds_sft.runtime.quantized import elements
-from ds_sft.runtime.results import peak_memory
-from ds_sft.training.loss import output_projection
-from ds_sft.training.sequence import SequenceGroup
-from ds_sft.training.targets import shape_of
+from ds_sft.ranks.collectives import gather_numbers
+from ds_sft.results import peak_memory
+from ds_sft.training.peak import Peak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -339,20 +340,20 @@ class Meter:
         if self.talking == "communication":
             timed = {name: self._timed_collective(getattr(comm.cdb, name)) for name in COLLECTIVES}
             for name in ("forward", "backward", "step"):
-                self._replace(engine, name, _while_replaced(getattr(engine, name), comm.cdb, timed))
+                self._lend(engine, name, _while_replaced(getattr(engine, name), comm.cdb, timed))
             for path in WAITS if self.clock.on_gpu else ():
                 self._time_wait(engine.optimizer, path)
-        self._replace(engine, "step", self._timed(engine.step, "optimizer"))
+        self._lend(engine, "step", self._timed(engine.step, "optimizer"))
 
     def _time_wait(self, optimizer: Any, path: str) -> None:
         """Time a method where an optimizer has it; what is on its path differs between stages."""
         *owners, name = path.split(".")
         owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, optimizer)
         if hasattr(owner, name):
-            self._replace(owner, name, self._timed(getattr(owner, name), "communication"))
+            self._lend(owner, name, self._timed(getattr(owner, name), "communication"))
 
-    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self.replaced.callback(replace(owner, {name: function}))
+    def _lend(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self.replaced.callback(lend(owner, {name: function}))
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -373,7 +374,7 @@ class Meter:
 
     def time_exchange(self, group: SequenceGroup) -> None:
         """Time what ranks that share rows exchange in attention, until `stop`."""
-        self._replace(group, "exchange", self._timed(group.exchange, "communication"))
+        self._lend(group, "exchange", self._timed(group.exchange, "communication"))
 
     def time_reduction(self, model: Any, accelerator: Any) -> None:
         """Time what a model under DistributedDataParallel waits for: before forward, and after the last gradient.
@@ -399,7 +400,7 @@ class Meter:
             if len(self.clock.open) > depth:
                 self.clock.end()
 
-        self._replace(accelerator, "backward", timed)
+        self._lend(accelerator, "backward", timed)
 
     def _end_of_wait(self, *_: Any) -> None:
         """The model's own forward begins; in an evaluation nobody has waited."""
@@ -407,25 +408,12 @@ class Meter:
             self.clock.end()
 
 
-def replace(owner: Any, functions: dict[str, Callable[..., Any]]) -> Callable[[], None]:
-    """Let an object have these functions of its own; what is returned takes them off again."""
-    own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
-    vars(owner).update(functions)
-
-    def take_off() -> None:
-        for name in functions:
-            vars(owner).pop(name, None)
-        vars(owner).update(own)
-
-    return take_off
-
-
 def _while_replaced(
     function: Callable[..., Any], owner: Any, functions: dict[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        take_off = replace(owner, functions)
+        take_off = lend(owner, functions)
         try:
             return function(*args, **kwargs)
         finally:

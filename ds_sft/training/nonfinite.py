@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
+from ds_sft.checkpoints.checkpoint import newest_complete
+from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.data.batches import single_rows
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.layout import LAYOUT, Layout
 from ds_sft.errors import RunError
-from ds_sft.runtime.checkpoint import newest_complete
-from ds_sft.runtime.distributed import gather
+from ds_sft.ranks.collectives import gather
 from ds_sft.training.resumable import ResumableTrainer
 
 MAX_IN_A_ROW = 5  # steps left out one after the other: then `skip` ends the run, too

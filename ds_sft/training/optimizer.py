@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ds_sft.config import MUON, Config
-from ds_sft.runtime.distributed import Launch
+from ds_sft.config.keys import MUON, Config
+from ds_sft.ranks.launch import Launch
 from ds_sft.training.muon import muon_of, partitioned_muon_of
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, supported_activities
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft.config import Config, step_range
-from ds_sft.runtime.distributed import Launch, print_line
+from ds_sft.config.keys import Config
+from ds_sft.config.values import step_range
+from ds_sft.ranks.launch import Launch, print_line
 
 TOP = 10  # operators in the table
 FOLDER = "profile"

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft.runtime.distributed import print_line
+from ds_sft.ranks.launch import print_line
 
 EVALUATION_LINES = 30.0  # seconds from one line of an evaluation to the next
 

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.config import Config
-from ds_sft.runtime.adapter import from_anywhere
-from ds_sft.runtime.distributed import Launch, gather
-from ds_sft.runtime.results import git_commit, peak_memory, versions
-from ds_sft.runtime.size import in_units
-from ds_sft.runtime.zero import stage
-from ds_sft.training.adapters import count_parameters
+from ds_sft.config.keys import Config
+from ds_sft.engine.zero import stage
+from ds_sft.model.adapter_files import from_anywhere
+from ds_sft.model.adapters import count_parameters
+from ds_sft.plan.size import in_units
+from ds_sft.ranks.collectives import gather
+from ds_sft.ranks.launch import Launch
+from ds_sft.results import git_commit, peak_memory, versions
 from ds_sft.training.metrics import PARTS
 
 if TYPE_CHECKING:

@@ -23,11 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, set_seed
 
-from ds_sft.config import OUR_ORDERS
-from ds_sft.data.micro_batches import Batching
-from ds_sft.errors import UserError
-from ds_sft.plan.weights import met_by_token
-from ds_sft.runtime.checkpoint import (
+from ds_sft.checkpoints.checkpoint import (
     Checkpoint,
     Site,
     complete,
@@ -37,13 +33,9 @@ from ds_sft.runtime.checkpoint import (
     rotate,
     sync_and_hash,
 )
-from ds_sft.runtime.disk import no_room
-from ds_sft.runtime.distributed import barrier, gather, sum_over_ranks
-from ds_sft.runtime.export import end_answers_at
-from ds_sft.runtime.identity import EVAL_DATA, Changes
-from ds_sft.runtime.preempt import Stopped, StopRequests
-from ds_sft.runtime.quantized import elements
-from ds_sft.runtime.trained import (
+from ds_sft.checkpoints.identity import EVAL_DATA, Changes
+from ds_sft.checkpoints.space import no_room
+from ds_sft.checkpoints.trained import (
     expect_trained_only,
     is_converted,
     load_converted,
@@ -51,9 +43,17 @@ from ds_sft.runtime.trained import (
     save_trained,
     trained_weights,
 )
+from ds_sft.config.keys import OUR_ORDERS
+from ds_sft.data.micro_batches import Batching
+from ds_sft.errors import UserError
+from ds_sft.export.weights import end_answers_at
+from ds_sft.model.quantized import elements
+from ds_sft.model.routing import routing_of
+from ds_sft.plan.weights import met_by_token
+from ds_sft.ranks.collectives import barrier, gather, sum_over_ranks
+from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.training.hyperparameters import Asked
 from ds_sft.training.metrics import factors, share_of_experts
-from ds_sft.training.routing import routing_of
 
 # What torch says, as a RuntimeError, when it cannot write a file; any other one (memory, a collective) is a failure.
 TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d|Parent directory .* not exist")
@@ -414,7 +414,7 @@ class ResumableTrainer(Trainer):
             self.write_troubles.append(describe(error))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; of a model with frozen weights those that are trained, see `runtime/trained.py`."""
+        """As Trainer's; of a model with frozen weights those that are trained, see `checkpoints/trained.py`."""
         if not self.run.freezes:
             super().save_model(output_dir, _internal_call=_internal_call)
             return

@@ -27,25 +27,25 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from ds_sft.config import OUR_ORDERS
+from ds_sft.config.keys import OUR_ORDERS
+from ds_sft.data.batch import LAYOUT, views_of
 from ds_sft.data.batches import Ahead, GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.layout import LAYOUT, views_of
 from ds_sft.data.micro_batches import lengths_of
-from ds_sft.runtime.distributed import barrier, sum_over_ranks
-from ds_sft.runtime.peak import device_peak
-from ds_sft.runtime.zero import stage
-from ds_sft.training.attention import attention_of
-from ds_sft.training.fused import compiles_layers
-from ds_sft.training.loss import supervised_loss
+from ds_sft.engine.zero import stage
+from ds_sft.model.attention import attention_of
+from ds_sft.model.fused import compiles_layers
+from ds_sft.model.load import computing_dtype
+from ds_sft.model.loss import supervised_loss
+from ds_sft.model.offload import offload_of
+from ds_sft.model.routing import routing_of
+from ds_sft.model.working_copy import LentCopy, WorkingCopy
+from ds_sft.ranks.collectives import barrier, sum_over_ranks
 from ds_sft.training.metrics import EVALUATION, Meter
-from ds_sft.training.model import computing_dtype
 from ds_sft.training.nonfinite import FiniteTrainer
-from ds_sft.training.offload import offload_of
+from ds_sft.training.peak import device_peak
 from ds_sft.training.progress import ProgressLine
 from ds_sft.training.resumable import StepBoundary
-from ds_sft.training.routing import routing_of
-from ds_sft.training.working_copy import LentCopy, WorkingCopy
 
 
 class RankRows(Dataset[dict[str, Any]]):

@@ -12,10 +12,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-import ds_sft.runtime.export
+import ds_sft.export.weights
 from ds_sft.train import main
 
-export_model = ds_sft.runtime.export.export_model
+export_model = ds_sft.export.weights.export_model
 
 
 def export_damaged(trainer: Any, tokenizer: Any, config: Any, launch: Any, **told: Any) -> None:
@@ -34,5 +34,5 @@ def damage(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    ds_sft.runtime.export.export_model = export_damaged
+    ds_sft.export.weights.export_model = export_damaged
     sys.exit(main())

@@ -16,9 +16,9 @@ import time
 from typing import Any
 
 import ds_sft.data.dataset
-import ds_sft.predict
-import ds_sft.runtime.export
-from ds_sft.runtime import preempt
+import ds_sft.export.predict
+import ds_sft.export.weights
+from ds_sft.ranks import stop as preempt
 from ds_sft.train import main
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.trainer import SFTTrainer
@@ -48,8 +48,8 @@ def install(at: str) -> None:
         "end": (SFTTrainer, "_finalize_training"),
         "start": (SFTTrainer, "train"),
         "encode": (ds_sft.data.dataset, "load_data"),
-        "export": (ds_sft.runtime.export, "export_model"),
-        "predict": (ds_sft.predict, "predict"),
+        "export": (ds_sft.export.weights, "export_model"),
+        "predict": (ds_sft.export.predict, "predict"),
     }[place]
     original = getattr(owner, method)
 

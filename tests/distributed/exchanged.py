@@ -15,9 +15,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from ds_sft.runtime import network
-from ds_sft.runtime.distributed import Launch, end_group
-from ds_sft.training.sequence import join_group
+from ds_sft.model.sequence import join_group
+from ds_sft.ranks import network
+from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.launch import Launch
 
 CASES = (([0, 0, 1, 1], 2), ([0, 0, 0, 1], 2), ([0, 0, 1, 1], 4), ([0, 1, 2, 3], 2), ([0, 0, 0, 0], 4))
 

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import ds_sft.predict
-import ds_sft.runtime.export
-import ds_sft.training.model
-from ds_sft.runtime.distributed import print_line
+import ds_sft.export.predict
+import ds_sft.export.weights
+import ds_sft.model.load
+from ds_sft.ranks.launch import print_line
 from ds_sft.train import main
 from ds_sft.training.metrics import Clock
 from ds_sft.training.trainer import SFTTrainer
 
 PLACES = {
-    "load": (ds_sft.training.model, "load_model"),
+    "load": (ds_sft.model.load, "load_model"),
     "train": (SFTTrainer, "training_step"),
     "eval": (SFTTrainer, "evaluation_loop"),
     "save": (SFTTrainer, "_save_checkpoint"),
-    "export": (ds_sft.runtime.export, "full_weights"),
-    "predict": (ds_sft.predict, "predict"),
+    "export": (ds_sft.export.weights, "full_weights"),
+    "predict": (ds_sft.export.predict, "predict"),
 }
 
 

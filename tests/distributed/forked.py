@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import psutil
 
 import ds_sft
-from ds_sft.runtime.builds import import_muon
+from ds_sft.engine.builds import import_muon
 from tests.distributed.harness import abort, free_port, kill
 
 OURS = [module.name for module in pkgutil.walk_packages(ds_sft.__path__, "ds_sft.")]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import ds_sft.runtime.release
+import ds_sft.engine.release
 import tests.distributed.splits as splits
 
-release = ds_sft.runtime.release.release
+release = ds_sft.engine.release.release
 found: dict[str, Any] = {}
 
 
@@ -52,5 +52,5 @@ def count_before(file: str) -> None:
 
 
 if __name__ == "__main__":
-    ds_sft.runtime.release.release = release_and_count
+    ds_sft.engine.release.release = release_and_count
     splits.main(sys.argv[1:], before_each=count_before)

@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-import ds_sft.training.model
+import ds_sft.model.load
 from ds_sft.train import main
 
-load_model = ds_sft.training.model.load_model
+load_model = ds_sft.model.load.load_model
 from_pretrained = AutoModelForCausalLM.from_pretrained
 found: dict[str, Any] = {}
 
@@ -38,7 +38,7 @@ def load_and_look(*args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    ds_sft.training.model.load_model = load_and_look
+    ds_sft.model.load.load_model = load_and_look
     AutoModelForCausalLM.from_pretrained = watched
     code = main()
     found["group_left"] = dist.is_initialized()

@@ -14,7 +14,7 @@ import torch
 
 import ds_sft.train
 import tests.distributed.listed  # noqa: F401, it registers its model
-from ds_sft.training.experts import experts_of
+from ds_sft.model.experts import experts_of
 from tests.distributed.splits import main
 
 load_model_to_train = ds_sft.train.load_model_to_train

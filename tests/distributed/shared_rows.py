@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_sft.data.layout import collate_flat, collate_share
-from ds_sft.runtime.distributed import Launch, end_group
-from ds_sft.training.attention import attention_of, keep_rows_apart
-from ds_sft.training.loss import supervise
-from ds_sft.training.sequence import SequenceGroup, join_group
+from ds_sft.data.batch import collate_flat, collate_share
+from ds_sft.model.attention import attention_of, keep_rows_apart
+from ds_sft.model.loss import supervise
+from ds_sft.model.sequence import SequenceGroup, join_group
+from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.launch import Launch
 from tests.test_attention import learn, make, make_rows
 from tests.test_loss import apart
 

@@ -15,10 +15,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import ds_sft.training.arguments
 import ds_sft.training.trainer
-from ds_sft.config import load_config
-from ds_sft.runtime.distributed import end_group, read_launch
-from ds_sft.runtime.folder_lock import FolderLock
-from ds_sft.runtime.preempt import watch_for_stop
+from ds_sft.checkpoints.folder_lock import FolderLock
+from ds_sft.config.read import load_config
+from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.launch import read_launch
+from ds_sft.ranks.stop import watch_for_stop
 from ds_sft.train import run
 
 start_gloo = ds_sft.training.arguments.start_gloo

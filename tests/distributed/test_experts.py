@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tests.distributed.listed  # noqa: F401, it registers its model
-from ds_sft.training.experts import experts_of
+from ds_sft.model.experts import experts_of
 from tests.distributed.harness import run_forked, script, step_losses, write_yaml
 from tests.distributed.routed import send_elsewhere
 from tests.distributed.test_trajectory import (

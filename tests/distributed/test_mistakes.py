@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ds_sft.runtime.preempt import LAUNCHER_DIED
+from ds_sft.ranks.stop import LAUNCHER_DIED
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import ROOT, end_tree, entry, run, train, wait_until_gone
 

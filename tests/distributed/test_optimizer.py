@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from ds_sft.checkpoints.universal import load_data_only
 from ds_sft.commands.export import main as export
-from ds_sft.runtime.universal import load_data_only
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.test_adapters import LAYERS, LORA, MARK, MARKED, RANKS, keys_of
 from tests.distributed.test_resume import NUM_ROWS, dropout_dir, job, metrics, run_job, run_jobs

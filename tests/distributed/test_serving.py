@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from ds_sft.cli import main
-from ds_sft.config import load_config
+from ds_sft.config.read import load_config
 from ds_sft.data.encode import Encoder
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message

@@ -25,7 +25,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.commands.export import main as export
-from ds_sft.data.layout import collate_padded
+from ds_sft.data.batch import collate_padded
 from tests.conftest import write_rows
 from tests.distributed.harness import ROOT, read_lines, run_forked, script, step_losses, train, write_yaml
 from tests.test_encode import reference_row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ds_sft.training import tiling
+from ds_sft.model import tiling
 from tests.distributed.splits import main
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ds_sft.runtime.distributed import grow_segments, read_launch
+from ds_sft.ranks.launch import grow_segments, read_launch
 
 grow_segments(os.environ)  # as train.py does before torch is there
 
@@ -24,10 +24,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 from transformers import TrainerCallback  # noqa: E402
 
 import ds_sft.training.profile  # noqa: E402
-from ds_sft.config import load_config  # noqa: E402
-from ds_sft.runtime.distributed import end_group  # noqa: E402
-from ds_sft.runtime.folder_lock import FolderLock  # noqa: E402
-from ds_sft.runtime.preempt import watch_for_stop  # noqa: E402
+from ds_sft.checkpoints.folder_lock import FolderLock  # noqa: E402
+from ds_sft.config.read import load_config  # noqa: E402
+from ds_sft.ranks.collectives import end_group  # noqa: E402
+from ds_sft.ranks.stop import watch_for_stop  # noqa: E402
 from ds_sft.train import run  # noqa: E402
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ds_sft.runtime.verify import BOUNDS
+from ds_sft.export.verify import BOUNDS
 from tests.conftest import write_rows
 from tests.distributed.harness import read_lines, step_losses
 from tests.distributed.test_trajectory import BF16_LOSS, ROWS, engine

@@ -11,8 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
-from ds_sft.training.offload import InputOffload, StreamCopies
-from ds_sft.training.tiling import TILE, TiledMLP
+from ds_sft.model.offload import InputOffload, StreamCopies
+from ds_sft.model.tiling import TILE, TiledMLP
 from tests.gpu.lane import DEVICE, GPU, ON_GPU, make
 from tests.test_offload import LateCopies
 

@@ -12,15 +12,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ds_sft.config import Config
-from ds_sft.predict import generate
-from ds_sft.runtime.distributed import Launch
-from ds_sft.runtime.verify import loss_on_disk
-from ds_sft.training import loss as loss_module
-from ds_sft.training.attention import Attention, RowBorders, rows_attention
-from ds_sft.training.loss import LogitTerms, supervise
-from ds_sft.training.sequence import SequenceGroup
-from ds_sft.training.working_copy import LentCopy, WorkingCopy
+from ds_sft.config.keys import Config
+from ds_sft.export.predict import generate
+from ds_sft.export.verify import loss_on_disk
+from ds_sft.model import loss as loss_module
+from ds_sft.model.attention import Attention, RowBorders, rows_attention
+from ds_sft.model.loss import LogitTerms, supervise
+from ds_sft.model.sequence import SequenceGroup
+from ds_sft.model.working_copy import LentCopy, WorkingCopy
+from ds_sft.ranks.launch import Launch
 from tests.gpu.lane import DEVICE, GPU, LONG, ON_GPU, make
 
 pytestmark = GPU

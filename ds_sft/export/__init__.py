@@ -1,0 +1,1 @@
+"""What a run leaves for others: final weights, verified; merged, answering, pushed."""

@@ -1,0 +1,54 @@
+"""Masks of padded batches, made without a look at the device.
+
+Transformers leaves a mask out where nothing is padded, and reads the whole attention mask to know: once or twice a
+micro batch, and once more for linear attention, the host waits until the device has come that far. Whoever put the
+batch together knows. While a model computes a batch that comes with its `Layout`, the functions of transformers' that
+look are answered from it; in between, and for whoever computes without a layout, they are as they were. The masks are
+the same, bit for bit. (Eager attention looks at nothing by itself; flash-attention looks for the rows in any case.)
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import masking_utils
+
+from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.model.lend import lend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def know_padding(model: PreTrainedModel) -> None:
+    """Let the masks of a model's padded batches be made from what the batches say of themselves.
+
+    Not for one that is compiled as a whole: no values are looked at there, every mask is made.
+    """
+    own, answers = sys.modules[type(model.base_model).__module__], ExitStack()
+
+    def begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        layout: Layout | None = kwargs.get(LAYOUT)
+        if layout is None or kwargs.get("attention_mask") is None:
+            return
+        whole = layout.tokens == layout.places
+        known = {"fast_all": lambda mask: whole, "create_recurrent_attention_mask": _nothing if whole else _as_it_is}
+        for module in (masking_utils, own):  # a model has imported the second one into its own
+            there = {name: function for name, function in known.items() if hasattr(module, name)}
+            answers.callback(lend(module, there))
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(lambda model, args, output: answers.close(), always_call=True)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """The mask of linear attention where nothing is padded."""
+
+
+def _as_it_is(config: Any, inputs_embeds: Any, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The mask of linear attention, [rows, longest], where something is."""
+    return attention_mask

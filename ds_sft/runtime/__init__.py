@@ -1,1 +1,0 @@
-"""Where it runs: ranks and nodes, DeepSpeed, the files a run leaves."""
