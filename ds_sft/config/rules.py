@@ -196,6 +196,11 @@ def _check_company(config: Config, given: Mapping[str, Given]) -> None:
     for name, (needed, remedy) in ALONE_NOTHING.items():
         if training.get(name) and not training.get(needed):
             raise UserError(f"{given[name].where}{name}: it does nothing alone: write {remedy} too, or leave it out")
+    if training.get("neftune_noise_alpha") and training.get("torch_compile"):
+        raise UserError(
+            f"{given['neftune_noise_alpha'].where}neftune_noise_alpha: no test trains with it beside torch_compile: leave "
+            "out one of the two"
+        )
     schedule = training.get("lr_scheduler_type", "linear")
     if training.get("lr_scheduler_kwargs") and schedule in FIXED_SCHEDULES:
         raise UserError(
