@@ -36,6 +36,9 @@ OUR_ORDERS = ("random", "sequential", "group_by_length")  # of train_sampling_st
 
 MUON = "muon"  # a value of `optim` that transformers has not
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAFACTOR, LION = "adafactor", "lion_32bit"
+# Values of `optim`: of transformers' those that tests train with.
+OPTIMS = (*TORCH_ADAMW, "adamw_8bit", "adamw_bnb_8bit", LION, ADAFACTOR, MUON)
 SECRETS = ("hub_token",)
 # A word that a key of transformers takes here beside its own values.
 ALSO = {"activation_checkpointing": "offload"}

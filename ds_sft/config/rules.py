@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ds_sft.config.keys import MUON, OUR_ORDERS, TORCH_ADAMW, Config
+from ds_sft.config.keys import ADAFACTOR, LION, MUON, OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.config.values import Given
 from ds_sft.errors import UserError
 
@@ -17,7 +17,8 @@ AGAINST_ADAPTERS = {
     "train_only": "an adapter freezes all weights of the model (lora_modules_to_save trains some of them)",
     "resize_embeddings": "new rows of a frozen embedding would never be learned, and the adapter would fit no base",
 }
-UNTESTED_OPTIMS = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's
+# Optimizers that do not read all options of Adam -> those.
+UNREAD_BY = {ADAFACTOR: ("adam_beta1", "adam_beta2", "adam_epsilon"), LION: ("adam_epsilon",)}
 # Keys that a row over several ranks cannot be exact with, where they have another value than this -> why.
 AGAINST_SEQUENCE_PARALLEL: dict[str, tuple[Any, str]] = {
     "batching": ("padding_free", "parts are cut from rows laid end to end"),
@@ -142,8 +143,9 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
 def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
     """Optimizers that no run here has, and keys that leave `optimizer_dtype` nothing to be of."""
     optim = config.training.get("optim", TORCH_ADAMW[0])
-    if optim in UNTESTED_OPTIMS:
-        raise UserError(f"{given['optim'].where}optim: {optim}: no training with it is tested: write adamw_8bit")
+    for name in UNREAD_BY.get(optim, ()):
+        if name in given:
+            raise UserError(f"{given[name].where}{name}: optim: {optim} has none: leave it out")
     if optim == MUON and config.adapter != "none":
         raise UserError(
             f"{given['optim'].where}optim: {MUON}: an adapter's matrices are no updates of their own, their product "
@@ -198,8 +200,8 @@ def _check_company(config: Config, given: Mapping[str, Given]) -> None:
             raise UserError(f"{given[name].where}{name}: it does nothing alone: write {remedy} too, or leave it out")
     if training.get("neftune_noise_alpha") and training.get("torch_compile"):
         raise UserError(
-            f"{given['neftune_noise_alpha'].where}neftune_noise_alpha: no test trains with it beside torch_compile: leave "
-            "out one of the two"
+            f"{given['neftune_noise_alpha'].where}neftune_noise_alpha: no test trains with it beside torch_compile: "
+            "leave out one of the two"
         )
     schedule = training.get("lr_scheduler_type", "linear")
     if training.get("lr_scheduler_kwargs") and schedule in FIXED_SCHEDULES:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from ds_sft.config.keys import MUON, Config
+from ds_sft.config.keys import OPTIMS, Config
 from ds_sft.config.refused import UNSAFE, UNUSED
 from ds_sft.errors import UserError, nearest
 
@@ -118,8 +118,7 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
     # A list of options (debug) is checked by transformers; here only keys with one value.
     enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
     enum = enum or (LOG_LEVELS if name.startswith("log_level") else _listed(given.get("metadata")))
-    enum += (MUON,) if name == "optim" else ()
-    return Key(name, annotation, default, " ".join(help_text.split()), enum)
+    return Key(name, annotation, default, " ".join(help_text.split()), OPTIMS if name == "optim" else enum)
 
 
 def _listed(metadata: ast.expr | None) -> tuple[str, ...]:

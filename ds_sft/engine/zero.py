@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config.keys import ENGINES, MUON, TORCH_ADAMW, Config
+from ds_sft.config.keys import ADAFACTOR, ENGINES, MUON, TORCH_ADAMW, Config
 from ds_sft.config.upstream_keys import training_keys
 from ds_sft.errors import UserError, nearest
 from ds_sft.ranks.launch import Launch
@@ -191,6 +191,7 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
         yield from _against_optim(engine, training.get("optim", TORCH_ADAMW[0]))
+        yield from _against_schedule(training)
         if training.get("optim") == MUON:
             yield from _against_muon(engine, training)
         if config.quantization != "none" and stage(dict(engine)) == 3:
@@ -357,12 +358,25 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
 
 def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
     """What DeepSpeed cannot update as `optim` says."""
+    if optim == ADAFACTOR:
+        yield (
+            f"optim: {ADAFACTOR}: it keeps sums over rows and columns of a matrix, and DeepSpeed gives it flat parts; "
+            "write adamw_8bit, or delete the deepspeed key"
+        )
     device = _device(engine, "offload_optimizer")
     forced = engine.get("zero_force_ds_cpu_optimizer", True) and _get(engine, "optimizer.type") is None
     if device != "none" and forced and optim not in TORCH_ADAMW:
         yield (
             f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed updates with its CPU Adam there, and the "
             f"run has optim: {optim}; delete the block, or write optim: adamw_torch"
+        )
+
+
+def _against_schedule(training: Mapping[str, Any]) -> Iterator[str]:
+    if training.get("lr_scheduler_type") == "polynomial":
+        yield (
+            "lr_scheduler_type: polynomial: transformers makes it of a rate that DeepSpeed's optimizer does not tell; "
+            "write linear or cosine_with_min_lr, or delete the deepspeed key"
         )
 
 

@@ -32,7 +32,7 @@ SEEN_IN_NO_LOSS = {
 LEARNED = {
     "neftune_noise_alpha": 5, "label_smoothing_factor": 0.1, "lr_scheduler_type": "reduce_lr_on_plateau",
     "lr_scheduler_kwargs": "{patience: 0, factor: 0.5, threshold: 1.0}", "train_sampling_strategy": "batch_rebalance",
-    "data_seed": 7,
+    "data_seed": 7, "optim": "lion_32bit",
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {"bare": {}, "seen": SEEN_IN_NO_LOSS, "learned": LEARNED}
 RATES = [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]  # no validation is better by the threshold than the one before
