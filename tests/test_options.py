@@ -103,6 +103,21 @@ NOT_OBEYED_ALONE = [
     (["--log_level", "loud"], "--log_level: expected one of detail, debug, info, warning, error, critical, passive, "
      "found 'loud'"),
     (["--max_steps", "0"], "--max_steps: expected 1 or more; -1: as num_train_epochs says, found '0'"),
+    (["--save_total_limit", "-1"], "--save_total_limit: expected 1 or more, found '-1'"),
+    (["--warmup_steps", "1.5"], "--warmup_steps: expected a whole number of steps, or a share below 1, found '1.5'"),
+    (["--adam_beta1", "1"], "--adam_beta1: expected a share below 1, found '1'"),
+    (["--include_num_input_tokens_seen", "some"],
+     "--include_num_input_tokens_seen: expected yes, no, all or non_padding, found 'some'"),
+    (["--activation_checkpointing_kwargs", "{use_reentrent: false}"], "--activation_checkpointing_kwargs: expected "
+     "use_reentrant in place of use_reentrent, found '{use_reentrent: false}'"),
+    (["--activation_checkpointing_kwargs", "reentrant"], "--activation_checkpointing_kwargs: expected a mapping such as "
+     "{use_reentrant: false}, found 'reentrant'"),
+    (["--optim", "lomo"], "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, "
+     "lion_32bit, adafactor, muon, found 'lomo'"),
+    (["--optim", "lion_32bit", "--adam_epsilon", "1e-6"],
+     "--adam_epsilon: optim: lion_32bit has none: leave it out"),
+    (["--neftune_noise_alpha", "5", "--torch_compile", "yes"], "--neftune_noise_alpha: no test trains with it beside "
+     "torch_compile: leave out one of the two"),
     (["--metric_for_best_model", "accuracy"],
      "--metric_for_best_model: expected eval_loss, which is all that validation measures, found 'accuracy'"),
     (["--label_smoothing_factor", "1"], "--label_smoothing_factor: expected a share below 1, found '1'"),

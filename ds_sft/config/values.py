@@ -19,12 +19,17 @@ from ds_sft.errors import UserError
 
 POSITIVE = ("early_stopping_patience", "max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel",
             "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
-            "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+            "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps",
+            "ddp_bucket_cap_mb", "ddp_timeout")  # fmt: skip
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("lora_dropout", "router_aux_loss_coef", "num_predictions", "evaluate_rows", "val_size", "learning_rate",
                 "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
-                "eval_delay", "neftune_noise_alpha", "label_smoothing_factor")  # fmt: skip
-SHARES = ("lora_dropout", "label_smoothing_factor")
+                "eval_delay", "neftune_noise_alpha", "label_smoothing_factor", "adam_beta1", "adam_beta2",
+                "adam_epsilon")  # fmt: skip
+SHARES = ("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2")
+# Options of `activation_checkpointing_kwargs`: transformers' and those of torch.utils.checkpoint.
+OF_CHECKPOINTING = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_state", "determinism_check", "debug",
+                    "early_stop")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
@@ -220,6 +225,12 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a share below 1")
     if known.name in NOT_EMPTY and value is not None and not all([value, *(name.strip() for name in value)]):
         raise ValueError("a name or more, such as [a, b]; or leave it out")
+    if known.name == "include_num_input_tokens_seen" and value not in (True, False, "all", "non_padding"):
+        raise ValueError("yes, no, all or non_padding")
+    if known.name == "activation_checkpointing_kwargs" and value is not None:
+        _check_options(value, OF_CHECKPOINTING, "a mapping such as {use_reentrant: false}")
+    if known.name == "warmup_steps" and value >= 1 and value != int(value):
+        raise ValueError("a whole number of steps, or a share below 1")
     if known.name == "max_steps" and value < 1 and value != -1:
         raise ValueError("1 or more; -1: as num_train_epochs says")
     if known.name == "metric_for_best_model" and value not in (None, "loss", "eval_loss"):
@@ -238,6 +249,15 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a repository such as me/my-model")
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
+
+
+def _check_options(options: Any, names: Iterable[str], example: str) -> None:
+    """The names of a mapping's options."""
+    if not isinstance(options, dict):
+        raise ValueError(example)
+    for name in options:
+        if name not in names:
+            raise ValueError(_option_meant(names, name))
 
 
 def check_generation(options: Any) -> None:
