@@ -110,8 +110,8 @@ NOT_OBEYED_ALONE = [
      "--include_num_input_tokens_seen: expected yes, no, all or non_padding, found 'some'"),
     (["--activation_checkpointing_kwargs", "{use_reentrent: false}"], "--activation_checkpointing_kwargs: expected "
      "use_reentrant in place of use_reentrent, found '{use_reentrent: false}'"),
-    (["--activation_checkpointing_kwargs", "reentrant"], "--activation_checkpointing_kwargs: expected a mapping such as "
-     "{use_reentrant: false}, found 'reentrant'"),
+    (["--activation_checkpointing_kwargs", "reentrant"], "--activation_checkpointing_kwargs: expected a mapping such "
+     "as {use_reentrant: false}, found 'reentrant'"),
     (["--optim", "lomo"], "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, "
      "lion_32bit, adafactor, muon, found 'lomo'"),
     (["--optim", "lion_32bit", "--adam_epsilon", "1e-6"],
