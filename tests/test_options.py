@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch._inductor
+from accelerate.utils import DynamoBackend
+from transformers.training_args import trainer_log_levels
 
 from ds_sft.config.read import load_config
 from ds_sft.config.refused import UNSAFE, UNUSED
-from ds_sft.config.upstream_keys import ALIASES, training_keys
+from ds_sft.config.upstream_keys import ALIASES, LISTED, training_keys
 from ds_sft.errors import UserError
 from tests.distributed.test_options import LEARNED, SEEN_IN_NO_LOSS
 
@@ -149,6 +153,16 @@ NOT_OBEYED_ALONE = [
 )
 def test_what_trainer_would_leave_out_without_a_word(flags: list[str], said: str) -> None:
     assert said_of(*flags) == said
+
+
+def test_values_of_other_libraries_are_theirs() -> None:
+    assert set(LISTED["torch_compile_backend"]) <= {backend.value.lower() for backend in DynamoBackend}
+    assert set(LISTED["torch_compile_mode"]) <= set(torch._inductor.list_mode_options())
+    assert LISTED["log_level"] == LISTED["log_level_replica"] == tuple(trainer_log_levels)
+    assert said_of("--torch_compile", "yes", "--torch_compile_mode", "fastest") == (
+        "--torch_compile_mode: expected one of default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs, "
+        "found 'fastest'"
+    )
 
 
 # ---- docs/trainer.md

@@ -507,12 +507,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         "optim: adafactor: it keeps sums over rows and columns of a matrix, and DeepSpeed gives it flat parts; write "
         "adamw_8bit, or delete the deepspeed key",
     ),
-    "a rate that is not told": (
-        {"zero_optimization": {"stage": 2}},
-        {"lr_scheduler_type": "polynomial"},
-        "lr_scheduler_type: polynomial: transformers makes it of a rate that DeepSpeed's optimizer does not tell; "
-        "write linear or cosine_with_min_lr, or delete the deepspeed key",
-    ),
     "schedule": (
         {"scheduler": {"type": "WarmupLR"}},
         {"lr_scheduler_type": "cosine"},

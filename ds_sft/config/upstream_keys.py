@@ -32,7 +32,13 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
     "no_cuda": "write use_cpu",
     "dataset_text_field": "write data_fields",
 }
-LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")  # of transformers.utils.logging
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")  # of transformers.utils.logging
+LISTED = {  # keys that transformers checks late, or takes from other libraries -> their values
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "torch_compile_backend": ("inductor", "eager", "aot_eager", "cudagraphs", "onnxrt", "tensorrt", "tvm"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
 ELSEWHERE = {  # what other programs call a key of ours
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -117,7 +123,7 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
         help_text = str(ast.literal_eval(text)) if isinstance(text, ast.Constant) else ""
     # A list of options (debug) is checked by transformers; here only keys with one value.
     enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
-    enum = enum or (LOG_LEVELS if name.startswith("log_level") else _listed(given.get("metadata")))
+    enum = enum or LISTED.get(name) or _listed(given.get("metadata"))
     return Key(name, annotation, default, " ".join(help_text.split()), OPTIMS if name == "optim" else enum)
 
 

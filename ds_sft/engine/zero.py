@@ -191,7 +191,6 @@ def _problems(engine: Mapping[str, Any], config: Config, launch: Launch) -> Iter
     yield from _scheduler_block(engine)
     if launch.distributed:  # else DeepSpeed is not used
         yield from _against_optim(engine, training.get("optim", TORCH_ADAMW[0]))
-        yield from _against_schedule(training)
         if training.get("optim") == MUON:
             yield from _against_muon(engine, training)
         if config.quantization != "none" and stage(dict(engine)) == 3:
@@ -369,14 +368,6 @@ def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
         yield (
             f"zero_optimization.offload_optimizer.device: {device}: DeepSpeed updates with its CPU Adam there, and the "
             f"run has optim: {optim}; delete the block, or write optim: adamw_torch"
-        )
-
-
-def _against_schedule(training: Mapping[str, Any]) -> Iterator[str]:
-    if training.get("lr_scheduler_type") == "polynomial":
-        yield (
-            "lr_scheduler_type: polynomial: transformers makes it of a rate that DeepSpeed's optimizer does not tell; "
-            "write linear or cosine_with_min_lr, or delete the deepspeed key"
         )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -181,6 +182,9 @@ class ResumableTrainer(Trainer):
         return self.run.resumed is not None and self.run.resumed.manifest["world_size"] != self.args.world_size
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_deepspeed_enabled and isinstance(self.optimizer, AcceleratedOptimizer):
+            # What transformers' schedules with an end of their own (lr_end, min_lr) read, and DeepSpeed's has not.
+            self.optimizer.optimizer.defaults = {"lr": self.args.learning_rate}
         scheduler = super().create_scheduler(*args, **kwargs)
         # For a DeepSpeed file's own optimizer a copy of this trainer is asked first, with that as an argument.
         if not (args[1:] or kwargs.get("optimizer")):
