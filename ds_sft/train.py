@@ -145,6 +145,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             optimizer_cls_and_kwargs=optimizer_of(config, args, launch),
             batching=batching,
             on_nonfinite=config.on_nonfinite,
+            patience=config.early_stopping_patience,
             where=partial(data.where, "train"),
             callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
             run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
@@ -273,6 +274,7 @@ def load_model_to_train(
     from ds_sft.model.fused import fuse, require_kernels
     from ds_sft.model.load import computing_dtype, load_model, make_room, say_not_loaded
     from ds_sft.model.loss import supervise
+    from ds_sft.model.neftune import add_noise
     from ds_sft.model.offload import offload_inputs
     from ds_sft.model.padding import know_padding
     from ds_sft.model.routing import prepare_experts
@@ -298,7 +300,9 @@ def load_model_to_train(
         "use_reentrant", True
     )
     prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
-    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
+    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none",
+              smoothing=config.training.get("label_smoothing_factor") or 0.0)  # fmt: skip
+    add_noise(model, config.training.get("neftune_noise_alpha"), launch)
     require_shared(model)
     offload_inputs(model, config, args, launch, largest=largest)
     return model

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
+from ds_sft.errors import UserError
 from ds_sft.model import loss as chunked
 from ds_sft.model.loss import LogitTerms, cross_entropy_sum, supervise, supervised_loss, supervised_positions
 from ds_sft.ranks.launch import Launch
@@ -105,6 +107,38 @@ def test_is_the_loss_of_the_model(family: str, tokens: int, monkeypatch: pytest.
         found, found_gradient = learn(model, num_items_in_batch=n)
         assert found == pytest.approx(loss, rel=1e-6)
         assert apart(found_gradient, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+@pytest.mark.parametrize("tokens", [5, 1000])
+def test_smoothed_labels_are_those_of_trainer(family: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned, with a bias and a cap too; what is measured without a gradient is not smoothed."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * VOCAB * tokens)
+    model, batch = make(family), make_batch()
+    labels, count = batch.pop("labels"), torch.tensor(50)
+    logits = model(**batch, use_cache=False).logits
+    wanted = LabelSmoother(epsilon=0.2)({"logits": logits}, labels, shift_labels=True, num_items_in_batch=count)
+    wanted.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    with torch.no_grad():
+        measured = model(**batch, labels=labels, num_items_in_batch=count, use_cache=False).loss
+    supervise(model, ALONE, smoothing=0.2)
+    found, found_gradient = learn(model, num_items_in_batch=count)
+    assert found == pytest.approx(wanted.item(), rel=1e-6)
+    assert apart(found_gradient, gradient) < 1e-6
+    with torch.no_grad():
+        again = model(**batch, labels=labels, num_items_in_batch=count, use_cache=False).loss
+    assert again.item() == pytest.approx(measured.item(), rel=1e-6)
+    assert abs(again.item() - found) > 0.01
+
+
+def test_a_model_that_keeps_its_loss_smooths_no_labels() -> None:
+    with pytest.raises(UserError) as caught:
+        supervise(make("llama"), ALONE, fp16=True, smoothing=0.1)
+    assert str(caught.value) == (
+        "label_smoothing_factor: 0.1: LlamaForCausalLM keeps its own loss (float16 has no room for gradients of "
+        "unscaled sums): leave it out"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -314,9 +314,9 @@ def test_a_package_that_is_missing(model_dir: Path, monkeypatch: pytest.MonkeyPa
     assert refused(load_tokenizer, make(model_dir), ALONE) == (
         "quantization: nf4: bitsandbytes is not installed: pip install bitsandbytes"
     )
-    with_optim = Config(model_name_or_path=str(model_dir), train_file="t", training={"optim": "paged_adamw_8bit"})
+    with_optim = Config(model_name_or_path=str(model_dir), train_file="t", training={"optim": "lion_32bit"})
     assert refused(load_tokenizer, with_optim, ALONE) == (
-        "optim: paged_adamw_8bit: bitsandbytes is not installed: pip install bitsandbytes"
+        "optim: lion_32bit: bitsandbytes is not installed: pip install bitsandbytes"
     )
     load_tokenizer(make(model_dir, quantization="none"), ALONE)
 

@@ -37,6 +37,7 @@ def make_trainer(
     read_ahead: bool | None = None,
     resumed: Checkpoint | None = None,
     model: Any = None,
+    patience: int | None = None,
     **arguments: Any,
 ) -> SFTTrainer:
     """Of a tiny model and rows of 3 to 14 tokens; `ours`: with our attention and loss, unless `model` has its own."""
@@ -61,7 +62,8 @@ def make_trainer(
     run = Continuity(stop=StopRequests(ALONE), site=Site(ALONE, shared=True), resumed=resumed,
                      identity={"zero_stage": None, "config": {}, "data": {}})  # fmt: skip
     return SFTTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(5)),
-                      data_collator=collate, batching=batching, run=run, read_ahead=read_ahead)  # fmt: skip
+                      data_collator=collate, batching=batching, run=run, patience=patience,
+                      read_ahead=read_ahead)  # fmt: skip
 
 
 def batch_of(trainer: SFTTrainer) -> dict[str, Any]:

@@ -502,6 +502,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         {"optim": "adafactor"},
         'optimizer.type: "AdamW": the run has optim: adafactor; delete one of the two',
     ),
+    "sums of rows and columns": (
+        {"zero_optimization": {"stage": 2}},
+        {"optim": "adafactor"},
+        "optim: adafactor: it keeps sums over rows and columns of a matrix, and DeepSpeed gives it flat parts; write "
+        "adamw_8bit, or delete the deepspeed key",
+    ),
     "schedule": (
         {"scheduler": {"type": "WarmupLR"}},
         {"lr_scheduler_type": "cosine"},

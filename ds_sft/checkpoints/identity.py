@@ -52,7 +52,7 @@ DEALING = {
 }  # fmt: skip
 # What the states in a checkpoint are made for -> those states.
 REFUSED = {
-    **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "the optimizer's states are of the old one"),
+    "optim": "the optimizer's states are of the old one",
     **dict.fromkeys(
         (
             "adapter",
@@ -71,7 +71,6 @@ REFUSED = {
     "optimizer_dtype": "weights and states are of the old precision",
     "bf16": "DeepSpeed's states are of the old precision",
     "fp16": "the states and the loss scale are of the old precision",
-    **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "the states are cut up by the old one"),
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint was chosen by the old one"),
     "deepspeed.*": "DeepSpeed's states are of the old one",
 }

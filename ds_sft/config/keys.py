@@ -36,6 +36,9 @@ OUR_ORDERS = ("random", "sequential", "group_by_length")  # of train_sampling_st
 
 MUON = "muon"  # a value of `optim` that transformers has not
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAFACTOR, LION = "adafactor", "lion_32bit"
+# Values of `optim`: of transformers' those that tests train with.
+OPTIMS = (*TORCH_ADAMW, "adamw_8bit", "adamw_bnb_8bit", LION, ADAFACTOR, MUON)
 SECRETS = ("hub_token",)
 # A word that a key of transformers takes here beside its own values.
 ALSO = {"activation_checkpointing": "offload"}
@@ -141,6 +144,8 @@ class Config:
                              choices=("stop", "continue"), default="stop")  # fmt: skip
     on_nonfinite: str = key("a step whose loss or gradients are no numbers ends the run, or is left out and counted",
                             choices=("stop", "skip"), default="stop")  # fmt: skip
+    early_stopping_patience: int | None = key("with load_best_model_at_end: end training after so many "
+                                              "validations in a row that are no new best", default=None)  # fmt: skip
     profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
                                     default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)

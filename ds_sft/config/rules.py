@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ds_sft.config.keys import MUON, OUR_ORDERS, TORCH_ADAMW, Config
+from ds_sft.config.keys import ADAFACTOR, LION, MUON, OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.config.values import Given
 from ds_sft.errors import UserError
 
@@ -17,19 +17,26 @@ AGAINST_ADAPTERS = {
     "train_only": "an adapter freezes all weights of the model (lora_modules_to_save trains some of them)",
     "resize_embeddings": "new rows of a frozen embedding would never be learned, and the adapter would fit no base",
 }
-UNTESTED_OPTIMS = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's
+# Optimizers that do not read all options of Adam -> those.
+UNREAD_BY = {ADAFACTOR: ("adam_beta1", "adam_beta2", "adam_epsilon"), LION: ("adam_epsilon",)}
 # Keys that a row over several ranks cannot be exact with, where they have another value than this -> why.
 AGAINST_SEQUENCE_PARALLEL: dict[str, tuple[Any, str]] = {
     "batching": ("padding_free", "parts are cut from rows laid end to end"),
     "attn_implementation": (None, "only this package's attention exchanges heads between ranks"),
     "lora_dropout": (0.0, "what is left out would depend on the number of ranks"),
     "fp16": (False, "a model's own loss, which float16 keeps, would lose the first token of every part"),
-    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), (None, "no test trains with both")),
     "torch_compile": (False, "no test trains with both"),
-    "label_smoothing_factor": (0.0, "Trainer's loss would lose the first token of every part"),
     "neftune_noise_alpha": (None, "its noise depends on the tokens that a rank has"),
-    "average_tokens_across_devices": (True, "a rank's tokens are a part of a row"),
 }
+
+# Keys of transformers that do nothing without another one -> that, and what to write.
+ALONE_NOTHING = {
+    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+                    ("dataloader_num_workers", "dataloader_num_workers: 2")),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), ("torch_compile", "torch_compile: yes")),
+}  # fmt: skip
+FIXED_SCHEDULES = ("constant", "constant_with_warmup")  # which transformers gives no options
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # what it gives no warm-up
 
 
 def check(config: Config, given: Mapping[str, Given]) -> None:
@@ -47,6 +54,8 @@ def check(config: Config, given: Mapping[str, Given]) -> None:
     _check_adapter(config, given)
     _check_optimizer(config, given)
     _check_push(config, given)
+    _check_best(config, given)
+    _check_company(config, given)
 
 
 def _check_batching(config: Config, given: Mapping[str, Given]) -> None:
@@ -134,8 +143,9 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
 def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
     """Optimizers that no run here has, and keys that leave `optimizer_dtype` nothing to be of."""
     optim = config.training.get("optim", TORCH_ADAMW[0])
-    if optim in UNTESTED_OPTIMS:
-        raise UserError(f"{given['optim'].where}optim: {optim}: no training with it is tested: write adamw_8bit")
+    for name in UNREAD_BY.get(optim, ()):
+        if name in given:
+            raise UserError(f"{given[name].where}{name}: optim: {optim} has none: leave it out")
     if optim == MUON and config.adapter != "none":
         raise UserError(
             f"{given['optim'].where}optim: {MUON}: an adapter's matrices are no updates of their own, their product "
@@ -163,4 +173,44 @@ def _check_push(config: Config, given: Mapping[str, Given]) -> None:
         raise UserError(
             f"{given['verify_export'].where}verify_export: push_to_hub: yes pushes what was verified: leave it out, "
             "or push later with ds-sft push --unverified"
+        )
+
+
+def _check_best(config: Config, given: Mapping[str, Given]) -> None:
+    """What is the best model, for the keys that ask for it."""
+    asked = [name for name, value in (("load_best_model_at_end", True), ("save_strategy", "best"))
+             if config.training.get(name) == value]  # fmt: skip
+    if config.early_stopping_patience is not None and "load_best_model_at_end" not in asked:
+        raise UserError(
+            f"{given['early_stopping_patience'].where}early_stopping_patience: the run would end with a model that is "
+            "not the best: write load_best_model_at_end: yes too"
+        )
+    if asked and config.training.get("eval_strategy", "no") == "no":
+        raise UserError(
+            f"{given[asked[0]].where}{asked[0]}: {given[asked[0]].value}: it needs an eval_file (or val_size), and an "
+            "eval_strategy"
+        )
+
+
+def _check_company(config: Config, given: Mapping[str, Given]) -> None:
+    """Keys of transformers that it would leave out beside others without a word."""
+    training = config.training
+    for name, (needed, remedy) in ALONE_NOTHING.items():
+        if training.get(name) and not training.get(needed):
+            raise UserError(f"{given[name].where}{name}: it does nothing alone: write {remedy} too, or leave it out")
+    if training.get("neftune_noise_alpha") and training.get("torch_compile"):
+        raise UserError(
+            f"{given['neftune_noise_alpha'].where}neftune_noise_alpha: no test trains with it beside torch_compile: "
+            "leave out one of the two"
+        )
+    schedule = training.get("lr_scheduler_type", "linear")
+    if training.get("lr_scheduler_kwargs") and schedule in FIXED_SCHEDULES:
+        raise UserError(
+            f"{given['lr_scheduler_kwargs'].where}lr_scheduler_kwargs: lr_scheduler_type: {schedule} has no options: "
+            "leave it out"
+        )
+    if training.get("warmup_steps") and schedule in WITHOUT_WARMUP:
+        instead = "write constant_with_warmup" if schedule == "constant" else "leave it out"
+        raise UserError(
+            f"{given['warmup_steps'].where}warmup_steps: lr_scheduler_type: {schedule} has no warm-up: {instead}"
         )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from ds_sft.config.keys import MUON, Config
+from ds_sft.config.keys import OPTIMS, Config
+from ds_sft.config.refused import UNSAFE, UNUSED
 from ds_sft.errors import UserError, nearest
 
 # transformers 5 renamed these; everybody still says the old name. And our name for what Trainer calls differently.
@@ -31,14 +32,12 @@ GONE = {  # keys that TrainingArguments no longer has -> what to write
     "no_cuda": "write use_cpu",
     "dataset_text_field": "write data_fields",
 }
-UNSAFE = {  # keys of transformers that break what a run here promises -> how
-    "enable_jit_checkpoint": "ranks would save at different steps and wait for each other; runs stop and save anyway",
-    "auto_find_batch_size": "it changes the rows a step in mid-run; `ds-sft plan` tells what fits",
-    "use_liger_kernel": "it exchanges classes for the whole process, and the loss; write fused_kernels: liger",
-    "ignore_data_skip": "a resumed run would learn its first rows again",
-    "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
-    "hub_always_push": "a run pushes once, after its export was verified",
-    "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")  # of transformers.utils.logging
+LISTED = {  # keys that transformers checks late, or takes from other libraries -> their values
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "torch_compile_backend": ("inductor", "eager", "aot_eager", "cudagraphs", "onnxrt", "tensorrt", "tvm"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
 ELSEWHERE = {  # what other programs call a key of ours
     "lr": "learning_rate",
@@ -124,8 +123,17 @@ def _training_key(name: str, annotation: str, call: ast.Call, choices: Mapping[s
         help_text = str(ast.literal_eval(text)) if isinstance(text, ast.Constant) else ""
     # A list of options (debug) is checked by transformers; here only keys with one value.
     enum = next((values for cls, values in choices.items() if annotation.startswith(f"{cls} |")), ())
-    enum += (MUON,) if name == "optim" else ()
-    return Key(name, annotation, default, " ".join(help_text.split()), enum)
+    enum = enum or LISTED.get(name) or _listed(given.get("metadata"))
+    return Key(name, annotation, default, " ".join(help_text.split()), OPTIMS if name == "optim" else enum)
+
+
+def _listed(metadata: ast.expr | None) -> tuple[str, ...]:
+    """The values that a field's metadata lists; transformers gives them to its own parser of flags alone."""
+    if not isinstance(metadata, ast.Dict):
+        return ()
+    values = {ast.unparse(name): value for name, value in zip(metadata.keys, metadata.values, strict=True) if name}
+    listed = values.get("'choices'")
+    return tuple(ast.literal_eval(listed)) if isinstance(listed, ast.List) else ()
 
 
 def all_keys() -> dict[str, Key]:
@@ -140,6 +148,7 @@ def known_key(name: str, where: str, flags: Iterable[str] = ()) -> Key:
     place = f"--{name}: " if flag else where
     if name in GONE:
         raise UserError(f"{place}{name} is not a key of today's transformers: {GONE[name]}")
-    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), training_keys().keys() - UNSAFE.keys())
+    obeyed = training_keys().keys() - UNSAFE.keys() - UNUSED.keys()
+    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), obeyed)
     remedy = f"did you mean {'--' if flag else ''}{near}?" if near else "--help lists all keys"
     raise UserError(f"{place}unknown key{'' if flag else f' {name!r}'}: {remedy}")

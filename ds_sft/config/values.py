@@ -13,16 +13,23 @@ from typing import Any
 import yaml
 
 from ds_sft.config.keys import ALSO, FILES
-from ds_sft.config.upstream_keys import UNSAFE, Key
+from ds_sft.config.refused import UNSAFE, UNUSED
+from ds_sft.config.upstream_keys import Key
 from ds_sft.errors import UserError
 
-POSITIVE = ("max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel", "preprocessing_num_workers",
-            "predict_max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps")  # fmt: skip
+POSITIVE = ("early_stopping_patience", "max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel",
+            "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps",
+            "ddp_bucket_cap_mb", "ddp_timeout")  # fmt: skip
 TRUE, FALSE = ("true", "yes", "on", "1", "y"), ("false", "no", "off", "0", "n")
 NOT_NEGATIVE = ("lora_dropout", "router_aux_loss_coef", "num_predictions", "evaluate_rows", "val_size", "learning_rate",
                 "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed",
-                "eval_delay")  # fmt: skip
+                "eval_delay", "neftune_noise_alpha", "label_smoothing_factor", "adam_beta1", "adam_beta2",
+                "adam_epsilon")  # fmt: skip
+SHARES = ("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2")
+# Options of `activation_checkpointing_kwargs`: transformers' and those of torch.utils.checkpoint.
+OF_CHECKPOINTING = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_state", "determinism_check", "debug",
+                    "early_stop")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
@@ -84,7 +91,31 @@ def _number(text: str) -> Any:
     return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
 
 
+def _so_anyway(known: Key, given: Given) -> Any:
+    """The value of a key that no run here would obey: it may only say what is so anyway."""
+    so, why = (UNSAFE | UNUSED)[known.name]
+    try:
+        value = None if given.empty else _by_type(known, given.value, empty=False)
+    except ValueError:
+        value = given.value
+    if not value or str(value).lower() in FALSE:
+        value = None
+    if value == (so or None):
+        return so
+    place = f"{given.where}{given.alias or known.name}: "
+    if known.name in UNUSED:
+        raise UserError(f"{place}{_shown(given.value)}: {why}: leave it out")
+    expected = "nothing" if so is None else str(so).lower()
+    raise UserError(f"{place}expected {expected} ({why}), found {_shown(given.value)!r}")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def convert(known: Key, given: Given) -> Any:
+    if known.name in UNSAFE or known.name in UNUSED:
+        return _so_anyway(known, given)
     value = given.value
     empty = given.empty
     if empty and known.optional and not (value.lower() == "none" and known.name == "report_to"):
@@ -98,9 +129,9 @@ def convert(known: Key, given: Given) -> Any:
         result = _by_type(known, value, empty)
         _check(known, result)
     except ValueError as error:
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         expected = f"yes, no or {also}" if also else str(error)
-        raise UserError(f"{given.where}{given.alias or known.name}: expected {expected}, found {shown!r}") from None
+        place = f"{given.where}{given.alias or known.name}"
+        raise UserError(f"{place}: expected {expected}, found {_shown(value)!r}") from None
     return result
 
 
@@ -184,18 +215,26 @@ def _flow(text: str, kind: type) -> Any:
 def _check(known: Key, value: Any) -> None:
     if known.choices and value not in known.choices:
         raise ValueError(_one_of(known.choices, str(value)))
-    if known.name in UNSAFE and value:
-        raise ValueError(f"false ({UNSAFE[known.name]})")
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")
     if known.name == "data_fields" and isinstance(value, str):
         raise ValueError("a mapping such as {question: prompt}")
     if known.name in NOT_NEGATIVE and value is not None and value < 0:
         raise ValueError("0 or more")
-    if known.name == "lora_dropout" and value >= 1:
+    if known.name in SHARES and value >= 1:
         raise ValueError("a share below 1")
     if known.name in NOT_EMPTY and value is not None and not all([value, *(name.strip() for name in value)]):
         raise ValueError("a name or more, such as [a, b]; or leave it out")
+    if known.name == "include_num_input_tokens_seen" and value not in (True, False, "all", "non_padding"):
+        raise ValueError("yes, no, all or non_padding")
+    if known.name == "activation_checkpointing_kwargs" and value is not None:
+        _check_options(value, OF_CHECKPOINTING, "a mapping such as {use_reentrant: false}")
+    if known.name == "warmup_steps" and value >= 1 and value != int(value):
+        raise ValueError("a whole number of steps, or a share below 1")
+    if known.name == "max_steps" and value < 1 and value != -1:
+        raise ValueError("1 or more; -1: as num_train_epochs says")
+    if known.name == "metric_for_best_model" and value not in (None, "loss", "eval_loss"):
+        raise ValueError("eval_loss, which is all that validation measures")
     if known.name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError("a number above 0")
     if known.name == "generation" and value is not None:
@@ -210,6 +249,15 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("a repository such as me/my-model")
     if known.name == "export_max_shard_size" and not is_size(value):
         raise ValueError("a size such as 5GB or 500MB")
+
+
+def _check_options(options: Any, names: Iterable[str], example: str) -> None:
+    """The names of a mapping's options."""
+    if not isinstance(options, dict):
+        raise ValueError(example)
+    for name in options:
+        if name not in names:
+            raise ValueError(_option_meant(names, name))
 
 
 def check_generation(options: Any) -> None:

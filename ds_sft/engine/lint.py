@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ds_sft.config.keys import ENGINES, MUON, TORCH_ADAMW, Config
+from ds_sft.config.keys import ADAFACTOR, ENGINES, MUON, TORCH_ADAMW, Config
 from ds_sft.config.upstream_keys import training_keys
 from ds_sft.engine.deepspeed_keys import BLOCKS, fields_of, known_keys, package_folder
 from ds_sft.ranks.launch import Launch
@@ -247,6 +247,11 @@ def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:
 
 def _against_optim(engine: Mapping[str, Any], optim: str) -> Iterator[str]:
     """What DeepSpeed cannot update as `optim` says."""
+    if optim == ADAFACTOR:
+        yield (
+            f"optim: {ADAFACTOR}: it keeps sums over rows and columns of a matrix, and DeepSpeed gives it flat parts; "
+            "write adamw_8bit, or delete the deepspeed key"
+        )
     device = _device(engine, "offload_optimizer")
     forced = engine.get("zero_force_ds_cpu_optimizer", True) and _get(engine, "optimizer.type") is None
     if device != "none" and forced and optim not in TORCH_ADAMW:

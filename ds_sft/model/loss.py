@@ -26,6 +26,7 @@ from torch import nn
 
 from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.errors import UserError
 from ds_sft.model.precision import autocast_dtype, without_autocast
 from ds_sft.model.routing import routing_of
 from ds_sft.plan.activations import CHUNK_BYTES
@@ -57,6 +58,7 @@ class LogitTerms:
     scale: float = 1.0
     cap: float | None = None
     kernel: bool = True  # on a GPU the loss is one Triton kernel's
+    smoothing: float = 0.0  # to learn, this share of a target is spread over the whole vocabulary
 
 
 class SupervisedLoss:
@@ -124,12 +126,23 @@ def output_projection(model: PreTrainedModel) -> Any:
     return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
 
 
-def supervise(model: PreTrainedModel, launch: Launch, *, fp16: bool = False, kernel: bool = True) -> None:
+def supervise(
+    model: PreTrainedModel, launch: Launch, *, fp16: bool = False, kernel: bool = True, smoothing: float = 0.0
+) -> None:
     """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own, and say so.
 
-    `kernel`: on a GPU one Triton kernel computes it and its gradient.
+    Args:
+        kernel: on a GPU one Triton kernel computes it and its gradient.
+        smoothing: of labels (Szegedy et al., 1512.00567); what is learned, not what is measured without a gradient.
+
+    Raises:
+        UserError: labels are to be smoothed, and the model keeps its own loss.
     """
-    reason = _take_over(model, fp16=fp16, kernel=kernel)
+    reason = _take_over(model, fp16=fp16, kernel=kernel and not smoothing, smoothing=smoothing)
+    if reason is not None and smoothing:
+        raise UserError(
+            f"label_smoothing_factor: {smoothing}: {type(model).__name__} keeps its own loss ({reason}): leave it out"
+        )
     if reason is not None:
         launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
     if adds_to_loss(type(model)):
@@ -146,7 +159,7 @@ def why_own_loss(model: PreTrainedModel) -> str | None:
     return _take_over(model, fp16=False, kernel=False)
 
 
-def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> str | None:
+def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool, smoothing: float = 0.0) -> str | None:
     """Why a model's own loss is left to it; None if it is not."""
     try:
         terms = LogitTerms(*LOGIT_STATEMENTS[_between_logits_and_loss(type(model))](model))
@@ -161,7 +174,7 @@ def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> str | Non
         return "its loss is another"
     if fp16 or head.weight.dtype == torch.float16:
         return "float16 has no room for gradients of unscaled sums"
-    model.supervised_loss = SupervisedLoss(model, replace(terms, kernel=kernel))
+    model.supervised_loss = SupervisedLoss(model, replace(terms, kernel=kernel, smoothing=smoothing))
     return None
 
 
@@ -363,13 +376,18 @@ def _by_torch(logits: torch.Tensor, targets: torch.Tensor, terms: LogitTerms, *,
         x = bent.mul_(terms.cap)
     top = x.amax(-1, keepdim=True)
     of_target = x.gather(1, targets[:, None]) - top
-    x = x.sub_(top).exp_()
+    x = x.sub_(top)
+    if learn and terms.smoothing:
+        of_target = of_target.lerp(x.mean(-1, keepdim=True), terms.smoothing)
+    x = x.exp_()
     whole = x.sum(-1, keepdim=True)
     loss = (whole.log() - of_target).sum()
     if not learn:
         return loss
     x = x.div_(whole)
-    x.scatter_add_(1, targets[:, None], torch.full_like(of_target, -1))
+    if terms.smoothing:
+        x = x.sub_(terms.smoothing / x.shape[-1])
+    x.scatter_add_(1, targets[:, None], torch.full_like(of_target, terms.smoothing - 1))
     if curve is not None:
         x = x.mul_(curve)
     logits.copy_(x.mul_(terms.scale) if terms.scale != 1 else x)  # in the dtype of training

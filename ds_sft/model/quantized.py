@@ -17,6 +17,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.config.keys import LION
 from ds_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 BLOCK = 64  # weights that share a magnitude
 
 
-# How the values of `optim` begin that are optimizers of bitsandbytes.
-THEIR_OPTIMS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
+# Values of `optim` that are optimizers of bitsandbytes.
+THEIR_OPTIMS = ("adamw_8bit", "adamw_bnb_8bit", LION)
 
 
 def require_bitsandbytes(quantization: str, optim: str) -> None:
@@ -37,7 +38,7 @@ def require_bitsandbytes(quantization: str, optim: str) -> None:
     Raises:
         UserError: one of the two keys wants a package that is not installed.
     """
-    wants = {"quantization": quantization != "none" and quantization, "optim": optim.startswith(THEIR_OPTIMS) and optim}
+    wants = {"quantization": quantization != "none" and quantization, "optim": optim in THEIR_OPTIMS and optim}
     for key, value in wants.items():
         if value and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(f"{key}: {value}: bitsandbytes is not installed: pip install bitsandbytes")

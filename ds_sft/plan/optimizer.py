@@ -12,7 +12,7 @@ ADAMW, EIGHT_BITS = "adamw_torch", "adamw_8bit"
 # What transformers calls them -> which of these has as many states.
 OPTIMIZERS = {
     **dict.fromkeys(TORCH_ADAMW, ADAMW),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), EIGHT_BITS),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), EIGHT_BITS),
     MUON: MUON,
 }
 MOMENTS = 8  # Adam's two, in float32; half of that in bfloat16

@@ -19,6 +19,8 @@ from ds_sft.upstream.check import require_names
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+OUR_WAY = ("neftune_noise_alpha", "label_smoothing_factor")  # what train.py does with the model, and Trainer must not
+
 
 def training_arguments(config: Config, engine: dict[str, Any] | None, launch: Launch) -> TrainingArguments:
     """Build the one `TrainingArguments` of the run; call it before the model, so that ZeRO-3 partitions while loading.
@@ -36,6 +38,8 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     keys = keywords(config, engine)
     # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).
     keys["use_cpu"] = keys.get("use_cpu", False) or not torch.cuda.is_available()
+    if not launch.distributed:
+        keys.pop("ddp_backend", None)  # accelerate would ask for a group of one
     if keys["use_cpu"]:
         keys.setdefault("dataloader_pin_memory", False)
         if launch.distributed:
@@ -49,10 +53,28 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
             args = TrainingArguments(**keys)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+    _check_schedule(args)
     require_names("deepspeed", "torch")  # those of their modules that are imported by now
     if not config.trackers:
         args.report_to = []  # transformers adds Kubeflow's where it finds its cluster
     return args
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """See that the schedule takes its options: Trainer makes it when the model is loaded.
+
+    Raises:
+        UserError: it does not.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    options, kind = args.lr_scheduler_kwargs, args.lr_scheduler_type.value
+    try:
+        get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=1000, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lr_scheduler_kwargs: {options}: lr_scheduler_type: {kind}: {error}") from error
 
 
 def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
@@ -64,6 +86,10 @@ def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
         keys["optim"] = "adamw_torch"
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
     keys["report_to"] = other_trackers(config.trackers) or ["none"]
+    for name in OUR_WAY:
+        keys.pop(name, None)
+    if keys.get("save_strategy") == "best":
+        keys.setdefault("metric_for_best_model", "eval_loss")
     keys["push_to_hub"] = False  # Trainer would push every checkpoint, and what nobody verified: see export/hub.py
     for name in SECRETS:
         keys.pop(name, None)  # Trainer writes its arguments into every checkpoint

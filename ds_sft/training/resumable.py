@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, set_seed
 
@@ -48,9 +49,12 @@ def quiet(logger: str) -> Iterator[None]:
 class ResumableTrainer(SavingTrainer):
     """See the module; `StepBoundary` must be its last callback."""
 
-    def __init__(self, *args: Any, run: Continuity, batching: Batching, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, run: Continuity, batching: Batching, patience: int | None = None, **kwargs: Any
+    ) -> None:
+        """`patience`: validations without a new best one, in a row, after which training ends; None: it does not."""
         super().__init__(*args, run=run, **kwargs)
-        self.batching = batching
+        self.batching, self.patience = batching, patience
         self.tokens_seen = 0  # this rank's, without padding
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.flops_per_token = 0.0  # of all parameters but embeddings, once counted
@@ -119,6 +123,9 @@ class ResumableTrainer(SavingTrainer):
         return self.run.resumed is not None and self.run.resumed.manifest["world_size"] != self.args.world_size
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_deepspeed_enabled and isinstance(self.optimizer, AcceleratedOptimizer):
+            # What transformers' schedules with an end of their own (lr_end, min_lr) read, and DeepSpeed's has not.
+            self.optimizer.optimizer.defaults = {"lr": self.args.learning_rate}
         scheduler = super().create_scheduler(*args, **kwargs)
         # For a DeepSpeed file's own optimizer a copy of this trainer is asked first, with that as an argument.
         if not (args[1:] or kwargs.get("optimizer")):
@@ -184,13 +191,33 @@ class ResumableTrainer(SavingTrainer):
         return begin
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would take one more
+        # Resumed from the last step: Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps or self.is_past_best():
             self.control.should_training_stop = True
             return
         if self.deals_rows:
             kwargs["num_update_steps_per_epoch"] = self.batching.steps_of(epoch)
             kwargs["steps_in_epoch"] = len(self.batching.epoch(epoch).computed) // self.batching.ranks
         super()._run_epoch(epoch=epoch, **kwargs)
+
+    def is_past_best(self) -> bool:
+        """Whether so many validations as `patience` says have come since the best one; the history has them all."""
+        best = self.state.best_global_step
+        if self.patience is None or best is None:
+            return False
+        measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
+        return len([step for step in measured if step > best]) >= self.patience
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if self.is_past_best() and self.state.global_step < self.state.max_steps:
+            self.control.should_training_stop = True
+            self.run.site.launch.say(
+                f"Training ends early, after step {self.state.global_step:,} of {self.state.max_steps:,}: no "
+                f"validation was better than that after step {self.state.best_global_step:,} "
+                f"(early_stopping_patience: {self.patience})."
+            )
+        return is_best
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)

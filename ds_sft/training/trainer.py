@@ -123,10 +123,9 @@ class SFTTrainer(FiniteTrainer):
                 for name in ("supervised", "tokens_of_rows")
             )
             counts = torch.stack([supervised, tokens])
-            alone = self.args.world_size == 1
-            if self.args.average_tokens_across_devices and not alone:
+            if self.args.world_size > 1:
                 dist.all_reduce(counts)
-            if self.routing is not None and (self.args.average_tokens_across_devices or alone):
+            if self.routing is not None:
                 self.routing.begin_step(counts[1])
             return counts[0]
 

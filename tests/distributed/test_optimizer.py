@@ -24,6 +24,7 @@ ENGINES = ["plain", "ddp", "zero2", "zero3"]
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "bfloat16": ([*ENGINES, "zero1"], {"optimizer_dtype": "bfloat16"}),
     "8bit": (ENGINES, {"optim": "adamw_8bit"}),
+    "adafactor": (["plain", "ddp"], {"optim": "adafactor"}),
     "muon": ([*ENGINES, "zero1"], {"optim": "muon", "max_grad_norm": 0}),
 }
 # Beside frozen weights: bfloat16 where a copy of it would be made, and 8 bits in DeepSpeed's flat parts.

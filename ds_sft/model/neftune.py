@@ -1,0 +1,54 @@
+"""Noise on input embeddings while a model trains: NEFTune (Jain et al., 2310.05914).
+
+Each number of a token's embedding gets noise between -a and a, drawn uniformly, with a = alpha / sqrt(tokens of the row
+x width). Trainer's own counts all places of a micro batch as the row's, padding and other rows included: a row's noise
+would depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.ranks.launch import Launch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class EmbeddingNoise:
+    """Adds the noise in training, to batches that come with their `Layout`."""
+
+    def __init__(self, model: PreTrainedModel, alpha: float) -> None:
+        self.alpha = alpha
+        self.lengths: torch.Tensor | None = None  # tokens of each place's row, [batch, seq] or [batch, 1]
+        model.register_forward_pre_hook(self._take_lengths, with_kwargs=True)
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _take_lengths(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        layout: Layout | None = kwargs.get(LAYOUT)
+        if layout is None or not model.training:
+            self.lengths = None
+        elif layout.starts is None:
+            self.lengths = kwargs["attention_mask"].sum(-1, keepdim=True)
+        else:
+            of_rows = layout.starts.diff()
+            self.lengths = of_rows.repeat_interleave(of_rows, output_size=layout.places)[None]  # waits for no device
+
+    def _add(self, embeddings: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Output: [batch, seq, width]."""
+        if self.lengths is None:
+            return output
+        most = self.alpha / (self.lengths * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * most[..., None].to(output.dtype)
+
+
+def add_noise(model: PreTrainedModel, alpha: float | None, launch: Launch) -> None:
+    """Add noise to a model's input embeddings in training; none where `alpha` is None or 0."""
+    if not alpha:
+        return
+    launch.say(f"NEFTune: noise of at most {alpha:g} / sqrt(tokens of a row x width) on input embeddings, in training.")
+    EmbeddingNoise(model, alpha)

@@ -1,0 +1,51 @@
+"""Training that ends when validation gets no better counts on where it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_sft.checkpoints.checkpoint import newest_complete, remove
+from tests.test_trainer import make_trainer
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
+              "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "max_steps": 9}  # fmt: skip
+NO_BETTER = {**EVERY_STEP, "learning_rate": 0.0}  # every validation is that after the first step
+SAID = (
+    "Training ends early, after step {} of 9: no validation was better than that after step 1 "
+    "(early_stopping_patience: {}).\n"
+)
+
+
+def steps_of(folder: Path, keys: dict[str, Any], patience: int | None, *, resumed: bool = False) -> int:
+    """After how many steps a run ends; its best checkpoint and, if it is the newest, its last are there."""
+    start = newest_complete(folder, resumable=True) if resumed else None
+    trainer = make_trainer(folder, rows=40, patience=patience, resumed=start, **keys)
+    trainer.add_callback(trainer.pop_callback(type(trainer.step_boundary)))  # the last one
+    trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    assert Path(str(trainer.state.best_model_checkpoint)).is_dir()
+    return int(trainer.state.global_step)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_it_ends_after_so_many_validations(patience: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps_of(tmp_path, NO_BETTER, patience) == 1 + patience
+    assert SAID.format(1 + patience, patience) in capsys.readouterr().out
+
+
+def test_it_goes_on_while_it_gets_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps_of(tmp_path / "better", EVERY_STEP, 1) == 9
+    assert steps_of(tmp_path / "none", NO_BETTER, None) == 9
+    assert "early" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+    """From before the end it ends where it would have; from the end it trains nothing."""
+    assert steps_of(tmp_path, NO_BETTER, 3) == 4
+    for step in (3, 4):
+        remove(tmp_path / f"checkpoint-{step}")
+    assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+    assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
