@@ -32,10 +32,10 @@ from ds_sft.commands.chat_screen import Alone, Columns, Stream
 from ds_sft.commands.chat_session import Chat
 from ds_sft.config.keys import Config
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import find_files
 from ds_sft.data.prompts import Said
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import find_files
 from ds_sft.errors import UserError
 from tests.families import FAMILIES, family
 from tests.test_predict import always_says

@@ -20,8 +20,8 @@ from ds_sft.config.keys import Config
 from ds_sft.data import cache
 from ds_sft.data.dataset import load_data, print_report
 from ds_sft.data.encode import has_textless_answer
-from ds_sft.data.files import DataFile
 from ds_sft.data.records import Reading, to_dialogue
+from ds_sft.data.sources import DataFile
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows

@@ -16,15 +16,15 @@ from datasets import Dataset
 from ds_sft.commands import preview
 from ds_sft.commands.preview_tokens import shown_of
 from ds_sft.config.keys import Config
-from ds_sft.data import cache, encode, files, rendered
+from ds_sft.data import cache, encode, readers, rendered
 from ds_sft.data.batch import collate_flat, views_of
 from ds_sft.data.dataset import load_data
 from ds_sft.data.encode import Encoder, last_that_fits
-from ds_sft.data.files import DataFile
 from ds_sft.data.packing import plan_packs
 from ds_sft.data.records import Dialogue
 from ds_sft.data.rendered import left_out
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import DataFile
 from ds_sft.export import weights as export
 from ds_sft.ranks.launch import Launch
 from tests.conftest import write_rows
@@ -164,13 +164,13 @@ def test_parquet_is_read_by_its_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         writer.write_table(table.slice(0, 300))
         writer.write_table(table.slice(300))
     sizes: list[int] = []
-    batch_of = files._parquet_batch
+    batch_of = readers._parquet_batch
 
     def counted(batch: pa.RecordBatch) -> Any:
         sizes.append(batch.nbytes)
         return batch_of(batch)
 
-    monkeypatch.setattr(files, "_parquet_batch", counted)
+    monkeypatch.setattr(readers, "_parquet_batch", counted)
     rows = list(DataFile(str(tmp_path / "rows.parquet")).rows())
     assert rows == [(i, {"question": "q", "answer": answer}) for i, answer in enumerate(answers, start=1)]
     assert max(sizes) <= 8 * 2**20 + 2**16

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ds_sft.commands.opened import Opened
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.prompts import Prompt, Prompts, Said
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError

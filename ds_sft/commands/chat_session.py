@@ -12,7 +12,7 @@ import yaml
 
 from ds_sft.commands.chat_answer import Answer, Speaker
 from ds_sft.config.values import GENERATION, check_generation
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.prompts import Prompt, Said
 from ds_sft.data.shapes import Message
 from ds_sft.data.values import check_text

@@ -26,8 +26,9 @@ from typing import Any
 from ds_sft.commands.flags import FlagParser
 from ds_sft.config.keys import Config
 from ds_sft.config.read import given_twice, load_config
-from ds_sft.data.files import BadRow, find_files
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.records import read_dialogues, reading_of
+from ds_sft.data.sources import find_files
 from ds_sft.engine.zero import engine_config, stage
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives, exchanged

@@ -34,9 +34,11 @@ import xxhash
 from filelock import FileLock
 
 from ds_sft.config.keys import TEMPLATES, Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.encode import Encoded, Encoder, use_threads
-from ds_sft.data.files import BadRow, DataFile, Progress, Raw
+from ds_sft.data.readers import BytesRead, Raw
 from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
+from ds_sft.data.sources import DataFile
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 
@@ -176,14 +178,16 @@ def settings_key(config: Config, tokenizer: Any) -> str:
     # The backend's own description holds vocabulary, merges, normaliser and special tokens.
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name in (
+        "bad_row",
         "cache",
         "content",
         "encode",
-        "files",
         "hermes",
+        "readers",
         "records",
         "rendered",
         "shapes",
+        "sources",
         "templates",
         "turns",
         "values",
@@ -339,9 +343,9 @@ def _encode_blocks(
     file: DataFile, builder: Builder, folder: Path, processes: int, launch: Launch
 ) -> tuple[Counts, list[str]]:
     """Encode block after block, several at a time; the counts of the file and the names of its parts."""
-    progress, total, names = Progress(), Counts(), []
-    meter = Meter(file, progress, launch)
-    blocks = _blocks(file, progress)
+    bytes_read, total, names = BytesRead(), Counts(), []
+    meter = Meter(file, bytes_read, launch)
+    blocks = _blocks(file, bytes_read)
     with _Pool(builder, folder, processes) as pool:
         for name, counts in pool.encode(blocks):
             total.add(counts)
@@ -351,10 +355,10 @@ def _encode_blocks(
     return total, names
 
 
-def _blocks(file: DataFile, progress: Progress) -> Iterator[Block]:
+def _blocks(file: DataFile, bytes_read: BytesRead) -> Iterator[Block]:
     """Rows in blocks; the same for the same file, whatever the machine. A file without rows is one empty block."""
     number, rows, size = 0, [], 0
-    for line, raw in file.rows(progress):
+    for line, raw in file.rows(bytes_read):
         rows.append((line, raw))
         size += _rough_size(raw)
         if len(rows) >= (FIRST_ROWS if number < FIRST_BLOCKS else BLOCK_ROWS) or size >= BLOCK_BYTES:
@@ -562,8 +566,8 @@ def _lost(encoded: Encoded, lines: list[int]) -> np.ndarray:
 class Meter:
     """Rows a second and the time left: on one line of a terminal, in a log every few seconds."""
 
-    def __init__(self, file: DataFile, progress: Progress, launch: Launch) -> None:
-        self.file, self.progress, self.launch = file, progress, launch
+    def __init__(self, file: DataFile, bytes_read: BytesRead, launch: Launch) -> None:
+        self.file, self.bytes_read, self.launch = file, bytes_read, launch
         self.started = self.said = time.monotonic()
         self.terminal = launch.is_main and sys.stdout.isatty()
 
@@ -577,7 +581,7 @@ class Meter:
 
     def text(self, rows: int, seconds: float) -> str:
         rate = f"{self.file.name}: {rows:,} rows, {rows / max(seconds, 1e-9):,.0f} rows/s"
-        share = self.progress.bytes_read / self.file.size if self.file.size else 0.0
+        share = self.bytes_read.count / self.file.size if self.file.size else 0.0
         if not 0 < share <= 1:
             return rate
         left = seconds * (1 - share) / share

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.values import check_json, check_text, found, is_empty, note_unread, unpacked
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of an answer, and types of a part

@@ -15,12 +15,13 @@ import numpy as np
 
 from ds_sft.config.keys import Config
 from ds_sft.config.values import is_repo
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
 from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow, DataFile, find_files
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.report import Report, describe, print_report
+from ds_sft.data.sources import DataFile, find_files
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch, print_line
 

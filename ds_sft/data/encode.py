@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.rendered import left_out
 from ds_sft.data.shapes import Message

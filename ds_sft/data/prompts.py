@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import THINKING
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import find_files
 from ds_sft.data.templates import ChatTemplate
 from ds_sft.data.turns import FIELD
 from ds_sft.errors import UserError

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ds_sft.config.keys import REFERENCE_PROMPT
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import REASONING, Said, read_calls, read_content, read_reasoning, read_tools
-from ds_sft.data.files import BadRow
 from ds_sft.data.values import check_text, found, json_type, note_unread, unpacked
 
 Shape = Literal["auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"]
