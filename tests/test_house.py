@@ -124,13 +124,13 @@ def test_light_modules_load_neither_torch_nor_transformers(module: str) -> None:
 
 
 def test_the_cache_is_keyed_by_all_code_that_encodes() -> None:
-    folder, known, seen = ROOT / "ds_sft/data", ["cache"], set[str]()
+    folder, known, seen = ROOT / "ds_sft/data", ["build"], set[str]()
     while known:
         name = known.pop()
         seen.add(name)
         modules = {m.split(".")[1] for m in imports_of(folder / f"{name}.py") if m.startswith("data.")}
         known += modules - seen
-    key = (folder / "cache.py").read_text(encoding="utf-8").partition("def settings_key")[2]
+    key = (folder / "store.py").read_text(encoding="utf-8").partition("def settings_key")[2]
     assert {name for name in seen if f'"{name}"' not in key} == set()
 
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from ds_sft.commands import preview
+from ds_sft.commands import preview, preview_tokens
 from ds_sft.commands.preview_tokens import shown_of
 from ds_sft.config.keys import Config
-from ds_sft.data import cache, encode, readers, rendered
+from ds_sft.data import build, encode, readers, rendered
 from ds_sft.data.batch import collate_flat, views_of
 from ds_sft.data.dataset import load_data
 from ds_sft.data.encode import Encoder, last_that_fits
@@ -141,9 +141,9 @@ def test_splitting_encodes_a_row_a_few_times(tokenizer: Any, monkeypatch: pytest
 
 def test_a_long_row_is_encoded_by_itself() -> None:
     short, long = (1, b"x" * 1000), (2, b"x" * 2**21)
-    assert [len(batch) for batch in cache._batches([short] * 2500)] == [1000, 1000, 500]
-    assert list(cache._batches([short, long, long, short, short])) == [[short], [long], [long], [short, short]]
-    assert list(cache._batches([])) == []
+    assert [len(batch) for batch in build._batches([short] * 2500)] == [1000, 1000, 500]
+    assert list(build._batches([short, long, long, short, short])) == [[short], [long], [long], [short, short]]
+    assert list(build._batches([])) == []
 
 
 def test_its_pieces_are_encoded_in_groups(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
@@ -203,7 +203,7 @@ def test_a_row_of_a_million_tokens(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_preview_shows_both_ends_of_a_long_row(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preview, "SHOWN", 8)
+    monkeypatch.setattr(preview_tokens, "SHOWN", 8)
     ids = tokenizer("abcdefghijklmnopqrst")["input_ids"]
     labels = [-100] * 5 + ids[5:]
     shown = shown_of("row 1", ids, labels, tokenizer)

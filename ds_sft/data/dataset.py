@@ -1,6 +1,6 @@
 """Files -> the data sets of a run and the report of what happened to every row.
 
-Encoding happens once per file system and before any process group exists; see `cache.py`.
+Encoding happens once per file system and before any process group exists; see `handover.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import numpy as np
 from ds_sft.config.keys import Config
 from ds_sft.config.values import is_repo
 from ds_sft.data.bad_row import BadRow
-from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
-from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
+from ds_sft.data.counts import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
+from ds_sft.data.counts import Counts
 from ds_sft.data.encode import Encoder
+from ds_sft.data.handover import encode_file
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.report import Report, describe, print_report
 from ds_sft.data.sources import DataFile, find_files
+from ds_sft.data.store import STATS, EncodedFile, settings_key
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch, print_line
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_sft.data.cache import Counts
+from ds_sft.data.counts import Counts
 from ds_sft.data.encode import LONGER, TOO_LONG
 from ds_sft.ranks.launch import Launch
 
@@ -58,7 +58,7 @@ def describe(
     """The report over rows that are kept; lengths are told over those `left_out` for their length, too.
 
     Args:
-        stats, left_out: [rows] of `cache.STATS` with a field `file`: index into `names`.
+        stats, left_out: [rows] of `store.STATS` with a field `file`: index into `names`.
     """
 
     def where(row: np.void) -> str:
