@@ -102,7 +102,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     settle_devices(config, launch)
     take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
-    from ds_sft.data.batches import make_batches
+    from ds_sft.data.loader import dataset_and_collator
     from ds_sft.engine.zero import engine_config
     from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
@@ -131,7 +131,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
-    rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch, padded=padded)
+    rows_in_batches, collate = dataset_and_collator(data.train, config, tokenizer, launch, padded=padded)
     batching = batching_of(args, config, rows_in_batches, padded=padded, seam=start.seam)
     steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
@@ -221,7 +221,7 @@ def require_hub(config: Config, launch: Launch) -> None:
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
     """What decides the result, to know the run again; rank 0 alone hashes the data and the base."""
-    from ds_sft.data.batches import fingerprint
+    from ds_sft.data.rows import fingerprint
 
     rows, eval_rows = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
     return identity(config, engine, rows, eval_rows, base)
@@ -239,7 +239,7 @@ def plan_steps(
     require_steps_left(start, steps.steps)
     launch.say(steps.describe())
     if args.train_sampling_strategy in OUR_ORDERS:
-        launch.say(batching.describe(each_micro_batch=(stage(engine) or 0) >= 2))
+        launch.say(batching.padding_and_waiting(each_micro_batch=(stage(engine) or 0) >= 2))
     return steps
 
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from ds_sft.cli import main
 from ds_sft.commands.evaluate import data_words, read_words
 from ds_sft.config.read import load_config
-from ds_sft.data.batches import fingerprint
 from ds_sft.data.dataset import load_data
 from ds_sft.data.records import read_dialogues, reading_of
+from ds_sft.data.rows import fingerprint
 from ds_sft.data.sources import find_files
 from ds_sft.errors import UserError
 from ds_sft.export.predict import predict

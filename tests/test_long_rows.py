@@ -17,12 +17,13 @@ from ds_sft.commands import preview, preview_tokens
 from ds_sft.commands.preview_tokens import shown_of
 from ds_sft.config.keys import Config
 from ds_sft.data import build, encode, readers, rendered
-from ds_sft.data.batch import collate_flat, views_of
+from ds_sft.data.batch import collate_flat
 from ds_sft.data.dataset import load_data
 from ds_sft.data.encode import Encoder, last_that_fits
-from ds_sft.data.packing import plan_packs
+from ds_sft.data.packing import pack_rows
 from ds_sft.data.records import Dialogue
 from ds_sft.data.rendered import left_out
+from ds_sft.data.rows import views_of
 from ds_sft.data.shapes import Message
 from ds_sft.data.sources import DataFile
 from ds_sft.export import weights as export
@@ -179,10 +180,10 @@ def test_parquet_is_read_by_its_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_packs_of_a_million_tokens_need_no_list_for_each_length() -> None:
     tracemalloc.start()
-    plan = plan_packs([400_000, 600_000, 1_000_000, 1], 1_000_000, seed=0)
+    packing = pack_rows([400_000, 600_000, 1_000_000, 1], 1_000_000, seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sorted(map(sorted, plan.packs)) == [[0, 1], [2], [3]]
+    assert sorted(map(sorted, packing.packs)) == [[0, 1], [2], [3]]
     assert peak < 2**20
 
 

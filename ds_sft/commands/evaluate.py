@@ -275,7 +275,7 @@ def prepare_opened(opened: Opened, subject: Any, launch: Launch) -> Prepared:
 def say_other_rows(opened: Opened, rows: Any, launch: Launch) -> None:
     """Whether what `val_size` sets aside now is what the run has set aside: else the run may have learned of it."""
     from ds_sft.checkpoints.identity import EVAL_DATA
-    from ds_sft.data.batches import fingerprint
+    from ds_sft.data.rows import fingerprint
     from ds_sft.plan.adapter import read_json
     from ds_sft.results import RESULTS
 

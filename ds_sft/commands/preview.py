@@ -152,12 +152,13 @@ def row_numbers(text: str, num_rows: int) -> list[int]:
 
 def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[Shown]:
     """The batch that a rank would make of these rows, whatever their number; several where tokens fill them."""
-    from ds_sft.data.batches import make_batches
-    from ds_sft.data.micro_batches import Batching, lengths_of
+    from ds_sft.data.loader import dataset_and_collator
+    from ds_sft.data.micro_batches import Batching
+    from ds_sft.data.rows import lengths_of
     from ds_sft.model.load import uses_padding
 
     padded = uses_padding(config, launch)
-    in_batches, collate = make_batches(rows, config, tokenizer, launch, padded=padded)
+    in_batches, collate = dataset_and_collator(rows, config, tokenizer, launch, padded=padded)
     batching = Batching(lengths=lengths_of(in_batches), micro_batch=None if config.fills_batches else len(in_batches),
                         accumulation=1, ranks=1, padded=padded, seed=int(config.training.get("seed", 42)),
                         order="sequential", max_tokens=config.max_tokens_per_batch)  # fmt: skip

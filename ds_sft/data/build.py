@@ -33,7 +33,7 @@ from ds_sft.data.encode import Encoded, Encoder, use_threads
 from ds_sft.data.readers import BytesRead, Raw
 from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
 from ds_sft.data.sources import DataFile
-from ds_sft.data.store import SCHEMA, STATS, fingerprint, part_intact
+from ds_sft.data.store import SCHEMA, STATS, file_hash, part_intact
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 
@@ -224,7 +224,7 @@ def encode_block(builder: Builder, folder: Path, name: str, rows: list[tuple[int
             lost.append(_lost(encoded, lines))
     np.save(folder / f"{name}.npy", np.concatenate(stats))
     np.save(folder / f"{name}.lost.npy", np.concatenate(lost))
-    files = {file: fingerprint(folder / file) for file in (f"{name}.arrow", f"{name}.npy", f"{name}.lost.npy")}
+    files = {file: file_hash(folder / file) for file in (f"{name}.arrow", f"{name}.npy", f"{name}.lost.npy")}
     text = json.dumps({"files": files, "counts": asdict(counts)}, ensure_ascii=False)
     beside = folder / f"{name}.json.tmp"
     beside.write_text(text, encoding="utf-8", errors="backslashreplace")

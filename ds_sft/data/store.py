@@ -114,12 +114,12 @@ def part_intact(folder: Path, name: str) -> bool:
     """Whether the files of a part have the hashes that its counts were written with."""
     try:
         files = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["files"]
-        return all(fingerprint(folder / file) == written for file, written in files.items())
+        return all(file_hash(folder / file) == written for file, written in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def fingerprint(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """XXH3 with 128 bits of a file's bytes."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:

@@ -13,9 +13,9 @@ import numpy as np
 from ds_sft.config.keys import Config
 from ds_sft.config.values import SAMPLING
 from ds_sft.data.bad_row import BadRow
-from ds_sft.data.batch import views_of
 from ds_sft.data.dataset import Measured, read_rows
 from ds_sft.data.encode import Encoder
+from ds_sft.data.rows import views_of
 from ds_sft.errors import UserError
 from ds_sft.evaluation.bootstrap import Floats
 from ds_sft.evaluation.loss import loss_batches, row_losses

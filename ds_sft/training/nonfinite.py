@@ -27,8 +27,8 @@ import torch
 
 from ds_sft.checkpoints.checkpoint import newest_complete
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.data.batches import single_rows
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.loader import single_rows
 from ds_sft.errors import RunError
 from ds_sft.ranks.collectives import gather
 from ds_sft.training.resumable import ResumableTrainer

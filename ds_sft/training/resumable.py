@@ -221,7 +221,7 @@ class ResumableTrainer(Trainer):
         """Trainer's share of an epoch is one of its steps; where these are of two sizes, rows tell it."""
         epoch, steps = self.position(self.state.global_step)
         if self.deals_rows and steps and self.batching.seam.rows and epoch == self.batching.seam.epoch:
-            self.state.epoch = epoch + self.batching.here(self.state.global_step).rows / len(self.batching.lengths)
+            self.state.epoch = epoch + self.batching.seam_at(self.state.global_step).rows / len(self.batching.lengths)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
         """As Trainer's, but epochs need not have equally many steps."""
@@ -476,7 +476,7 @@ class ResumableTrainer(Trainer):
             "routing": routing.state() if routing is not None else None,
             # Where rows were dealt anew, and where they could be now; see `micro_batches.Seam`.
             "seam": asdict(self.batching.seam),
-            "here": asdict(self.batching.here(state.global_step)) if self.deals_rows else None,
+            "here": asdict(self.batching.seam_at(state.global_step)) if self.deals_rows else None,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.run.identity,
