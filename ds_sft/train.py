@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.checkpoints.checkpoint import Site, Start, exported_step, newest_complete, where_to_start
 from ds_sft.checkpoints.folder_lock import FolderLock
 from ds_sft.checkpoints.identity import identity
-from ds_sft.checkpoints.storage import require_no_model, require_writable, settle_storage
+from ds_sft.checkpoints.manifest import newest_complete
+from ds_sft.checkpoints.start import Start, exported_step, where_to_start
+from ds_sft.checkpoints.storage import Site, require_no_model, require_writable, settle_storage
 from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.errors import RunError, UserError

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.checkpoints.base import hash_base
-from ds_sft.checkpoints.checkpoint import FACTS, Site, _is_exported, _is_finished
+from ds_sft.checkpoints.manifest import FACTS
 from ds_sft.checkpoints.space import export_size, predict_size
+from ds_sft.checkpoints.start import _is_exported, _is_finished
+from ds_sft.checkpoints.storage import Site
 from ds_sft.cli import main
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError

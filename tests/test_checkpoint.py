@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 
-from ds_sft.checkpoints import checkpoint
-from ds_sft.checkpoints.checkpoint import (
-    FACTS,
-    Broken,
-    Site,
-    _fit,
-    choose,
-    complete,
-    newest_complete,
-    read_manifest,
-    rotate,
-    set_aside,
-    where_to_start,
-)
+from ds_sft.checkpoints import manifest
 from ds_sft.checkpoints.identity import changes, identity, in_words
+from ds_sft.checkpoints.manifest import FACTS, Broken, complete, newest_complete, read_manifest
+from ds_sft.checkpoints.rotate import rotate, set_aside
+from ds_sft.checkpoints.start import Start, _fit, choose, where_to_start
+from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
@@ -128,7 +119,7 @@ def test_a_failed_save_has_no_manifest(tmp_path: Path) -> None:
 
 def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the files and the manifest: no checkpoint."""
-    monkeypatch.setattr(checkpoint, "write_manifest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(manifest, "write_manifest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 4)
     with pytest.raises(Broken):
@@ -250,7 +241,7 @@ def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pyte
         where_to_start(config(tmp_path, training={"per_device_train_batch_size": 3}), RUN, ALONE)
 
 
-def start(output_dir: Path, run: dict[str, Any] = RUN, world_size: int = 1, **changes: Any) -> checkpoint.Start:
+def start(output_dir: Path, run: dict[str, Any] = RUN, world_size: int = 1, **changes: Any) -> Start:
     site = Site(Launch(launcher="python", world_size=world_size), shared=True)
     return where_to_start(config(output_dir, **changes), run, site)
 
@@ -447,7 +438,7 @@ def test_other_validation_rows_are_another_run(tmp_path: Path) -> None:
     assert changes(then, now) == {}
 
 
-def step_of(start: checkpoint.Start) -> int | None:
+def step_of(start: Start) -> int | None:
     return start.checkpoint.step if start.checkpoint else None
 
 

@@ -50,7 +50,7 @@ LIGHT = [
     "ds_sft.upstream",
     "ds_sft.ranks.launch",
     "ds_sft.engine.zero",
-    "ds_sft.checkpoints.checkpoint",
+    "ds_sft.checkpoints.start",
     "ds_sft.checkpoints.folder_lock",
     "ds_sft.checkpoints.identity",
     "ds_sft.ranks.stop",

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import Trainer
 
-from ds_sft.checkpoints.checkpoint import Site
 from ds_sft.checkpoints.identity import changes, identity
+from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.data.batch import collate_share
 from ds_sft.data.loader import single_rows

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.checkpoints.checkpoint import Site
 from ds_sft.checkpoints.space import export_size, predict_size
+from ds_sft.checkpoints.storage import Site
 from ds_sft.cli import main
 from ds_sft.commands.preview import say_trained
 from ds_sft.config.keys import Config

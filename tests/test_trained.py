@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ds_sft.checkpoints.base import begin_to_hash_base, hash_base
-from ds_sft.checkpoints.checkpoint import _refuse_another_run
 from ds_sft.checkpoints.identity import base_differs, changes, identity, in_words
+from ds_sft.checkpoints.start import _refuse_another_run
 from ds_sft.checkpoints.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from ds_sft.checkpoints.checkpoint import Checkpoint, Site
+from ds_sft.checkpoints.manifest import Checkpoint
+from ds_sft.checkpoints.storage import Site
 from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.rows import lengths_of

@@ -135,7 +135,7 @@ def _require_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none, or one that cannot be read, in a folder that a run of ours has reported its data in.
     """
-    from ds_sft.checkpoints.checkpoint import Broken, read_manifest
+    from ds_sft.checkpoints.manifest import Broken, read_manifest
 
     if not (checkpoint.resolve().parent / "data_report.json").exists():
         return {}

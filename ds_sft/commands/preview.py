@@ -80,8 +80,8 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     Raises:
         UserError: a key names nothing in this model.
     """
-    from ds_sft.checkpoints.checkpoint import Site
     from ds_sft.checkpoints.space import export_size, predict_size
+    from ds_sft.checkpoints.storage import Site
     from ds_sft.engine.zero import configured_engine, stage
     from ds_sft.model.adapters import choose_weights
     from ds_sft.model.load import make_room

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ds_sft.checkpoints.checkpoint import newest_complete
+from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.loader import single_rows

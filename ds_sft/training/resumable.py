@@ -23,18 +23,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, set_seed
 
-from ds_sft.checkpoints.checkpoint import (
-    Checkpoint,
-    Site,
-    complete,
-    describe,
-    newest_complete,
-    remove,
-    rotate,
-    sync_and_hash,
-)
 from ds_sft.checkpoints.identity import EVAL_DATA, Changes
+from ds_sft.checkpoints.manifest import Checkpoint, complete, newest_complete, sync_and_hash
+from ds_sft.checkpoints.rotate import remove, rotate
 from ds_sft.checkpoints.space import no_room
+from ds_sft.checkpoints.storage import Site
 from ds_sft.checkpoints.trained import (
     expect_trained_only,
     is_converted,
@@ -45,7 +38,7 @@ from ds_sft.checkpoints.trained import (
 )
 from ds_sft.config.keys import OUR_ORDERS
 from ds_sft.data.micro_batches import Batching
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, error_in_words
 from ds_sft.export.weights import end_answers_at
 from ds_sft.model.quantized import elements
 from ds_sft.model.routing import routing_of
@@ -384,11 +377,11 @@ class ResumableTrainer(Trainer):
         try:
             write()
         except (OSError, SafetensorError) as error:
-            self.write_troubles.append(describe(error))
+            self.write_troubles.append(error_in_words(error))
         except RuntimeError as error:
             if not TORCH_WRITE_ERROR.search(str(error)):
                 raise
-            self.write_troubles.append(describe(error))
+            self.write_troubles.append(error_in_words(error))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; of a model with frozen weights those that are trained, see `checkpoints/trained.py`."""
