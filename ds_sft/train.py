@@ -24,7 +24,8 @@ if __name__ == "__main__":  # started as a file: Python put this folder on the p
 from ds_sft.checkpoints.folder_lock import FolderLock
 from ds_sft.checkpoints.identity import identity
 from ds_sft.checkpoints.manifest import newest_complete
-from ds_sft.checkpoints.start import Start, exported_step, where_to_start
+from ds_sft.checkpoints.other_run import exported_step
+from ds_sft.checkpoints.start import Start, where_to_start
 from ds_sft.checkpoints.storage import Site, require_no_model, require_writable, settle_storage
 from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
 from ds_sft.config.read import given_twice, load_config

@@ -9,15 +9,15 @@ Nothing here imports torch until ranks have to agree.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_sft.checkpoints.identity import DATA, DEALING, Changes, changes, in_words, unchangeable
+from ds_sft.checkpoints.identity import DATA, DEALING, Changes, changes, in_words
 from ds_sft.checkpoints.manifest import Broken, Checkpoint, check_files, read_manifest, steps_in
+from ds_sft.checkpoints.other_run import another_run, is_exported, is_finished, refuse_another_run, refuse_another_stage
 from ds_sft.checkpoints.rotate import set_aside
 from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import OUR_ORDERS, TORCH_ADAMW, Config
@@ -29,14 +29,6 @@ from ds_sft.results import EXPORTED, RESULTS
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SIZE = {"rows_a_step", "dataloader_drop_last"}  # how many rows of an epoch's order a step takes, not their order
 SET_OUT = ".set-out"  # the Slurm job that started anew in an output folder, or from a checkpoint that was named
-FINAL = ("model*.safetensors", "adapter/adapter_model.safetensors")  # what a finished run leaves in its output folder
-
-
-def exported_step(output_dir: Path) -> int | None:
-    """The step of the exported weights with which a run goes on that was stopped behind its export; else None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((output_dir / EXPORTED).read_text(encoding="utf-8"))["results"]["steps"])
-    return None
 
 
 def choose(resume: str, output_dir: Path, site: Site) -> Checkpoint | None:
@@ -123,11 +115,6 @@ class Start:
         return None if self.checkpoint is None else int(self.checkpoint.manifest["metrics_bytes"])
 
 
-Stages = tuple[int | None, int | None]  # ZeRO's, then and now; None is without DeepSpeed
-FinishedRun = tuple[Changes, bool, Stages]  # in what it differs, whether nothing is left to do
-NO_RUN: FinishedRun = ({}, False, (None, None))
-
-
 def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> Start:
     """Decide it on all ranks; all must call it. `this_run` is that of rank 0, see `identity.py`.
 
@@ -137,9 +124,9 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
     if config.training.get("save_only_model"):
         site.launch.say("Warning: save_only_model: a run that is stopped cannot go on from checkpoints of the weights.")
     resume = gather("auto" if _was_requeued(config) else config.resume)[0]
-    if resume == "auto" and _is_finished(config, this_run, site.launch):
+    if resume == "auto" and is_finished(config, this_run, site.launch):
         return Start(finished=True)
-    if resume == "auto" and _is_exported(config, this_run, site.launch):
+    if resume == "auto" and is_exported(config, this_run, site.launch):
         return Start(exported=True)
     found = choose(resume, config.output_dir, site)
     if found is None and resume != config.resume:  # requeued before the first save
@@ -147,9 +134,9 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
     changed: Changes = {}
     if found is not None:
         stages = found.manifest["zero_stage"], gather(this_run["zero_stage"])[0]
-        _refuse_another_stage(f"{found.path} was saved", stages, config, site.launch)
+        refuse_another_stage(f"{found.path} was saved", stages, config, site.launch)
         changed = gather(changes(found.manifest, this_run))[0]
-        _refuse_another_run(found.path, changed, this_run, config)
+        refuse_another_run(found.path, changed, this_run, config)
     if site.leader and resume != "auto":
         here = found is not None and found.path.resolve().parent == config.output_dir.resolve()
         set_aside(config.output_dir, found.step if here and found else 0, site.launch)
@@ -246,7 +233,7 @@ def _accumulation(found: Checkpoint, config: Config, site: Site) -> int:
     if a_step is None or (changed and config.resume_anyway):
         return asked
     if changed and not other_ranks and a_step != micro * asked * _groups(config, launch):
-        raise UserError(_another_run(found.path, changed))
+        raise UserError(another_run(found.path, changed))
     return _keep_a_step(found, a_step, config, launch)
 
 
@@ -337,98 +324,4 @@ def _numbers_that_work(found: Checkpoint, a_step: int, config: Config, launch: L
     return (
         f"{said} x {micro} rows (per_device_train_batch_size) cannot make up. What can: {ranks} with "
         f"per_device_train_batch_size {micro}{batches}"
-    )
-
-
-def _refuse_another_stage(what: str, stages: Stages, config: Config, launch: Launch) -> None:
-    """See that DeepSpeed keeps the states as it did; `what` begins the line.
-
-    Raises:
-        UserError: it is another stage, or was none.
-    """
-    then, now = stages
-    if then == now:
-        return
-    names = ["without DeepSpeed" if stage is None else f"under ZeRO-{stage}" for stage in stages]
-    if _engine_is_ignored(config, launch):
-        names[1] += ", as no launcher started it"
-    raise UserError(
-        f"{what} {names[0]}, and this start is {names[1]}: a checkpoint can change its number of ranks, not its form. "
-        f"{_as_before(then, config, launch)}, or --resume never to start anew (`ds-sft export` gives its model)"
-    )
-
-
-def _as_before(then: int | None, config: Config, launch: Launch) -> str:
-    """What to do for a start under the stage of the checkpoint."""
-    if then is None:
-        return "Leave out deepspeed"
-    written = "" if _engine_is_ignored(config, launch) else f"Write a deepspeed key of ZeRO-{then}"
-    started = "" if launch.distributed else "Start it under a launcher, one process by torchrun --nproc_per_node 1 ..."
-    return f"{written}. {started}" if written and started else written or started
-
-
-def _engine_is_ignored(config: Config, launch: Launch) -> bool:
-    return bool(config.training.get("deepspeed")) and not launch.distributed
-
-
-def _is_finished(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
-    """Whether the output folder holds this run, done, with its weights; says so."""
-    done = _holds(RESULTS, config, this_run, launch)
-    if done:
-        merged = any(config.output_dir.glob(FINAL[0]))
-        later = "" if merged or config.merge != "auto" else "merge: yes merges it; "
-        launch.say(
-            f"This run is finished: {config.output_dir} holds its {'model' if merged else 'adapter'}. ({later}--resume "
-            "never trains it anew.)"
-        )
-    return done
-
-
-def _is_exported(config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
-    """Whether the output folder holds this run's weights, and what a stop left to be done with them; says so."""
-    left = _holds(EXPORTED, config, this_run, launch)
-    if left:
-        launch.say(f"This run is trained, {config.output_dir} has its weights: going on with verification and answers.")
-    return left
-
-
-def _holds(record: str, config: Config, this_run: Mapping[str, Any], launch: Launch) -> bool:
-    """Whether a file of the output folder is this run's, with its weights beside it; refuses another run's."""
-    other, found, stages = gather(_recorded_run(record, config, this_run, launch) if launch.is_main else NO_RUN)[0]
-    if not found:
-        _refuse_another_stage(f"{config.output_dir} holds a run that was finished", stages, config, launch)
-        _refuse_another_run(config.output_dir, other, this_run, config)
-    return found
-
-
-def _recorded_run(record: str, config: Config, this_run: Mapping[str, Any], launch: Launch) -> FinishedRun:
-    """The one that a file of the output folder is of, beside this one."""
-    try:
-        then = json.loads((config.output_dir / record).read_text(encoding="utf-8"))["identity"]
-        other = changes(then, this_run)
-    except (OSError, ValueError, KeyError):
-        return NO_RUN
-    if _engine_is_ignored(config, launch):  # whether there is anything left to do does not hang on the launcher
-        other = {name: pair for name, pair in other.items() if not name.startswith("deepspeed.")}
-    done = not other and any(map(any, (config.output_dir.glob(weights) for weights in FINAL)))
-    now = this_run.get("zero_stage")
-    return other, done, (then.get("zero_stage", now), now)
-
-
-def _refuse_another_run(where: Path, changed: Changes, this_run: Mapping[str, Any], config: Config) -> None:
-    never = unchangeable(changed, this_run)
-    if never:
-        raise UserError(
-            f"{where} cannot go on with {in_words({name: changed[name] for name in never})}: "
-            f"{'; '.join(dict.fromkeys(never.values()))}. Write it as before, or take another output_dir, or --resume "
-            "never to start anew"
-        )
-    if changed and not config.resume_anyway:
-        raise UserError(_another_run(where, changed))
-
-
-def _another_run(where: Path, changed: Changes) -> str:
-    return (
-        f"{where} is of another run, which differs in: {in_words(changed)}. Take another output_dir, "
-        "or --resume never to start anew, or --resume_anyway to go on with the changes"
     )
