@@ -38,7 +38,7 @@ from ds_sft.upstream import (  # noqa: E402
     TEXT,
     USED,
     Name,
-    describe,
+    fault_in_words,
     faults,
     mentioned,
 )
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name in NAMES if not given.library or name.library in given.library]
     if given.changed:
         import_all(names)
-        changed = [describe(*found) for found in faults(names)]
+        changed = [fault_in_words(*found) for found in faults(names)]
         print(*changed or ["Nothing: all names are as they were read."], sep="\n")
         return int(bool(changed))
     found = uses()

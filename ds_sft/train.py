@@ -239,7 +239,7 @@ def plan_steps(
     steps = run_steps(args, batching)
     batching.check(batching.position(steps.steps - 1)[0] + 1, partial(data.where, "train"))
     require_steps_left(start, steps.steps)
-    launch.say(steps.describe())
+    launch.say(steps.in_words())
     if args.train_sampling_strategy in OUR_ORDERS:
         launch.say(batching.padding_and_waiting(each_micro_batch=(stage(engine) or 0) >= 2))
     return steps
@@ -385,7 +385,7 @@ def finish(
     from ds_sft.engine.release import release
     from ds_sft.export.weights import export_model, rows_to_verify
     from ds_sft.training.expectation import compare_with_plan
-    from ds_sft.training.report import best_checkpoint, describe_run
+    from ds_sft.training.report import best_checkpoint, run_results
 
     with trainer.saved_if_stopped():
         stop.check()
@@ -396,7 +396,7 @@ def finish(
         trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
         run_identity = trainer.run.identity
         export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
-        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
+        results = run_results(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
     release(trainer)  # of no use from here on
     exported = {"results": results, "loss_trained": trained_loss, "identity": run_identity}
     use_model(exported, config, data, tokenizer, tracker, stop)

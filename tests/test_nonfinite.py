@@ -26,7 +26,7 @@ from ds_sft.errors import RunError, UserError
 from ds_sft.ranks.launch import Launch
 from ds_sft.results import write_json
 from ds_sft.training.arguments import training_arguments
-from ds_sft.training.nonfinite import FiniteTrainer, Reading, describe, spread
+from ds_sft.training.nonfinite import FiniteTrainer, StepValues, spread, trouble_in_words
 
 NAN, INF = math.nan, math.inf
 ALONE, LAUNCHED = Launch(launcher="python"), Launch(launcher="torchrun")
@@ -63,7 +63,7 @@ SAID = [
 
 @pytest.mark.parametrize(("bad", "said"), SAID)
 def test_what_is_said(bad: list[tuple[int, float, list[str]]], said: str) -> None:
-    assert describe(Reading.begin(1207, torch.tensor(INF), [torch.tensor(1.0)]), bad) == said
+    assert trouble_in_words(StepValues.begin(1207, torch.tensor(INF), [torch.tensor(1.0)]), bad) == said
 
 
 def test_rows_of_packed_sequences() -> None:

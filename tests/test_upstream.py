@@ -27,7 +27,7 @@ from ds_sft.upstream import (
     TEXT,
     USED,
     Name,
-    describe,
+    fault_in_words,
     faults,
     find,
     mentioned,
@@ -130,7 +130,7 @@ def test_events_of_callbacks_are_transformers_own() -> None:
 
 def test_all_names_are_as_they_were_read() -> None:
     upstream.import_all(NAMES)
-    assert [describe(*fault) for fault in faults()] == []
+    assert [fault_in_words(*fault) for fault in faults()] == []
     for name in NAMES:  # none was left out
         if name.kind != TEXT and name.library in sys.modules:
             assert not name.seen_in or find(name.caller) is not None, name.caller

@@ -266,11 +266,11 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
     """The checks that need no network."""
     nodes = [facts for facts in everyone if facts["local_rank"] == 0]
     return [
-        _same("code", nodes, lambda facts: facts["code"], _describe_code,
+        _same("code", nodes, lambda facts: facts["code"], _code_in_words,
               "use one clone on a shared disk, or install one wheel on every node"),
         _same("config", nodes, lambda facts: facts["config"], lambda _: "the same on all nodes",
               "give every node the same file and flags"),
-        _same("packages", nodes, lambda facts: facts["versions"], _describe_versions,
+        _same("packages", nodes, lambda facts: facts["versions"], _versions_in_words,
               "install the same versions on every node, or one environment on a shared disk"),
         _check_devices(everyone),
         _check_model(nodes, config),
@@ -283,7 +283,7 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
 
 
 def _same(
-    name: str, nodes: Sequence[Facts], key: Callable[[Facts], Facts], describe: Callable[[Facts], str], remedy: str
+    name: str, nodes: Sequence[Facts], key: Callable[[Facts], Facts], in_words: Callable[[Facts], str], remedy: str
 ) -> Check:
     """Pass if all nodes say the same; else the first difference."""
     first = key(nodes[0])
@@ -292,15 +292,15 @@ def _same(
             if value != first.get(part):
                 found = f"{part}: {first.get(part)} on {nodes[0]['host']}, {value} on {facts['host']}"
                 return Check(name, "fail", found, remedy)
-    return Check(name, "pass", describe(first))
+    return Check(name, "pass", in_words(first))
 
 
-def _describe_code(code: Facts) -> str:
+def _code_in_words(code: Facts) -> str:
     commit = code["commit"]
     return f"{commit[:12] if commit else 'no git commit'}, hash {code['hash']}"
 
 
-def _describe_versions(found: Facts) -> str:
+def _versions_in_words(found: Facts) -> str:
     return ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers", "deepspeed"))
 
 

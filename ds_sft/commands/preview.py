@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.commands.prepare import read_config
-from ds_sft.commands.preview_tokens import Shown, Token, describe, left_out, sequences_of, shown_of
+from ds_sft.commands.preview_tokens import Shown, Token, left_out_in_words, sequence_title, sequences_of, shown_of
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
@@ -188,7 +188,7 @@ def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str
             "Learned tokens are [bold green]green[/], special tokens [bold magenta]bold[/], padding is [dim]dim[/]."
         )
     for sequence in sequences:
-        console.print(Text(f"\n── {describe(sequence)}", style="bold cyan"), soft_wrap=True)
+        console.print(Text(f"\n── {sequence_title(sequence)}", style="bold cyan"), soft_wrap=True)
         console.print(_as_text(sequence, plain=console.color_system is None), soft_wrap=True)
     print_report(report, launch)
 
@@ -203,7 +203,7 @@ def _as_text(sequence: Shown, *, plain: bool) -> Text:
             text.append(CLOSE)
             before = False
         if token.left_out:
-            text.append(f"\n{left_out(token)}\n", style="dim")
+            text.append(f"\n{left_out_in_words(token)}\n", style="dim")
         if token.starts_row and text:
             text.append("\n⎯⎯ next row, position 0 ⎯⎯\n", style="dim")
         if plain and token.learned and not before:

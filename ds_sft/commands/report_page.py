@@ -214,12 +214,12 @@ def _rows(runs: Sequence[Run]) -> str:
     found: dict[str, list[str]] = {}
     for run in runs:
         for split, counts in run.data.items():
-            found.setdefault(f"{split}, {describe_rows(counts)}", []).append(run.name)
+            found.setdefault(f"{split}, {rows_in_words(counts)}", []).append(run.name)
     lines = (said if len(names) == len(runs) else f"{', '.join(names)}: {said}" for said, names in found.items())
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
-def describe_rows(counts: Mapping[str, Any]) -> str:
+def rows_in_words(counts: Mapping[str, Any]) -> str:
     """What `data_report.json` says of a split, in a sentence."""
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in (counts.get("rows_dropped") or {}).items())
     share = counts.get("supervised_tokens", 0) / max(1, counts.get("tokens", 0))

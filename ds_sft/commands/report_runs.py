@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from ds_sft.checkpoints.folder_lock import RUNNING, describe, parse
+from ds_sft.checkpoints.folder_lock import RUNNING, holder_in_words, parse
 from ds_sft.errors import UserError
 from ds_sft.ranks.stop import PREEMPTED
 from ds_sft.results import RESULTS
@@ -193,7 +193,7 @@ def state_of(folder: Path, results: Mapping[str, Any], step: int) -> str:
     if stopped := parse(_text(folder / PREEMPTED)):
         return f"stopped after step {stopped.get('step', step):,} ({stopped.get('reason')})"
     if (folder / RUNNING).is_file():
-        return f"running or killed, after step {step:,} ({describe(parse(_text(folder / RUNNING)))})"
+        return f"running or killed, after step {step:,} ({holder_in_words(parse(_text(folder / RUNNING)))})"
     if results:
         return f"trained {step:,} steps; not finished: export, verification or predictions did not end well"
     return f"not finished, after step {step:,}"

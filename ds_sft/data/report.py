@@ -52,7 +52,7 @@ class Report:
     hub_datasets: list[str] = field(default_factory=list)  # OWNER/NAME of those that rows come from
 
 
-def describe(
+def make_report(
     file: str, counts: Counts, stats: np.ndarray, names: Sequence[str], left_out: np.ndarray | None = None
 ) -> Report:
     """The report over rows that are kept; lengths are told over those `left_out` for their length, too.
