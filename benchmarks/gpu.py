@@ -220,11 +220,11 @@ def prepare(given: argparse.Namespace, folder: Path) -> Card:
 def card_of(device: str) -> Card:
     import torch
 
-    from ds_sft.training.peak import SIZES, device_peak, measure
+    from ds_sft.training.peak import SIZES, device_peak, measure_flops
 
     place = torch.device(device)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    product = measure(place, torch.bfloat16, SIZES[device])
+    product = measure_flops(place, torch.bfloat16, SIZES[device])
     return Card(name, device_peak(place, torch.bfloat16).flops, product)
 
 

@@ -492,7 +492,7 @@ def let_it_answer(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
-    from ds_sft.export.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.export.predict import predict, prediction_as_text, print_predictions, write_predictions
 
     file = config.output_dir / "predictions.jsonl"
     file.unlink(missing_ok=True)  # an earlier run's
@@ -503,7 +503,7 @@ def let_it_answer(
         predictions = predict(config, data.samples, tokenizer)
         write_predictions(predictions, file)
         print_predictions(predictions)
-        tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+        tracker.log_predictions([prediction_as_text(row) for row in predictions], step=results["steps"])
 
 
 def score_its_answers(

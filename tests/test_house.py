@@ -123,6 +123,16 @@ def test_light_modules_load_neither_torch_nor_transformers(module: str) -> None:
     assert done.stdout == "[]\n"
 
 
+def test_one_name_has_one_meaning() -> None:
+    """Whoever searches for a function or a class of the package finds one; `main` is what a command is entered by."""
+    found: dict[str, list[str]] = {}
+    for file in MODULES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in found.items() if len(files) > 1 and name != "main"} == {}
+
+
 def test_the_cache_is_keyed_by_all_code_that_encodes() -> None:
     folder, known, seen = ROOT / "ds_sft/data", ["build"], set[str]()
     while known:

@@ -22,7 +22,7 @@ from ds_sft.data.dataset import load_data
 from ds_sft.data.encode import Encoder, last_that_fits
 from ds_sft.data.packing import pack_rows
 from ds_sft.data.records import Dialogue
-from ds_sft.data.rendered import left_out
+from ds_sft.data.rendered import left_out_by_template
 from ds_sft.data.rows import views_of
 from ds_sft.data.shapes import Message
 from ds_sft.data.sources import DataFile
@@ -60,7 +60,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def asked(messages: list[Message], text: str, missing: set[str]) -> int:
         Counted.scanned = 0
-        assert left_out(messages, [False] * len(messages), text) == missing
+        assert left_out_by_template(messages, [False] * len(messages), text) == missing
         return Counted.scanned
 
     return asked
@@ -94,11 +94,13 @@ def test_so_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         return shows(near, call)
 
     monkeypatch.setattr(rendered, "shows_call", counted)
-    assert left_out(messages, [False] * len(messages), text) == set()
+    assert left_out_by_template(messages, [False] * len(messages), text) == set()
     assert len(seen) == 400
     assert max(seen) < 5000
     seen.clear()
-    assert left_out(messages, [False] * len(messages), text.replace("value 007", "")) == {"assistant tool_calls"}
+    assert left_out_by_template(messages, [False] * len(messages), text.replace("value 007", "")) == {
+        "assistant tool_calls"
+    }
     assert sum(seen) < 10 * len(text)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ds_sft.checkpoints.base import begin_to_hash_base, hash_base
-from ds_sft.checkpoints.identity import base_differs, changes, identity, in_words
+from ds_sft.checkpoints.identity import base_differs, changes, changes_in_words, identity
 from ds_sft.checkpoints.other_run import refuse_another_run
 from ds_sft.checkpoints.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.config.keys import Config
@@ -184,7 +184,7 @@ def test_a_resumed_run_wants_the_same_base(model_dir: Path, tmp_path: Path) -> N
         "take another output_dir, or --resume never to start anew"
     )
     elsewhere = identity(config(tmp_path, "--adapter", "lora"), None, "rows", base="def")
-    said = in_words(changes(then, elsewhere))
+    said = changes_in_words(changes(then, elsewhere))
     assert said == f"the weights or the config.json in {tmp_path} (it began with {model_dir})"
 
 

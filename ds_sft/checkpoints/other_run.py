@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_sft.checkpoints.identity import Changes, changes, in_words, unchangeable
+from ds_sft.checkpoints.identity import Changes, changes, changes_in_words, unchangeable
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.collectives import gather
@@ -112,7 +112,7 @@ def refuse_another_run(where: Path, changed: Changes, this_run: Mapping[str, Any
     never = unchangeable(changed, this_run)
     if never:
         raise UserError(
-            f"{where} cannot go on with {in_words({name: changed[name] for name in never})}: "
+            f"{where} cannot go on with {changes_in_words({name: changed[name] for name in never})}: "
             f"{'; '.join(dict.fromkeys(never.values()))}. Write it as before, or take another output_dir, or --resume "
             "never to start anew"
         )
@@ -123,6 +123,6 @@ def refuse_another_run(where: Path, changed: Changes, this_run: Mapping[str, Any
 def another_run(where: Path, changed: Changes) -> str:
     """What is said where a run has changed and was not told to go on."""
     return (
-        f"{where} is of another run, which differs in: {in_words(changed)}. Take another output_dir, "
+        f"{where} is of another run, which differs in: {changes_in_words(changed)}. Take another output_dir, "
         "or --resume never to start anew, or --resume_anyway to go on with the changes"
     )

@@ -36,7 +36,7 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
             remove(folder)
 
 
-def set_aside(output_dir: Path, after: int, launch: Launch) -> None:
+def move_aside(output_dir: Path, after: int, launch: Launch) -> None:
     """Move checkpoints newer than step `after` out of the way of a run that starts before them.
 
     For one process of each file system.

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_sft.checkpoints.identity import DATA, DEALING, Changes, changes, in_words
+from ds_sft.checkpoints.identity import DATA, DEALING, Changes, changes, changes_in_words
 from ds_sft.checkpoints.manifest import Broken, Checkpoint, check_files, read_manifest, steps_in
 from ds_sft.checkpoints.other_run import another_run, is_exported, is_finished, refuse_another_run, refuse_another_stage
-from ds_sft.checkpoints.rotate import set_aside
+from ds_sft.checkpoints.rotate import move_aside
 from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.errors import UserError
@@ -31,7 +31,7 @@ SIZE = {"rows_a_step", "dataloader_drop_last"}  # how many rows of an epoch's or
 SET_OUT = ".set-out"  # the Slurm job that started anew in an output folder, or from a checkpoint that was named
 
 
-def choose(resume: str, output_dir: Path, site: Site) -> Checkpoint | None:
+def choose_checkpoint(resume: str, output_dir: Path, site: Site) -> Checkpoint | None:
     """The checkpoint to resume from, the same on all ranks; all must call it. Says which, and why not a newer one.
 
     Args:
@@ -128,9 +128,9 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
         return Start(finished=True)
     if resume == "auto" and is_exported(config, this_run, site.launch):
         return Start(exported=True)
-    found = choose(resume, config.output_dir, site)
+    found = choose_checkpoint(resume, config.output_dir, site)
     if found is None and resume != config.resume:  # requeued before the first save
-        found = choose(config.resume, config.output_dir, site)
+        found = choose_checkpoint(config.resume, config.output_dir, site)
     changed: Changes = {}
     if found is not None:
         stages = found.manifest["zero_stage"], gather(this_run["zero_stage"])[0]
@@ -139,7 +139,7 @@ def where_to_start(config: Config, this_run: Mapping[str, Any], site: Site) -> S
         refuse_another_run(found.path, changed, this_run, config)
     if site.leader and resume != "auto":
         here = found is not None and found.path.resolve().parent == config.output_dir.resolve()
-        set_aside(config.output_dir, found.step if here and found else 0, site.launch)
+        move_aside(config.output_dir, found.step if here and found else 0, site.launch)
         _set_out(config)
     gather(None)  # nobody writes into the folder before that
     return Start() if found is None else _fit(found, changed, config, site)
@@ -187,7 +187,7 @@ def _fit(found: Checkpoint, changed: Changes, config: Config, site: Site) -> Sta
     before = {"sequence_parallel": 1, **then}
     batch = {name: (before[name], value) for name, value in now.items() if before[name] != value}
     if changed or size:
-        launch.say(f"Going on with what has changed: {in_words(changed | batch | size)}.")
+        launch.say(f"Going on with what has changed: {changes_in_words(changed | batch | size)}.")
     return Start(
         found,
         accumulation=accumulation,
@@ -224,7 +224,7 @@ def _accumulation(found: Checkpoint, config: Config, site: Site) -> int:
         here = _ranks(launch.world_size, config.sequence_parallel).replace(" ranks", "", 1)
         what = f"{_ranks(then['world_size'], group)} saved it, this run has {here}" if other_ranks else ""
         raise UserError(
-            f"{found.path}: {what or in_words(changed)}: the order of rows "
+            f"{found.path}: {what or changes_in_words(changed)}: the order of rows "
             f"can only be kept with train_sampling_strategy {' or '.join(OUR_ORDERS)}"
         )
     if then["world_size"] != launch.world_size:
@@ -281,7 +281,7 @@ def _refuse_rows_twice_or_never(found: Checkpoint, dealt_anew: Changes, config: 
         UserError: some rows would come twice in the epoch under way, or never.
     """
     here, order = found.manifest.get("here"), config.training.get("train_sampling_strategy", "random")
-    where = f"{found.path}: {in_words(dealt_anew)}"
+    where = f"{found.path}: {changes_in_words(dealt_anew)}"
     if here is None or order not in OUR_ORDERS:
         raise UserError(
             f"{where}: what deals the rows can only change where the order of rows is ours (train_sampling_strategy "

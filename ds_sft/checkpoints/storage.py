@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def nearest(folder: Path) -> Path:
+def nearest_folder(folder: Path) -> Path:
     """The folder, or of those it is to be made in the innermost that is there."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
@@ -31,7 +31,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         UserError: it cannot.
     """
-    there = nearest(folder)
+    there = nearest_folder(folder)
     if not there.is_dir():
         raise UserError(f"output_dir: {folder}: cannot be written: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):

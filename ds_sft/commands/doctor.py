@@ -34,7 +34,7 @@ from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives, exchanged
 from ds_sft.plan.run import Engine
 from ds_sft.plan.shape import read_shape
-from ds_sft.plan.size import ModelSize, in_units, in_words, model_folder, model_size, written_bytes
+from ds_sft.plan.size import ModelSize, in_units, model_folder, model_size, parameters_in_words, written_bytes
 from ds_sft.plan.source import looks_like_path, no_such_folder
 from ds_sft.plan.weights import choice_of
 from ds_sft.ranks.exits import exit_with
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         print_line(f"[rank {launch.rank} on {socket.gethostname()}] lost rank 0: {error}", sys.stderr)
         return 1
     if checks:
-        print_line(json.dumps([asdict(check) for check in checks]) if given.json else as_text(checks))
+        print_line(json.dumps([asdict(check) for check in checks]) if given.json else checks_as_text(checks))
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -101,7 +101,7 @@ def _parser() -> FlagParser:
     return parser
 
 
-def as_text(checks: Sequence[Check]) -> str:
+def checks_as_text(checks: Sequence[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -126,9 +126,9 @@ def examine(config: Config, launch: Launch, zero_stage: int | None) -> list[Chec
             raise
         status = "fail" if launch.distributed else "warn"  # a process that no launcher started trains without a port
         port = Check("network", status, str(error), error.remedy)
-        return [*compare([mine], config, zero_stage), port]
+        return [*compare_nodes([mine], config, zero_stage), port]
     everyone = store.exchange(mine)
-    checks = compare(everyone, config, zero_stage) if launch.is_main else []
+    checks = compare_nodes(everyone, config, zero_stage) if launch.is_main else []
     if store.agree(not any(check.status == "fail" for check in checks)):
         group = 1 if launch.world_size == 1 else config.sequence_parallel
         network = measure_network(store, config.output_dir, sequence_parallel=group)
@@ -262,7 +262,7 @@ def _own_address() -> Facts:
 # ---- What rank 0 makes of it
 
 
-def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -> list[Check]:
+def compare_nodes(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -> list[Check]:
     """The checks that need no network."""
     nodes = [facts for facts in everyone if facts["local_rank"] == 0]
     return [
@@ -336,7 +336,7 @@ def _check_model(nodes: Sequence[Facts], config: Config) -> Check:
         remedy = f"hf download {config.model_name_or_path} where there is a network, into an HF_HOME that all nodes see"
         return Check("model", "fail" if offline else "warn", value, remedy)
     found = nodes[0]["model"]
-    size = in_words(ModelSize(**found["size"])) if found["size"] else "its files do not tell how large"
+    size = parameters_in_words(ModelSize(**found["size"])) if found["size"] else "its files do not tell how large"
     return Check("model", "pass", f"{found['folder']}: {size}")
 
 

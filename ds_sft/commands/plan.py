@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ds_sft.checkpoints.storage import nearest
+from ds_sft.checkpoints.storage import nearest_folder
 from ds_sft.commands.flags import FlagParser
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
 from ds_sft.config.change import with_changes
@@ -52,7 +52,7 @@ from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies,
 from ds_sft.plan.rope import how_to_scale, scaled
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule, slurm_seconds
-from ds_sft.plan.shape import Shape, positions_of, read_config, shape_of_run
+from ds_sft.plan.shape import Shape, positions_of, read_config_json, shape_of_run
 from ds_sft.ranks.host import memory_here
 
 UNITS = {
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
         show_plan(found, given)
     if given.write and plan.best:
-        write(plan, rest, given.write)
+        write_recommended(plan, rest, given.write)
     elif given.write:
         print(f"--write {given.write}: nothing is written, as nothing fits", file=sys.stderr)
     if not found["short"]:
@@ -278,7 +278,7 @@ class Plan:
             number = kept if number is None else min(number, kept)
         return {"checkpoint": one, "checkpoints_at_once": number, "final_model": final,
                 "total": None if number is None else one * number + final,
-                "free": shutil.disk_usage(nearest(self.config.output_dir)).free}  # fmt: skip
+                "free": shutil.disk_usage(nearest_folder(self.config.output_dir)).free}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""
@@ -373,7 +373,7 @@ def positions_of_run(config: Config, shape: Shape) -> int | None:
 
 def config_in_run(config: Config) -> dict[str, Any]:
     """The model's `config.json`, with `rope_scaling` in it."""
-    found, _ = read_config(config.model_name_or_path)
+    found, _ = read_config_json(config.model_name_or_path)
     if config.rope_scaling is None:
         return found
     own = {name: value for name, value in found.items() if name != "rope_scaling"}  # else it replaces the new one
@@ -428,7 +428,7 @@ def on_cpu(config: Config, shape: Shape) -> tuple[str, dict[str, Any]]:
     return name, {name: run_of(config, shape, Engine(stage=None), 1, lazy=True)}
 
 
-def write(plan: Plan, words: Sequence[str], path: Path) -> None:
+def write_recommended(plan: Plan, words: Sequence[str], path: Path) -> None:
     """Save the recommended configuration: the user's file, in which only changes what is recommended or was a flag.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.commands.prepare import read_config
+from ds_sft.commands.prepare import read_run_config
 from ds_sft.commands.preview_tokens import Shown, Token, left_out_in_words, sequence_title, sequences_of, shown_of
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         raise SystemExit(0)
     options, words = take_options(argv)
-    config, launch = read_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
+    config, launch = read_run_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
     from ds_sft.data.dataset import load_data
     from ds_sft.model.load import load_tokenizer
 
@@ -62,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
         ]
     if options["html"]:
         from ds_sft.commands.page import write_page
-        from ds_sft.commands.preview_page import page
+        from ds_sft.commands.preview_page import preview_html
 
         path = Path(str(options["html"]))
-        write_page(path, page(config, data.report, data.rows, shown), "--html")
+        write_page(path, preview_html(config, data.report, data.rows, shown), "--html")
         print(f"Wrote {path}: open it in a browser.")
     else:
         print_sequences(shown, launch, data.report)

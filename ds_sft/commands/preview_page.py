@@ -31,7 +31,7 @@ STYLE = """
 """
 
 
-def page(
+def preview_html(
     config: Config, report: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Any], shown: Sequence[Shown]
 ) -> str:
     """The whole page."""

@@ -88,7 +88,7 @@ def places_of(measured: Measured) -> dict[Place, list[int]]:
     return found
 
 
-def choose(places: Sequence[Place], limit: int | None, seed: int) -> list[Place]:
+def sample_places(places: Sequence[Place], limit: int | None, seed: int) -> list[Place]:
     """All, or so many of them drawn from everywhere, in order; a seed's draw is the same."""
     if limit is None or limit >= len(places):
         return list(places)

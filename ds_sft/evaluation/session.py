@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from ds_sft.config.keys import Config
 from ds_sft.data.dataset import Data, Measured
 from ds_sft.errors import UserError
-from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, choose, measure, places_of, read_items
+from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, measure, places_of, read_items, sample_places
 from ds_sft.evaluation.report import answer_line, evaluation_numbers, write_answers
 from ds_sft.model.adapter_files import exported, find_base
 from ds_sft.model.limits import check_limits
@@ -57,7 +57,7 @@ def common_places(prepared: Sequence[Prepared], limit: int | None, launch: Launc
         raise UserError("--data: no row that both models have room for (max_length)")
     if left_out:
         launch.say(f"{left_out:,} rows are left out: not all models have room for them (max_length).")
-    return choose(common, limit, seed_of(prepared[0].subject.config))
+    return sample_places(common, limit, seed_of(prepared[0].subject.config))
 
 
 def seed_of(config: Config) -> int:
@@ -110,7 +110,7 @@ def evaluate_run(config: Config, data: Data, tokenizer: Any) -> dict[str, Any] |
     paths = {"before": config.model_name_or_path} if config.predict_before else {}
     paths["after"] = str(exported(config.output_dir))
     prepared = [Prepared(Subject(name, path, config, tokenizer), measured) for name, path in paths.items()]
-    chosen = choose(list(places_of(measured)), config.evaluate_rows, seed_of(config))
+    chosen = sample_places(list(places_of(measured)), config.evaluate_rows, seed_of(config))
     return evaluate(
         prepared, chosen, Work(Launch(launcher="python")), loss_only=False, answers=config.output_dir / ANSWERS
     )

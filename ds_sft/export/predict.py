@@ -198,6 +198,6 @@ def _short(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def as_text(row: Prediction) -> str:
+def prediction_as_text(row: Prediction) -> str:
     """A prediction as SwanLab shows it: the reference script's form, with the reference answer added."""
     return f"Question: {row.question}\n\nLLM: {row.prediction}\n\nReference: {row.reference}"

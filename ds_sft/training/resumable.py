@@ -77,7 +77,7 @@ class Unfinished:
 
 
 @contextmanager
-def quiet(logger: str) -> Iterator[None]:
+def quiet_logger(logger: str) -> Iterator[None]:
     """Let a library's logger keep its warnings to itself."""
     theirs = logging.getLogger(logger)
     before = theirs.level
@@ -225,7 +225,7 @@ class ResumableTrainer(Trainer):
         return epochs, *between, steps
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        with quiet("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
+        with quiet_logger("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
             begin: tuple[int, int] = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         if EVAL_DATA in self.run.changed:  # other rows measured the best until now
