@@ -177,6 +177,7 @@ def sync_and_hash(folder: Path, site: Site) -> dict[str, tuple[int, str]]:
 
 
 def files_below(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -187,6 +188,7 @@ def _sync_and_hash_one(path: Path) -> tuple[int, str]:
 
 
 def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
