@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import Trainer, TrainerCallback
 
-from ds_sft.checkpoints import checkpoint
+from ds_sft.checkpoints import manifest
 from ds_sft.train import main as train
 from ds_sft.training import saving, trainer
 from tests.conftest import questions_and_answers, write_rows
@@ -72,7 +72,7 @@ def main() -> None:
         (trainer.SFTTrainer, "_save_checkpoint", "whole"), (saving.SavingTrainer, "finish_save", "whole"),
         (Trainer, "save_model", "weights"),
         (trainer.SFTTrainer, "_save_optimizer_and_scheduler", "states"), (saving, "complete", "manifest"),
-        (checkpoint, "hash_file", "hash"), (checkpoint, "sync", "fsync"),
+        (manifest, "hash_file", "hash"), (manifest, "sync", "fsync"),
     ):  # fmt: skip
         timed(owner, name, part)
     init = trainer.SFTTrainer.__init__

@@ -23,8 +23,9 @@ from datasets import Dataset, concatenate_datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.batch import ArrowRows, collate_flat, collate_padded
+from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.rows import ArrowRows
 
 PAD = 0
 

@@ -135,7 +135,7 @@ class Card:
     peak: float  # FLOP/s, its maker's figure or measured
     product: float  # FLOP/s of a bfloat16 matrix product, measured
 
-    def describe(self) -> str:
+    def in_words(self) -> str:
         return f"{self.name}; {self.peak / 1e12:,.1f} TFLOP/s at most, {self.product / 1e12:,.1f} in a bfloat16 product"
 
 
@@ -163,7 +163,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             card = pool.submit(prepare, given, folder).result()  # its memory is free again for the runs
-        print(card.describe(), flush=True)
+        print(card.in_words(), flush=True)
         results = list(measure(wanted, given, folder, card, started))
     print("\n" + table(results, card, given.shape))
 
@@ -220,11 +220,11 @@ def prepare(given: argparse.Namespace, folder: Path) -> Card:
 def card_of(device: str) -> Card:
     import torch
 
-    from ds_sft.training.peak import SIZES, device_peak, measure
+    from ds_sft.training.peak import SIZES, device_peak, measure_flops
 
     place = torch.device(device)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    product = measure(place, torch.bfloat16, SIZES[device])
+    product = measure_flops(place, torch.bfloat16, SIZES[device])
     return Card(name, device_peak(place, torch.bfloat16).flops, product)
 
 
@@ -440,7 +440,7 @@ def table(results: list[Found], card: Card, shape: str) -> str:
     """Markdown."""
     base = next((found.tokens_per_second for found in results if found.run == "trl"), 0.0)
     scale = f"; lengths and tokens are 1/{TINY} of what is said" if shape == "tiny" else ""
-    lines = [f"{card.describe()}. Shape {shape}{scale}.", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+    lines = [f"{card.in_words()}. Shape {shape}{scale}.", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
     lines += [f"| {' | '.join(cells(found, card, base))} |" for found in results]
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from ds_sft.config.keys import Config  # noqa: E402
 from ds_sft.plan.layouts import shipped_engine  # noqa: E402
 from ds_sft.plan.memory import model_states, peak  # noqa: E402
-from ds_sft.plan.optimizer import optimizer_of  # noqa: E402
+from ds_sft.plan.optimizer import planned_optimizer  # noqa: E402
 from ds_sft.plan.run import Run  # noqa: E402
 from ds_sft.plan.shape import read_shape  # noqa: E402
 from ds_sft.plan.weights import choice_of  # noqa: E402
@@ -228,7 +228,7 @@ def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> t
         sequence=config.sequence_parallel,
         tiling=config.tiled_mlp,
         inputs_on_host=config.offloads and not lazy,
-        optimizer=optimizer_of(config),
+        optimizer=planned_optimizer(config),
         narrow=config.optimizer_dtype == "bfloat16",
     )
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)

@@ -31,8 +31,8 @@ PARTS = ("launcher", "imports", "tokenizer", "data", "process group", "model", "
 CALLS = (  # module or class, function -> part
     ("ds_sft.model.load", "load_tokenizer", "tokenizer"),
     ("ds_sft.data.dataset", "load_data", "data"),
-    ("ds_sft.data.batches", "make_batches", "data"),
-    ("ds_sft.data.batches", "fingerprint", "data"),
+    ("ds_sft.data.loader", "dataset_and_collator", "data"),
+    ("ds_sft.data.rows", "fingerprint", "data"),
     ("ds_sft.training.arguments", "training_arguments", "process group"),
     ("ds_sft.model.load", "load_model", "model"),
     ("ds_sft.tracking.Tracker", "start", "SwanLab"),

@@ -22,9 +22,10 @@ from jinja2 import TemplateError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.encode import IGNORE_INDEX, Encoder
-from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
+from ds_sft.data.sources import find_files
 from ds_sft.data.turns import CALL_FORMS
 
 

@@ -107,9 +107,9 @@ def prepare(given: argparse.Namespace, folder: Path) -> Job:
     from transformers import AutoTokenizer
 
     if not given.model.exists() or not given.train_file.exists():
-        from ds_sft.commands.demo import build
+        from ds_sft.commands.demo import make_demo
 
-        build(ROOT / "demo")
+        make_demo(ROOT / "demo")
     folder.mkdir(parents=True, exist_ok=True)
     with given.train_file.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, given.batch * given.steps)]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ds_sft.quiet import quiet  # noqa: E402
-from ds_sft.upstream.check import describe, faults, mentioned  # noqa: E402
+from ds_sft.upstream.check import fault_in_words, faults, mentioned  # noqa: E402
 from ds_sft.upstream.names import ASSIGNED, NAMES, OVERRIDDEN, READ_IN, TEXT, USED, Name  # noqa: E402
 
 # Classes that are there to be subclassed: what their subclasses must have is documented.
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.changed:
         import_all(names)
         changed = [*not_imported(dict.fromkeys(name.library for name in names))]
-        changed += [describe(*found) for found in faults(names)]
+        changed += [fault_in_words(*found) for found in faults(names)]
         print(*changed or ["Nothing: all names are as they were read."], sep="\n")
         return int(bool(changed))
     found = uses()

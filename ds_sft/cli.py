@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     closed the pipe (`ds-sft ... | head`), as it is rich's."""
     try:
         try:
-            return run(list(sys.argv[1:] if argv is None else argv))
+            return run_command(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()  # here, not while the interpreter ends
     except BrokenPipeError:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(words: list[str]) -> int:
+def run_command(words: list[str]) -> int:
     if words and words[0].startswith("--local_rank="):  # `deepspeed --module ds_sft COMMAND` puts it there
         del words[0]
     if not words or words[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""Exceptions that end a run with one line and no traceback, and which name was meant by a wrong one."""
+"""Exceptions that end a run with one line and no traceback, and the words in which errors are told."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ def _likeness(word: str, other: str) -> float:
         return float(word == other)
     begins = word.startswith(other) or other.startswith(word)
     return 0.9 if begins or SequenceMatcher(None, word, other).ratio() >= 0.8 else 0.0
+
+
+def error_in_words(error: BaseException) -> str:
+    """What went wrong with a file, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.checkpoints.checkpoint import Start, newest_complete
+from ds_sft.checkpoints.manifest import newest_complete
+from ds_sft.checkpoints.start import Start
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.collectives import others_wait
@@ -48,7 +49,7 @@ def finish(
     from ds_sft.engine.release import release
     from ds_sft.export.weights import export_model, rows_to_verify
     from ds_sft.training.expectation import compare_with_plan
-    from ds_sft.training.report import best_checkpoint, describe_run
+    from ds_sft.training.report import best_checkpoint, run_results
 
     with trainer.saved_if_stopped():
         stop.check()
@@ -59,7 +60,7 @@ def finish(
         trained_loss = trainer.token_mean(trainer.get_eval_dataloader(rows)) if config.verify_export else None
         run_identity = trainer.run.identity
         export_model(trainer, tokenizer, config, launch, end_ids=served.end_ids, chat_template=served.chat_template)
-        results = describe_run(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
+        results = run_results(trainer, config, launch, seconds=time.monotonic() - started) | {"plan": planned}
     release(trainer)  # of no use from here on
     exported = {"results": results, "loss_trained": trained_loss, "identity": run_identity}
     use_model(exported, config, data, tokenizer, tracker, stop)
@@ -122,7 +123,7 @@ def let_it_answer(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
-    from ds_sft.export.predict import as_text, predict, print_predictions, write_predictions
+    from ds_sft.export.predict import predict, prediction_as_text, print_predictions, write_predictions
 
     file = config.output_dir / "predictions.jsonl"
     file.unlink(missing_ok=True)  # an earlier run's
@@ -133,7 +134,7 @@ def let_it_answer(
         predictions = predict(config, data.samples, tokenizer)
         write_predictions(predictions, file)
         print_predictions(predictions)
-        tracker.log_predictions([as_text(row) for row in predictions], step=results["steps"])
+        tracker.log_predictions([prediction_as_text(row) for row in predictions], step=results["steps"])
 
 
 def score_its_answers(

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_sft.checkpoints.checkpoint import Site, Start, exported_step, newest_complete, where_to_start
 from ds_sft.checkpoints.folder_lock import FolderLock
 from ds_sft.checkpoints.identity import identity
-from ds_sft.checkpoints.storage import require_no_model, require_writable, settle_storage
+from ds_sft.checkpoints.manifest import newest_complete
+from ds_sft.checkpoints.other_run import exported_step
+from ds_sft.checkpoints.start import Start, where_to_start
+from ds_sft.checkpoints.storage import Site, require_no_model, require_writable, settle_storage
 from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.errors import RunError, UserError
@@ -97,7 +99,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     settle_devices(config, launch)
     take_places(config, launch, lock)
     # Heavy imports stand here: a typo in the config is answered without them.
-    from ds_sft.data.batches import make_batches
+    from ds_sft.data.loader import dataset_and_collator
     from ds_sft.engine.zero import engine_config
     from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
@@ -126,7 +128,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
         return
     get_ready_to_resume(start, args, site, stop)
     padded = uses_padding(config, launch)
-    rows_in_batches, collate = make_batches(data.train, config, tokenizer, launch, padded=padded)
+    rows_in_batches, collate = dataset_and_collator(data.train, config, tokenizer, launch, padded=padded)
     batching = batching_of(args, config, rows_in_batches, padded=padded, seam=start.seam)
     steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
@@ -217,7 +219,7 @@ def require_hub(config: Config, launch: Launch) -> None:
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
     """What decides the result, to know the run again; rank 0 alone hashes the data and the base."""
-    from ds_sft.data.batches import fingerprint
+    from ds_sft.data.rows import fingerprint
 
     rows, eval_rows = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
     return identity(config, engine, rows, eval_rows, base)
@@ -233,9 +235,9 @@ def plan_steps(
     steps = run_steps(args, batching)
     batching.check(batching.position(steps.steps - 1)[0] + 1, partial(data.where, "train"))
     require_steps_left(start, steps.steps)
-    launch.say(steps.describe())
+    launch.say(steps.in_words())
     if args.train_sampling_strategy in OUR_ORDERS:
-        launch.say(batching.describe(each_micro_batch=(stage(engine) or 0) >= 2))
+        launch.say(batching.padding_and_waiting(each_micro_batch=(stage(engine) or 0) >= 2))
     return steps
 
 

@@ -47,7 +47,7 @@ set_ranks() {
 }
 
 # What a reader of the log wants to know, by name: the whole environment would hold keys and tokens.
-describe() {
+say_job() {
     say "Job $job ($SLURM_JOB_NAME), start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
     say "$SLURM_NNODES nodes x $ranks ranks ($gpus GPUs a node), $cores cores a rank; rank 0 at $MASTER_ADDR:$MASTER_PORT"
     say "Logs of the nodes: $logs/; Python: $PYTHON; code: $package"
@@ -107,7 +107,7 @@ train() {
     trap 'stop USR1' USR1  # first: without them either ends this shell, and with it the job
     trap 'stop TERM' TERM
     set_ranks
-    describe
+    say_job
     requeue begin --config "$@" || exit
     if [ "${DS_SFT_DOCTOR:-yes}" = yes ]; then
         on_ranks -- -m ds_sft doctor "$@" &

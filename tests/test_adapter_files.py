@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.checkpoints.base import hash_base
-from ds_sft.checkpoints.checkpoint import FACTS, Site, _is_exported, _is_finished
+from ds_sft.checkpoints.manifest import FACTS
+from ds_sft.checkpoints.other_run import is_exported, is_finished
 from ds_sft.checkpoints.space import export_size, predict_size
+from ds_sft.checkpoints.storage import Site
 from ds_sft.cli import main
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
@@ -565,10 +567,10 @@ def test_a_run_that_left_an_adapter_is_finished(
     run = {"config": {}, "data": "d", "eval_data": ""}
     (tmp_path / "run.json").write_text(json.dumps({"identity": run}), encoding="utf-8")
     launch, asked = Launch(launcher="python"), config(bases, tmp_path)
-    assert not _is_finished(asked, run, launch)
+    assert not is_finished(asked, run, launch)
     make_adapter(bases["tied"], tmp_path)
-    assert _is_finished(asked, run, launch)
-    assert _is_finished(replace(asked, merge="no"), run, launch)
+    assert is_finished(asked, run, launch)
+    assert is_finished(replace(asked, merge="no"), run, launch)
     done = f"This run is finished: {tmp_path} holds its adapter. "
     assert capsys.readouterr().out.splitlines() == [
         f"{done}(merge: yes merges it; --resume never trains it anew.)",
@@ -583,12 +585,12 @@ def test_a_run_that_was_stopped_behind_its_export(
     run = {"config": {}, "data": "d", "eval_data": ""}
     launch, asked = Launch(launcher="python"), config(bases, tmp_path)
     (tmp_path / "exported.json").write_text(json.dumps({"identity": run}), encoding="utf-8")
-    assert not _is_exported(asked, run, launch)  # no weights
+    assert not is_exported(asked, run, launch)  # no weights
     make_adapter(bases["tied"], tmp_path)
-    assert not _is_finished(asked, run, launch)
-    assert _is_exported(asked, run, launch)
+    assert not is_finished(asked, run, launch)
+    assert is_exported(asked, run, launch)
     with pytest.raises(UserError, match="is of another run, which differs in: "):
-        _is_exported(asked, {**run, "data": "other"}, launch)
+        is_exported(asked, {**run, "data": "other"}, launch)
     assert capsys.readouterr().out == (
         f"This run is trained, {tmp_path} has its weights: going on with verification and answers.\n"
     )

@@ -97,4 +97,4 @@ def test_batch_arithmetic(epochs: float, max_steps: int, rows: int, said: str) -
     )
     data = Dataset.from_dict({"input_ids": [[1, 2]] * rows})
     batching = batching_of(args, make(Path("o"), per_device_train_batch_size=2), data, padded=False)
-    assert run_steps(args, batching).describe() == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"
+    assert run_steps(args, batching).in_words() == f"Batch: 2 rows x 4 accumulated x 1 rank = 8 rows a step; {said}"

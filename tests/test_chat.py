@@ -32,10 +32,10 @@ from ds_sft.commands.chat_screen import Alone, Columns, Stream
 from ds_sft.commands.chat_session import Chat
 from ds_sft.config.keys import Config
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import find_files
-from ds_sft.data.prompts import Said
+from ds_sft.data.prompts import AnswerParts
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import find_files
 from ds_sft.errors import UserError
 from tests.families import FAMILIES, family
 from tests.test_predict import always_says
@@ -49,7 +49,7 @@ class Paper:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.labels: list[str] = []
-        self.heard: list[Said] = []
+        self.heard: list[AnswerParts] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -58,7 +58,7 @@ class Paper:
         self.labels.append(label)
         self.heard.clear()
 
-    def hear(self, said: Said) -> None:
+    def hear(self, said: AnswerParts) -> None:
         self.heard.append(said)
 
     def end(self) -> None:
@@ -222,7 +222,7 @@ def test_heard_is_what_was_decoded(name: str) -> None:
 def test_ctrl_c_keeps_what_came(endless: Chat) -> None:
     heard: list[str] = []
 
-    def press(said: Said) -> None:
+    def press(said: AnswerParts) -> None:
         heard.append(said.content)
         if heard == ["A", "AB", "ABA"]:
             os.kill(os.getpid(), signal.SIGINT)
@@ -520,8 +520,8 @@ def test_a_template_without_a_system_turn(model_dir: Path, tmp_path: Path) -> No
 
 
 def played(screen: Any) -> None:
-    for label, answers in (("new", [Said("hm", ""), Said("hm", "Pa"), Said("hm", "Paris.\x1b[2J")]),
-                           ("old", [Said("", "[red]Rome")])):  # fmt: skip
+    new = [AnswerParts("hm", ""), AnswerParts("hm", "Pa"), AnswerParts("hm", "Paris.\x1b[2J")]
+    for label, answers in (("new", new), ("old", [AnswerParts("", "[red]Rome")])):
         screen.begin(label)
         for said in answers:
             screen.hear(said)

@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 
-from ds_sft.checkpoints import checkpoint
-from ds_sft.checkpoints.checkpoint import (
-    FACTS,
-    Broken,
-    Site,
-    _fit,
-    choose,
-    complete,
-    newest_complete,
-    read_manifest,
-    rotate,
-    set_aside,
-    where_to_start,
-)
-from ds_sft.checkpoints.identity import changes, identity, in_words
+from ds_sft.checkpoints import manifest
+from ds_sft.checkpoints.identity import changes, changes_in_words, identity
+from ds_sft.checkpoints.manifest import FACTS, Broken, complete, newest_complete, read_manifest
+from ds_sft.checkpoints.rotate import move_aside, rotate
+from ds_sft.checkpoints.start import Start, _fit, choose_checkpoint, where_to_start
+from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
@@ -94,7 +85,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixt
     damage, reason = DAMAGE[name]
     damage(save(tmp_path, 8))
     (tmp_path / "checkpoint-12").mkdir()
-    found = choose("auto", tmp_path, ALONE)
+    found = choose_checkpoint("auto", tmp_path, ALONE)
     assert found is not None
     assert found.step == 4
     assert capsys.readouterr().out.splitlines() == [
@@ -103,14 +94,14 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixt
         f"Resuming from {tmp_path}/checkpoint-4, step 4, the newest usable checkpoint.",
     ]
     with pytest.raises(UserError, match="checkpoint-8: "):
-        choose(str(tmp_path / "checkpoint-8"), tmp_path, ALONE)
+        choose_checkpoint(str(tmp_path / "checkpoint-8"), tmp_path, ALONE)
 
 
 def test_nothing_usable_starts_from_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert choose("auto", tmp_path, ALONE) is None
+    assert choose_checkpoint("auto", tmp_path, ALONE) is None
     assert capsys.readouterr().out == ""
     (tmp_path / "checkpoint-3").mkdir()
-    assert choose("auto", tmp_path, ALONE) is None
+    assert choose_checkpoint("auto", tmp_path, ALONE) is None
     assert "No checkpoint in" in capsys.readouterr().out
 
 
@@ -128,7 +119,7 @@ def test_a_failed_save_has_no_manifest(tmp_path: Path) -> None:
 
 def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the files and the manifest: no checkpoint."""
-    monkeypatch.setattr(checkpoint, "write_manifest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(manifest, "write_manifest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 4)
     with pytest.raises(Broken):
@@ -164,7 +155,7 @@ def test_rotation(tmp_path: Path, limit: int | None, keep: int | None, left: lis
 def test_a_new_start_moves_later_checkpoints_aside(tmp_path: Path) -> None:
     for step in (2, 4, 8):
         save(tmp_path, step)
-    set_aside(tmp_path, 2, ALONE.launch)
+    move_aside(tmp_path, 2, ALONE.launch)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert sorted(path.name for path in tmp_path.glob("earlier-*/*")) == ["checkpoint-4", "checkpoint-8"]
 
@@ -236,7 +227,7 @@ def test_a_run_finished_under_zero_is_finished_without_a_launcher(
 def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 4)
     save(tmp_path, 8, model_only=True)
-    found = choose("auto", tmp_path, ALONE)
+    found = choose_checkpoint("auto", tmp_path, ALONE)
     assert found is not None
     assert found.step == 4
     assert "checkpoint-8: it has the weights alone (save_only_model)." in capsys.readouterr().out
@@ -250,7 +241,7 @@ def test_weights_alone_and_orders_that_ranks_change(tmp_path: Path, capsys: pyte
         where_to_start(config(tmp_path, training={"per_device_train_batch_size": 3}), RUN, ALONE)
 
 
-def start(output_dir: Path, run: dict[str, Any] = RUN, world_size: int = 1, **changes: Any) -> checkpoint.Start:
+def start(output_dir: Path, run: dict[str, Any] = RUN, world_size: int = 1, **changes: Any) -> Start:
     site = Site(Launch(launcher="python", world_size=world_size), shared=True)
     return where_to_start(config(output_dir, **changes), run, site)
 
@@ -375,7 +366,7 @@ def test_micro_batches_that_tokens_fill_are_shared_by_ranks(tmp_path: Path, caps
     with pytest.raises(
         UserError, match=r"6 micro batches a step, which 4 ranks cannot share\. What can: 1, 2, 3, 6 ranks"
     ):
-        _fit(choose("auto", tmp_path, ALONE), {}, filled, four)
+        _fit(choose_checkpoint("auto", tmp_path, ALONE), {}, filled, four)
 
 
 def test_ranks_that_share_rows_have_fewer_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,7 +374,7 @@ def test_ranks_that_share_rows_have_fewer_of_them(tmp_path: Path, capsys: pytest
     save(tmp_path, 4, world_size=4, gradient_accumulation_steps=3, rows_a_step=12, micro_batches_a_step=12)
     keys = {"output_dir": str(tmp_path), "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
     shared = replace(config(tmp_path, sequence_parallel=2), training=keys)
-    found = choose("auto", tmp_path, ALONE)
+    found = choose_checkpoint("auto", tmp_path, ALONE)
     assert found is not None
     for ranks, accumulation, said in (
         (4, 6, "The checkpoint is of 4 ranks, this run has 4 with sequence_parallel: 2: "),
@@ -442,12 +433,12 @@ def test_other_validation_rows_are_another_run(tmp_path: Path) -> None:
     then = identity(config(tmp_path), None, "abc", "v1")
     now = identity(config(tmp_path), None, "abc", "v2")
     assert changes(then, now) == {"eval_data": ("v1", "v2")}
-    assert in_words(changes(then, now)) == "the validation rows, or how they are encoded"
+    assert changes_in_words(changes(then, now)) == "the validation rows, or how they are encoded"
     del then["eval_data"]  # of an older version, which did not look
     assert changes(then, now) == {}
 
 
-def step_of(start: checkpoint.Start) -> int | None:
+def step_of(start: Start) -> int | None:
     return start.checkpoint.step if start.checkpoint else None
 
 

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from ds_sft.config.keys import Config
-from ds_sft.data import cache
+from ds_sft.data import build, counts, handover
 from ds_sft.data.dataset import load_data, print_report
 from ds_sft.data.encode import has_textless_answer
-from ds_sft.data.files import DataFile
 from ds_sft.data.records import Reading, to_dialogue
+from ds_sft.data.sources import DataFile
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
@@ -185,7 +185,7 @@ def test_a_build_that_was_killed_is_not_taken_for_finished(make: Any, tokenizer:
 
 def test_other_ranks_wait_for_the_first(make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, waiting, results = make(questions_and_answers(4)), threading.Event(), []
-    monkeypatch.setattr(cache.time, "sleep", lambda _: waiting.set())
+    monkeypatch.setattr(handover.time, "sleep", lambda _: waiting.set())
     second = Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2)
     thread = threading.Thread(target=lambda: results.append(load_data(config, tokenizer, second)))
     thread.start()
@@ -259,11 +259,11 @@ def test_a_damaged_cache_is_noticed_and_built_again(
 def test_an_interrupted_build_is_continued(
     make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cache, "FIRST_ROWS", 3)
+    monkeypatch.setattr(build, "FIRST_ROWS", 3)
     rows = questions_and_answers(10)
     whole = load_data(make(rows), tokenizer, ALONE)
     config = make(rows, cache_dir=str(Path(make(rows).cache_dir) / "second"), preprocessing_num_workers=1)
-    encode, done = cache.encode_block, []
+    encode, done = build.encode_block, []
 
     def two_only(builder: Any, folder: Path, name: str, block: Any) -> Any:
         if len(done) == 2:
@@ -271,11 +271,11 @@ def test_an_interrupted_build_is_continued(
         done.append(name)
         return encode(builder, folder, name, block)
 
-    monkeypatch.setattr(cache, "encode_block", two_only)
+    monkeypatch.setattr(build, "encode_block", two_only)
     with pytest.raises(KeyboardInterrupt):
         load_data(config, tokenizer, ALONE)
     later: list[str] = []
-    monkeypatch.setattr(cache, "encode_block", lambda *given: (later.append(given[2]), encode(*given))[1])
+    monkeypatch.setattr(build, "encode_block", lambda *given: (later.append(given[2]), encode(*given))[1])
     capsys.readouterr()
     data = load_data(config, tokenizer, ALONE)
     assert "continuing an interrupted build with 2 parts done" in capsys.readouterr().out
@@ -287,15 +287,15 @@ def test_an_interrupted_build_is_continued(
 PREPARE = """
 import os, sys
 from pathlib import Path
-from ds_sft.data import cache
+from ds_sft.data import build
 from ds_sft import cli
-encode = cache.encode_block
+encode = build.encode_block
 def slow(builder, folder, name, rows):
     if int(name[-6:]) >= 4:
         Path(folder, "reached").touch()
         while True: os.sched_yield()
     return encode(builder, folder, name, rows)
-cache.FIRST_ROWS, cache.encode_block = 50, slow if sys.argv[1] == "slow" else encode
+build.FIRST_ROWS, build.encode_block = 50, slow if sys.argv[1] == "slow" else encode
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -348,9 +348,9 @@ def test_the_other_ranks_neither_read_the_source_nor_check_the_folder(
 ) -> None:
     """Eight ranks a node would read everything eight times."""
     config, read = make(questions_and_answers(4)), []
-    digest, check = DataFile.digest, cache.intact
+    digest, check = DataFile.digest, handover.intact
     monkeypatch.setattr(DataFile, "digest", lambda *given: (read.append("source"), digest(*given))[1])
-    monkeypatch.setattr(cache, "intact", lambda *given: (read.append("folder"), check(*given))[1])
+    monkeypatch.setattr(handover, "intact", lambda *given: (read.append("folder"), check(*given))[1])
     first = Launch(launcher="torchrun", world_size=2, local_world_size=2)
     second = Launch(launcher="torchrun", rank=1, local_rank=1, world_size=2, local_world_size=2)
     load_data(config, tokenizer, first)
@@ -369,7 +369,7 @@ def test_what_rank_0_says_is_for_this_start_alone(
     config, first = make(questions_and_answers(4)), Launch(launcher="torchrun", world_size=2)
     load_data(config, tokenizer, first)
     (said,) = (tmp_path / "cache").glob("ready-*")
-    monkeypatch.setattr(cache, "_started", lambda _: "another launcher, with the same number")
+    monkeypatch.setattr(handover, "_start_time", lambda _: "another launcher, with the same number")
     load_data(config, tokenizer, first)
     assert len(list((tmp_path / "cache").glob("ready-*"))) == 2
     assert (tmp_path / "cache" / said.read_text()).is_dir()
@@ -533,7 +533,7 @@ def test_fields_that_nobody_reads_are_counted_with_their_first_row(
 def test_names_without_end_are_counted_together(
     make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "MAX_FIELDS", 7)
+    monkeypatch.setattr(counts, "MAX_FIELDS", 7)
     rows = [{"question": "Q", "answer": "A", f"n{i}": 1} for i in range(20)]
     data = load_data(make(rows), tokenizer, ALONE)
     file = data.report["train"]["file"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ds_sft.checkpoints.checkpoint import Site
 from ds_sft.checkpoints.space import check_space, export_size, no_room, predict_size
+from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.steps import Steps

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ds_sft.cli import main
-from ds_sft.commands.doctor_checks import Check, compare, judge_exchange, judge_network
+from ds_sft.commands.doctor_checks import Check, compare_nodes, judge_exchange, judge_network
 from ds_sft.commands.doctor_facts import look_around
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
@@ -56,7 +56,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 
 def test_two_nodes_alike(nodes: list[dict[str, Any]], config: Config) -> None:
-    checks = compare(nodes, config, 2)
+    checks = compare_nodes(nodes, config, 2)
     assert {check.status for check in checks} == {"pass"}
     assert not any(check.remedy for check in checks)
     assert by_name(checks)["names"].value == "node1 10.0.0.1, node2 10.0.0.2"
@@ -98,7 +98,7 @@ def test_a_difference_is_named_with_its_remedy(
     nodes: list[dict[str, Any]], config: Config, fault: Any, name: str, status: str, value: str
 ) -> None:
     fault(nodes)
-    checks = by_name(compare(nodes, config, 2))
+    checks = by_name(compare_nodes(nodes, config, 2))
     found = checks.pop(name)
     assert found.status == status
     assert value in found.value
@@ -129,7 +129,7 @@ def test_a_named_card_needs_no_name(
 ) -> None:
     nodes[1]["address"] = {"address": "127.0.1.1"}
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    assert by_name(compare(nodes, config, 2))["names"] == Check("names", "pass", "GLOO_SOCKET_IFNAME=ib0")
+    assert by_name(compare_nodes(nodes, config, 2))["names"] == Check("names", "pass", "GLOO_SOCKET_IFNAME=ib0")
 
 
 def network(**changes: Any) -> Network:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ds_sft.checkpoints.checkpoint import newest_complete, remove
+from ds_sft.checkpoints.manifest import newest_complete
+from ds_sft.checkpoints.rotate import remove
 from tests.test_trainer import make_trainer
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,

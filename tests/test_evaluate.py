@@ -15,12 +15,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ds_sft.cli import main
-from ds_sft.commands.evaluate import data_words, read_words
+from ds_sft.commands.evaluate import data_words, flags_and_keys
 from ds_sft.config.read import load_config
-from ds_sft.data.batches import fingerprint
 from ds_sft.data.dataset import load_data
-from ds_sft.data.files import find_files
 from ds_sft.data.records import read_dialogues, reading_of
+from ds_sft.data.rows import fingerprint
+from ds_sft.data.sources import find_files
 from ds_sft.errors import UserError
 from ds_sft.export.predict import predict
 from ds_sft.model.load import load_tokenizer
@@ -414,7 +414,7 @@ def test_files_become_the_key_of_a_run() -> None:
     for files in (["a.jsonl"], ["a, b.jsonl", "ü '\".csv"], [{"path": "a.jsonl", "limit": 3}], ["[ab].jsonl", "c"]):
         given = load_config([*run, *data_words(files)]).eval_file
         assert given == (files[0] if files == ["a.jsonl"] else files)
-    _, words = read_words(["out", "--use_cpu", "yes", "--data", "a", "b", "--max_length", "9"])
+    _, words = flags_and_keys(["out", "--use_cpu", "yes", "--data", "a", "b", "--max_length", "9"])
     assert words[:4] == ["--use_cpu", "yes", "--max_length", "9"]
 
 

@@ -27,12 +27,12 @@ from ds_sft.evaluation.measure import (
     Result,
     answer_batches,
     asked_alike,
-    choose,
     counts_padding,
     greedy,
     in_parts,
     numbers_of,
     opens_reasoning,
+    sample_places,
 )
 from ds_sft.evaluation.progress import Progress
 from ds_sft.evaluation.report import same_tokens
@@ -312,12 +312,12 @@ def test_sampling_is_left_out() -> None:
 
 def test_rows_that_are_drawn() -> None:
     places = [("a", 1), ("a", 2), ("b", 1), ("b", 7)]
-    assert choose(places, None, 1) == choose(places, 9, 1) == places
-    some = choose(places, 2, 1)
-    assert some == choose(places, 2, 1)
+    assert sample_places(places, None, 1) == sample_places(places, 9, 1) == places
+    some = sample_places(places, 2, 1)
+    assert some == sample_places(places, 2, 1)
     assert len(some) == 2
     assert some == sorted(some)
-    assert {tuple(choose(places, 2, seed)) for seed in range(20)} > {tuple(some)}
+    assert {tuple(sample_places(places, 2, seed)) for seed in range(20)} > {tuple(some)}
 
 
 # ---- Memory, ranks, progress

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from ds_sft.checkpoints.consolidate import Weight
+from ds_sft.checkpoints.consolidate import SavedWeight
 from ds_sft.cli import main
 from ds_sft.commands.export import _dtypes
 from ds_sft.commands.export import main as export
@@ -95,7 +95,7 @@ def test_experts_get_the_names_they_are_published_under(tmp_path: Path) -> None:
 def test_buffers_keep_their_dtype() -> None:
     """As in the export at the end of a run: a scale in float32 has a reason."""
     model = torch.nn.BatchNorm1d(4)
-    weights = {n: Weight(tuple(v.shape), lambda v=v: v, v.dtype) for n, v in model.state_dict().items()}  # type: ignore[misc]
+    weights = {n: SavedWeight(tuple(v.shape), lambda v=v: v, v.dtype) for n, v in model.state_dict().items()}  # type: ignore[misc]
     found = _dtypes(weights, model, torch.bfloat16)
     assert {name for name, dtype in found.items() if dtype == torch.bfloat16} == {"weight", "bias"}
     assert (found["running_mean"], found["num_batches_tracked"]) == (torch.float32, torch.int64)

@@ -18,10 +18,12 @@ import pytest
 
 from ds_sft.commands.rows import count_quickly
 from ds_sft.config.keys import Config
-from ds_sft.data import files
-from ds_sft.data.files import CHUNK, BadRow, DataFile, find_files, holds_lines, hub_name
+from ds_sft.data import readers
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.readers import CHUNK, holds_lines
 from ds_sft.data.records import Dialogue, Reading, read_dialogues
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import DataFile, find_files, hub_name
 from ds_sft.errors import UserError
 from tests.test_records import talk
 
@@ -200,7 +202,7 @@ def test_parquet_values_that_python_has_no_form_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_one_huge_record_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Of Parquet it is passed over; in CSV, where a quote may be missing, nobody knows where it ends."""
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
     rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": "line\n" * 400}, *ROWS[:1]]
     content = csv_of(rows) if kind == "csv" else parquet_of(rows)
     (tmp_path / f"rows.{kind}").write_bytes(content)
@@ -331,7 +333,7 @@ def test_arrays_are_read_item_by_item(tmp_path: Path, monkeypatch: pytest.Monkey
             text = json.dumps(held, ensure_ascii=False, indent=indent)
             file.write_text(f"{text}\n\n", encoding="utf-8")
             for chunk in (1, 2, 3, 7, 64) if held is rows else (24, 25, 64):
-                monkeypatch.setattr(files, "CHUNK", chunk)
+                monkeypatch.setattr(readers, "CHUNK", chunk)
                 found = [json.loads(item) for _, item in DataFile(str(file)).rows()]
                 assert found == rows
 
@@ -393,7 +395,8 @@ def test_a_device_is_not_read(tmp_path: Path) -> None:
 
 READ_IN_LITTLE_MEMORY = """
 import sys
-from ds_sft.data.files import DataFile, BadRow
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.sources import DataFile
 from ds_sft.errors import UserError
 from ds_sft.results import peak_resident_kib
 list(DataFile(sys.argv[2]).rows())  # what a small file needs is loaded
@@ -506,8 +509,8 @@ def test_a_data_set_as_the_hub_library_reads_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_long_lines_are_counted_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 40)
-    monkeypatch.setattr(files, "CHUNK", 16)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 40)
+    monkeypatch.setattr(readers, "CHUNK", 16)
     line = b'{"question": "q", "answer": "a"}'
     (tmp_path / "rows.jsonl").write_bytes(line + b"\n" + b"x" * 99 + b"\n" + line + b"\n" + b"y" * 99)
     found = read(tmp_path / "rows.jsonl")

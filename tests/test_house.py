@@ -56,7 +56,7 @@ LIGHT = [
     "ds_sft.upstream.check",
     "ds_sft.ranks.launch",
     "ds_sft.engine.zero",
-    "ds_sft.checkpoints.checkpoint",
+    "ds_sft.checkpoints.start",
     "ds_sft.checkpoints.folder_lock",
     "ds_sft.checkpoints.identity",
     "ds_sft.ranks.stop",
@@ -129,14 +129,24 @@ def test_light_modules_load_neither_torch_nor_transformers(module: str) -> None:
     assert done.stdout == "[]\n"
 
 
+def test_one_name_has_one_meaning() -> None:
+    """Whoever searches for a function or a class of the package finds one; `main` is what a command is entered by."""
+    found: dict[str, list[str]] = {}
+    for file in MODULES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in found.items() if len(files) > 1 and name != "main"} == {}
+
+
 def test_the_cache_is_keyed_by_all_code_that_encodes() -> None:
-    folder, known, seen = ROOT / "ds_sft/data", ["cache"], set[str]()
+    folder, known, seen = ROOT / "ds_sft/data", ["build"], set[str]()
     while known:
         name = known.pop()
         seen.add(name)
         modules = {m.split(".")[1] for m in imports_of(folder / f"{name}.py") if m.startswith("data.")}
         known += modules - seen
-    key = (folder / "cache.py").read_text(encoding="utf-8").partition("def settings_key")[2]
+    key = (folder / "store.py").read_text(encoding="utf-8").partition("def settings_key")[2]
     assert {name for name in seen if f'"{name}"' not in key} == set()
 
 
@@ -151,7 +161,7 @@ ENVIRONMENT = {
     "checkpoints/universal.py": {"TORCH_FORCE_WEIGHTS_ONLY_LOAD"},
     "commands/doctor_checks.py": {"GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE"},
     "commands/doctor_facts.py": {"CUDA_VISIBLE_DEVICES"},
-    "data/cache.py": {"DS_SFT_CACHE", "XDG_CACHE_HOME"},
+    "data/store.py": {"DS_SFT_CACHE", "XDG_CACHE_HOME"},
     "data/encode.py": {"TOKENIZERS_PARALLELISM"},
     "engine/builds.py": {"TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"},
     "engine/lint.py": {"CXX"},

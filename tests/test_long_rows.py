@@ -13,18 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from ds_sft.commands import preview
+from ds_sft.commands import preview, preview_tokens
 from ds_sft.commands.preview_tokens import shown_of
 from ds_sft.config.keys import Config
-from ds_sft.data import cache, encode, files, rendered
-from ds_sft.data.batch import collate_flat, views_of
+from ds_sft.data import build, encode, readers, rendered
+from ds_sft.data.batch import collate_flat
 from ds_sft.data.dataset import load_data
 from ds_sft.data.encode import Encoder, last_that_fits
-from ds_sft.data.files import DataFile
-from ds_sft.data.packing import plan_packs
+from ds_sft.data.packing import pack_rows
 from ds_sft.data.records import Dialogue
-from ds_sft.data.rendered import left_out
+from ds_sft.data.rendered import left_out_by_template
+from ds_sft.data.rows import views_of
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import DataFile
 from ds_sft.export import weights as export
 from ds_sft.ranks.launch import Launch
 from tests.conftest import write_rows
@@ -59,7 +60,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def asked(messages: list[Message], text: str, missing: set[str]) -> int:
         Counted.scanned = 0
-        assert left_out(messages, [False] * len(messages), text) == missing
+        assert left_out_by_template(messages, [False] * len(messages), text) == missing
         return Counted.scanned
 
     return asked
@@ -93,11 +94,13 @@ def test_so_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         return shows(near, call)
 
     monkeypatch.setattr(rendered, "shows_call", counted)
-    assert left_out(messages, [False] * len(messages), text) == set()
+    assert left_out_by_template(messages, [False] * len(messages), text) == set()
     assert len(seen) == 400
     assert max(seen) < 5000
     seen.clear()
-    assert left_out(messages, [False] * len(messages), text.replace("value 007", "")) == {"assistant tool_calls"}
+    assert left_out_by_template(messages, [False] * len(messages), text.replace("value 007", "")) == {
+        "assistant tool_calls"
+    }
     assert sum(seen) < 10 * len(text)
 
 
@@ -141,9 +144,9 @@ def test_splitting_encodes_a_row_a_few_times(tokenizer: Any, monkeypatch: pytest
 
 def test_a_long_row_is_encoded_by_itself() -> None:
     short, long = (1, b"x" * 1000), (2, b"x" * 2**21)
-    assert [len(batch) for batch in cache._batches([short] * 2500)] == [1000, 1000, 500]
-    assert list(cache._batches([short, long, long, short, short])) == [[short], [long], [long], [short, short]]
-    assert list(cache._batches([])) == []
+    assert [len(batch) for batch in build._batches([short] * 2500)] == [1000, 1000, 500]
+    assert list(build._batches([short, long, long, short, short])) == [[short], [long], [long], [short, short]]
+    assert list(build._batches([])) == []
 
 
 def test_its_pieces_are_encoded_in_groups(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
@@ -164,13 +167,13 @@ def test_parquet_is_read_by_its_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         writer.write_table(table.slice(0, 300))
         writer.write_table(table.slice(300))
     sizes: list[int] = []
-    batch_of = files._parquet_batch
+    batch_of = readers._parquet_batch
 
     def counted(batch: pa.RecordBatch) -> Any:
         sizes.append(batch.nbytes)
         return batch_of(batch)
 
-    monkeypatch.setattr(files, "_parquet_batch", counted)
+    monkeypatch.setattr(readers, "_parquet_batch", counted)
     rows = list(DataFile(str(tmp_path / "rows.parquet")).rows())
     assert rows == [(i, {"question": "q", "answer": answer}) for i, answer in enumerate(answers, start=1)]
     assert max(sizes) <= 8 * 2**20 + 2**16
@@ -179,10 +182,10 @@ def test_parquet_is_read_by_its_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_packs_of_a_million_tokens_need_no_list_for_each_length() -> None:
     tracemalloc.start()
-    plan = plan_packs([400_000, 600_000, 1_000_000, 1], 1_000_000, seed=0)
+    packing = pack_rows([400_000, 600_000, 1_000_000, 1], 1_000_000, seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sorted(map(sorted, plan.packs)) == [[0, 1], [2], [3]]
+    assert sorted(map(sorted, packing.packs)) == [[0, 1], [2], [3]]
     assert peak < 2**20
 
 
@@ -203,7 +206,7 @@ def test_a_row_of_a_million_tokens(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_preview_shows_both_ends_of_a_long_row(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preview, "SHOWN", 8)
+    monkeypatch.setattr(preview_tokens, "SHOWN", 8)
     ids = tokenizer("abcdefghijklmnopqrst")["input_ids"]
     labels = [-100] * 5 + ids[5:]
     shown = shown_of("row 1", ids, labels, tokenizer)

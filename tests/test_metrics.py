@@ -23,7 +23,7 @@ from ds_sft.training.clock import EVALUATION, PARTS, Clock
 from ds_sft.training.flops import Flops, count_flops
 from ds_sft.training.metrics import Interval, Throughput
 from ds_sft.training.peak import device_peak, known_peak
-from ds_sft.training.progress import describe
+from ds_sft.training.progress import logs_in_words
 from ds_sft.training.timers import WAITS, Timers
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -425,11 +425,11 @@ def test_a_measured_peak() -> None:
 
 def test_a_log_entry_in_one_line() -> None:
     logs = {"loss": 1.23456, "tokens_per_second": 12345.6, "mfu": 0.4123, "waiting_share": 0.034, "padding_share": 0.0}
-    assert describe(logs) == "loss 1.2346, 12,346 tokens/s, MFU 41.2%, waiting 3%, padding 0%"
+    assert logs_in_words(logs) == "loss 1.2346, 12,346 tokens/s, MFU 41.2%, waiting 3%, padding 0%"
     del logs["mfu"]
-    assert describe(logs) == "loss 1.2346, 12,346 tokens/s, waiting 3%, padding 0%"
-    assert describe({"eval_loss": 2.0, "eval_runtime": 3.0}) == "validation loss 2.0000"
-    assert describe({"train_runtime": 3.0}) == ""
+    assert logs_in_words(logs) == "loss 1.2346, 12,346 tokens/s, waiting 3%, padding 0%"
+    assert logs_in_words({"eval_loss": 2.0, "eval_runtime": 3.0}) == "validation loss 2.0000"
+    assert logs_in_words({"train_runtime": 3.0}) == ""
 
 
 def test_deepspeed_has_what_is_timed_on_a_gpu() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_sft.ranks.nodes import describe_spanning, groups_of, nodes_of, spanning
+from ds_sft.ranks.nodes import groups_of, nodes_of, spanning, spanning_in_words
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ WAITS = "so every layer's attention waits for the network between them; "
     ],
 )
 def test_what_is_said_of_groups(nodes: list[int], size: int, said: str | None) -> None:
-    assert describe_spanning(nodes, size) == (said and f"sequence_parallel: {size}: {said}")
+    assert spanning_in_words(nodes, size) == (said and f"sequence_parallel: {size}: {said}")
 
 
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=5), size=st.integers(1, 8))
@@ -73,7 +73,7 @@ def test_what_is_advised_keeps_groups_inside(counts: list[int], size: int) -> No
     """Of every shape of cluster, and nothing is advised where none spans."""
     nodes = [node for node, count in enumerate(counts) for _ in range(count)]
     nodes = nodes[: len(nodes) // size * size]
-    said = describe_spanning(nodes, size)
+    said = spanning_in_words(nodes, size)
     assert (said is None) == all(len({nodes[rank] for rank in group}) == 1 for group in groups_of(len(nodes), size))
     advised = (said or "").partition("or write sequence_parallel: ")[2].rstrip(".")
     assert [number for number in advised.split(" or ") if number and spanning(nodes, int(number))] == []

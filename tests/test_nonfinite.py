@@ -14,19 +14,19 @@ import pytest
 import torch
 from transformers import Trainer
 
-from ds_sft.checkpoints.checkpoint import Site
 from ds_sft.checkpoints.identity import changes, identity
+from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.data.batch import collate_share
-from ds_sft.data.batches import single_rows
+from ds_sft.data.loader import single_rows
 from ds_sft.data.micro_batches import Batching
-from ds_sft.data.packing import PackedRows, Plan
+from ds_sft.data.packing import PackedRows, Packing
 from ds_sft.engine.zero import engine_config
 from ds_sft.errors import RunError, UserError
 from ds_sft.ranks.launch import Launch
 from ds_sft.results import write_json
 from ds_sft.training.arguments import training_arguments
-from ds_sft.training.nonfinite import FiniteTrainer, Reading, describe, spread
+from ds_sft.training.nonfinite import FiniteTrainer, StepValues, spread, trouble_in_words
 
 NAN, INF = math.nan, math.inf
 ALONE, LAUNCHED = Launch(launcher="python"), Launch(launcher="torchrun")
@@ -63,11 +63,11 @@ SAID = [
 
 @pytest.mark.parametrize(("bad", "said"), SAID)
 def test_what_is_said(bad: list[tuple[int, float, list[str]]], said: str) -> None:
-    assert describe(Reading.begin(1207, torch.tensor(INF), [torch.tensor(1.0)]), bad) == said
+    assert trouble_in_words(StepValues.begin(1207, torch.tensor(INF), [torch.tensor(1.0)]), bad) == said
 
 
 def test_rows_of_packed_sequences() -> None:
-    packed = PackedRows([], Plan([[4, 0], [2], [3, 1]], tokens=9, max_length=9))
+    packed = PackedRows([], Packing([[4, 0], [2], [3, 1]], tokens=9, max_length=9))
     assert single_rows(packed, [2, 0]) == [3, 1, 4, 0]
     assert single_rows([], [2, 0]) == [2, 0]
 
@@ -128,7 +128,7 @@ def test_the_norm_is_read_when_the_next_one_is_due(watching: Any) -> None:
 def test_rows_of_a_step_that_has_another_size_since_a_resume(watching: Any) -> None:
     """Four rows of the second epoch were learned in a step of two micro batches; since then a step is one."""
     before = watching.batching
-    watching.batching = dataclasses.replace(before, accumulation=1, seam=before.here(5))
+    watching.batching = dataclasses.replace(before, accumulation=1, seam=before.seam_at(5))
     assert [watching._rows(step, 0, 0) for step in (6, 7)] == [
         ["rows.jsonl:5", "rows.jsonl:6"],
         ["rows.jsonl:7", "rows.jsonl:8"],

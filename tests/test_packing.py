@@ -12,10 +12,11 @@ import torch
 
 from ds_sft.config.keys import Config
 from ds_sft.data.batch import LAYOUT, collate_flat
-from ds_sft.data.batches import NOTHING, GlobalBatches, make_batches
 from ds_sft.data.dataset import load_data
-from ds_sft.data.micro_batches import Batching, lengths_of
-from ds_sft.data.packing import PackedRows, plan_packs
+from ds_sft.data.loader import NOTHING, GlobalBatches, dataset_and_collator
+from ds_sft.data.micro_batches import Batching
+from ds_sft.data.packing import PackedRows, pack_rows
+from ds_sft.data.rows import lengths_of
 from ds_sft.model.load import why_rows_mix
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
@@ -27,31 +28,31 @@ ALONE = Launch(launcher="python")
 def test_every_row_once_and_none_too_long(seed: int) -> None:
     numbers = np.random.default_rng(seed)
     lengths = numbers.integers(1, 101, size=int(numbers.integers(0, 400)))
-    plan = plan_packs(lengths, 100, seed=seed)
-    assert sorted(row for pack in plan.packs for row in pack) == list(range(len(lengths)))
-    assert all(pack and lengths[pack].sum() <= 100 for pack in plan.packs)
-    assert plan.tokens == lengths.sum()
-    assert plan == plan_packs(lengths, 100, seed=seed)
+    packing = pack_rows(lengths, 100, seed=seed)
+    assert sorted(row for pack in packing.packs for row in pack) == list(range(len(lengths)))
+    assert all(pack and lengths[pack].sum() <= 100 for pack in packing.packs)
+    assert packing.tokens == lengths.sum()
+    assert packing == pack_rows(lengths, 100, seed=seed)
 
 
 def test_best_fit_is_near_full() -> None:
     lengths = np.random.default_rng(0).integers(20, 400, size=5000)
-    plan = plan_packs(lengths, 1024, seed=0)
-    assert plan.efficiency > 0.99
-    assert plan.packs != plan_packs(lengths, 1024, seed=1).packs
-    assert "5,000 rows in " in plan.describe(5000)
-    assert "% full" in plan.describe(5000)
+    packing = pack_rows(lengths, 1024, seed=0)
+    assert packing.efficiency > 0.99
+    assert packing.packs != pack_rows(lengths, 1024, seed=1).packs
+    assert "5,000 rows in " in packing.in_words(5000)
+    assert "% full" in packing.in_words(5000)
 
 
-def test_literal_plan() -> None:
+def test_literal_packs() -> None:
     """60 takes 40; 50 takes 50; 30 and 20 share what is left over."""
-    plan = plan_packs([50, 60, 30, 40, 50, 20], 100, seed=0)
-    assert sorted(map(sorted, plan.packs)) == [[0, 4], [1, 3], [2, 5]]
+    packing = pack_rows([50, 60, 30, 40, 50, 20], 100, seed=0)
+    assert sorted(map(sorted, packing.packs)) == [[0, 4], [1, 3], [2, 5]]
 
 
 def test_positions_start_at_0_with_every_row_and_no_row_predicts_the_next() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
-    packed = PackedRows(rows, plan_packs([3, 2], 5, seed=0))
+    packed = PackedRows(rows, pack_rows([3, 2], 5, seed=0))
     assert {name: ids.tolist() for name, ids in packed[0].items()} == {
         "input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "position_ids": [0, 1, 2, 0, 1],
     }  # fmt: skip
@@ -73,7 +74,7 @@ def test_packed_rows_are_learned_as_if_alone(model_dir: Path, tokenizer: Any, tm
         model_name_or_path="m", train_file=str(file), packing="concat", max_length=200, cache_dir=str(tmp_path)
     )
     data = load_data(config, tokenizer, ALONE)
-    packed, collate = make_batches(data.train, config, tokenizer, ALONE, padded=False)
+    packed, collate = dataset_and_collator(data.train, config, tokenizer, ALONE, padded=False)
     assert len(packed) < len(data.train)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
     assert why_rows_mix(type(model), model.config) is None
@@ -93,10 +94,10 @@ def test_packed_rows_are_learned_as_if_alone(model_dir: Path, tokenizer: Any, tm
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_rank_has_as_many_micro_batches(tokenizer: Any, tmp_path: Path, ranks: int) -> None:
-    """The plan is the same for any number of ranks; together they learn from every sequence once."""
+    """The packing is the same for any number of ranks; together they learn from every sequence once."""
     file = write_rows(tmp_path / "train.jsonl", questions_and_answers(50))
     config = Config(model_name_or_path="m", train_file=str(file), packing="concat", max_length=300)
-    packed, _ = make_batches(load_data(config, tokenizer, ALONE).train, config, tokenizer, ALONE, padded=False)
+    packed, _ = dataset_and_collator(load_data(config, tokenizer, ALONE).train, config, tokenizer, ALONE, padded=False)
     batching = Batching(lengths=lengths_of(packed), micro_batch=2, accumulation=1, ranks=ranks, padded=False, seed=0)
     shares = [list(GlobalBatches(batching, rank)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1

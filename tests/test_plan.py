@@ -43,7 +43,7 @@ from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.schedule import count_lines
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.states import owned, states
-from ds_sft.plan.sweep import nodes_of
+from ds_sft.plan.sweep import node_counts
 from ds_sft.ranks.launch import Launch
 from ds_sft.training import expectation
 
@@ -293,10 +293,10 @@ def test_durations_of_steps() -> None:
 
 
 def test_nodes_of_a_sweep() -> None:
-    assert nodes_of("nodes=1..128") == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert nodes_of("nodes=3..10") == [3, 6, 10]
+    assert node_counts("nodes=1..128") == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert node_counts("nodes=3..10") == [3, 6, 10]
     with pytest.raises(UserError, match=r"--sweep gpus=1: expected nodes=FIRST\.\.LAST"):
-        nodes_of("gpus=1")
+        node_counts("gpus=1")
 
 
 def test_rows_are_lines(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.checkpoints.checkpoint import Site
 from ds_sft.checkpoints.space import export_size, predict_size
+from ds_sft.checkpoints.storage import Site
 from ds_sft.cli import main
 from ds_sft.commands.preview import say_trained
 from ds_sft.config.keys import Config
@@ -30,7 +30,7 @@ from ds_sft.plan.disk import trained_checkpoint_bytes
 from ds_sft.plan.gradients import gradients_before, reductions
 from ds_sft.plan.layouts import CUDA_CONTEXT, loading_bytes, option
 from ds_sft.plan.memory import model_states
-from ds_sft.plan.run import Engine, Run, trained_weights
+from ds_sft.plan.run import Engine, Run, planned_weights
 from ds_sft.plan.shape import FAMILIES, shape_of
 from ds_sft.plan.size import model_size, written_bytes
 from ds_sft.plan.states import states
@@ -93,7 +93,7 @@ def same(name: str) -> str:
 def test_the_weights_are_those_of_the_model(family: str, tied: bool, keys: dict[str, Any]) -> None:
     """Names, shapes, what is trained, and its order: that of gradients and buckets."""
     shape = shape_of({"model_type": family, **KEYS, "tie_word_embeddings": tied})
-    ours = [(w.name, w.shape, w.trained) for w in trained_weights(shape, choice_of(config(**keys))).every]
+    ours = [(w.name, w.shape, w.trained) for w in planned_weights(shape, choice_of(config(**keys))).every]
     model = trained_model(family, tied=tied, **keys)
     real = [(same(name), tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
     assert sorted(ours) == sorted(real)
@@ -128,16 +128,16 @@ def test_what_a_run_accepts_is_planned_alike(family: str, tied: bool, keys: dict
     except UserError:
         return
     shape = shape_of({"model_type": family, **KEYS, "tie_word_embeddings": tied})
-    planned = {w.name: w.shape for w in trained_weights(shape, choice_of(config(**keys))).every if w.trained}
+    planned = {w.name: w.shape for w in planned_weights(shape, choice_of(config(**keys))).every if w.trained}
     assert planned == {name: tuple(p.shape) for name, p in trained_parts(model).items()}
 
 
 def test_parameters_by_hand() -> None:
-    found = trained_weights(SHAPE, Choice(adapter="lora"))
+    found = planned_weights(SHAPE, Choice(adapter="lora"))
     assert (found.number_frozen, found.number_trained, found.first) == (BASE, LORA, 0)
-    assert trained_weights(SHAPE, Choice(only=("layers.2.",))).first == 2
-    assert trained_weights(SHAPE, Choice(only=("lm_head",))).first == 3
-    assert trained_weights(SHAPE, Choice(only=("embed", "layers.2."))).first == 0
+    assert planned_weights(SHAPE, Choice(only=("layers.2.",))).first == 2
+    assert planned_weights(SHAPE, Choice(only=("lm_head",))).first == 3
+    assert planned_weights(SHAPE, Choice(only=("embed", "layers.2."))).first == 0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_parameters_by_hand() -> None:
 )
 def test_what_names_nothing(choice: Choice, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        trained_weights(SHAPE, choice)
+        planned_weights(SHAPE, choice)
 
 
 def test_4_bits_as_bitsandbytes_packs_them() -> None:
@@ -160,7 +160,7 @@ def test_4_bits_as_bitsandbytes_packs_them() -> None:
     packed, state = functional.quantize_4bit(torch.randn(160, 64), blocksize=64, quant_type="nf4")
     taken = packed.nbytes + state.absmax.nbytes + state.code.nbytes
     assert Weight("down_proj.weight", (160, 64), trained=False, four_bits=True).bytes(2) == taken
-    found = trained_weights(SHAPE, Choice(adapter="lora", four_bits=True))
+    found = planned_weights(SHAPE, Choice(adapter="lora", four_bits=True))
     packed_bytes = 3 * (MATRICES // 2 + MATRICES // 16 + 7 * 64)
     assert found.frozen_bytes(2) == packed_bytes + 2 * (BASE - 3 * MATRICES)
 

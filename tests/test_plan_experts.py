@@ -20,9 +20,9 @@ from ds_sft.plan.cost import model_flops_per_token, step_flops, traffic
 from ds_sft.plan.experts import EXPERT_BLOCK, compiled_products
 from ds_sft.plan.gathered import gathered_at
 from ds_sft.plan.memory import peak
-from ds_sft.plan.run import Engine, Run, trained_weights
+from ds_sft.plan.run import Engine, Run, planned_weights
 from ds_sft.plan.shape import MIXTURES, shape_of
-from ds_sft.plan.size import ModelSize, in_words, model_size
+from ds_sft.plan.size import ModelSize, model_size, parameters_in_words
 from ds_sft.plan.states import states
 from ds_sft.plan.weights import Choice, choice_of
 from ds_sft.ranks.launch import Launch
@@ -82,7 +82,7 @@ def test_a_plan_and_a_run_agree(family: str, keys: dict[str, Any]) -> None:
     """On names, shapes, what is trained, its order, and FLOP."""
     model, shape = make(family, **keys), shape_of({"model_type": family, **keys_of(family)})
     choice = choice_of(config(**keys))
-    planned = [(w.name, w.shape) for w in trained_weights(shape, choice).every if w.trained]
+    planned = [(w.name, w.shape) for w in planned_weights(shape, choice).every if w.trained]
     assert planned == [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     flops = count_flops(model)
     assert flops is not None
@@ -147,7 +147,7 @@ def test_a_published_folder_is_counted_as_in_memory(tmp_path: Path, family: str)
     found = model_size(tmp_path, Choice(only=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")))
     assert found == ModelSize(model.num_parameters(), embedding=6400, tied=False, trained=experts,
                               frozen=model.num_parameters() - experts, active=shape.active)  # fmt: skip
-    assert in_words(found) == f"{shape.parameters:,} parameters, {shape.active:,} of them active"
+    assert parameters_in_words(found) == f"{shape.parameters:,} parameters, {shape.active:,} of them active"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.export.predict import (
     Prediction,
-    as_text,
     generation_options,
     predict,
+    prediction_as_text,
     print_predictions,
     write_predictions,
 )
@@ -173,6 +173,6 @@ def test_file_table_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "…" in shown
     print_predictions([Prediction("q", "r", "p")])
     assert "answer before" not in capsys.readouterr().out
-    assert as_text(rows[1]) == "Question: в\n\nLLM: п\n\nReference: 原"
+    assert prediction_as_text(rows[1]) == "Question: в\n\nLLM: п\n\nReference: 原"
     print_predictions([])
     assert capsys.readouterr().out == ""

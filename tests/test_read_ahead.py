@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from ds_sft.checkpoints.checkpoint import newest_complete
-from ds_sft.data.batches import Ahead
+from ds_sft.checkpoints.manifest import newest_complete
+from ds_sft.data.loader import Ahead
 from ds_sft.errors import UserError
 from ds_sft.training.trainer import SFTTrainer
 from tests.test_trainer import make_trainer

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from ds_sft.config.keys import REFERENCE_PROMPT
-from ds_sft.data.files import BadRow, DataFile
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.records import Dialogue, Reading, read_dialogues, to_dialogue
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import DataFile
 from ds_sft.errors import UserError
 
 SYSTEM = "Answer."

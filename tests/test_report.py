@@ -15,8 +15,8 @@ import pytest
 
 from ds_sft.cli import main
 from ds_sft.commands.report_figures import COLORS, color_of, curves, lengths, memory, thinned, time_by_part
-from ds_sft.commands.report_page import compare, numbers_of, page
-from ds_sft.commands.report_runs import Run, read_run, read_runs, short_names
+from ds_sft.commands.report_page import compare_tables, labelled_numbers, report_html
+from ds_sft.commands.report_runs import ReportedRun, read_run, read_runs, short_names
 from tests.conftest import write_rows
 from tests.test_preview import FLAGS, read_png
 
@@ -83,9 +83,9 @@ def test_scores_of_a_runs_own_answers(tmp_path: Path) -> None:
     models = {when: {name: {"value": value + more} for name, value in (("exact_match", 5.0), ("chrf", 7.4))}
               for when, more in (("before", 0.0), ("after", 30.0))}  # fmt: skip
     scored = {**RESULTS, "evaluation": {"sources": {"all": {"models": models}}}}
-    found = numbers_of(read_run(write_run(tmp_path / "scored", **{"run.json": scored}), "scored"))
+    found = labelled_numbers(read_run(write_run(tmp_path / "scored", **{"run.json": scored}), "scored"))
     assert [found[name] for name in ("exact match", "chrF", "ROUGE-L")] == ["35.0", "37.4", ""]
-    assert numbers_of(read_run(write_run(tmp_path / "out"), "out"))["chrF"] == ""
+    assert labelled_numbers(read_run(write_run(tmp_path / "out"), "out"))["chrF"] == ""
 
 
 @pytest.mark.parametrize("seconds", [10.0, 145.0], ids=["a short one", "one longer than what was logged"])
@@ -119,9 +119,9 @@ def test_a_run_that_has_not_finished(tmp_path: Path, files: dict[str, Any], stat
     assert run.state == state
     assert run.parts == {"data_wait": 45.0, "optimizer": 99.0}
     assert (run.eval_loss, run.memory_gib) == (2.5, 0.75)
-    assert numbers_of(run)["tokens"] == "25,200"
+    assert labelled_numbers(run)["tokens"] == "25,200"
     assert "predictions.jsonl is not there" in run.missing
-    assert "2.0000" in page([run])
+    assert "2.0000" in report_html([run])
 
 
 def test_what_is_damaged_is_said(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_answers_of_a_run_that_goes_on_are_old(tmp_path: Path) -> None:
 
 def test_a_run_that_has_logged_nothing_yet(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    shown = page([read_run(tmp_path, "out")])
+    shown = report_html([read_run(tmp_path, "out")])
     assert "Nothing is logged yet." in shown
     assert "There are none: a run answers a few questions at its end" in shown
 
@@ -156,7 +156,7 @@ def test_a_run_that_has_logged_nothing_yet(tmp_path: Path) -> None:
 def test_a_run_without_its_metrics(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, **{"metrics.jsonl": None, "run.json": {**RESULTS, "steps": 4}}), "out")
     assert (run.missing, run.step, run.eval_loss) == (["metrics.jsonl is not there"], 4, 2.5)
-    assert "Nothing is logged yet." in page([run])
+    assert "Nothing is logged yet." in report_html([run])
 
 
 def test_names_are_as_short_as_they_can_be_told_apart_by() -> None:
@@ -174,7 +174,7 @@ def test_a_folder_that_is_named_twice_is_one_run(tmp_path: Path, monkeypatch: py
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     (run,) = read_runs([write_run(tmp_path / "r\udcffn")])
     assert run.name == "r\ufffdn"
-    assert "r\ufffdn" in page([run])
+    assert "r\ufffdn" in report_html([run])
 
 
 # ---- Figures and tables
@@ -220,7 +220,7 @@ def test_time_memory_and_lengths(tmp_path: Path) -> None:
     assert (list(planned.x), list(measured.x)) == ([0.5, 0.5], [0.625, 0.625])
     (line,) = lengths(runs).figure.data  # the same rows are one line
     assert (line.name, list(line.x), list(line.y)) == ("train", [*ROWS["length_percentiles"]], [60, 90, 95, 99, 100])
-    assert (time_by_part([Run("c")]), memory([Run("c")]), lengths([Run("c")])) == (None, None, None)
+    assert (time_by_part([ReportedRun("c")]), memory([ReportedRun("c")]), lengths([ReportedRun("c")])) == (None,) * 3
 
 
 def test_long_names_beside_bars_keep_their_ends(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_runs_have_colors_of_their_own() -> None:
 def test_keys_in_which_runs_differ() -> None:
     first = {"learning_rate": 1e-3, "num_train_epochs": 2, "lora_targets": ["q"], "output_dir": "a"}
     second = {"learning_rate": 5e-5, "num_train_epochs": 2.0, "bf16": True, "output_dir": "b"}
-    assert compare([first, {}, second]) == (
+    assert compare_tables([first, {}, second]) == (
         {"learning_rate": ["0.001", "not known", "5e-05"], "lora_targets": ['["q"]', "not known", "–"],
          "bf16": ["–", "not known", "true"]},
         {"num_train_epochs": ["2", "2"]},
@@ -298,7 +298,7 @@ def test_without_plotly(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 # ---- The page
 
 
-def hostile(folder: Path) -> list[Run]:
+def hostile(folder: Path) -> list[ReportedRun]:
     """Three runs whose names, keys and texts would like to be HTML."""
     answers = [{"question": f"{EVIL} 1", "reference": EVIL, "prediction": f"{EVIL}", "before": f"{EVIL} 2"}]
     paths = [
@@ -328,7 +328,7 @@ class Texts(HTMLParser):
 
 
 def test_no_text_becomes_html(tmp_path: Path) -> None:
-    found = Texts(page(hostile(tmp_path)))
+    found = Texts(report_html(hostile(tmp_path)))
     for text in (f"{EVIL} 1", EVIL, f"{EVIL}", f"{EVIL} 2", f"{EVIL} b", "<img src=x onerror=alert(1)>"):
         assert text in found.texts
     assert not {"img", "b", "link", "iframe"} & set(found.tags)
@@ -340,7 +340,7 @@ def test_an_answer_is_shown_beside_those_of_other_runs(tmp_path: Path) -> None:
     runs = [
         read_run(write_run(tmp_path / n, **{"predictions.jsonl": [row]}), n) for n, row in zip("ab", asked, strict=True)
     ]
-    section = page(runs).partition('<section class="row">')[2].partition("</section>")[0]
+    section = report_html(runs).partition('<section class="row">')[2].partition("</section>")[0]
     assert re.findall(r"<th>(.*?)</th><td>(.*?)</td>", section) == [
         ("reference", "4"), ("before", "0"), ("a", "4"), ("b", "5"),
     ]  # fmt: skip
@@ -375,7 +375,7 @@ addEventListener('load', use);</script>"""
     not shutil.which("chromium"), reason="needs a browser: apt-get install -y --no-install-recommends chromium"
 )
 def test_the_page_in_a_real_browser(tmp_path: Path) -> None:
-    text = page(hostile(tmp_path / "runs"))
+    text = report_html(hostile(tmp_path / "runs"))
     file, screenshot = tmp_path / "page.html", tmp_path / "page.png"
     file.write_text(text.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{USE}</body>"), encoding="utf-8")
     narrow = look(file, tmp_path / "first", "--dump-dom", "--virtual-time-budget=20000", "--window-size=500,2000")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.checkpoints.checkpoint import FACTS, FORMAT
 from ds_sft.checkpoints.folder_lock import FolderLock
+from ds_sft.checkpoints.manifest import FACTS, FORMAT
 from ds_sft.checkpoints.requeue import DONE, NO_PROGRESS, main, stalls
 
 

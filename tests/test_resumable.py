@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from ds_sft.checkpoints.checkpoint import FACTS, Checkpoint, Site, Start
+from ds_sft.checkpoints.manifest import FACTS, Checkpoint
+from ds_sft.checkpoints.start import Start
+from ds_sft.checkpoints.storage import Site
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
 from ds_sft.ranks import stop as preempt

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_sft.checkpoints.checkpoint import Checkpoint, read_manifest
+from ds_sft.checkpoints.manifest import Checkpoint, read_manifest
 from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.errors import UserError
 from ds_sft.model.experts import experts_of

@@ -33,12 +33,12 @@ def test_steps(changes: dict[str, Any], per_epoch: int, steps: int) -> None:
 def test_steps_of_micro_batches_that_tokens_fill() -> None:
     filled = Steps(**{**BASE, "micro": None, "max_tokens": 4096, "num_bins": 25})
     assert (filled.rows_per_step, filled.steps_per_epoch, filled.steps) == (None, 4, 8)
-    assert filled.describe() == (
+    assert filled.in_words() == (
         "Batch: at most 4,096 tokens x 4 accumulated x 2 ranks = 32,768 tokens a step; 100 rows in 25 micro batches => "
         "4 steps an epoch, 8 steps in all."
     )
     assert Steps(**{**BASE, "micro": None, "num_bins": 25, "drop_last": True}).steps == 6
-    assert Steps(**BASE, max_tokens=4096).describe() == (
+    assert Steps(**BASE, max_tokens=4096).in_words() == (
         "Batch: 2 rows x 4 accumulated x 2 ranks = 16 rows a step; 100 rows => 7 steps an epoch, 14 steps in all. "
         "No micro batch has more than 4,096 tokens; to fill them leave per_device_train_batch_size out."
     )
@@ -54,7 +54,7 @@ def test_steps_of_micro_batches_that_tokens_fill() -> None:
     ],
 )
 def test_ranks_without_rows_are_said(changes: dict[str, Any], said: str) -> None:
-    assert Steps(**{**BASE, **changes}).describe().partition("steps in all.")[2] == said
+    assert Steps(**{**BASE, **changes}).in_words().partition("steps in all.")[2] == said
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue, Reading, to_dialogue
 from ds_sft.errors import UserError
 from tests.families import FAMILIES, added_end, family, learned_text

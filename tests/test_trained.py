@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ds_sft.checkpoints.base import begin_to_hash_base, hash_base
-from ds_sft.checkpoints.checkpoint import _refuse_another_run
-from ds_sft.checkpoints.identity import base_differs, changes, identity, in_words
+from ds_sft.checkpoints.identity import base_differs, changes, changes_in_words, identity
+from ds_sft.checkpoints.other_run import refuse_another_run
 from ds_sft.checkpoints.trained import expect_trained_only, load_trained, save_trained, trained_weights
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
@@ -177,14 +177,14 @@ def test_a_resumed_run_wants_the_same_base(model_dir: Path, tmp_path: Path) -> N
     found = changes(then, other)
     assert found == {"base": (str(model_dir), str(model_dir))}
     with pytest.raises(UserError) as raised:
-        _refuse_another_run(Path("out/checkpoint-4"), found, other, given)
+        refuse_another_run(Path("out/checkpoint-4"), found, other, given)
     assert str(raised.value) == (
         f"out/checkpoint-4 cannot go on with the weights or the config.json in {model_dir}, which have changed: "
         "a checkpoint has no frozen weights, and what this one has was trained beside others. Write it as before, or "
         "take another output_dir, or --resume never to start anew"
     )
     elsewhere = identity(config(tmp_path, "--adapter", "lora"), None, "rows", base="def")
-    said = in_words(changes(then, elsewhere))
+    said = changes_in_words(changes(then, elsewhere))
     assert said == f"the weights or the config.json in {tmp_path} (it began with {model_dir})"
 
 

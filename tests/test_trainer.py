@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from ds_sft.checkpoints.checkpoint import Checkpoint, Site
+from ds_sft.checkpoints.manifest import Checkpoint
+from ds_sft.checkpoints.storage import Site
 from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
-from ds_sft.data.micro_batches import Batching, lengths_of
+from ds_sft.data.micro_batches import Batching
+from ds_sft.data.rows import lengths_of
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.loss import supervise, supervised_loss
 from ds_sft.model.padding import know_padding

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_sft.checkpoints.checkpoint import Checkpoint, Site
+from ds_sft.checkpoints.manifest import Checkpoint
+from ds_sft.checkpoints.storage import Site
 from ds_sft.checkpoints.universal import make_universal
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped, watch_for_stop

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 from ds_sft.training import arguments
-from ds_sft.upstream.check import describe, faults, find, mentioned, next_minor, parameters, require_names
+from ds_sft.upstream.check import fault_in_words, faults, find, mentioned, next_minor, parameters, require_names
 from ds_sft.upstream.names import ASSIGNED, NAMES, OVERRIDDEN, READ_IN, TEXT, USED, Name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -116,7 +116,7 @@ def test_events_of_callbacks_are_transformers_own() -> None:
 
 def test_all_names_are_as_they_were_read() -> None:
     upstream.import_all(NAMES)
-    assert [describe(*fault) for fault in faults()] == []
+    assert [fault_in_words(*fault) for fault in faults()] == []
     for name in NAMES:  # none was left out
         if name.kind != TEXT and name.library in sys.modules:
             assert not name.seen_in or find(name.caller) is not None, name.caller

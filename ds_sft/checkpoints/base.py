@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from ds_sft.checkpoints.checkpoint import HASH_THREADS, hash_file
 from ds_sft.checkpoints.identity import base_differs
+from ds_sft.checkpoints.manifest import HASH_THREADS, hash_file
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch

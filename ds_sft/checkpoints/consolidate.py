@@ -20,7 +20,7 @@ from ds_sft.errors import UserError
 
 
 @dataclass(frozen=True)
-class Weight:
+class SavedWeight:
     """A tensor that is still on disk."""
 
     shape: tuple[int, ...]
@@ -29,13 +29,15 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedWeights:
+    """The weights of a checkpoint, of which none is read yet."""
+
     source: str  # what it is, in words
-    weights: dict[str, Weight]
+    weights: dict[str, SavedWeight]
     engine: bool  # names are those of the model's parameters; else those of published files
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_weights(folder: Path) -> SavedWeights:
     """Find the weights of a folder `checkpoint-N`; masters where ZeRO-1, 2 or 3 keep them, float32 for the most part.
 
     Raises:
@@ -55,7 +57,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 # ---- Trainer's own files
 
 
-def _open_safetensors(folder: Path) -> Checkpoint:
+def _open_safetensors(folder: Path) -> SavedWeights:
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -70,7 +72,7 @@ def _open_safetensors(folder: Path) -> Checkpoint:
         for name in shard.keys():  # noqa: SIM118 (not a mapping)
             value = shard.get_tensor(name)  # mapped, like the shards of DeepSpeed
             weights[name] = _whole(value)
-    return Checkpoint(f"safetensors, {len(files)} file{'s' if len(files) > 1 else ''}", weights, engine=False)
+    return SavedWeights(f"safetensors, {len(files)} file{'s' if len(files) > 1 else ''}", weights, engine=False)
 
 
 def _files_of_index(index: Path) -> set[str]:
@@ -82,7 +84,7 @@ def _files_of_index(index: Path) -> set[str]:
 # ---- DeepSpeed's shards
 
 
-def _open_engine(folder: Path) -> Checkpoint:
+def _open_engine(folder: Path) -> SavedWeights:
     state = folder / (folder / "latest").read_text(encoding="utf-8").strip()
     models = _by_rank(state, "model_states")
     if not models:
@@ -94,7 +96,7 @@ def _open_engine(folder: Path) -> Checkpoint:
     shapes = first["param_shapes"]
     if shapes is None:  # stage 0: whole weights, no shards
         weights = {name: _whole(value) for name, value in first["module"].items()}
-        return Checkpoint(f"DeepSpeed without partitions, {ranks} ranks", weights, engine=True)
+        return SavedWeights(f"DeepSpeed without partitions, {ranks} ranks", weights, engine=True)
     optims = _by_rank(state, "optim_states")
     example = next(iter(optims.values()), state / "zero_pp_rank_0_mp_rank_00_optim_states.pt").name
     _require(state, [re.sub(r"rank_\d+_mp", f"rank_{rank}_mp", example) for rank in range(ranks)])
@@ -108,7 +110,7 @@ def _open_engine(folder: Path) -> Checkpoint:
         weights |= _stage2(shapes, masters)
     if first["frozen_param_shapes"]:
         raise UserError(f"{state}: has frozen parameters, which are not supported")
-    return Checkpoint(f"ZeRO-{stage}, {ranks} rank{'s' if ranks > 1 else ''}", weights, engine=True)
+    return SavedWeights(f"ZeRO-{stage}, {ranks} rank{'s' if ranks > 1 else ''}", weights, engine=True)
 
 
 def _by_rank(state: Path, kind: str) -> dict[int, Path]:
@@ -141,11 +143,11 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _whole(value: torch.Tensor) -> Weight:
-    return Weight(tuple(value.shape), lambda: value, value.dtype)
+def _whole(value: torch.Tensor) -> SavedWeight:
+    return SavedWeight(tuple(value.shape), lambda: value, value.dtype)
 
 
-def _stage2(shapes: Sequence[dict[str, torch.Size]], masters: Sequence[dict[str, Any]]) -> dict[str, Weight]:
+def _stage2(shapes: Sequence[dict[str, torch.Size]], masters: Sequence[dict[str, Any]]) -> dict[str, SavedWeight]:
     """Stages 1 and 2: a group's parameters lie one behind the other, and the ranks have a slice of that each."""
     weights = {}
     for number, group in enumerate(shapes):
@@ -153,7 +155,7 @@ def _stage2(shapes: Sequence[dict[str, torch.Size]], masters: Sequence[dict[str,
         paddings = (masters[0].get("param_alignment_paddings") or {number: [0] * len(group)})[number]
         start = 0
         for (name, shape), padding in zip(group.items(), paddings, strict=True):
-            weights[name] = Weight(
+            weights[name] = SavedWeight(
                 tuple(shape), _reader([(pieces, start, start + shape.numel())], shape), pieces[0].dtype
             )
             start += shape.numel() + padding
@@ -161,12 +163,16 @@ def _stage2(shapes: Sequence[dict[str, torch.Size]], masters: Sequence[dict[str,
     return weights
 
 
-def _stage3(shapes: Sequence[dict[str, torch.Size]], pieces: Sequence[Sequence[torch.Tensor]]) -> dict[str, Weight]:
+def _stage3(
+    shapes: Sequence[dict[str, torch.Size]], pieces: Sequence[Sequence[torch.Tensor]]
+) -> dict[str, SavedWeight]:
     """Stage 3: each rank has an equal slice of every parameter, the last one padded."""
     weights, start = {}, 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         stop = start + -(-shape.numel() // len(pieces))
-        weights[name] = Weight(tuple(shape), _reader([(p, start, stop) for p in pieces], shape), pieces[0][0].dtype)
+        weights[name] = SavedWeight(
+            tuple(shape), _reader([(p, start, stop) for p in pieces], shape), pieces[0][0].dtype
+        )
         start = stop
     _check_end(start, sum(piece.numel() for piece in pieces[0]), slack=0)
     return weights

@@ -131,8 +131,8 @@ class FolderLock:
 
     def _changes(self, holder: str, said: Mapping[str, Any]) -> bool:
         """Whether the run of another machine rewrites the file; False also where it has ended and removed it."""
-        print_line(f"output_dir: {self.folder}: {describe(said)} had it last and did not end well, or still has it: "
-                   f"looking for {WATCH:.0f} s whether it runs.")  # fmt: skip
+        print_line(f"output_dir: {self.folder}: {holder_in_words(said)} had it last and did not end well, or still has "
+                   f"it: looking for {WATCH:.0f} s whether it runs.")  # fmt: skip
         until = time.monotonic() + WATCH
         while time.monotonic() < until:
             time.sleep(LOOK)
@@ -143,8 +143,8 @@ class FolderLock:
     def _refusal(self, said: Mapping[str, Any]) -> str:
         stop = f"ask it to save and stop (touch {shlex.quote(said['stop_file'])}), " if said.get("stop_file") else ""
         return (
-            f"output_dir: {self.folder}: another run has it: {describe(said)}. Wait for its end, {stop}or take another "
-            "output_dir"
+            f"output_dir: {self.folder}: another run has it: {holder_in_words(said)}. Wait for its end, {stop}or take "
+            "another output_dir"
         )
 
     # ---- Holding it
@@ -164,8 +164,8 @@ class FolderLock:
         self._write()
 
     def _end_at_once(self, said: Mapping[str, Any]) -> None:
-        os.write(2, f"\nds_sft: error: output_dir: {self.folder}: another run has taken it: {describe(said)}. This one "
-                    "ends at once, so that only one writes.\n".encode())  # fmt: skip
+        os.write(2, f"\nds_sft: error: output_dir: {self.folder}: another run has taken it: {holder_in_words(said)}. "
+                    "This one ends at once, so that only one writes.\n".encode())  # fmt: skip
         sys.stdout.flush()
         os._exit(1)
 
@@ -241,7 +241,7 @@ def parse(text: str) -> dict[str, Any]:
     return {}
 
 
-def describe(said: Mapping[str, Any]) -> str:
+def holder_in_words(said: Mapping[str, Any]) -> str:
     """Who holds or held a folder, in words."""
     if not said:
         return "a process that has not said yet which"

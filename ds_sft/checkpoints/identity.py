@@ -181,7 +181,7 @@ def _value(keys: Mapping[str, Any], name: str) -> Any:
     return keys[name] if name in keys else _default(name)
 
 
-def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def changes_in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Each as "key: then -> now"."""
     return "; ".join(IN_WORDS.get(name) or _in_words(name, *pair) for name, pair in changed.items())
 

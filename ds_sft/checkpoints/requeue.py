@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from ds_sft.checkpoints.checkpoint import exported_step, newest_complete
 from ds_sft.checkpoints.folder_lock import FolderLock
+from ds_sft.checkpoints.manifest import newest_complete
+from ds_sft.checkpoints.other_run import exported_step
 from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.ranks.stop import PREEMPTED

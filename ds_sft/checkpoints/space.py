@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ds_sft.checkpoints.checkpoint import Site, newest_complete, steps_in
+from ds_sft.checkpoints.manifest import newest_complete, steps_in
+from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.model.dtype import export_dtype

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def nearest(folder: Path) -> Path:
+def nearest_folder(folder: Path) -> Path:
     """The folder, or of those it is to be made in the innermost that is there."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
@@ -29,7 +31,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         UserError: it cannot.
     """
-    there = nearest(folder)
+    there = nearest_folder(folder)
     if not there.is_dir():
         raise UserError(f"output_dir: {folder}: cannot be written: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -115,3 +117,40 @@ def _set_save_on_each_node(args: TrainingArguments, value: bool) -> None:
     if args.deepspeed_plugin is not None:
         for config in (args.hf_deepspeed_config.config, args.deepspeed_plugin.deepspeed_config):
             config.setdefault("checkpoint", {})["use_node_local_storage"] = value
+
+
+OF_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")  # files that one rank writes
+
+
+@dataclass(frozen=True)
+class Site:
+    """Who keeps which files: all ranks see one output folder, or those of a node see their own."""
+
+    launch: Launch
+    shared: bool
+
+    @property
+    def leader(self) -> bool:
+        """Whether this rank acts for its file system."""
+        return self.launch.is_main if self.shared else self.launch.local_rank == 0
+
+    @property
+    def group(self) -> int:
+        """The first rank of those that see the same folder."""
+        return 0 if self.shared else self.launch.rank - self.launch.local_rank
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that see the same folder."""
+        return range(self.group, self.group + (self.launch.world_size if self.shared else self.launch.local_world_size))
+
+    def mine(self, names: Iterable[str]) -> list[str]:
+        """The files that this rank writes, or is the one to look at."""
+        ranks = self.ranks
+        return [name for name in names if _owner(name, ranks) == self.launch.rank]
+
+
+def _owner(name: str, ranks: range) -> int:
+    match = OF_RANK.search(name)
+    rank = int(match[1]) if match else ranks.start
+    return rank if rank in ranks else ranks[rank % len(ranks)]

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ds_sft.checkpoints.checkpoint import (
+from ds_sft.checkpoints.manifest import (
     FORMAT,
     Broken,
     Checkpoint,
-    Site,
     check_files,
     files_below,
     hash_file,
@@ -29,6 +28,7 @@ from ds_sft.checkpoints.checkpoint import (
     sync,
     write_manifest,
 )
+from ds_sft.checkpoints.storage import Site
 from ds_sft.errors import UserError
 from ds_sft.ranks.collectives import gather, others_wait
 from ds_sft.ranks.stop import StopRequests

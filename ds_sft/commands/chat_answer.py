@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ds_sft.commands.opened import Opened
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow
-from ds_sft.data.prompts import Prompt, Prompts, Said
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.prompts import AnswerParts, Prompt, Prompts
 from ds_sft.data.shapes import Message
 from ds_sft.errors import UserError
 from ds_sft.export.placement import is_out_of_memory
@@ -28,7 +28,7 @@ BROKEN = "\ufffd"  # how the bytes of a character that is not whole are decoded
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     message: Message
     ended: Literal["end", "length", "stopped"]
     tokens: int
@@ -99,7 +99,7 @@ class Speaker:
         except BadRow as error:
             raise UserError(f"not asked: {error}") from None
 
-    def answer(self, prompt: Prompt, config: Config, most: int | None, hear: Callable[[Said], None]) -> Answer:
+    def answer(self, prompt: Prompt, config: Config, most: int | None, hear: Callable[[AnswerParts], None]) -> Reply:
         """Ask.
 
         Args:
@@ -139,7 +139,7 @@ class Speaker:
         text = heard.whole()
         hear(self.prompts.shown(prompt, text))
         ended = "stopped" if heard.stopped else "end" if heard.has_ended() else "length"
-        return Answer(self.prompts.message(prompt, text), ended, len(heard.ids))  # type: ignore[arg-type]
+        return Reply(self.prompts.message(prompt, text), ended, len(heard.ids))  # type: ignore[arg-type]
 
     def _ends(self) -> set[int]:
         """What the model's own files say that ends an answer."""

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ds_sft.data.prompts import Said
+from ds_sft.data.prompts import AnswerParts
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model must not do to a terminal
 WIDE = 100  # columns of a terminal from which on two answers stand side by side
@@ -34,7 +34,7 @@ class Alone:
             self.out.write(f"{label}:\n")
         self.shown = ""
 
-    def hear(self, said: Said) -> None:
+    def hear(self, said: AnswerParts) -> None:
         if said.content.startswith(self.shown):
             self.out.write(said.content[len(self.shown) :])
             self.out.flush()
@@ -54,7 +54,7 @@ class Stream:
 
     def __init__(self, console: Console, *, labelled: bool) -> None:
         self.console, self.labelled = console, labelled
-        self.said = Said("", "")
+        self.said = AnswerParts("", "")
 
     def say(self, text: str) -> None:
         self.console.print(Text(text, style="dim"), soft_wrap=True)
@@ -63,9 +63,9 @@ class Stream:
         self._close()
         if self.labelled:
             self.console.print(Text(f"{label}:", style="bold"))
-        self.said = Said("", "")
+        self.said = AnswerParts("", "")
 
-    def hear(self, said: Said) -> None:
+    def hear(self, said: AnswerParts) -> None:
         if said.content and not self.said.content and self.said.reasoning:
             self.console.print("\n")
         for style, new, old in (("dim", said.reasoning, self.said.reasoning), ("", said.content, self.said.content)):
@@ -75,10 +75,10 @@ class Stream:
 
     def end(self) -> None:
         self._close()
-        self.said = Said("", "")
+        self.said = AnswerParts("", "")
 
     def _close(self) -> None:
-        if self.said != Said("", ""):
+        if self.said != AnswerParts("", ""):
             self.console.print()
 
 
@@ -87,19 +87,19 @@ class Columns:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.said: dict[str, Said] = {}
+        self.said: dict[str, AnswerParts] = {}
         self.live: Live | None = None
 
     def say(self, text: str) -> None:
         self.console.print(Text(text, style="dim"), soft_wrap=True)
 
     def begin(self, label: str) -> None:
-        self.said[label] = Said("", "")
+        self.said[label] = AnswerParts("", "")
         if self.live is None:
             self.live = Live(console=self.console, transient=True, get_renderable=self._table)
             self.live.start()
 
-    def hear(self, said: Said) -> None:
+    def hear(self, said: AnswerParts) -> None:
         self.said[list(self.said)[-1]] = said
 
     def end(self) -> None:
@@ -116,7 +116,7 @@ class Columns:
         return table
 
 
-def _as_text(said: Said) -> Text:
+def _as_text(said: AnswerParts) -> Text:
     reasoning = f"{CONTROL.sub('', said.reasoning)}\n\n" if said.reasoning else ""
     return Text.assemble((reasoning, "dim"), CONTROL.sub("", said.content))
 

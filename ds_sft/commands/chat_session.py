@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import yaml
 
-from ds_sft.commands.chat_answer import Answer, Speaker
+from ds_sft.commands.chat_answer import Reply, Speaker
 from ds_sft.config.values import GENERATION, check_generation
-from ds_sft.data.files import BadRow
-from ds_sft.data.prompts import Prompt, Said
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.prompts import AnswerParts, Prompt
 from ds_sft.data.shapes import Message
 from ds_sft.data.values import check_text
 from ds_sft.errors import UserError, nearest
@@ -39,7 +39,7 @@ class Screen(Protocol):
     def begin(self, label: str) -> None:
         """An answer follows."""
 
-    def hear(self, said: Said) -> None:
+    def hear(self, said: AnswerParts) -> None:
         """What was said so far."""
 
     def end(self) -> None:
@@ -92,7 +92,7 @@ class Chat:
 
     # ---- Questions
 
-    def ask(self, question: str) -> list[Answer]:
+    def ask(self, question: str) -> list[Reply]:
         """Ask every model; what it says goes into its history. An answer that was stopped counts as far as it came.
 
         Raises:
@@ -103,7 +103,7 @@ class Chat:
             self.screen.say(f"({token} in the question stays text: no token that ends a turn)")
         return self._ask(question, [len(talk) for talk in self.talks])
 
-    def _ask(self, question: str, starts: Sequence[int]) -> list[Answer]:
+    def _ask(self, question: str, starts: Sequence[int]) -> list[Reply]:
         """Ask after so many messages of each history; those behind them are forgotten once all answers are there."""
         asking = Message("user", question)
         talks = [talk[:start] for talk, start in zip(self.talks, starts, strict=True)]
@@ -134,7 +134,7 @@ class Chat:
         self.dropped[number] = dropped
         return prompt
 
-    def _remark(self, speaker: Speaker, answer: Answer) -> None:
+    def _remark(self, speaker: Speaker, answer: Reply) -> None:
         """What is not seen of how an answer ended."""
         whose = f"{speaker.label}: " if len(self.speakers) > 1 else ""
         if answer.ended == "stopped":

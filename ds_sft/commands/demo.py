@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where to put them (default: demo)")
     folder = parser.parse(argv).dir
-    build(folder)
+    make_demo(folder)
     if folder.resolve() == Path("demo").resolve():  # where the configuration looks
         config = shown((clone() or PACKAGE) / "ds_configs" / "demo.yaml")
         print(f"train on them: {command('torchrun', '--nproc_per_node', '2')} --config {shlex.quote(config)}")
     return 0
 
 
-def build(folder: Path) -> None:
+def make_demo(folder: Path) -> None:
     """Make model and data in `folder`, or find them there.
 
     Raises:

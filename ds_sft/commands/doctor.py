@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ds_sft.commands.doctor_checks import Check, compare, judge_network
+from ds_sft.commands.doctor_checks import Check, compare_nodes, judge_network
 from ds_sft.commands.doctor_facts import look_around
 from ds_sft.commands.flags import FlagParser
 from ds_sft.config.keys import Config
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         print_line(f"[rank {launch.rank} on {socket.gethostname()}] lost rank 0: {error}", sys.stderr)
         return 1
     if checks:
-        print_line(json.dumps([asdict(check) for check in checks]) if given.json else as_text(checks))
+        print_line(json.dumps([asdict(check) for check in checks]) if given.json else checks_as_text(checks))
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -71,7 +71,7 @@ def _parser() -> FlagParser:
     return parser
 
 
-def as_text(checks: Sequence[Check]) -> str:
+def checks_as_text(checks: Sequence[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -96,9 +96,9 @@ def examine(config: Config, launch: Launch, zero_stage: int | None) -> list[Chec
             raise
         status = "fail" if launch.distributed else "warn"  # a process that no launcher started trains without a port
         port = Check("network", status, str(error), error.remedy)
-        return [*compare([mine], config, zero_stage), port]
+        return [*compare_nodes([mine], config, zero_stage), port]
     everyone = store.exchange(mine)
-    checks = compare(everyone, config, zero_stage) if launch.is_main else []
+    checks = compare_nodes(everyone, config, zero_stage) if launch.is_main else []
     if store.agree(not any(check.status == "fail" for check in checks)):
         group = 1 if launch.world_size == 1 else config.sequence_parallel
         network = measure_network(store, config.output_dir, sequence_parallel=group)

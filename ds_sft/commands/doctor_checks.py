@@ -12,7 +12,7 @@ from ds_sft.errors import UserError
 from ds_sft.plan.cost import collectives, exchanged
 from ds_sft.plan.run import Engine
 from ds_sft.plan.shape import read_shape
-from ds_sft.plan.size import ModelSize, in_units, in_words, written_bytes
+from ds_sft.plan.size import ModelSize, in_units, parameters_in_words, written_bytes
 from ds_sft.ranks.network import Exchange, Network
 from ds_sft.ranks.nodes import keep_inside, name_spanning
 
@@ -30,15 +30,15 @@ class Check:
     remedy: str = ""
 
 
-def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -> list[Check]:
+def compare_nodes(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -> list[Check]:
     """The checks that need no network."""
     nodes = [facts for facts in everyone if facts["local_rank"] == 0]
     return [
-        _same("code", nodes, lambda facts: facts["code"], _describe_code,
+        _same("code", nodes, lambda facts: facts["code"], _code_in_words,
               "use one clone on a shared disk, or install one wheel on every node"),
         _same("config", nodes, lambda facts: facts["config"], lambda _: "the same on all nodes",
               "give every node the same file and flags"),
-        _same("packages", nodes, lambda facts: facts["versions"], _describe_versions,
+        _same("packages", nodes, lambda facts: facts["versions"], _versions_in_words,
               "install the same versions on every node, or one environment on a shared disk"),
         _check_devices(everyone),
         _check_model(nodes, config),
@@ -51,7 +51,7 @@ def compare(everyone: Sequence[Facts], config: Config, zero_stage: int | None) -
 
 
 def _same(
-    name: str, nodes: Sequence[Facts], key: Callable[[Facts], Facts], describe: Callable[[Facts], str], remedy: str
+    name: str, nodes: Sequence[Facts], key: Callable[[Facts], Facts], in_words: Callable[[Facts], str], remedy: str
 ) -> Check:
     """Pass if all nodes say the same; else the first difference."""
     first = key(nodes[0])
@@ -60,15 +60,15 @@ def _same(
             if value != first.get(part):
                 found = f"{part}: {first.get(part)} on {nodes[0]['host']}, {value} on {facts['host']}"
                 return Check(name, "fail", found, remedy)
-    return Check(name, "pass", describe(first))
+    return Check(name, "pass", in_words(first))
 
 
-def _describe_code(code: Facts) -> str:
+def _code_in_words(code: Facts) -> str:
     commit = code["commit"]
     return f"{commit[:12] if commit else 'no git commit'}, hash {code['hash']}"
 
 
-def _describe_versions(found: Facts) -> str:
+def _versions_in_words(found: Facts) -> str:
     return ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers", "deepspeed"))
 
 
@@ -104,7 +104,7 @@ def _check_model(nodes: Sequence[Facts], config: Config) -> Check:
         remedy = f"hf download {config.model_name_or_path} where there is a network, into an HF_HOME that all nodes see"
         return Check("model", "fail" if offline else "warn", value, remedy)
     found = nodes[0]["model"]
-    size = in_words(ModelSize(**found["size"])) if found["size"] else "its files do not tell how large"
+    size = parameters_in_words(ModelSize(**found["size"])) if found["size"] else "its files do not tell how large"
     return Check("model", "pass", f"{found['folder']}: {size}")
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow, find_files
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.records import read_dialogues, reading_of
+from ds_sft.data.sources import find_files
 from ds_sft.errors import UserError
 from ds_sft.plan.size import in_units, model_folder, model_size
 from ds_sft.plan.source import looks_like_path, no_such_folder

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     launch = Launch(launcher="python")
     try:
         launch = read_launch()
-        run(argv, launch)
+        evaluate_command(argv, launch)
     except UserError as error:
         exit_with(str(error), launch)
     except RunError as error:
@@ -51,9 +51,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(argv: Sequence[str], launch: Launch) -> None:
+def evaluate_command(argv: Sequence[str], launch: Launch) -> None:
     """Find the models and the rows, measure, and show."""
-    given, words = read_words(argv)
+    given, words = flags_and_keys(argv)
     for remark in given_twice(argv):
         launch.say(remark)
     share_cores(launch, os.environ)
@@ -88,7 +88,7 @@ def run(argv: Sequence[str], launch: Launch) -> None:
 # ---- Flags
 
 
-def read_words(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def flags_and_keys(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and the keys that are left for the configuration.
 
     Raises:
@@ -275,7 +275,7 @@ def prepare_opened(opened: Opened, subject: Any, launch: Launch) -> Prepared:
 def say_other_rows(opened: Opened, rows: Any, launch: Launch) -> None:
     """Whether what `val_size` sets aside now is what the run has set aside: else the run may have learned of it."""
     from ds_sft.checkpoints.identity import EVAL_DATA
-    from ds_sft.data.batches import fingerprint
+    from ds_sft.data.rows import fingerprint
     from ds_sft.plan.adapter import read_json
     from ds_sft.results import RESULTS
 

@@ -34,7 +34,7 @@ from ds_sft.plan.source import is_folder
 if TYPE_CHECKING:
     import torch
 
-    from ds_sft.checkpoints.consolidate import Weight
+    from ds_sft.checkpoints.consolidate import SavedWeight
 
 MERGE = {"yes": "--merge", "no": "--adapter-only", "auto": ""}  # the key of a run -> our flag
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     given = _parse(argv)
     started = time.monotonic()
     # Heavy imports stand here: --help and mistakes are answered without them.
-    from ds_sft.checkpoints.consolidate import open_checkpoint
+    from ds_sft.checkpoints.consolidate import open_weights
     from ds_sft.checkpoints.trained import TRAINED
     from ds_sft.export.weights import PARTIAL, move_into
     from ds_sft.plan.adapter import is_adapter
@@ -59,11 +59,11 @@ def main(argv: Sequence[str]) -> int:
     if frozen:
         _export_frozen(given)
         return 0
-    checkpoint = open_checkpoint(given.checkpoint)
+    saved = open_weights(given.checkpoint)
     _require_manifest(given.checkpoint)
     dtype = _dtype(given)
     model = _empty_model(given)
-    weights = _named(checkpoint.weights, model, given, dtype) if checkpoint.engine else checkpoint.weights
+    weights = _named(saved.weights, model, given, dtype) if saved.engine else saved.weights
     partial = given.out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     _write_rest(given, partial, dtype)
     move_into(given.out, partial)
     print(
-        f"{given.checkpoint} ({checkpoint.source}) -> {given.out}: {len(weights)} tensors, {size / 2**30:.2f} GiB in "
+        f"{given.checkpoint} ({saved.source}) -> {given.out}: {len(weights)} tensors, {size / 2**30:.2f} GiB in "
         f"{str(dtype).split('.')[1]}, in {time.monotonic() - started:.0f} s."
     )
     return 0
@@ -135,7 +135,7 @@ def _require_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none, or one that cannot be read, in a folder that a run of ours has reported its data in.
     """
-    from ds_sft.checkpoints.checkpoint import Broken, read_manifest
+    from ds_sft.checkpoints.manifest import Broken, read_manifest
 
     if not (checkpoint.resolve().parent / "data_report.json").exists():
         return {}
@@ -209,8 +209,8 @@ def _empty_model(given: argparse.Namespace) -> Any:
 
 
 def _named(
-    weights: Mapping[str, Weight], model: Any, given: argparse.Namespace, dtype: torch.dtype
-) -> dict[str, Weight]:
+    weights: Mapping[str, SavedWeight], model: Any, given: argparse.Namespace, dtype: torch.dtype
+) -> dict[str, SavedWeight]:
     """An engine's weights under the names of published files, tied ones once.
 
     Raises:
@@ -231,7 +231,9 @@ def _named(
     return _as_published(named, model, _dtypes(named, model, dtype))
 
 
-def _as_published(weights: Mapping[str, Weight], model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Weight]:
+def _as_published(
+    weights: Mapping[str, SavedWeight], model: Any, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, SavedWeight]:
     """The weights of a model that transformers holds in other tensors than are published, as mixtures of experts.
 
     No published tensor is of two layers: one is converted at a time, when the first tensor of it is read.
@@ -239,7 +241,7 @@ def _as_published(weights: Mapping[str, Weight], model: Any, dtypes: Mapping[str
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    from ds_sft.checkpoints.consolidate import Weight
+    from ds_sft.checkpoints.consolidate import SavedWeight
 
     layers: dict[str, list[str]] = {}
     for name in weights:
@@ -257,7 +259,7 @@ def _as_published(weights: Mapping[str, Weight], model: Any, dtypes: Mapping[str
     for layer, names in layers.items():
         empty = {name: torch.empty(weights[name].shape, dtype=dtypes[name], device="meta") for name in names}
         for name, value in revert_weight_conversion(model, empty).items():
-            found[name] = Weight(tuple(value.shape), partial(read, layer, name), value.dtype)
+            found[name] = SavedWeight(tuple(value.shape), partial(read, layer, name), value.dtype)
     return found
 
 
@@ -267,7 +269,7 @@ def _layer_of(name: str) -> str:
     return found[0] if found else ""
 
 
-def _dtypes(weights: Mapping[str, Weight], model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _dtypes(weights: Mapping[str, SavedWeight], model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """What each tensor is written in: parameters in `dtype`; buffers keep theirs, as in the export of a run."""
     buffers = {name for name, _ in model.named_buffers()}
     return {
@@ -277,7 +279,7 @@ def _dtypes(weights: Mapping[str, Weight], model: Any, dtype: torch.dtype) -> di
 
 
 def _write_weights(
-    weights: Mapping[str, Weight], folder: Path, target: Mapping[str, torch.dtype], max_shard_size: str
+    weights: Mapping[str, SavedWeight], folder: Path, target: Mapping[str, torch.dtype], max_shard_size: str
 ) -> int:
     """Write safetensors, and the index where there are several; the number of bytes."""
     import torch

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{given.file} stays as it is.")
     else:
         files |= {given.file: CONFIGS / "run.yaml"}
-    write(files)
+    copy_files(files)
     print(next_steps(given.file, slurm=given.slurm))
     return 0
 
@@ -47,7 +47,7 @@ def templates() -> list[Path]:
     return sorted(file for file in TEMPLATES.iterdir() if file.suffix in (".sbatch", ".sh", ".md"))
 
 
-def write(files: dict[Path, Path]) -> None:
+def copy_files(files: dict[Path, Path]) -> None:
     """Copy files, new -> source, if none of the new ones is there; task.sh stays executable.
 
     Raises:

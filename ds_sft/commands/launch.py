@@ -29,7 +29,7 @@ from ds_sft.plan.size import ModelSize, in_units, model_folder, model_size, writ
 from ds_sft.plan.steps import Steps, steps_of
 from ds_sft.plan.weights import choice_of
 from ds_sft.ranks.launch import Launch, require_groups
-from ds_sft.ranks.nodes import describe_spanning
+from ds_sft.ranks.nodes import spanning_in_words
 from ds_sft.shipped import clone, command, program
 
 TEMPLATE = Path("slurm/train.sbatch")
@@ -55,8 +55,8 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run will be."""
+class ClusterRun:
+    """What a run on a cluster will be."""
 
     nodes: list[Node]
     ranks_per_node: int
@@ -83,7 +83,7 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; without `--dry-run` submit it to Slurm too.
+    """Print what the run will be; without `--dry-run` submit it to Slurm too.
 
     Raises:
         UserError: the run cannot work like that.
@@ -91,15 +91,15 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     given, keys = parser.parse_known_args(argv)
     config = load_config(["--config", given.config, *keys], "ds-sft launch", flags=parser.flags)
-    plan = make_plan(config, given, ["--config", given.config, *keys])
-    print(json.dumps(asdict(plan), indent=2) if given.json else describe(plan, config))
+    run = cluster_run(config, given, ["--config", given.config, *keys])
+    print(json.dumps(asdict(run), indent=2) if given.json else cluster_run_in_words(run, config))
     if given.dry_run:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here; --dry-run prints the commands for nodes without Slurm")
     if not template().exists():
         raise UserError(NO_TEMPLATE)
-    return subprocess.call(shlex.split(plan.sbatch))
+    return subprocess.call(shlex.split(run.sbatch))
 
 
 def _parser() -> FlagParser:
@@ -115,12 +115,12 @@ def _parser() -> FlagParser:
     parser.add_argument("--hosts", help="names of the nodes, a,b,c, for the commands without Slurm")
     parser.add_argument("--port", type=int, default=PORT, help=f"of rank 0, without Slurm (default: {PORT})")
     parser.add_argument("--dry-run", action="store_true", help="print only")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     return parser
 
 
-def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -> Plan:
-    """The plan of a run on `given.nodes` nodes, started with the keys `words`.
+def cluster_run(config: Config, given: argparse.Namespace, words: Sequence[str]) -> ClusterRun:
+    """What a run will be on `given.nodes` nodes, started with the keys `words`.
 
     Raises:
         UserError: it cannot work like that.
@@ -140,12 +140,12 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
     size = _size(config)
     one, model = (None, None) if size is None else written_bytes(size, zero_stage, config)
     hosts = _hosts(given)
-    return Plan(
+    return ClusterRun(
         nodes=[_node(rank, per_node, hosts, given, words) for rank in range(given.nodes)],
         ranks_per_node=per_node,
         world_size=ranks,
         sequence_parallel=config.sequence_parallel,
-        across_nodes=describe_spanning([rank // per_node for rank in range(ranks)], config.sequence_parallel),
+        across_nodes=spanning_in_words([rank // per_node for rank in range(ranks)], config.sequence_parallel),
         zero_stage=zero_stage,
         sbatch=_sbatch(given, words),
         deepspeed=_join("deepspeed", "--hostfile", "hosts", "--master_port", given.port, *program("deepspeed"), *words),
@@ -162,7 +162,7 @@ def make_plan(config: Config, given: argparse.Namespace, words: Sequence[str]) -
         checkpoints_kept=min(len(saved), config.training.get("save_total_limit") or len(saved)),
         checkpoint_bytes=one,
         final_model_bytes=model,
-        batch=steps.describe(),
+        batch=steps.in_words(),
     )
 
 
@@ -240,28 +240,28 @@ def _join(*words: Any) -> str:
 # ---- For people
 
 
-def describe(plan: Plan, config: Config) -> str:
-    """The plan as text."""
-    zero = "no DeepSpeed" if plan.zero_stage is None else f"ZeRO-{plan.zero_stage}"
-    shown = plan.nodes if len(plan.nodes) <= NODES_SHOWN else [*plan.nodes[: NODES_SHOWN - 1], plan.nodes[-1]]
+def cluster_run_in_words(run: ClusterRun, config: Config) -> str:
+    """What is printed for people."""
+    zero = "no DeepSpeed" if run.zero_stage is None else f"ZeRO-{run.zero_stage}"
+    shown = run.nodes if len(run.nodes) <= NODES_SHOWN else [*run.nodes[: NODES_SHOWN - 1], run.nodes[-1]]
     lines = [
-        f"{len(plan.nodes)} nodes x {plan.ranks_per_node} ranks = {plan.world_size} ranks, {zero}.",
-        *filter(None, [plan.across_nodes]),
-        plan.batch,
+        f"{len(run.nodes)} nodes x {run.ranks_per_node} ranks = {run.world_size} ranks, {zero}.",
+        *filter(None, [run.across_nodes]),
+        run.batch,
         *(
             []
-            if plan.known == "exact"
+            if run.known == "exact"
             else [
-                FILLED[plan.known].format(
+                FILLED[run.known].format(
                     "packed into sequences" if config.packing != "none" else "filled into micro batches"
                 )
             ]
         ),
-        _checkpoints(plan, config),
+        _checkpoints(run, config),
         "",
         "With Slurm:" if template().exists() else f"With Slurm ({NO_TEMPLATE}):",
-        f"  {plan.sbatch}",
-        f"  It starts slurm/task.sh {command('python')} ... {_times(plan.ranks_per_node)} on each node, with",
+        f"  {run.sbatch}",
+        f"  It starts slurm/task.sh {command('python')} ... {_times(run.ranks_per_node)} on each node, with",
         "  consecutive RANKs on each, LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR the first node,",
         "  MASTER_PORT 15000 + job number modulo 15000.",
         "",
@@ -271,14 +271,14 @@ def describe(plan: Plan, config: Config) -> str:
         first, last = node.ranks
         ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
         lines.append(f"  node {node.rank}, {ranks}:  {node.torchrun}")
-        if node.rank == NODES_SHOWN - 2 and len(plan.nodes) > NODES_SHOWN:
+        if node.rank == NODES_SHOWN - 2 and len(run.nodes) > NODES_SHOWN:
             lines.append("  ...")
-    host = plan.master_addr
+    host = run.master_addr
     lines += [
         "or, where the first node reaches the others by ssh, there, with a file hosts that has a line for each such as",
-        f"`{host} slots={plan.ranks_per_node}`:",
-        f"  {plan.deepspeed}",
-        f"Rank 0 answers at {host}:{plan.master_port}. Every node needs what you use of {TRAVELS};",
+        f"`{host} slots={run.ranks_per_node}`:",
+        f"  {run.deepspeed}",
+        f"Rank 0 answers at {host}:{run.master_port}. Every node needs what you use of {TRAVELS};",
         "deepspeed --hostfile takes them from lines NAME=VALUE in .deepspeed_env. More in slurm/README.md.",
     ]
     return "\n".join(lines)
@@ -288,19 +288,19 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _checkpoints(plan: Plan, config: Config) -> str:
-    if not plan.checkpoints:
+def _checkpoints(run: ClusterRun, config: Config) -> str:
+    if not run.checkpoints:
         return "Checkpoints: none (save_strategy). A run that is stopped starts again from its first step."
-    count, kept = len(plan.checkpoints), plan.checkpoints_kept
+    count, kept = len(run.checkpoints), run.checkpoints_kept
     where = "" if kept == count else f", of which the last {kept} {'stays' if kept == 1 else 'stay'}"
     text = f"Checkpoints: {count}{where}"
-    if plan.checkpoint_bytes is None or plan.final_model_bytes is None:
+    if run.checkpoint_bytes is None or run.final_model_bytes is None:
         return f"{text}; size unknown: {config.model_name_or_path} is not on this disk as safetensors."
-    one, model = plan.checkpoint_bytes, plan.final_model_bytes
+    one, model = run.checkpoint_bytes, run.final_model_bytes
     written, disk = one * count + model, one * min(count, kept + 1) + model
     frozen = config.adapter != "none" or config.train_only
-    trained = f"{plan.trained_parameters:,} trained, of a model of " if frozen else ""
+    trained = f"{run.trained_parameters:,} trained, of a model of " if frozen else ""
     return (
-        f"{text}; {in_units(one)} each ({trained}{plan.parameters:,} parameters), {in_units(written)} written in all, "
+        f"{text}; {in_units(one)} each ({trained}{run.parameters:,} parameters), {in_units(written)} written in all, "
         f"{in_units(disk)} on disk at most."
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ds_sft.checkpoints.checkpoint import newest_complete
+from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.config.keys import RECORD, TEMPLATES, Config
 from ds_sft.config.read import load_config
 from ds_sft.errors import UserError

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
         show_plan(found, given)
     if given.write and plan.best:
-        write(plan, rest, given.write)
+        write_recommended(plan, rest, given.write)
     elif given.write:
         print(f"--write {given.write}: nothing is written, as nothing fits", file=sys.stderr)
     if not found["short"]:
@@ -101,7 +101,7 @@ def parser() -> FlagParser:
     return made
 
 
-def write(plan: Plan, words: Sequence[str], path: Path) -> None:
+def write_recommended(plan: Plan, words: Sequence[str], path: Path) -> None:
     """Save the recommended configuration: the user's file, in which only changes what is recommended or was a flag.
 
     Raises:

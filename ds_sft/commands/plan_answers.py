@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from ds_sft.checkpoints.storage import nearest
+from ds_sft.checkpoints.storage import nearest_folder
 from ds_sft.commands.rows import count_quickly, rows_of_epoch
 from ds_sft.config.keys import MUON, TORCH_ADAMW, Config
 from ds_sft.config.rules import AGAINST_ADAPTERS
@@ -35,7 +35,7 @@ from ds_sft.plan.recommend import Remedy, Way, group_sizes, recommend, remedies,
 from ds_sft.plan.rope import how_to_scale, scaled
 from ds_sft.plan.run import Engine
 from ds_sft.plan.schedule import Schedule, measured_rate, schedule
-from ds_sft.plan.shape import Shape, positions_of, read_config, shape_of_run
+from ds_sft.plan.shape import Shape, positions_of, read_config_json, shape_of_run
 from ds_sft.ranks.host import memory_here
 
 RATE = 150e12  # floating-point operations a second that a GPU reaches, where nobody says it
@@ -140,7 +140,7 @@ class Plan:
             number = kept if number is None else min(number, kept)
         return {"checkpoint": one, "checkpoints_at_once": number, "final_model": final,
                 "total": None if number is None else one * number + final,
-                "free": shutil.disk_usage(nearest(self.config.output_dir)).free}  # fmt: skip
+                "free": shutil.disk_usage(nearest_folder(self.config.output_dir)).free}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for --json: bytes, seconds, bytes a second."""
@@ -235,7 +235,7 @@ def positions_of_run(config: Config, shape: Shape) -> int | None:
 
 def config_in_run(config: Config) -> dict[str, Any]:
     """The model's `config.json`, with `rope_scaling` in it."""
-    found, _ = read_config(config.model_name_or_path)
+    found, _ = read_config_json(config.model_name_or_path)
     if config.rope_scaling is None:
         return found
     own = {name: value for name, value in found.items() if name != "rope_scaling"}  # else it replaces the new one

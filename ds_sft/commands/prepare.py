@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         raise SystemExit(0)
-    config, launch = read_config(argv, "prepare"), Launch(launcher="python")
+    config, launch = read_run_config(argv, "prepare"), Launch(launcher="python")
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.model.limits import check_limits
     from ds_sft.model.load import load_tokenizer
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_config(argv: Sequence[str], command: str, flags: Iterable[str] = ()) -> Config:
+def read_run_config(argv: Sequence[str], command: str, flags: Iterable[str] = ()) -> Config:
     """The configuration of `ds-sft COMMAND CONFIG.yaml [--key value ...]`; `flags` as for `load_config`.
 
     Raises:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.commands.prepare import read_config
-from ds_sft.commands.preview_tokens import Shown, Token, describe, left_out, sequences_of, shown_of
+from ds_sft.commands.prepare import read_run_config
+from ds_sft.commands.preview_tokens import Shown, Token, left_out_in_words, sequence_title, sequences_of, shown_of
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         raise SystemExit(0)
     options, words = take_options(argv)
-    config, launch = read_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
+    config, launch = read_run_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
     from ds_sft.data.dataset import load_data
     from ds_sft.model.load import load_tokenizer
 
@@ -62,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
         ]
     if options["html"]:
         from ds_sft.commands.page import write_page
-        from ds_sft.commands.preview_page import page
+        from ds_sft.commands.preview_page import preview_html
 
         path = Path(str(options["html"]))
-        write_page(path, page(config, data.report, data.rows, shown), "--html")
+        write_page(path, preview_html(config, data.report, data.rows, shown), "--html")
         print(f"Wrote {path}: open it in a browser.")
     else:
         print_sequences(shown, launch, data.report)
@@ -80,8 +80,8 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     Raises:
         UserError: a key names nothing in this model.
     """
-    from ds_sft.checkpoints.checkpoint import Site
     from ds_sft.checkpoints.space import export_size, predict_size
+    from ds_sft.checkpoints.storage import Site
     from ds_sft.engine.zero import configured_engine, stage
     from ds_sft.model.adapters import choose_weights
     from ds_sft.model.load import make_room
@@ -152,12 +152,13 @@ def row_numbers(text: str, num_rows: int) -> list[int]:
 
 def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[Shown]:
     """The batch that a rank would make of these rows, whatever their number; several where tokens fill them."""
-    from ds_sft.data.batches import make_batches
-    from ds_sft.data.micro_batches import Batching, lengths_of
+    from ds_sft.data.loader import dataset_and_collator
+    from ds_sft.data.micro_batches import Batching
+    from ds_sft.data.rows import lengths_of
     from ds_sft.model.load import uses_padding
 
     padded = uses_padding(config, launch)
-    in_batches, collate = make_batches(rows, config, tokenizer, launch, padded=padded)
+    in_batches, collate = dataset_and_collator(rows, config, tokenizer, launch, padded=padded)
     batching = Batching(lengths=lengths_of(in_batches), micro_batch=None if config.fills_batches else len(in_batches),
                         accumulation=1, ranks=1, padded=padded, seed=int(config.training.get("seed", 42)),
                         order="sequential", max_tokens=config.max_tokens_per_batch)  # fmt: skip
@@ -187,7 +188,7 @@ def print_sequences(sequences: Sequence[Shown], launch: Launch, report: dict[str
             "Learned tokens are [bold green]green[/], special tokens [bold magenta]bold[/], padding is [dim]dim[/]."
         )
     for sequence in sequences:
-        console.print(Text(f"\n── {describe(sequence)}", style="bold cyan"), soft_wrap=True)
+        console.print(Text(f"\n── {sequence_title(sequence)}", style="bold cyan"), soft_wrap=True)
         console.print(_as_text(sequence, plain=console.color_system is None), soft_wrap=True)
     print_report(report, launch)
 
@@ -202,7 +203,7 @@ def _as_text(sequence: Shown, *, plain: bool) -> Text:
             text.append(CLOSE)
             before = False
         if token.left_out:
-            text.append(f"\n{left_out(token)}\n", style="dim")
+            text.append(f"\n{left_out_in_words(token)}\n", style="dim")
         if token.starts_row and text:
             text.append("\n⎯⎯ next row, position 0 ⎯⎯\n", style="dim")
         if plain and token.learned and not before:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ds_sft.commands.page import frame
-from ds_sft.commands.preview_tokens import Shown, Token, describe, left_out
+from ds_sft.commands.preview_tokens import Shown, Token, left_out_in_words, sequence_title
 from ds_sft.config.keys import Config
 
 BARS = 40
@@ -31,7 +31,7 @@ STYLE = """
 """
 
 
-def page(
+def preview_html(
     config: Config, report: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Any], shown: Sequence[Shown]
 ) -> str:
     """The whole page."""
@@ -119,14 +119,13 @@ def _histogram(lengths: np.ndarray, max_length: int) -> str:
 
 def _sequence(sequence: Shown) -> str:
     tokens = "".join(_token(token, first=i == 0) for i, token in enumerate(sequence.tokens))
-    return (
-        f'<section class="row"><header>{escape(describe(sequence))}</header><div class="text">{tokens}</div></section>'
-    )
+    header = f"<header>{escape(sequence_title(sequence))}</header>"
+    return f'<section class="row">{header}<div class="text">{tokens}</div></section>'
 
 
 def _token(token: Token, *, first: bool) -> str:
     if token.left_out:
-        return f'<span class="next">{left_out(token)}</span>'
+        return f'<span class="next">{left_out_in_words(token)}</span>'
     classes = "t" + " l" * token.learned + " s" * token.special + " p" * token.padding
     ids = " ".join(map(str, token.ids))
     text = escape(token.text)

@@ -117,11 +117,11 @@ def _text(ids: Sequence[int], tokenizer: Any) -> str:
     return text
 
 
-def left_out(token: Token) -> str:
+def left_out_in_words(token: Token) -> str:
     return f"⎯⎯ {token.left_out:,} tokens are not shown ⎯⎯"
 
 
-def describe(sequence: Shown) -> str:
+def sequence_title(sequence: Shown) -> str:
     share = sequence.num_learned / max(1, sequence.num_tokens)
     padding = f", {sequence.num_padding:,} padding" if sequence.num_padding else ""
     return f"{sequence.title} · {sequence.num_tokens:,} tokens, {sequence.num_learned:,} learned ({share:.0%}){padding}"

@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> int:
     if importlib.util.find_spec("plotly") is None:
         raise UserError("report: needs plotly: pip install plotly")
     from ds_sft.commands.page import write_page
-    from ds_sft.commands.report_page import page
+    from ds_sft.commands.report_page import report_html
 
     out = given.out or (given.folders[0] if len(given.folders) == 1 else Path()) / "report.html"
-    write_page(out, page(runs), "--out")
+    write_page(out, report_html(runs), "--out")
     for run in runs:
         if run.missing:
             print(f"{run.name}: {run.state}; {'; '.join(run.missing)}")

@@ -15,7 +15,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ds_sft.commands.plan_tables import duration
-from ds_sft.commands.report_runs import OF_ALL, Run, is_number
+from ds_sft.commands.report_runs import OF_ALL, ReportedRun, is_number
 
 COLORS = ("#4c8dd6", "#e8833a", "#3aa76d", "#d65a5a", "#9a78d1", "#a9765f", "#dd7fbd", "#8a8f98", "#b3ad2e", "#2fb3c4")
 POINTS = 1500  # of a curve; where more was logged, a point is the mean of several
@@ -68,7 +68,7 @@ def figure(traces: Sequence[Any], *, height: int = 300) -> go.Figure:
 # ---- What was logged
 
 
-def curves(runs: Sequence[Run]) -> Iterator[Picture]:
+def curves(runs: Sequence[ReportedRun]) -> Iterator[Picture]:
     """A figure for each curve that a run has, ours first; all runs in each."""
     logged = dict.fromkeys(name for run in runs for entry in run.entries for name in entry if is_number(entry[name]))
     others = [name for name in logged if name not in NOT_DRAWN and not name.endswith(NOT_DRAWN_ENDS)]
@@ -82,7 +82,7 @@ def curves(runs: Sequence[Run]) -> Iterator[Picture]:
             yield Picture(CURVES.get(name, name), drawn, "solid: training, dotted: validation" if validated else "")
 
 
-def _curve(run: Run, number: int, name: str) -> Iterator[go.Scatter]:
+def _curve(run: ReportedRun, number: int, name: str) -> Iterator[go.Scatter]:
     """What a run has in one figure: the curve, before it what smoothing hides, validation, and where it went on."""
     if name in SMOOTHED and run.values(name):
         yield _line(run, number, name).update(opacity=0.25, hoverinfo="skip")
@@ -96,7 +96,7 @@ def _curve(run: Run, number: int, name: str) -> Iterator[go.Scatter]:
         yield from _seams(run, number)
 
 
-def _line(run: Run, number: int, name: str, *, smooth: bool = False) -> go.Scatter:
+def _line(run: ReportedRun, number: int, name: str, *, smooth: bool = False) -> go.Scatter:
     """What was logged under a name. `meta` tells the page's script: the run, every axis, whether it may be smoothed."""
     logged = [(entry[name], where) for entry, where in zip(run.entries, run.places, strict=True) if name in entry]
     values, places = thinned(logged)
@@ -111,7 +111,7 @@ def _line(run: Run, number: int, name: str, *, smooth: bool = False) -> go.Scatt
     )
 
 
-def _seams(run: Run, number: int) -> Iterator[go.Scatter]:
+def _seams(run: ReportedRun, number: int) -> Iterator[go.Scatter]:
     """Where a run went on with other keys, and with which."""
     height = None
     for entry, place in zip(run.entries, run.places, strict=True):
@@ -146,7 +146,7 @@ def thinned(
 # ---- Rows, time and memory
 
 
-def lengths(runs: Sequence[Run]) -> Picture | None:
+def lengths(runs: Sequence[ReportedRun]) -> Picture | None:
     """Tokens of a row below which a share of the rows is; runs with the same rows are one line."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for number, run in enumerate(runs):
@@ -170,11 +170,11 @@ def lengths(runs: Sequence[Run]) -> Picture | None:
     return Picture("Tokens a row", drawn, "p90: 90 % of the rows are as long or shorter, before any was cut")
 
 
-def _names(runs: Sequence[Run], numbers: Sequence[int]) -> str:
-    return short(", ".join(runs[number].name for number in numbers), limit=40)
+def _names(runs: Sequence[ReportedRun], numbers: Sequence[int]) -> str:
+    return short_name(", ".join(runs[number].name for number in numbers), limit=40)
 
 
-def time_by_part(runs: Sequence[Run]) -> Picture | None:
+def time_by_part(runs: Sequence[ReportedRun]) -> Picture | None:
     """A bar for each run: the shares of its training time."""
     timed = [run for run in runs if run.parts]
     names = dict.fromkeys(part for run in timed for part in run.parts)
@@ -192,7 +192,7 @@ def time_by_part(runs: Sequence[Run]) -> Picture | None:
     return _bars("Time by part", traces, timed, "share of training; evaluation is left out", tickformat=".0%")
 
 
-def memory(runs: Sequence[Run]) -> Picture | None:
+def memory(runs: Sequence[ReportedRun]) -> Picture | None:
     """Two bars for each run: what training took of its fullest rank, and what was planned."""
     known = [run for run in runs if run.results.get("plan")]
     traces = [
@@ -211,16 +211,20 @@ def memory(runs: Sequence[Run]) -> Picture | None:
     return _bars("Memory against plan, GiB", traces, known, note)
 
 
-def _bars(title: str, traces: Sequence[go.Bar], runs: Sequence[Run], note: str, tickformat: str = "") -> Picture | None:
+def _bars(
+    title: str, traces: Sequence[go.Bar], runs: Sequence[ReportedRun], note: str, tickformat: str = ""
+) -> Picture | None:
     """A figure of bars, the first run's at the top; shares on top of each other, what has a unit side by side."""
     if not runs or not traces:
         return None
     drawn = figure(traces, height=150 + 40 * len(runs)).update_xaxes(tickformat=tickformat)
-    drawn.update_yaxes(tickvals=[*range(len(runs))], ticktext=[short(run.name) for run in runs], autorange="reversed")
+    drawn.update_yaxes(
+        tickvals=[*range(len(runs))], ticktext=[short_name(run.name) for run in runs], autorange="reversed"
+    )
     drawn.update_layout(barmode="stack" if tickformat else "group", showlegend=True, colorway=COLORS)
     return Picture(title, drawn, note)
 
 
-def short(name: str, limit: int = 22) -> str:
+def short_name(name: str, limit: int = 22) -> str:
     """A run's name beside a bar, for plotly, which reads HTML; the end of a path is what tells runs apart."""
     return escape(name if len(name) <= limit else "…" + name[1 - limit :])

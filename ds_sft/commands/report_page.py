@@ -15,7 +15,7 @@ from ds_sft import __version__
 from ds_sft.commands.page import frame
 from ds_sft.commands.plan_tables import duration
 from ds_sft.commands.report_figures import AXES, Picture, color_of, curves, lengths, memory, time_by_part
-from ds_sft.commands.report_runs import Run, is_number
+from ds_sft.commands.report_runs import ReportedRun, is_number
 from ds_sft.config.keys import STARTED_IN
 
 SHOWN = 50  # questions
@@ -96,11 +96,11 @@ of('axis').addEventListener('change', () => plots.forEach(plot => Plotly.relayou
 """
 
 
-def page(runs: Sequence[Run]) -> str:
+def report_html(runs: Sequence[ReportedRun]) -> str:
     """The whole page."""
     title = f"Training report: {runs[0].name}" if len(runs) == 1 else f"Training report: {len(runs)} runs"
     now = time.strftime("%Y-%m-%d %H:%M %Z")
-    keys, others = compare([run.config for run in runs]), compare([facts(run) for run in runs])
+    keys, others = compare_tables([run.config for run in runs]), compare_tables([facts(run) for run in runs])
     differ, equal = keys[0] | others[0], keys[1] | others[1]
     pictures = time_by_part(runs), memory(runs), lengths(runs)
     body = f"""<h1>{escape(title)}</h1>
@@ -128,10 +128,10 @@ def page(runs: Sequence[Run]) -> str:
 # ---- How it went
 
 
-def _results(runs: Sequence[Run]) -> str:
+def _results(runs: Sequence[ReportedRun]) -> str:
     """What came of each run, the lowest validation loss in bold."""
     losses = [run.eval_loss for run in runs if run.eval_loss is not None]
-    table = [numbers_of(run) for run in runs]
+    table = [labelled_numbers(run) for run in runs]
     labels = [name for name in table[0] if any(found[name] for found in table)]
     head = "".join(f'<th class="{_kind(name)}">{name}</th>' for name in ("run", *labels))
     lines = []
@@ -144,7 +144,7 @@ def _results(runs: Sequence[Run]) -> str:
     return f'<div class="box"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def numbers_of(run: Run) -> dict[str, str]:
+def labelled_numbers(run: ReportedRun) -> dict[str, str]:
     """Label -> value; nothing of what is not known."""
     speed, tokens = run.speed, run.places[-1]["tokens"] if run.places else None
     found: dict[str, tuple[Any, str]] = {
@@ -169,7 +169,7 @@ def _kind(label: str) -> str:
     return label if label in ("run", "state") else "n"
 
 
-def _missing(runs: Sequence[Run]) -> str:
+def _missing(runs: Sequence[ReportedRun]) -> str:
     said = (f"{run.name}: {'; '.join(run.missing)}." for run in runs if run.missing)
     return "".join(f'<p class="warn">▲ {escape(line)}</p>' for line in said)
 
@@ -181,7 +181,7 @@ def _dot(number: int) -> str:
 # ---- Figures
 
 
-def _controls(runs: Sequence[Run]) -> str:
+def _controls(runs: Sequence[ReportedRun]) -> str:
     """Which of several runs are shown, over what, how smooth."""
     boxes = "".join(
         f'<label><input type="checkbox" checked value="{number}">{_dot(number)}{escape(run.name)}</label>'
@@ -194,7 +194,7 @@ def _controls(runs: Sequence[Run]) -> str:
 <span id="weight">0.00</span></label><label><input id="log" type="checkbox"> logarithmic loss and norm</label></div>"""
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[ReportedRun]) -> str:
     charts = "".join(_chart(picture, "curve") for picture in curves(runs))
     return f'<div class="charts">{charts}</div>' if charts else "<p>Nothing is logged yet.</p>"
 
@@ -209,17 +209,17 @@ def _chart(picture: Picture, kind: str = "") -> str:
 # ---- What it was
 
 
-def _rows(runs: Sequence[Run]) -> str:
+def _rows(runs: Sequence[ReportedRun]) -> str:
     """What happened to the rows, once for all runs that had the same."""
     found: dict[str, list[str]] = {}
     for run in runs:
         for split, counts in run.data.items():
-            found.setdefault(f"{split}, {describe_rows(counts)}", []).append(run.name)
+            found.setdefault(f"{split}, {rows_in_words(counts)}", []).append(run.name)
     lines = (said if len(names) == len(runs) else f"{', '.join(names)}: {said}" for said, names in found.items())
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
-def describe_rows(counts: Mapping[str, Any]) -> str:
+def rows_in_words(counts: Mapping[str, Any]) -> str:
     """What `data_report.json` says of a split, in a sentence."""
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in (counts.get("rows_dropped") or {}).items())
     share = counts.get("supervised_tokens", 0) / max(1, counts.get("tokens", 0))
@@ -228,7 +228,7 @@ def describe_rows(counts: Mapping[str, Any]) -> str:
             f"{counts.get('tokens', 0):,} tokens, {share:.0%} of them learned.")  # fmt: skip
 
 
-def _differences(runs: Sequence[Run], differ: Mapping[str, Sequence[str]]) -> str:
+def _differences(runs: Sequence[ReportedRun], differ: Mapping[str, Sequence[str]]) -> str:
     names = "".join(f"<th>{_dot(number)}{escape(run.name)}</th>" for number, run in enumerate(runs))
     table = _table(differ, f"<tr><th></th>{names}</tr>") or "<p>In no key, and in no version.</p>"
     return f'<h2>In what the runs differ</h2><div class="box">{table}</div>'
@@ -242,13 +242,13 @@ def _table(rows: Mapping[str, Sequence[str]], head: str = "") -> str:
     return f"<table>{head}{''.join(lines)}</table>" if rows else ""
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: ReportedRun) -> dict[str, Any]:
     """What `run.json` says of the run beside its keys."""
     versions = {f"version of {name}": version for name, version in (run.results.get("versions") or {}).items()}
     return {name: run.results.get(name) for name in FACTS} | versions if run.results else {}
 
 
-def compare(tables: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def compare_tables(tables: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Name -> a text for each table: of names in which they differ, and of the others, where one value stands for all.
 
     An empty table is not known, and differs from nothing.
@@ -256,7 +256,7 @@ def compare(tables: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[str]], 
     differ: dict[str, list[str]] = {}
     equal: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for table in tables for name in table if name not in OF_THE_FOLDER):
-        texts = [as_text(table.get(name)) if table else "not known" for table in tables]
+        texts = [value_as_text(table.get(name)) if table else "not known" for table in tables]
         known = [text for text, table in zip(texts, tables, strict=True) if table]
         if len(set(known)) > 1:
             differ[name] = texts
@@ -265,7 +265,7 @@ def compare(tables: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[str]], 
     return differ, equal
 
 
-def as_text(value: Any) -> str:
+def value_as_text(value: Any) -> str:
     """A value of a key; 2 and 2.0 are one."""
     if value is None:
         return "–"
@@ -277,9 +277,9 @@ def as_text(value: Any) -> str:
 # ---- What the model says
 
 
-def _predictions(runs: Sequence[Run]) -> str:
+def _predictions(runs: Sequence[ReportedRun]) -> str:
     """Each question once, with what every run answers to it."""
-    asked: dict[tuple[str, str], list[tuple[Run, Mapping[str, Any]]]] = {}
+    asked: dict[tuple[str, str], list[tuple[ReportedRun, Mapping[str, Any]]]] = {}
     for run in runs:
         for row in run.predictions:
             asked.setdefault((str(row["question"]), str(row.get("reference", ""))), []).append((run, row))
@@ -293,7 +293,9 @@ def _predictions(runs: Sequence[Run]) -> str:
     return "".join(sections) + more
 
 
-def _answers(question: str, reference: str, rows: Iterable[tuple[Run, Mapping[str, Any]]], *, alone: bool) -> str:
+def _answers(
+    question: str, reference: str, rows: Iterable[tuple[ReportedRun, Mapping[str, Any]]], *, alone: bool
+) -> str:
     """A question, the answer of the data, and what models say; before training once, where all say the same."""
     before: dict[str, list[str]] = {}
     after: list[tuple[str, str]] = []

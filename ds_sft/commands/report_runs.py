@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from ds_sft.checkpoints.folder_lock import RUNNING, describe, parse
+from ds_sft.checkpoints.folder_lock import RUNNING, holder_in_words, parse
 from ds_sft.errors import UserError
 from ds_sft.ranks.stop import PREEMPTED
 from ds_sft.results import RESULTS
@@ -24,7 +24,7 @@ OF_ALL = ("waiting_share", "padding_share")  # shares that are no part of the ti
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run; what it has not left is empty, and named in `missing`."""
 
     name: str
@@ -81,7 +81,7 @@ class Run:
         """
         told = {name: value for name, value in (self.results.get("speed") or {}).items() if is_number(value)}
         one_start = "tokens" in told and told["tokens"] == self.results.get("tokens")  # of the last, and of all
-        return told if one_start else weighted(self.entries) or told
+        return told if one_start else mean_speed(self.entries) or told
 
     @property
     def parts(self) -> dict[str, float]:
@@ -102,7 +102,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def weighted(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def mean_speed(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rates and shares over all logged intervals, each as long as it lasted; `seconds` is their sum."""
     timed = [entry for entry in entries if is_number(entry.get("interval_seconds"))]
     seconds = sum(entry["interval_seconds"] for entry in timed)
@@ -116,7 +116,7 @@ def weighted(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {**means, "seconds": seconds}
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """The runs in these folders, each once; their names are as short as they can be told apart by.
 
     A name's bytes that are no UTF-8 are replaced, for nothing could show them.
@@ -138,7 +138,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> ReportedRun:
     """What is in one output folder.
 
     Raises:
@@ -147,7 +147,7 @@ def read_run(folder: Path, name: str) -> Run:
     require_run(folder)
     missing: list[str] = []
     results = _read(folder / RESULTS, json.loads, missing)
-    run = Run(
+    run = ReportedRun(
         name,
         entries=sorted(_read_lines(folder / METRICS, missing), key=lambda entry: entry["step"]),
         results=results,
@@ -193,7 +193,7 @@ def state_of(folder: Path, results: Mapping[str, Any], step: int) -> str:
     if stopped := parse(_text(folder / PREEMPTED)):
         return f"stopped after step {stopped.get('step', step):,} ({stopped.get('reason')})"
     if (folder / RUNNING).is_file():
-        return f"running or killed, after step {step:,} ({describe(parse(_text(folder / RUNNING)))})"
+        return f"running or killed, after step {step:,} ({holder_in_words(parse(_text(folder / RUNNING)))})"
     if results:
         return f"trained {step:,} steps; not finished: export, verification or predictions did not end well"
     return f"not finished, after step {step:,}"

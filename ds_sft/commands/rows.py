@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow, DataFile, find_files, holds_lines
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.readers import holds_lines
 from ds_sft.data.records import read_dialogues, reading_of
+from ds_sft.data.sources import DataFile, find_files
 from ds_sft.errors import UserError
 from ds_sft.plan.schedule import count_lines
 

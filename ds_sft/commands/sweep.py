@@ -15,7 +15,7 @@ from ds_sft.commands.plan_tables import in_seconds
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware
 from ds_sft.plan.run import Run
-from ds_sft.plan.sweep import Point, nodes_of, sweep
+from ds_sft.plan.sweep import Point, node_counts, sweep
 
 GB, GIB = 1e9, 2**30  # of links; of memory
 
@@ -26,12 +26,12 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
     Raises:
         UserError: `text` is no range, or there is no matplotlib to draw with.
     """
-    points = sweep(base, hardware, nodes_of(text))
+    points = sweep(base, hardware, node_counts(text))
     if as_json:
         print(json.dumps([asdict(point) for point in points], indent=2))
     else:
         console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
-        console.print(table(points, hardware))
+        console.print(sweep_table(points, hardware))
         console.print(f"At {hardware.flops / 1e12:.3g} TFLOP/s a GPU, {hardware.inside / GB:.0f} GB/s inside a node, "
                       f"{hardware.between / GB:.0f} GB/s a GPU between nodes, all of it reached; the same rows for "
                       "each GPU. A step lasts from `step`, where all communication hides that can, to `none hidden`; "
@@ -42,7 +42,7 @@ def show_sweep(base: dict[str, Run], hardware: Hardware, text: str, plot: Path |
     return 0
 
 
-def table(points: list[Point], hardware: Hardware) -> Table:
+def sweep_table(points: list[Point], hardware: Hardware) -> Table:
     made = Table(title=f"{hardware.gpus_per_node} GPUs a node")
     for name in ("layout", "nodes", "GPU, GiB", "computes", "communicates", "step", "none hidden", "efficiency"):
         made.add_column(name, justify="left" if name == "layout" else "right")

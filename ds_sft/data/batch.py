@@ -1,15 +1,12 @@
 """Batches of rows, with what the host knows of them: so nothing has to read the device while it computes.
 
-Rows come as views of Arrow's buffers (`ArrowRows`) and go into a batch by numpy; no token becomes a Python number.
+Rows come as views of Arrow's buffers (`rows.py`) and go into a batch by numpy; no token becomes a Python number.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -164,48 +161,3 @@ def _layout(labels: Ids, lengths: list[int], starts: torch.Tensor | None) -> Lay
     following = following.ravel()
     positions = np.flatnonzero(following != IGNORE_INDEX)
     return Layout(lengths, labels.size, starts, torch.from_numpy(positions), torch.from_numpy(following[positions]))
-
-
-class ArrowRows:
-    """The rows of a `datasets.Dataset` of lists of numbers, as views of its buffers."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, npt.NDArray[Any]]:
-        row = index if self._order is None else int(self._order[index])
-        chunk = bisect_right(self._first, row) - 1
-        row -= self._first[chunk]
-        return {name: values[offsets[row] : offsets[row + 1]] for name, offsets, values in self._chunks[chunk]}
-
-    @cached_property
-    def _order(self) -> npt.NDArray[Any] | None:
-        return None if self.rows._indices is None else self.rows._indices.column(0).to_numpy()
-
-    @cached_property
-    def _chunks(self) -> list[list[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]]:
-        """Of each chunk its columns: name, where rows begin in the values, values."""
-        names = [name for name in ("input_ids", "labels", "position_ids") if name in self.rows.column_names]
-        columns = [self.rows.data.column(name).chunks for name in names]
-        assert len({tuple(map(len, chunks)) for chunks in columns}) == 1, "columns are cut at different rows"
-        return [
-            [(name, part.offsets.to_numpy(), part.values.to_numpy()) for name, part in zip(names, parts, strict=True)]
-            for parts in zip(*columns, strict=True)
-        ]
-
-    @cached_property
-    def _first(self) -> list[int]:
-        """The number of the first row of each chunk."""
-        return list(accumulate((len(offsets) - 1 for ((_, offsets, _), *_) in self._chunks[:-1]), initial=0))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A loader's worker opens the files itself: views would travel as copies."""
-        return {"rows": self.rows}
-
-
-def views_of(rows: Any) -> Any:
-    """Rows that are read by their number: a data set's without copies, others as they are."""
-    return ArrowRows(rows) if hasattr(rows, "data") else rows

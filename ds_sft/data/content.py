@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.values import check_json, check_text, found, is_empty, note_unread, unpacked
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of an answer, and types of a part
@@ -22,7 +22,7 @@ EFFORT = frozenset(["on", "off", "true", "false", "none", "low", "medium", "high
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # at the start of a content
 
 
-class Said(NamedTuple):
+class ContentParts(NamedTuple):
     """What the content of a message says."""
 
     text: str | None = None  # None: nothing that is a text, not even an empty one
@@ -30,25 +30,25 @@ class Said(NamedTuple):
     calls: tuple[dict[str, Any], ...] = ()
 
 
-def read_content(value: Any, where: str, unread: set[str], *, answer: bool) -> Said:
+def read_content(value: Any, where: str, unread: set[str], *, answer: bool) -> ContentParts:
     """A text, or typed parts; only an `answer` may have reasoning and calls among them.
 
     Raises:
         BadRow: neither, or a part that cannot be learned from.
     """
     if value is None:
-        return Said()
+        return ContentParts()
     if isinstance(value, str):
-        return Said(check_text(value, where))
+        return ContentParts(check_text(value, where))
     if not isinstance(value, list) or not value or not all(isinstance(part, dict) for part in value):
         raise BadRow("a content is not text", f"{where} is {found(value)}; expected a string, or a list of typed parts")
-    said = Said()
+    said = ContentParts()
     for index, part in enumerate(value):
         said = _with_part(said, part, f"{where}[{index}]", unread, answer=answer)
     return said
 
 
-def _with_part(said: Said, part: dict[str, Any], where: str, unread: set[str], *, answer: bool) -> Said:
+def _with_part(said: ContentParts, part: dict[str, Any], where: str, unread: set[str], *, answer: bool) -> ContentParts:
     kind = part.get("type")
     if kind in TEXT_PARTS and not said.calls:
         return said._replace(text=(said.text or "") + _part_text(part, str(kind), where, unread))

@@ -1,6 +1,6 @@
 """Files -> the data sets of a run and the report of what happened to every row.
 
-Encoding happens once per file system and before any process group exists; see `cache.py`.
+Encoding happens once per file system and before any process group exists; see `handover.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import numpy as np
 
 from ds_sft.config.keys import Config
 from ds_sft.config.values import is_repo
-from ds_sft.data.cache import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
-from ds_sft.data.cache import STATS, Counts, EncodedFile, encode_file, settings_key
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.counts import MAX_BAD_ROWS_SHOWN as MAX_EXAMPLES
+from ds_sft.data.counts import Counts
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow, DataFile, find_files
+from ds_sft.data.handover import encode_file
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
-from ds_sft.data.report import Report, describe, print_report
+from ds_sft.data.report import Report, make_report, print_report
+from ds_sft.data.sources import DataFile, find_files
+from ds_sft.data.store import STATS, EncodedFile, settings_key
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch, print_line
 
@@ -168,7 +171,7 @@ def _why_empty(counts: Counts) -> str:
 def _report(split: Split, rows: np.ndarray, *, set_aside: bool = False) -> Report:
     """The report on `rows`. What was dropped or split is told of train_file, not again of rows `set_aside` from it."""
     counts = Counts(rows_read=len(rows)) if set_aside else split.counts
-    report = describe(split.title, counts, split.rows[rows], split.names, None if set_aside else split.lost)
+    report = make_report(split.title, counts, split.rows[rows], split.names, None if set_aside else split.lost)
     if not set_aside:
         named = {encoded.file.name for encoded in split.files if encoded.file.hub and is_repo(encoded.file.name)}
         report.hub_datasets = sorted(name for name in named if not Path(name).exists())  # hub:FOLDER is a folder

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.records import Dialogue
-from ds_sft.data.rendered import left_out
+from ds_sft.data.rendered import left_out_by_template
 from ds_sft.data.shapes import Message
 from ds_sft.data.templates import Piece, full_content, learned_messages, open_template, with_thinking
 from ds_sft.data.turns import THINK_TAG
@@ -187,7 +187,7 @@ class Encoder:
             return []
         text = "".join([piece.text for piece in pieces if isinstance(piece.text, str)])
         lost_calls = self.template.lost_calls(dialogue, learned)
-        if names := left_out(with_thinking(dialogue.messages, self.thinking), learned, text, lost_calls):
+        if names := left_out_by_template(with_thinking(dialogue.messages, self.thinking), learned, text, lost_calls):
             missing[index] = names
         return pieces
 

@@ -2,7 +2,7 @@
 
 Within a step they are dealt so that ranks wait little on each other: micro batches that run at the same time are about
 as long. The gradient is a mean over the tokens of the step, so dealing changes nothing but rounding. Arithmetic on
-lengths alone; `batches.py` makes tensors of it.
+lengths alone; `loader.py` gives each rank its own.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ds_sft.data.packing import plan_packs
+from ds_sft.data.packing import pack_rows
 from ds_sft.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -129,11 +128,11 @@ class Batching:
         return None if self.micro_batch else len(self._bins(0))
 
     def epoch(self, number: int) -> Epoch:
-        """The plan of an epoch; the last one asked for is kept."""
+        """The micro batches of an epoch; those of the last one asked for are kept."""
         if number not in self._last:
-            plan = self._by_rows(number) if self.micro_batch else self._by_tokens(number)
+            epoch = self._by_rows(number) if self.micro_batch else self._by_tokens(number)
             self._last.clear()
-            self._last[number] = plan
+            self._last[number] = epoch
         return self._last[number]
 
     @property
@@ -179,7 +178,7 @@ class Batching:
         a_step = self.a_step if self.micro_batch else 1
         return used(len(self.lengths) - self._past(number)[0], a_step, drop_last=self.drop_last)
 
-    def here(self, step: int) -> Seam:
+    def seam_at(self, step: int) -> Seam:
         """Where another size of a step could go on after this one."""
         epoch, steps = self.position(step)
         learned = self._past(epoch)[0] + (self.epoch(epoch).samples(steps) if steps else 0)
@@ -236,7 +235,7 @@ class Batching:
         if self.order == "sequential":
             return list(fill(self.lengths, np.arange(len(self.lengths)), self.max_tokens, padded=self.padded))
         if not self.padded:
-            return list(plan_packs(self.lengths, self.max_tokens, seed=self.seed + number).packs)
+            return list(pack_rows(self.lengths, self.max_tokens, seed=self.seed + number).packs)
         chance = np.random.default_rng(self.seed + number)
         order = chance.permutation(len(self.lengths))
         order = order[np.argsort(-self.lengths[order], kind="stable")]  # rows of equal length change their company
@@ -316,7 +315,7 @@ class Batching:
         left = range(self.seam.epoch, epochs)
         return max((int(self.epoch(number).computed.max()) for number in left), default=0)
 
-    def describe(self, *, each_micro_batch: bool) -> str:
+    def padding_and_waiting(self, *, each_micro_batch: bool) -> str:
         """How much of the first epoch is padding and waiting, in one line."""
         first = self.epoch(self.seam.epoch + 1 if self.seam.rows else 0)  # a whole one
         line = f"Padding is {first.padding:.1%} of the tokens computed." if self.padded else "No padding."
@@ -378,13 +377,3 @@ def fill(lengths: Ints, order: Ints, max_tokens: int, *, padded: bool) -> Iterat
         rows.append(row)
     if rows:
         yield rows
-
-
-def lengths_of(rows: Any) -> Ints:
-    """Tokens of each row, of a data set or of packed sequences. Reads where rows begin, not the rows."""
-    if hasattr(rows, "plan"):
-        alone = lengths_of(rows.rows)
-        return np.array([alone[pack].sum() for pack in rows.plan.packs], np.int64)
-    chunks = rows.data.column("input_ids").chunks
-    lengths: Ints = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks]).astype(np.int64)
-    return lengths if rows._indices is None else lengths[rows._indices.column(0).to_numpy()]

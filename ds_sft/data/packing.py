@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_sft.data.batch import Ids, concatenate, views_of
+from ds_sft.data.batch import Ids, concatenate
+from ds_sft.data.rows import views_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class Packing:
     """Which rows stand in which sequence."""
 
     packs: list[list[int]]  # row numbers, each row once
@@ -32,15 +33,15 @@ class Plan:
         """Share of the sequences, each `max_length` long, that holds tokens."""
         return self.tokens / (max(1, len(self.packs)) * self.max_length)
 
-    def describe(self, rows: int) -> str:
-        """The plan in one line."""
+    def in_words(self, rows: int) -> str:
+        """How many sequences hold the rows, and how full they are, in one line."""
         return (
             f"Packing: {rows:,} rows in {len(self.packs):,} sequences of at most {self.max_length:,} tokens, "
             f"{self.efficiency:.1%} full; rows do not see each other."
         )
 
 
-def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int) -> Plan:
+def pack_rows(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int) -> Packing:
     """Best fit, longest rows first: each row goes where it leaves the least space.
 
     Args:
@@ -71,17 +72,17 @@ def plan_packs(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: in
             if not with_space[left]:
                 insort(spaces, left)
             with_space[left].append(pack)
-    return Plan([packs[i] for i in shuffle.permutation(len(packs)).tolist()], int(lengths.sum()), max_length)
+    return Packing([packs[i] for i in shuffle.permutation(len(packs)).tolist()], int(lengths.sum()), max_length)
 
 
 class PackedRows(Dataset[dict[str, Ids]]):
-    """The sequences of a plan: input_ids, labels and position_ids, which start at 0 with every row: [tokens] each."""
+    """Packed sequences: input_ids, labels and position_ids, which start at 0 with every row: [tokens] each."""
 
-    def __init__(self, rows: Any, plan: Plan) -> None:
-        self.rows, self.plan, self._views = rows, plan, views_of(rows)
+    def __init__(self, rows: Any, packing: Packing) -> None:
+        self.rows, self.packing, self._views = rows, packing, views_of(rows)
 
     def __len__(self) -> int:
-        return len(self.plan.packs)
+        return len(self.packing.packs)
 
     def __getitem__(self, index: int) -> dict[str, Ids]:
-        return concatenate([self._views[row] for row in self.plan.packs[index]])
+        return concatenate([self._views[row] for row in self.packing.packs[index]])

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import THINKING
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow, find_files
 from ds_sft.data.records import Dialogue, read_dialogues, reading_of
 from ds_sft.data.shapes import Message
+from ds_sft.data.sources import find_files
 from ds_sft.data.templates import ChatTemplate
 from ds_sft.data.turns import FIELD
 from ds_sft.errors import UserError
@@ -31,7 +32,7 @@ class Prompt(NamedTuple):
     opened: str  # what it ends with after the header of an answer, as <think>\n
 
 
-class Said(NamedTuple):
+class AnswerParts(NamedTuple):
     """What an answer says, or has said so far."""
 
     reasoning: str
@@ -45,17 +46,17 @@ class Form:
     before: str
     between: str = ""  # reasoning and content; none where there is no reasoning
 
-    def read(self, text: str, *, whole: bool) -> Said | None:
+    def read(self, text: str, *, whole: bool) -> AnswerParts | None:
         """None where the text does not begin so; while it is not `whole`, what may yet become a mark is left out."""
         begun = _find(self.before, text, 0)
         if begun is None or begun[0] > 0:
-            return Said("", "") if not whole and _squeezed(self.before).startswith(_squeezed(text)) else None
+            return AnswerParts("", "") if not whole and _squeezed(self.before).startswith(_squeezed(text)) else None
         start = begun[1]
         if not self.between:
-            return Said("", text[start:])
+            return AnswerParts("", text[start:])
         if found := _find(self.between, text, start):
-            return Said(text[start : found[0]], text[found[1] :])
-        return Said(text[start:].rstrip() if whole else _without_begun(text[start:], self.between), "")
+            return AnswerParts(text[start : found[0]], text[found[1] :])
+        return AnswerParts(text[start:].rstrip() if whole else _without_begun(text[start:], self.between), "")
 
 
 THINK = Form("<think>", "</think>")  # in a content, where the template has no other place for reasoning
@@ -118,7 +119,7 @@ class Prompts:
         found = self.encoder.template.special.search(text)
         return found[0] if found else ""
 
-    def shown(self, prompt: Prompt, answer: str, *, whole: bool = True) -> Said:
+    def shown(self, prompt: Prompt, answer: str, *, whole: bool = True) -> AnswerParts:
         """What a model that was asked with `prompt` has said, for people; content grows as the answer does."""
         said = self._said(prompt, answer, whole=whole)
         own = THINK.read(said.content, whole=whole) if not said.reasoning and said.content else None
@@ -129,9 +130,9 @@ class Prompts:
         said = self._said(prompt, answer, whole=True)
         return Message("assistant", said.content, extra={FIELD: said.reasoning} if said.reasoning.strip() else {})
 
-    def _said(self, prompt: Prompt, answer: str, *, whole: bool) -> Said:
+    def _said(self, prompt: Prompt, answer: str, *, whole: bool) -> AnswerParts:
         read = (form.read(prompt.opened + answer, whole=whole) for form in self.forms)
-        return next((said for said in read if said is not None), Said("", answer))
+        return next((said for said in read if said is not None), AnswerParts("", answer))
 
 
 def _forms(template: ChatTemplate) -> Iterator[Form]:

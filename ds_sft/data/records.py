@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import as_object
-from ds_sft.data.files import ROWS_UNDER, BadRow, DataFile, Raw
+from ds_sft.data.readers import ROWS_UNDER, Raw
 from ds_sft.data.shapes import Message, Shape, to_messages
+from ds_sft.data.sources import DataFile
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Rendered:
         return self.plain.has(function["name"])  # and the next search begins behind it
 
 
-def left_out(
+def left_out_by_template(
     messages: Sequence[Message], learned: Sequence[bool], text: str, lost_calls: Collection[int] = ()
 ) -> set[str]:
     """What of the messages is not in the text that a template made of them, as "user name".

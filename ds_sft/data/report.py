@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_sft.data.cache import Counts
+from ds_sft.data.counts import Counts
 from ds_sft.data.encode import LONGER, TOO_LONG
 from ds_sft.ranks.launch import Launch
 
@@ -52,13 +52,13 @@ class Report:
     hub_datasets: list[str] = field(default_factory=list)  # OWNER/NAME of those that rows come from
 
 
-def describe(
+def make_report(
     file: str, counts: Counts, stats: np.ndarray, names: Sequence[str], left_out: np.ndarray | None = None
 ) -> Report:
     """The report over rows that are kept; lengths are told over those `left_out` for their length, too.
 
     Args:
-        stats, left_out: [rows] of `cache.STATS` with a field `file`: index into `names`.
+        stats, left_out: [rows] of `store.STATS` with a field `file`: index into `names`.
     """
 
     def where(row: np.void) -> str:

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from ds_sft.config.keys import Config
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.templates import ChatTemplate, Reference, open_template

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ds_sft.config.keys import REFERENCE_PROMPT
-from ds_sft.data.content import REASONING, Said, read_calls, read_content, read_reasoning, read_tools
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.content import REASONING, ContentParts, read_calls, read_content, read_reasoning, read_tools
 from ds_sft.data.values import check_text, found, json_type, note_unread, unpacked
 
 Shape = Literal["auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"]
@@ -236,7 +236,7 @@ def _full_message(item: dict[str, Any], role: str, names: tuple[str, str], where
     known = {*names, learned, *extra, *((*REASONING, *CALL_FIELDS) if answer else ())}
     note_unread(item, known, f"{where}.", unread)
     if role in CALLS:
-        said = Said(calls=read_calls(value, place, unread))
+        said = ContentParts(calls=read_calls(value, place, unread))
     else:
         said = read_content(value, place, unread, answer=answer)
     calls = _one_place(said.calls, _field_calls(item, where, unread), where) if answer else ()

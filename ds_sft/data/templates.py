@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import THINKING
-from ds_sft.data.files import BadRow
 from ds_sft.data.hermes import HERMES
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message

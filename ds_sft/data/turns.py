@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import as_object
-from ds_sft.data.files import BadRow
 from ds_sft.errors import UserError
 
 EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\n{0,2}")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
-from ds_sft.data.files import BadRow
+from ds_sft.data.bad_row import BadRow
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 INDEX = re.compile(r"\[\d+\]")

@@ -12,10 +12,10 @@ import numpy as np
 
 from ds_sft.config.keys import Config
 from ds_sft.config.values import SAMPLING
-from ds_sft.data.batch import views_of
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.dataset import Measured, read_rows
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow
+from ds_sft.data.rows import views_of
 from ds_sft.errors import UserError
 from ds_sft.evaluation.bootstrap import Floats
 from ds_sft.evaluation.loss import loss_batches, row_losses
@@ -88,7 +88,7 @@ def places_of(measured: Measured) -> dict[Place, list[int]]:
     return found
 
 
-def choose(places: Sequence[Place], limit: int | None, seed: int) -> list[Place]:
+def sample_places(places: Sequence[Place], limit: int | None, seed: int) -> list[Place]:
     """All, or so many of them drawn from everywhere, in order; a seed's draw is the same."""
     if limit is None or limit >= len(places):
         return list(places)

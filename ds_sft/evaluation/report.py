@@ -18,7 +18,7 @@ from ds_sft.evaluation.bootstrap import (
     resampled,
 )
 from ds_sft.evaluation.measure import Item, Result, Subject, numbers_of
-from ds_sft.training.report import METRICS, short
+from ds_sft.training.report import METRICS, short_number
 
 ALL = "all"
 SHOWN = 12  # tables
@@ -26,7 +26,7 @@ OF_LOSS = ("loss", "perplexity")
 Found = Mapping[str, Sequence[Result]]  # name of a model -> its results, item by item
 
 
-def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, seed: int) -> dict[str, Any]:
+def evaluation_numbers(subjects: Sequence[Subject], items: Sequence[Item], found: Found, seed: int) -> dict[str, Any]:
     """All numbers of an evaluation; of two models also their difference, the second less the first.
 
     Args:
@@ -40,9 +40,9 @@ def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, s
     sources = {}
     for source, group in groups.items():
         results = {name: [found[name][i] for i in group] for name in names}
-        sources[source] = _describe_group(results, seed, comparable=comparable)
+        sources[source] = _group_numbers(results, seed, comparable=comparable)
     return {
-        "models": {subject.name: _describe_subject(subject) for subject in subjects},
+        "models": {subject.name: _subject_settings(subject) for subject in subjects},
         "data": list(dict.fromkeys(files)),
         "seed": seed,
         "resamples": RESAMPLES,
@@ -52,7 +52,7 @@ def describe(subjects: Sequence[Subject], items: Sequence[Item], found: Found, s
     }
 
 
-def _describe_subject(subject: Subject) -> dict[str, Any]:
+def _subject_settings(subject: Subject) -> dict[str, Any]:
     config = subject.config
     return {
         "path": subject.path,
@@ -62,7 +62,7 @@ def _describe_subject(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _describe_group(results: Found, seed: int, *, comparable: bool) -> dict[str, Any]:
+def _group_numbers(results: Found, seed: int, *, comparable: bool) -> dict[str, Any]:
     """Rows of one source, or all; `comparable`: whether the losses of two models are."""
     names = list(results)
     numbers = {name: numbers_of(results[name]) for name in names}
@@ -159,7 +159,7 @@ def _table_rows(part: Mapping[str, Any], names: Sequence[str]) -> list[list[str]
 
 
 def _with_interval(metric: str, found: Mapping[str, float], sign: str = "") -> str:
-    value, low, high = (short(metric, found[name], sign) for name in ("value", "low", "high"))
+    value, low, high = (short_number(metric, found[name], sign) for name in ("value", "low", "high"))
     return f"{value}\n[{low}, {high}]"
 
 

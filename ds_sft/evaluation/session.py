@@ -12,8 +12,8 @@ from typing import Any, TextIO
 from ds_sft.config.keys import Config
 from ds_sft.data.dataset import Data, Measured
 from ds_sft.errors import UserError
-from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, choose, measure, places_of, read_items
-from ds_sft.evaluation.report import answer_line, describe, write_answers
+from ds_sft.evaluation.measure import Item, Place, Subject, asked_alike, measure, places_of, read_items, sample_places
+from ds_sft.evaluation.report import answer_line, evaluation_numbers, write_answers
 from ds_sft.model.adapter_files import exported, find_base
 from ds_sft.model.limits import check_limits
 from ds_sft.plan.adapter import is_adapter
@@ -57,7 +57,7 @@ def common_places(prepared: Sequence[Prepared], limit: int | None, launch: Launc
         raise UserError("--data: no row that both models have room for (max_length)")
     if left_out:
         launch.say(f"{left_out:,} rows are left out: not all models have room for them (max_length).")
-    return choose(common, limit, seed_of(prepared[0].subject.config))
+    return sample_places(common, limit, seed_of(prepared[0].subject.config))
 
 
 def seed_of(config: Config) -> int:
@@ -67,7 +67,7 @@ def seed_of(config: Config) -> int:
 def evaluate(
     prepared: Sequence[Prepared], chosen: Sequence[Place], work: Work, *, loss_only: bool, answers: Path | None
 ) -> dict[str, Any] | None:
-    """Measure the models one after the other, the last first; what `describe` says, on rank 0. All ranks must call it.
+    """Measure the models one after the other, the last first; `evaluation_numbers`, on rank 0. All ranks must call it.
 
     Args:
         chosen: the dialogues, see `common_places`.
@@ -96,11 +96,11 @@ def evaluate(
     subjects = [one.subject for one in prepared]
     if answers is not None:
         write_answers(answers, subjects, items, found)
-    return describe(subjects, items[subjects[0].name], found, seed_of(subjects[0].config))
+    return evaluation_numbers(subjects, items[subjects[0].name], found, seed_of(subjects[0].config))
 
 
 def evaluate_run(config: Config, data: Data, tokenizer: Any) -> dict[str, Any] | None:
-    """What `describe` says of a run's exported model and, under `predict_before`, of the one it began with.
+    """`evaluation_numbers` of a run's exported model and, under `predict_before`, of the one it began with.
 
     By this process alone, on `evaluate_rows` of the validation rows; None where the run has none.
     """
@@ -110,7 +110,7 @@ def evaluate_run(config: Config, data: Data, tokenizer: Any) -> dict[str, Any] |
     paths = {"before": config.model_name_or_path} if config.predict_before else {}
     paths["after"] = str(exported(config.output_dir))
     prepared = [Prepared(Subject(name, path, config, tokenizer), measured) for name, path in paths.items()]
-    chosen = choose(list(places_of(measured)), config.evaluate_rows, seed_of(config))
+    chosen = sample_places(list(places_of(measured)), config.evaluate_rows, seed_of(config))
     return evaluate(
         prepared, chosen, Work(Launch(launcher="python")), loss_only=False, answers=config.output_dir / ANSWERS
     )

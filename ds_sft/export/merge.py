@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_sft.checkpoints.storage import nearest
+from ds_sft.checkpoints.storage import nearest_folder
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.export.placement import is_out_of_memory, weights_size
@@ -126,7 +126,7 @@ def require_room(out: Path, base: str, dtype: torch.dtype, trust_remote_code: bo
     Raises:
         NoRoom: it does not.
     """
-    needed, free = merged_bytes(base, dtype, trust_remote_code), shutil.disk_usage(nearest(out)).free
+    needed, free = merged_bytes(base, dtype, trust_remote_code), shutil.disk_usage(nearest_folder(out)).free
     if free < needed:
         raise NoRoom(f"{out}: the merged model takes about {in_units(needed)}, the disk has {in_units(free)} free")
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.config.values import SAMPLING
+from ds_sft.data.bad_row import BadRow
 from ds_sft.data.encode import Encoder
-from ds_sft.data.files import BadRow
 from ds_sft.data.records import Dialogue
 from ds_sft.export.placement import cache_size, place
 from ds_sft.model.adapter_files import exported, find_base, load_on_disk
@@ -198,6 +198,6 @@ def _short(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def as_text(row: Prediction) -> str:
+def prediction_as_text(row: Prediction) -> str:
     """A prediction as SwanLab shows it: the reference script's form, with the reference answer added."""
     return f"Question: {row.question}\n\nLLM: {row.prediction}\n\nReference: {row.reference}"

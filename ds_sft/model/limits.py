@@ -10,7 +10,7 @@ from ds_sft.config.values import UNSCALED_ROPE
 from ds_sft.data.dataset import Data
 from ds_sft.errors import UserError
 from ds_sft.model.rotary import knows_scaling, read_config
-from ds_sft.plan.rope import describe_scaling, how_to_scale, trained_positions
+from ds_sft.plan.rope import how_to_scale, scaling_in_words, trained_positions
 from ds_sft.plan.shape import VOCAB_MULTIPLE, positions_of, resized_vocab, rope_of
 from ds_sft.ranks.launch import Launch
 
@@ -103,7 +103,7 @@ def check_positions(config: Config, found: Any, data: Data, launch: Launch) -> N
     limit, (longest, place) = positions_of(known), _longest(data)
     if config.rope_scaling is not None:
         check_scaling(config, found)
-        launch.say(describe_scaling(known))
+        launch.say(scaling_in_words(known))
     if limit is None:
         return
     check_company(config, known, longest, place)

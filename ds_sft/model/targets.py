@@ -75,7 +75,7 @@ def target_parameters(model: PreTrainedModel, asked: Sequence[str] | None) -> li
 
 def expert_tensors(model: nn.Module) -> list[str]:
     """Names of the tensors that hold one matrix of all experts of a layer each, adapters around them or not."""
-    return [name for name, p in model.named_parameters() if len(shape_of(p)) == 3 and f".{EXPERTS}." in name]
+    return [name for name, p in model.named_parameters() if len(whole_shape(p)) == 3 and f".{EXPERTS}." in name]
 
 
 def whole_modules(model: PreTrainedModel, asked: Sequence[str]) -> list[str]:
@@ -224,7 +224,7 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 def _no_linear_layer(model: PreTrainedModel) -> str:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    matrices = [m for m in model.modules() if m not in ends and len(shape_of(getattr(m, "weight", None))) == 2]
+    matrices = [m for m in model.modules() if m not in ends and len(whole_shape(getattr(m, "weight", None))) == 2]
     kinds = ", ".join(sorted({type(module).__name__ for module in matrices if not isinstance(module, nn.Embedding)}))
     return (
         f"{type(model).__name__} has no linear layer beside its output projection that can have an adapter (its "
@@ -232,7 +232,7 @@ def _no_linear_layer(model: PreTrainedModel) -> str:
     )
 
 
-def shape_of(weight: Any) -> tuple[int, ...]:
+def whole_shape(weight: Any) -> tuple[int, ...]:
     """Also under ZeRO-3, which leaves a weight no shape of its own."""
     return tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
 

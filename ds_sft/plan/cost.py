@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_sft.plan.attention import exchanged_width
-from ds_sft.plan.run import Engine, Run, trained_weights
+from ds_sft.plan.run import Engine, Run, planned_weights
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.states import kept_between_layers
 from ds_sft.plan.weights import ALL, Choice
@@ -44,7 +44,7 @@ def model_flops_per_token(shape: Shape, length: int, choice: Choice = ALL) -> fl
     Of experts those count that a token chooses. 4 a frozen parameter, which has no gradient of its own, and 2 below
     the first layer that has something trained.
     """
-    weights = trained_weights(shape, choice)
+    weights = planned_weights(shape, choice)
     scores = 12.0 * (shape.layers - weights.first) + 4.0 * weights.first
     return sum(weights.flops()) + scores * shape.attended * length
 

@@ -31,7 +31,7 @@ class StateBytes(NamedTuple):
 FLOAT32 = StateBytes(FP32, MOMENTS)
 
 
-def optimizer_of(config: Config) -> str:
+def planned_optimizer(config: Config) -> str:
     """The optimizer whose states are planned: AdamW's for one that is not known here."""
     return OPTIMIZERS.get(str(config.training.get("optim", ADAMW)), ADAMW)
 
@@ -40,7 +40,7 @@ def state_bytes(config: Config) -> StateBytes:
     """Of all parameters alike: small ones and, under Muon, matrices are a few per cent off."""
     if config.optimizer_dtype == "bfloat16":
         return StateBytes(FP32 // 2, MOMENTS / 2)
-    return StateBytes(FP32, eight_bits(BLOCK) / BLOCK if optimizer_of(config) == EIGHT_BITS else MOMENTS)
+    return StateBytes(FP32, eight_bits(BLOCK) / BLOCK if planned_optimizer(config) == EIGHT_BITS else MOMENTS)
 
 
 def eight_bits(elements: int) -> int:

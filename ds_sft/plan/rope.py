@@ -54,7 +54,7 @@ def trained_positions(found: Mapping[str, Any]) -> int:
     return int(rope_of(found).get(ORIGINAL) or found.get(ORIGINAL) or found["max_position_embeddings"])
 
 
-def describe_scaling(known: Mapping[str, Any]) -> str:
+def scaling_in_words(known: Mapping[str, Any]) -> str:
     """What `rope_scaling` has made of the positions, for a model's configuration that has it."""
     rope, trained = rope_of(known), trained_positions(known)
     reach = positions_of(known) or trained

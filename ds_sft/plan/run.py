@@ -63,7 +63,7 @@ class Run:
 
     @property
     def weights(self) -> Weights:
-        return trained_weights(self.shape, self.choice)
+        return planned_weights(self.shape, self.choice)
 
     @property
     def refused(self) -> bool:
@@ -143,7 +143,7 @@ class Run:
 
 
 @lru_cache(maxsize=64)
-def trained_weights(shape: Shape, choice: Choice) -> Weights:
+def planned_weights(shape: Shape, choice: Choice) -> Weights:
     taken = TAKEN.get(shape.family, ())
     return weights_of(shape.shapes(), choice, layers=shape.layers, met=shape.met, taken=taken)
 

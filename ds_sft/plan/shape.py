@@ -192,12 +192,12 @@ def read_shape(model_name_or_path: str) -> Shape:
     """The shape of a folder's or a hub id's model.
 
     Raises:
-        UserError: as `read_config`, or an architecture whose memory this package cannot derive.
+        UserError: as `read_config_json`, or an architecture whose memory this package cannot derive.
     """
-    return shape_of(*read_config(model_name_or_path))
+    return shape_of(*read_config_json(model_name_or_path))
 
 
-def read_config(name: str) -> tuple[dict[str, Any], str]:
+def read_config_json(name: str) -> tuple[dict[str, Any], str]:
     """The `config.json` of a folder's or a hub id's model, and where it is; of the hub it alone is fetched, once.
 
     Raises:

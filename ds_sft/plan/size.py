@@ -14,7 +14,7 @@ from ds_sft.errors import UserError
 from ds_sft.plan.adapter import read_json
 from ds_sft.plan.disk import checkpoint_bytes, export_bytes, final_bytes, trained_checkpoint_bytes
 from ds_sft.plan.optimizer import state_bytes
-from ds_sft.plan.run import trained_weights
+from ds_sft.plan.run import planned_weights
 from ds_sft.plan.shape import FAMILIES, MIXTURES, Shape, read_shape
 from ds_sft.plan.weights import ALL, Choice, weights_of
 
@@ -70,7 +70,7 @@ def model_size(folder: Path, choice: Choice = ALL) -> ModelSize | None:
     shapes = mixture.shapes() if mixture is not None else found
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
     try:
-        weights = weights_of(shapes, choice) if mixture is None else trained_weights(mixture, choice)
+        weights = weights_of(shapes, choice) if mixture is None else planned_weights(mixture, choice)
     except UserError:
         if read_json(folder / "config.json").get("model_type") in (*FAMILIES, *MIXTURES):
             raise
@@ -95,7 +95,7 @@ def _mixture(folder: Path) -> Shape | None:
     return shape if shape.experts is not None else None
 
 
-def in_words(size: ModelSize) -> str:
+def parameters_in_words(size: ModelSize) -> str:
     """30,532,122,624 parameters, 3,353,032,704 of them active."""
     active = "" if size.active is None else f", {size.active:,} of them active"
     return f"{size.parameters:,} parameters{active}"

@@ -47,7 +47,7 @@ class Steps:
     def steps(self) -> int:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
 
-    def describe(self) -> str:
+    def in_words(self) -> str:
         """The arithmetic in one line."""
         return self._batch() + self._idle()
 

@@ -23,7 +23,7 @@ class Point:
     unhidden: float  # seconds of the step if nothing hides behind computation
 
 
-def nodes_of(text: str) -> list[int]:
+def node_counts(text: str) -> list[int]:
     """`nodes=1..128`: 1, 2, 4 ... 128.
 
     Raises:

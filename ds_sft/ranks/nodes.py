@@ -52,7 +52,7 @@ def name_spanning(nodes: Sequence[int], size: int) -> str | None:
     return f"{len(groups)} of {len(nodes) // size} groups of {size} ranks span nodes ({first}, ...)"
 
 
-def describe_spanning(nodes: Sequence[int], size: int) -> str | None:
+def spanning_in_words(nodes: Sequence[int], size: int) -> str | None:
     """Which groups span nodes, what of it, and what to do instead, in one line."""
     named = name_spanning(nodes, size)
     return named and (
@@ -75,7 +75,7 @@ def keep_inside(nodes: Sequence[int], size: int) -> str:
 
 def say_spanning(size: int, launch: Launch) -> None:
     """Say which groups of `size` ranks span nodes; all ranks must call it."""
-    remark = describe_spanning(nodes_of(gather((socket.gethostname(), launch.local_rank))), size)
+    remark = spanning_in_words(nodes_of(gather((socket.gethostname(), launch.local_rank))), size)
     if remark is not None:
         launch.say(remark)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import MUON, OUR_ORDERS, SECRETS, Config
-from ds_sft.data.micro_batches import Batching, Seam, lengths_of
+from ds_sft.data.micro_batches import Batching, Seam
+from ds_sft.data.rows import lengths_of
 from ds_sft.engine.builds import hold_builds_by_flock, import_muon, remove_stale_locks
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape

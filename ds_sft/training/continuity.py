@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_sft.checkpoints.checkpoint import (
-    Checkpoint,
-    Site,
-)
 from ds_sft.checkpoints.identity import Changes
+from ds_sft.checkpoints.manifest import Checkpoint
+from ds_sft.checkpoints.storage import Site
 from ds_sft.ranks.stop import StopRequests
 
 

@@ -14,7 +14,7 @@ from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.layouts import engine_of, name_of, run_of
 from ds_sft.plan.memory import Memory, peak
-from ds_sft.plan.run import Engine, trained_weights
+from ds_sft.plan.run import Engine, planned_weights
 from ds_sft.plan.shape import shape_of_run
 from ds_sft.plan.size import in_units
 from ds_sft.ranks.collectives import gather
@@ -67,7 +67,7 @@ def expect_memory(
         launch.say(f"No memory plan: {error}")
         return None
     try:
-        trained_weights(shape, run.choice)
+        planned_weights(shape, run.choice)
     except UserError as error:  # the model itself knows better, and says so of what it does not know either
         launch.say(f"No memory plan: it cannot follow {str(error).partition(':')[0]}.")
         return None

@@ -11,7 +11,7 @@ import torch
 
 from ds_sft.model.loss import output_projection
 from ds_sft.model.quantized import elements
-from ds_sft.model.targets import shape_of
+from ds_sft.model.targets import whole_shape
 from ds_sft.plan.weights import is_matrix, layer_of, met_by_token
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def count_flops(model: PreTrainedModel) -> Flops | None:
             sum(
                 factor * elements(p) * met_by_token(name, met)
                 for name, p, factor in factors(model)
-                if id(p) not in left_out and is_matrix(name, shape_of(p))
+                if id(p) not in left_out and is_matrix(name, whole_shape(p))
             )
         ),
         head=0.0 if head is None else float((6 if head.requires_grad else 4) * elements(head)),
@@ -74,7 +74,7 @@ def share_of_experts(model: PreTrainedModel) -> float | None:
     if not any("expert" in name for name in config.to_dict()):
         return 1.0
     chosen = getattr(config, "num_experts_per_tok", None)
-    fused = (shape_of(p) for name, p in model.named_parameters() if ".experts." in name)
+    fused = (whole_shape(p) for name, p in model.named_parameters() if ".experts." in name)
     number = next((shape[0] for shape in fused if len(shape) == 3), None)
     return chosen / number if chosen and number else None
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from ds_sft.checkpoints.checkpoint import newest_complete
+from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.data.batches import single_rows
 from ds_sft.data.encode import IGNORE_INDEX
+from ds_sft.data.loader import single_rows
 from ds_sft.errors import RunError
 from ds_sft.ranks.collectives import gather
 from ds_sft.training.resumable import ResumableTrainer
@@ -44,7 +44,7 @@ def spread(loss: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepValues:
     """What a step has computed, on its way to the host."""
 
     step: int
@@ -53,7 +53,7 @@ class Reading:
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def begin(cls, step: int, norm: torch.Tensor | float, losses: Sequence[torch.Tensor]) -> Reading:
+    def begin(cls, step: int, norm: torch.Tensor | float, losses: Sequence[torch.Tensor]) -> StepValues:
         """Copy without waiting for the device."""
         on_gpu = losses[0].is_cuda
         coming = torch.stack(list(losses)).to("cpu", non_blocking=True)
@@ -77,7 +77,7 @@ class Reading:
         return [(number, loss) for number, loss in enumerate(self.losses.tolist()) if not math.isfinite(loss)]
 
 
-def describe(reading: Reading, bad: Sequence[tuple[int, float, Sequence[str]]]) -> str:
+def trouble_in_words(reading: StepValues, bad: Sequence[tuple[int, float, Sequence[str]]]) -> str:
     """What is wrong with a step.
 
     Args:
@@ -109,7 +109,7 @@ class FiniteTrainer(ResumableTrainer):
         self.micro_losses: list[torch.Tensor] = []  # of the step under way, on the device
         self.loss_before: torch.Tensor | None = None  # `_tr_loss` when the step under way began
         self.unclipped_norm: torch.Tensor | None = None  # of a step under ZeRO-0, whose engine does not tell it
-        self.reading: Reading | None = None  # of a step that is not known to be sound
+        self.reading: StepValues | None = None  # of a step that is not known to be sound
         self.skipped_in_a_row = 0
         self.steps_to_log = 0
 
@@ -161,7 +161,7 @@ class FiniteTrainer(ResumableTrainer):
         norm = self.unclipped_norm if norm is None else norm
         assert norm is not None, "DeepSpeed was told not to compute it"
         self.settle()
-        self.reading = Reading.begin(self.state.global_step + 1, norm, self.micro_losses)
+        self.reading = StepValues.begin(self.state.global_step + 1, norm, self.micro_losses)
         self.micro_losses = []
         if self.on_nonfinite == "skip":
             self._keep_or_leave_out(model, self.reading)
@@ -175,7 +175,7 @@ class FiniteTrainer(ResumableTrainer):
         """End the run if a step of which the host did not know yet was not sound; the same on all ranks."""
         reading, self.reading = self.reading, None
         if reading is not None and not reading.sound:
-            self._end(self._describe(reading), "on_nonfinite: skip would leave the step out")
+            self._end(self._trouble(reading), "on_nonfinite: skip would leave the step out")
 
     def _end(self, what: str, remedy: str) -> None:
         self.finish_save()  # of a sound step
@@ -185,11 +185,11 @@ class FiniteTrainer(ResumableTrainer):
             f"{what}. Nothing of this step is kept; {kept}. Look at its rows, and at learning_rate; {remedy}"
         )
 
-    def _describe(self, reading: Reading) -> str:
+    def _trouble(self, reading: StepValues) -> str:
         """What is wrong with a step, on which ranks; all ranks must call it."""
         ranks = enumerate(gather(reading.bad_losses()))
         found = [(rank, loss, self._rows(reading.step, rank, number)) for rank, bad in ranks for number, loss in bad]
-        return describe(reading, found)
+        return trouble_in_words(reading, found)
 
     def _rows(self, step: int, rank: int, micro_batch: int) -> list[str]:
         """FILE:LINE of the rows in a micro batch; none where Trainer chose them by itself."""
@@ -214,7 +214,7 @@ class FiniteTrainer(ResumableTrainer):
 
     # ---- Leaving out
 
-    def _keep_or_leave_out(self, model: Any, reading: Reading) -> None:
+    def _keep_or_leave_out(self, model: Any, reading: StepValues) -> None:
         self.reading = None
         sound = reading.sound
         if not self.is_deepspeed_enabled:
@@ -223,7 +223,7 @@ class FiniteTrainer(ResumableTrainer):
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        what = self._describe(reading)
+        what = self._trouble(reading)
         if self.skipped_in_a_row == MAX_IN_A_ROW:
             self._end(what, f"it is step {MAX_IN_A_ROW} of this kind in a row, where on_nonfinite: skip ends, too")
         if self.is_deepspeed_enabled:

@@ -48,7 +48,7 @@ def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tup
     return StochasticAdamW, {**options, "seed": args.seed, "stream": stream}
 
 
-class Piece(NamedTuple):
+class FlatPart(NamedTuple):
     """Part of a parameter, flat; what is 16 bits is written."""
 
     weight: torch.Tensor
@@ -93,7 +93,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                 _update(pieces, group)
         return loss
 
-    def _pieces(self, parameters: Sequence[torch.Tensor]) -> Iterator[Piece]:
+    def _pieces(self, parameters: Sequence[torch.Tensor]) -> Iterator[FlatPart]:
         for parameter in parameters:
             place = self.places.setdefault(parameter, len(self.places))
             if parameter.grad is None:
@@ -110,12 +110,12 @@ class StochasticAdamW(torch.optim.Optimizer):
             flat = [tensor.view(-1).split(_chunk(parameter)) for tensor in whole]
             for weight, gradient, average, square in zip(*flat, strict=True):
                 noise = torch.empty_like(weight, dtype=torch.int32).random_(generator=generator)
-                yield Piece(weight, gradient, average, square, noise, state["step"])
+                yield FlatPart(weight, gradient, average, square, noise, state["step"])
 
 
-def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def _together(pieces: Iterator[FlatPart]) -> Iterator[list[FlatPart]]:
     """Pieces that are updated by one call each operation, no more than a chunk."""
-    waiting: list[Piece] = []
+    waiting: list[FlatPart] = []
     for piece in pieces:
         if waiting and sum(other.weight.numel() for other in [*waiting, piece]) > _chunk(piece.weight):
             yield waiting
@@ -125,7 +125,7 @@ def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield waiting
 
 
-def _update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
+def _update(pieces: Sequence[FlatPart], group: dict[str, Any]) -> None:
     lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
     weights, gradients = [_wide(piece.weight) for piece in pieces], [_wide(piece.gradient) for piece in pieces]
     averages, squares = [_wide(piece.exp_avg) for piece in pieces], [_wide(piece.exp_avg_sq) for piece in pieces]

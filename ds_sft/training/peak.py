@@ -45,7 +45,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     if known is not None:
         return Peak(known, f"{name}, its maker's figure for dense {_short(dtype)}")
     size = SIZES.get(device.type, 2048)
-    return Peak(measure(device, dtype, size), f"{name}, measured: a {_short(dtype)} matrix product of {size:,}")
+    return Peak(measure_flops(device, dtype, size), f"{name}, measured: a {_short(dtype)} matrix product of {size:,}")
 
 
 def known_peak(name: str, dtype: torch.dtype) -> float | None:
@@ -56,7 +56,7 @@ def known_peak(name: str, dtype: torch.dtype) -> float | None:
     return next((tflops * 1e12 for pattern, tflops in KNOWN_TFLOPS if wanted and re.search(pattern, name)), None)
 
 
-def measure(device: torch.device, dtype: torch.dtype, size: int, seconds: float = MEASURE_SECONDS) -> float:
+def measure_flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = MEASURE_SECONDS) -> float:
     """FLOP/s of the fastest matrix product of those that fit into the time; the first, which warms up, is left out."""
     import torch
 

@@ -68,11 +68,11 @@ class Profiling(TrainerCallback):
             print_line(f"profile_steps: {path} is not written: {error}")
             return
         self.launch.say(
-            f"Profile: {path}, for https://ui.perfetto.dev. Operators by their own time:\n{table(profiler)}"
+            f"Profile: {path}, for https://ui.perfetto.dev. Operators by their own time:\n{operator_table(profiler)}"
         )
 
 
-def table(profiler: profile) -> str:
+def operator_table(profiler: profile) -> str:
     """The operators that took most time by themselves, on the device where there is one."""
     on_gpu = ProfilerActivity.CUDA in supported_activities()  # type: ignore[no-untyped-call]
     rows = [

@@ -75,7 +75,7 @@ class ProgressLine(ProgressCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        text = describe(logs or {})
+        text = logs_in_words(logs or {})
         if not (state.is_world_process_zero and text):
             return
         step = f"Step {state.global_step:,} of {state.max_steps:,}: "
@@ -99,7 +99,7 @@ class ProgressLine(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
-def describe(logs: Mapping[str, float]) -> str:
+def logs_in_words(logs: Mapping[str, float]) -> str:
     """A log entry in one short line; empty for the summary of a run, which is printed elsewhere."""
     if "eval_loss" in logs:
         return f"validation loss {logs['eval_loss']:.4f}"

@@ -30,7 +30,7 @@ METRICS = {  # of an evaluation -> how they are called
 }
 
 
-def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
+def run_results(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds: float) -> dict[str, Any]:
     """What `run.json` says; all ranks must call it."""
     history = trainer.state.log_history
     train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
@@ -50,7 +50,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
         "seed": trainer.args.seed,
         "parameters": parameters,
         "trained_parameters": trained,
-        "adapter": describe_adapter(trainer.model, config),
+        "adapter": adapter_settings(trainer.model, config),
         "steps": trainer.state.global_step,
         "skipped_steps": trainer.skipped_steps,
         "epochs": trainer.state.epoch,
@@ -67,7 +67,7 @@ def describe_run(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds
     }
 
 
-def describe_adapter(model: Any, config: Config) -> dict[str, Any] | None:
+def adapter_settings(model: Any, config: Config) -> dict[str, Any] | None:
     """The adapter in the model, in peft's words; None where all weights are its own."""
     if config.adapter == "none":
         return None
@@ -98,31 +98,31 @@ def summary(results: dict[str, Any]) -> str:
     lines = [
         f"Trained {results['steps']:,} steps, {all_tokens:,} tokens"
         f"{'' if now == all_tokens else f'; {now:,} of them in this start'}{rate}.",
-        describe_memory(results["peak_memory"], results["plan"]),
-        describe_speed(results["speed"]),
+        memory_in_words(results["peak_memory"], results["plan"]),
+        speed_in_words(results["speed"]),
     ]
     first, last = results["eval_loss_first"], results["eval_loss"]
     if last is not None:
         which = "of the best checkpoint" if results["best_checkpoint"] else "last"
         lines.append(f"Validation loss: {last:.4f}{'' if first == last else f' {which}, {first:.4f} first'}.")
     if results.get("evaluation"):
-        lines.append(describe_evaluation(results["evaluation"]))
+        lines.append(evaluation_in_words(results["evaluation"]))
     return "\n".join(lines)
 
 
-def describe_evaluation(found: dict[str, Any]) -> str:
+def evaluation_in_words(found: dict[str, Any]) -> str:
     """The numbers of the last model with their intervals, and what they were of the first."""
     part, names = found["sources"]["all"], list(found["models"])
     last, first = part["models"][names[-1]], part["models"][names[0]]
     parts = []
     for metric in (name for name in METRICS if name in last and name != "perplexity"):
-        value, low, high = (short(metric, last[metric][end]) for end in ("value", "low", "high"))
-        before = f", {short(metric, first[metric]['value'])} {names[0]}" if len(names) == 2 else ""
+        value, low, high = (short_number(metric, last[metric][end]) for end in ("value", "low", "high"))
+        before = f", {short_number(metric, first[metric]['value'])} {names[0]}" if len(names) == 2 else ""
         parts.append(f"{METRICS[metric]} {value} [{low}, {high}]{before}")
     return f"Evaluation of {part['rows']:,} validation rows: {'; '.join(parts)}."
 
 
-def short(metric: str, value: float, sign: str = "") -> str:
+def short_number(metric: str, value: float, sign: str = "") -> str:
     """A number of an evaluation as it is shown; `sign`: "+" shows it also above 0."""
     if not math.isfinite(value):
         return "-"
@@ -131,7 +131,7 @@ def short(metric: str, value: float, sign: str = "") -> str:
     return f"{value:{sign}.1f}" if abs(value) < 1e5 else f"{value:{sign}.1e}"
 
 
-def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
+def memory_in_words(peaks: list[dict[str, float]], planned: dict[str, Any] | None) -> str:
     """The fullest rank's memory, and on a CPU how much of it training took, which is what is planned."""
     on_gpu = any("gpu_gib" in peak for peak in peaks)
     most = max(peak.get("gpu_gib", peak["host_gib"]) for peak in peaks)
@@ -147,7 +147,7 @@ def describe_memory(peaks: list[dict[str, float]], planned: dict[str, Any] | Non
     return f"{line}: {training} for training ({plan} planned{kept}), the rest for Python and its libraries."
 
 
-def describe_speed(speed: dict[str, float]) -> str:
+def speed_in_words(speed: dict[str, float]) -> str:
     """Where the time of training went."""
     rates = [f"{speed['supervised_tokens_per_second']:,.0f} supervised tokens/s"]
     rates += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []

@@ -35,7 +35,7 @@ from ds_sft.training.saving import SavingTrainer
 
 
 @contextmanager
-def quiet(logger: str) -> Iterator[None]:
+def quiet_logger(logger: str) -> Iterator[None]:
     """Let a library's logger keep its warnings to itself."""
     theirs = logging.getLogger(logger)
     before = theirs.level
@@ -169,7 +169,7 @@ class ResumableTrainer(SavingTrainer):
         """Trainer's share of an epoch is one of its steps; where these are of two sizes, rows tell it."""
         epoch, steps = self.position(self.state.global_step)
         if self.deals_rows and steps and self.batching.seam.rows and epoch == self.batching.seam.epoch:
-            self.state.epoch = epoch + self.batching.here(self.state.global_step).rows / len(self.batching.lengths)
+            self.state.epoch = epoch + self.batching.seam_at(self.state.global_step).rows / len(self.batching.lengths)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
         """As Trainer's, but epochs need not have equally many steps."""
@@ -180,7 +180,7 @@ class ResumableTrainer(SavingTrainer):
         return epochs, *between, steps
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        with quiet("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
+        with quiet_logger("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
             begin: tuple[int, int] = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         if EVAL_DATA in self.run.changed:  # other rows measured the best until now
@@ -319,7 +319,7 @@ class ResumableTrainer(SavingTrainer):
             "routing": routing.state() if routing is not None else None,
             # Where rows were dealt anew, and where they could be now; see `micro_batches.Seam`.
             "seam": asdict(self.batching.seam),
-            "here": asdict(self.batching.here(state.global_step)) if self.deals_rows else None,
+            "here": asdict(self.batching.seam_at(state.global_step)) if self.deals_rows else None,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.run.identity,

@@ -19,10 +19,11 @@ from safetensors.torch import save_model
 from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ds_sft.checkpoints.checkpoint import complete, describe, newest_complete, remove, rotate, sync_and_hash
+from ds_sft.checkpoints.manifest import complete, newest_complete, sync_and_hash
+from ds_sft.checkpoints.rotate import remove, rotate
 from ds_sft.checkpoints.space import no_room
 from ds_sft.checkpoints.trained import expect_trained_only, save_trained, trained_weights
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, error_in_words
 from ds_sft.export.weights import end_answers_at
 from ds_sft.ranks.collectives import barrier, gather
 from ds_sft.training.continuity import Continuity
@@ -120,11 +121,11 @@ class SavingTrainer(Trainer):
         try:
             write()
         except (OSError, SafetensorError) as error:
-            self.write_troubles.append(describe(error))
+            self.write_troubles.append(error_in_words(error))
         except RuntimeError as error:
             if not TORCH_WRITE_ERROR.search(str(error)):
                 raise
-            self.write_troubles.append(describe(error))
+            self.write_troubles.append(error_in_words(error))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; of a model with frozen weights those that are trained, see `checkpoints/trained.py`."""

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ds_sft.config.keys import OUR_ORDERS
 from ds_sft.data.batch import LAYOUT
-from ds_sft.data.batches import Ahead, GlobalBatches, Rows, TrainLoader
+from ds_sft.data.loader import Ahead, GlobalBatches, RowsOrNothing, TrainLoader
 from ds_sft.model.attention import attention_of
 from ds_sft.model.fused import compiles_layers
 from ds_sft.model.loss import supervised_loss
@@ -177,7 +177,7 @@ class SFTTrainer(FiniteTrainer):
             loader: DataLoader[dict[str, Any]] = super().get_train_dataloader()
             return loader
         return TrainLoader(
-            Rows(self.train_dataset),
+            RowsOrNothing(self.train_dataset),
             batch_sampler=GlobalBatches(self.batching, args.process_index),
             collate_fn=self.data_collator,
             generator=torch.Generator(),  # its own: making an iterator must not move the state that dropout draws from

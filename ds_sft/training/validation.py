@@ -11,9 +11,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ds_sft.data.batch import views_of
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.micro_batches import lengths_of
+from ds_sft.data.rows import lengths_of, views_of
 
 
 class RankRows(Dataset[dict[str, Any]]):

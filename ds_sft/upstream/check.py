@@ -25,7 +25,7 @@ def require_names(*libraries: str) -> None:
     """
     found = next(faults(name for name in NAMES if not libraries or name.library in libraries), None)
     if found is not None:
-        raise UserError(describe(*found))
+        raise UserError(fault_in_words(*found))
 
 
 def faults(names: Iterable[Name] = NAMES) -> Iterator[tuple[Name, str]]:
@@ -35,7 +35,7 @@ def faults(names: Iterable[Name] = NAMES) -> Iterator[tuple[Name, str]]:
             yield name, found
 
 
-def describe(name: Name, found: str) -> str:
+def fault_in_words(name: Name, found: str) -> str:
     """One line for a user."""
     installed, read = importlib.metadata.version(name.library), READ_IN[name.library]
     wanted = f"'{name.library}>={read},<{next_minor(read)}'"

@@ -286,7 +286,7 @@ NAMES = (
          "the schedule counts steps that on_nonfinite: skip leaves out",
          seen_in="AcceleratedOptimizer.step_was_skipped"),
     # datasets
-    Name("datasets.arrow_dataset:Dataset()._indices", USED, "data/batches.py data/batch.py data/micro_batches.py",
+    Name("datasets.arrow_dataset:Dataset()._indices", USED, "data/rows.py",
          "rows that were chosen are read as all rows", seen_in="Dataset.__init__"),
     # huggingface_hub
     Name("huggingface_hub.constants:HF_HUB_OFFLINE", ASSIGNED, "plan/source.py",

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_sft.commands.report_figures import CURVES, curves, lengths, memory, time_by_part
-from ds_sft.commands.report_page import numbers_of, page
+from ds_sft.commands.report_page import labelled_numbers, report_html
 from ds_sft.commands.report_runs import read_runs
 from ds_sft.training.clock import PARTS
 from tests.conftest import questions_and_answers, write_rows
@@ -119,13 +119,13 @@ def test_the_report_knows_all_that_a_run_leaves(results: dict[str, Path]) -> Non
         assert (run.state, run.missing, run.step) == ("finished", [], 6)
         assert list(run.parts) == list(PARTS)
         assert sum(run.parts.values()) == pytest.approx(run.speed["seconds"], rel=1e-3)
-        absent = [name for name, value in numbers_of(run).items() if not value]
+        absent = [name for name, value in labelled_numbers(run).items() if not value]
         assert absent == ["exact match", "chrF", "ROUGE-L"]  # of no evaluate_rows
         assert "All of it on one page: ds-sft report out\n" in (folder.parent / "log").read_text(encoding="utf-8")
     titles = [picture.title for picture in curves(runs)]
     assert titles == list(CURVES.values())
     assert [picture is None for picture in (time_by_part(runs), memory(runs), lengths(runs))] == [False] * 3
-    assert page(runs).count('<section class="row">') == len(read_lines(results["python"] / "predictions.jsonl"))
+    assert report_html(runs).count('<section class="row">') == len(read_lines(results["python"] / "predictions.jsonl"))
 
 
 @pytest.mark.parametrize("name", ENTRIES)

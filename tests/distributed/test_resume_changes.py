@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_sft.checkpoints.checkpoint import newest_complete
+from ds_sft.checkpoints.manifest import newest_complete
 from tests.crash_campaign import metrics
 from tests.distributed.harness import read_lines
 from tests.distributed.test_resume import NUM_ROWS, job, run_jobs

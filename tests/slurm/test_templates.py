@@ -82,7 +82,7 @@ def test_ranks_and_cores_of_a_node(tmp_path: Path, env: dict[str, str], expected
         "srun": 'echo "srun $*"',
         "nvidia-smi": 'for i in $(seq "$SEEN"); do echo "GPU $i: of some kind"; done',
     }
-    done = in_job(tmp_path, "set_ranks; describe; on_ranks --x -- train.py --config c", programs, env)
+    done = in_job(tmp_path, "set_ranks; say_job; on_ranks --x -- train.py --config c", programs, env)
     assert expected in done.stdout + done.stderr
     if done.returncode:
         assert expected.endswith("ask for more")

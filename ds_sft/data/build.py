@@ -1,113 +1,46 @@
-"""Encoded files on disk: built by all cores in flat memory, continued where a build was interrupted, and checked.
+"""A data file is encoded by all cores in flat memory, and a build that was interrupted goes on where it stopped.
 
-A file is read in blocks; each becomes a part: rows in Arrow, figures of each row, and counts, written last and with the
-hashes of the other two. What is whole is renamed into place. A folder with a byte changed or missing is built again.
+A file is read in blocks. Each block becomes a part of the encoded file: rows in Arrow, figures of each row, and counts,
+which are written last. The folder gets its name when all parts are there.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import gc
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import xxhash
-from filelock import FileLock
 
-from ds_sft.config.keys import TEMPLATES, Config
+from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
+from ds_sft.data.counts import MAX_BAD_ROWS_SHOWN, Counts, count_field
 from ds_sft.data.encode import Encoded, Encoder, use_threads
-from ds_sft.data.files import BadRow, DataFile, Progress, Raw
+from ds_sft.data.readers import BytesRead, Raw
 from ds_sft.data.records import Dialogue, Reading, parse_row, reading_of
+from ds_sft.data.sources import DataFile
+from ds_sft.data.store import SCHEMA, STATS, file_hash, part_intact
 from ds_sft.errors import UserError
-from ds_sft.ranks.launch import Launch, slurm_job, torchrun_restarts
+from ds_sft.ranks.launch import Launch
 
-MAX_BAD_ROWS_SHOWN = 20
-MAX_FIELDS = 100  # names of fields that are counted; rows may bring names without end
-OTHER_FIELDS = "(others)"
 BLOCK_BYTES = 8 * 2**20  # of JSON in a block, about: what a process holds at a time
 FIRST_BLOCKS, FIRST_ROWS, BLOCK_ROWS = 16, 2000, 16_000  # small blocks first, so that small files keep all cores busy
 BATCH_ROWS, BATCH_BYTES = 1000, 2**20  # rows encoded together, at most; a longer one by itself
 SAY_SECONDS = 10.0  # between two lines of progress in a log
-STATS = np.dtype(
-    [
-        ("row", "<i8"),  # line in the file
-        ("length", "<i4"),  # tokens before any was cut
-        ("tokens", "<i4"),
-        ("supervised", "<i4"),
-        ("supervised_cut", "<i4"),
-        ("hash", "<u8"),  # of the ids
-        ("forged", "?"),  # whether text of it became special tokens
-        ("textless", "?"),  # whether an answer in it has no text
-    ]
-)
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-
-
-@dataclass
-class Counts:
-    """What happened to the rows of a block or a file."""
-
-    rows_read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    dropped_tokens: int = 0  # of rows left out because of their length
-    dropped_supervised: int = 0
-    rows_split: int = 0
-    bad_rows: int = 0  # of those dropped, the ones that were no usable dialogue
-    messages: list[str] = field(default_factory=list)  # the first bad rows: "LINE: what is wrong"
-    lost: list[str] = field(default_factory=list)  # the first rows left out because of their length, likewise
-    unread: dict[str, list[int]] = field(default_factory=dict)  # field nobody reads -> rows that have it, the first
-    left_out: dict[str, list[int]] = field(default_factory=dict)  # likewise: what the template leaves out
-
-    def add(self, other: Counts) -> None:
-        self.rows_read += other.rows_read
-        self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
-        self.dropped_tokens += other.dropped_tokens
-        self.dropped_supervised += other.dropped_supervised
-        self.rows_split += other.rows_split
-        self.bad_rows += other.bad_rows
-        self.messages = (self.messages + other.messages)[:MAX_BAD_ROWS_SHOWN]
-        self.lost = (self.lost + other.lost)[:MAX_BAD_ROWS_SHOWN]
-        for mine, others in ((self.unread, other.unread), (self.left_out, other.left_out)):
-            for name, (rows, first) in others.items():
-                count_field(mine, name, rows, first)
-
-
-def count_field(counts: dict[str, list[int]], name: str, rows: int, first: int) -> None:
-    """Add to the rows that a field was found in; of too many names the last ones are counted together."""
-    if name not in counts and len(counts) >= MAX_FIELDS:
-        name = OTHER_FIELDS
-    known = counts.setdefault(name, [0, first])
-    known[:] = known[0] + rows, min(known[1], first)
-
-
-@dataclass(frozen=True)
-class EncodedFile:
-    """A file as it lies in the cache."""
-
-    file: DataFile
-    data: datasets.Dataset  # columns input_ids, labels
-    stats: np.ndarray  # [rows] of STATS
-    lost: np.ndarray  # [rows left out because of their length] of STATS
-    counts: Counts
 
 
 Block = tuple[int, list[tuple[int, Raw]]]  # number of the block, rows with their lines
@@ -124,186 +57,7 @@ class Builder:
     overlong: str
 
 
-def encode_file(file: DataFile, config: Config, settings: str, encoder: Encoder, launch: Launch) -> EncodedFile:
-    """Encode a file, or find it in the cache. Local rank 0 builds; the others wait for a folder that is whole.
-
-    Args:
-        settings: what else than the file decides the rows, see `settings_key`.
-
-    Raises:
-        UserError: the file, or with `on_bad_row: error` a row of it, cannot be used.
-    """
-    word = _word(file, settings, launch, cache_dir(config))
-    if launch.local_rank != 0 and word is not None:
-        return _open(file, _heard(word))
-    folder = cache_dir(config) / f"encoded-{_file_key(file, settings, cache_dir(config))}"
-    if launch.local_rank != 0:
-        _wait_for(folder)
-    elif intact(folder):
-        launch.say(f"{file.name}: already encoded in {folder}")
-        _say_bad_rows(file, _open(file, folder).counts, launch)
-    else:
-        with FileLock(f"{folder}.lock"):
-            if not intact(folder):  # another node may have built it meanwhile
-                _build(file, config, encoder, folder, launch)
-    if launch.local_rank == 0 and word is not None:
-        _tell(word, folder)
-    return _open(file, folder)
-
-
-def cache_dir(config: Config) -> Path:
-    """`cache_dir`, else DS_SFT_CACHE, else ds_sft under the user's cache; made if absent."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_sft"
-    path = Path(config.cache_dir or os.environ.get("DS_SFT_CACHE") or home).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir: {path} cannot be made: {error.strerror}; name another folder") from None
-    return path
-
-
-def settings_key(config: Config, tokenizer: Any) -> str:
-    """A hash of all but the file that decides the encoded rows: tokenizer, settings, and the code that encodes."""
-    settings = [
-        config.system_prompt, config.max_length, config.on_bad_row, config.data_format, config.data_fields,
-        config.template, config.mask, config.thinking, config.allow_special_tokens, config.overlong,
-        str(tokenizer.pad_token), tokenizer.pad_token_id, tokenizer.special_tokens_map, tokenizer.chat_template,
-        version("tokenizers"), version("transformers"), version("pyarrow"),
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
-    if config.template not in TEMPLATES and Path(config.template).expanduser().is_file():
-        digest.update(Path(config.template).expanduser().read_bytes())
-    # The backend's own description holds vocabulary, merges, normaliser and special tokens.
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in (
-        "cache",
-        "content",
-        "encode",
-        "files",
-        "hermes",
-        "records",
-        "rendered",
-        "shapes",
-        "templates",
-        "turns",
-        "values",
-    ):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return digest.hexdigest()
-
-
-def _file_key(file: DataFile, settings: str, memory: Path) -> str:
-    read = (file.kind, file.limit, file.data_format, file.data_fields)
-    return hashlib.sha256(f"{file.digest(memory)} {read} {settings}".encode()).hexdigest()[:24]
-
-
-# ---- What local rank 0 tells the others: it alone reads the file for its hash, and the folder to check it
-
-
-def _word(file: DataFile, settings: str, launch: Launch, folder: Path) -> Path | None:
-    """Where local rank 0 of this start of the run, and of no other, says which folder holds the encoded file.
-
-    None where nothing tells which ranks were started together: then each finds out for itself.
-    """
-    if launch.launcher == "environment":
-        return None
-    job, parent = slurm_job(), os.getppid()
-    start = job.start if job and launch.launcher == "slurm" else [parent, _started(parent)]
-    stat = None if file.hub else _stat(file)
-    read = (file.name, file.split, file.config, file.limit, file.data_format, file.data_fields)
-    known = [socket.gethostname(), start, torchrun_restarts(), read, stat, settings]
-    return folder / f"ready-{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}"
-
-
-def _started(process: int) -> str:
-    """When it began, in ticks since boot: with its id it is itself and none before it."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-        return stat.rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _stat(file: DataFile) -> tuple[str, int, int] | None:
-    try:
-        stat = Path(file.name).stat()
-    except OSError:
-        return None  # reading it says what is wrong
-    return str(Path(file.name).resolve()), stat.st_size, stat.st_mtime_ns
-
-
-def _tell(word: Path, folder: Path) -> None:
-    beside = word.with_name(f"{word.name}.{os.getpid()}")
-    beside.write_text(folder.name, encoding="utf-8")
-    os.replace(beside, word)
-    atexit.register(word.unlink, missing_ok=True)
-
-
-def _heard(word: Path) -> Path:
-    """Wait for local rank 0's word; the launcher ends this rank if that one fails."""
-    parent = os.getppid()
-    while not word.is_file():
-        _still_launched(parent, word)
-        time.sleep(0.2)
-    return word.with_name(word.read_text(encoding="utf-8"))
-
-
-def _still_launched(parent: int, path: Path) -> None:
-    if os.getppid() != parent:  # the launcher died: nobody is left to end this rank
-        raise UserError(f"{path}: the launcher ended while this rank waited for the encoded data")
-
-
-# ---- What is there
-
-
-def intact(folder: Path) -> bool:
-    """Whether a folder is complete and every file in it has the size and the hash it was written with."""
-    try:
-        names = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parts"]
-        return bool(names) and all(_part_intact(folder, name) for name in names)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _part_intact(folder: Path, name: str) -> bool:
-    try:
-        files = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["files"]
-        return all(_fingerprint(folder / file) == fingerprint for file, fingerprint in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _fingerprint(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait until local rank 0 has put a whole `folder` in place; the launcher ends this rank if that one fails."""
-    parent = os.getppid()
-    while not intact(folder):
-        _still_launched(parent, folder)
-        time.sleep(0.2)
-
-
-def _open(file: DataFile, folder: Path) -> EncodedFile:
-    names = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parts"]
-    counts, stats, lost, parts = Counts(), [], [], []
-    for name in names:
-        counts.add(Counts(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["counts"]))
-        stats.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
-        lost.append(np.load(folder / f"{name}.lost.npy"))
-        parts.append(datasets.Dataset.from_file(str(folder / f"{name}.arrow")))
-    return EncodedFile(file, datasets.concatenate_datasets(parts), np.concatenate(stats), np.concatenate(lost), counts)
-
-
-# ---- Building
-
-
-def _build(file: DataFile, config: Config, encoder: Encoder, folder: Path, launch: Launch) -> None:
+def build(file: DataFile, config: Config, encoder: Encoder, folder: Path, launch: Launch) -> None:
     """Encode into a folder beside the final one and rename it, so that what has the name is whole."""
     if folder.exists():
         launch.say(f"{file.name}: the encoded data in {folder} is damaged: building it again")
@@ -317,7 +71,7 @@ def _build(file: DataFile, config: Config, encoder: Encoder, folder: Path, launc
     processes = config.preprocessing_num_workers or len(os.sched_getaffinity(0))
     try:
         counts, names = _encode_blocks(file, builder, building, processes, launch)
-        _say_bad_rows(file, counts, launch)
+        say_bad_rows(file, counts, launch)
         (building / "manifest.json").write_text(json.dumps({"parts": names}), encoding="utf-8")
         building.rename(folder)
     except UserError:  # the rows must change first, and with them the folder's name
@@ -325,7 +79,8 @@ def _build(file: DataFile, config: Config, encoder: Encoder, folder: Path, launc
         raise
 
 
-def _say_bad_rows(file: DataFile, counts: Counts, launch: Launch) -> None:
+def say_bad_rows(file: DataFile, counts: Counts, launch: Launch) -> None:
+    """Say what is wrong with the first rows that were skipped, and how many others there are."""
     for message in counts.messages:
         launch.say(f"skipped {file.name}:{message}")
     rest = counts.bad_rows - len(counts.messages)
@@ -337,22 +92,22 @@ def _encode_blocks(
     file: DataFile, builder: Builder, folder: Path, processes: int, launch: Launch
 ) -> tuple[Counts, list[str]]:
     """Encode block after block, several at a time; the counts of the file and the names of its parts."""
-    progress, total, names = Progress(), Counts(), []
-    meter = Meter(file, progress, launch)
-    blocks = _blocks(file, progress)
+    bytes_read, total, names = BytesRead(), Counts(), []
+    progress = EncodingProgress(file, bytes_read, launch)
+    blocks = _blocks(file, bytes_read)
     with _Pool(builder, folder, processes) as pool:
         for name, counts in pool.encode(blocks):
             total.add(counts)
             names.append(name)
-            meter.show(total.rows_read)
-    meter.done(total.rows_read)
+            progress.show(total.rows_read)
+    progress.done(total.rows_read)
     return total, names
 
 
-def _blocks(file: DataFile, progress: Progress) -> Iterator[Block]:
+def _blocks(file: DataFile, bytes_read: BytesRead) -> Iterator[Block]:
     """Rows in blocks; the same for the same file, whatever the machine. A file without rows is one empty block."""
     number, rows, size = 0, [], 0
-    for line, raw in file.rows(progress):
+    for line, raw in file.rows(bytes_read):
         rows.append((line, raw))
         size += _rough_size(raw)
         if len(rows) >= (FIRST_ROWS if number < FIRST_BLOCKS else BLOCK_ROWS) or size >= BLOCK_BYTES:
@@ -421,7 +176,7 @@ class _Pool:
     def _submit(self, block: Block) -> tuple[str, Future[Counts] | Counts]:
         number, rows = block
         name = f"part-{number:06}"
-        if _part_intact(self.folder, name):
+        if part_intact(self.folder, name):
             done = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))["counts"]
             return name, Counts(**done)
         if self.executor is None:
@@ -469,7 +224,7 @@ def encode_block(builder: Builder, folder: Path, name: str, rows: list[tuple[int
             lost.append(_lost(encoded, lines))
     np.save(folder / f"{name}.npy", np.concatenate(stats))
     np.save(folder / f"{name}.lost.npy", np.concatenate(lost))
-    files = {file: _fingerprint(folder / file) for file in (f"{name}.arrow", f"{name}.npy", f"{name}.lost.npy")}
+    files = {file: file_hash(folder / file) for file in (f"{name}.arrow", f"{name}.npy", f"{name}.lost.npy")}
     text = json.dumps({"files": files, "counts": asdict(counts)}, ensure_ascii=False)
     beside = folder / f"{name}.json.tmp"
     beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -557,11 +312,11 @@ def _lost(encoded: Encoded, lines: list[int]) -> np.ndarray:
     return stats
 
 
-class Meter:
+class EncodingProgress:
     """Rows a second and the time left: on one line of a terminal, in a log every few seconds."""
 
-    def __init__(self, file: DataFile, progress: Progress, launch: Launch) -> None:
-        self.file, self.progress, self.launch = file, progress, launch
+    def __init__(self, file: DataFile, bytes_read: BytesRead, launch: Launch) -> None:
+        self.file, self.bytes_read, self.launch = file, bytes_read, launch
         self.started = self.said = time.monotonic()
         self.terminal = launch.is_main and sys.stdout.isatty()
 
@@ -575,7 +330,7 @@ class Meter:
 
     def text(self, rows: int, seconds: float) -> str:
         rate = f"{self.file.name}: {rows:,} rows, {rows / max(seconds, 1e-9):,.0f} rows/s"
-        share = self.progress.bytes_read / self.file.size if self.file.size else 0.0
+        share = self.bytes_read.count / self.file.size if self.file.size else 0.0
         if not 0 < share <= 1:
             return rate
         left = seconds * (1 - share) / share

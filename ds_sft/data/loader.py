@@ -1,4 +1,4 @@
-"""What a rank is given in each micro batch, padded or end to end: `micro_batches.py` says which rows."""
+"""What Trainer loads a rank's batches with: data set, sampler, collator, loader. `micro_batches.py` says which rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ds_sft.config.keys import Config
-from ds_sft.data.batch import collate_flat, collate_padded, collate_share, views_of
+from ds_sft.data.batch import collate_flat, collate_padded, collate_share
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.data.micro_batches import Batching, lengths_of
-from ds_sft.data.packing import PackedRows, plan_packs
+from ds_sft.data.micro_batches import Batching
+from ds_sft.data.packing import PackedRows, pack_rows
+from ds_sft.data.rows import lengths_of, views_of
 from ds_sft.ranks.launch import Launch
 
 NOTHING = -1  # the row of a rank for which the end of an epoch has none left
@@ -43,7 +43,7 @@ class GlobalBatches(Sampler[list[int]]):
             yield epoch.micro_batch(number) or [NOTHING]
 
 
-class Rows(Dataset[dict[str, Any]]):
+class RowsOrNothing(Dataset[dict[str, Any]]):
     """The rows of a data set, and under `NOTHING` one that counts nothing."""
 
     def __init__(self, rows: Any) -> None:
@@ -58,7 +58,7 @@ class Rows(Dataset[dict[str, Any]]):
         return {"input_ids": [0], "labels": [IGNORE_INDEX]}
 
 
-def make_batches(
+def dataset_and_collator(
     rows: Any, config: Config, tokenizer: Any, launch: Launch, *, padded: bool
 ) -> tuple[Any, Callable[..., Any]]:
     """What a batch is made of, rows or packed sequences of them, and what puts it together.
@@ -71,15 +71,15 @@ def make_batches(
     flat = collate_flat if group == 1 else partial(collate_share, place=launch.rank % group, size=group)
     if config.packing == "none":
         return rows, partial(collate_padded, pad_token_id=tokenizer.pad_token_id) if padded else flat
-    # The plan must not depend on the number of ranks: a checkpoint may be resumed by another.
-    plan = plan_packs(lengths_of(rows), config.max_length, seed=int(config.training.get("seed", 42)))
-    launch.say(plan.describe(len(rows)))
-    return PackedRows(rows, plan), flat
+    # The packing must not depend on the number of ranks: a checkpoint may be resumed by another.
+    packing = pack_rows(lengths_of(rows), config.max_length, seed=int(config.training.get("seed", 42)))
+    launch.say(packing.in_words(len(rows)))
+    return PackedRows(rows, packing), flat
 
 
 def single_rows(rows: Any, numbers: Sequence[int]) -> list[int]:
     """Numbers of the rows that the rows or packed sequences with these numbers are made of."""
-    packs = rows.plan.packs if isinstance(rows, PackedRows) else None
+    packs = rows.packing.packs if isinstance(rows, PackedRows) else None
     return [row for number in numbers for row in (packs[number] if packs else [number])]
 
 
@@ -122,17 +122,3 @@ class Ahead:
         """End the thread, and forget what it has read; after the batch that it is at."""
         self._thread.shutdown(cancel_futures=True)
         self._coming.clear()
-
-
-def fingerprint(rows: Any) -> str:
-    """A hash of the encoded rows and their order, however they are stored; about a second for a gigabyte."""
-    digest = xxhash.xxh3_128()
-    for name in rows.column_names:
-        chunks = rows.data.column(name).chunks
-        for chunk in chunks:
-            digest.update(chunk.value_lengths().to_numpy())
-        for chunk in chunks:
-            digest.update(chunk.flatten().to_numpy())
-    for chunk in rows._indices.column(0).chunks if rows._indices is not None else []:
-        digest.update(chunk.to_numpy())
-    return digest.hexdigest()

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
-from ds_sft.data.batch import LAYOUT, ArrowRows, Layout, collate_flat, collate_padded, collate_share
-from ds_sft.data.batches import NOTHING, Rows
-from ds_sft.data.packing import PackedRows, Plan
+from ds_sft.data.batch import LAYOUT, Layout, collate_flat, collate_padded, collate_share
+from ds_sft.data.loader import NOTHING, RowsOrNothing
+from ds_sft.data.packing import PackedRows, Packing
+from ds_sft.data.rows import ArrowRows
 from ds_sft.model.attention import lengths_of_rows
 from ds_sft.model.loss import supervised_positions
 
@@ -98,7 +99,7 @@ def test_parts_of_a_sequence() -> None:
 
 def test_a_part_of_what_stands_in_for_a_missing_row() -> None:
     """One token, which counts for no row, and what fills up the other ranks' parts."""
-    parts = [collate_share([Rows(dataset(ROWS))[NOTHING]], place=place, size=3)[LAYOUT] for place in range(3)]
+    parts = [collate_share([RowsOrNothing(dataset(ROWS))[NOTHING]], place=place, size=3)[LAYOUT] for place in range(3)]
     assert [(part.tokens, part.tokens_of_rows, part.supervised, part.places) for part in parts] == [
         (1, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1),
     ]  # fmt: skip
@@ -135,7 +136,7 @@ def test_what_a_batch_says_is_what_is_in_it(rows: list[list[tuple[int, bool]]]) 
     """Of lists, of views of Arrow's buffers, and of packed sequences of them."""
     lists = [{"input_ids": [i for i, _ in row], "labels": [i if learn else -100 for i, learn in row]} for row in rows]
     views = ArrowRows(dataset(lists))
-    packed = PackedRows(views.rows, Plan([list(range(len(rows)))], 0, 0))
+    packed = PackedRows(views.rows, Packing([list(range(len(rows)))], 0, 0))
     flat = [collate_flat(features) for features in (lists, [views[i] for i in range(len(rows))], [packed[0]])]
     for batch in (*flat, collate_padded(lists, pad_token_id=0)):
         assert facts(batch[LAYOUT]) == read(batch)
@@ -160,7 +161,7 @@ def test_views_of_rows_however_they_are_stored() -> None:
 
 
 def test_a_layout_goes_through_a_loader_and_moves_as_a_tensor_does() -> None:
-    rows = Rows(dataset(ROWS))
+    rows = RowsOrNothing(dataset(ROWS))
     loader = DataLoader(rows, batch_sampler=[[0, 1], [NOTHING]], collate_fn=collate_flat, num_workers=1)
     first, last = (batch[LAYOUT] for batch in loader)
     assert facts(first) == facts(collate_flat(ROWS)[LAYOUT])

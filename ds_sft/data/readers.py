@@ -1,31 +1,26 @@
-"""Files, folders, globs and hub data sets -> rows as they stand in them, one at a time, in bounded memory.
+"""The rows of one file, or of one hub data set, as they stand in it: one at a time, in bounded memory.
 
-JSON Lines, a JSON array (alone or as {"data": [...]}), CSV, TSV and Parquet, each also compressed (.gz, .zst), and data
-sets of the Hugging Face hub. No row decides what is opened: only what the keys `train_file` and `eval_file` name is
-read.
+A file is JSON Lines, a JSON array (alone or as {"data": [...]}), CSV, TSV or Parquet, each also compressed (.gz, .zst).
+No row decides what is opened.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
-import glob
-import hashlib
 import io
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from ds_sft.config.keys import Config
+from ds_sft.data.bad_row import BadRow
 from ds_sft.errors import UserError
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory
@@ -35,7 +30,6 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
          ".parquet": "parquet"}  # fmt: skip
 ROWS_UNDER = ("data", "rows", "examples", "instances", "records", "items", "samples", "train")  # {"data": [...]}
-HUB = re.compile(r"hub:(?P<name>.+)|(?P<bare>[A-Za-z0-9][\w.-]*/[\w.-]+)")
 TOO_LARGE = "a row is too large"
 # Fields that need not be there: what a CSV file says of them with an empty cell.
 OPTIONAL = frozenset(["system", "input", "history", "tools", "reasoning_content", "reasoning", "thinking"])
@@ -45,173 +39,14 @@ ROWS_BEGIN = re.compile(r"\[\s*[{\]]")
 # Fields that make a row of an object, whatever lists it has besides.
 A_ROW = ({"question", "answer"}, {"messages"}, {"conversations"}, {"output"}, {"prompt", "completion"})
 
-
-class BadRow(ValueError):
-    """A row that cannot be used. `reason` is a fixed phrase to count by, the text says what was found."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        # What a row holds must not break the line, nor command the terminal.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
-        return BadRow, (self.reason, str(self))  # rows travel between processes
-
-
 Raw = bytes | dict[str, Any] | BadRow  # a row in JSON, a row in Python values, or what is wrong with it
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One file, or one split of a hub data set, and how much of it is wanted."""
-
-    name: str  # a path, or a hub data set's name
-    weight: float = 1.0  # how often each row is learned from in an epoch; 0.5 takes half of the rows
-    limit: int | None = None  # rows read at most
-    hub: bool = False
-    split: str = "train"  # of a hub data set, as is `config`
-    config: str | None = None
-    data_format: str | None = None  # of this file; None: what the run's key says, as with `data_fields`
-    data_fields: tuple[tuple[str, str], ...] | None = None
-
-    @property
-    def size(self) -> int | None:
-        """Bytes on disk; None where it is not known."""
-        return None if self.hub else Path(self.name).stat().st_size
-
-    @property
-    def kind(self) -> str:
-        """How its bytes are read: the same ones may be a JSON array, or lines, or compressed."""
-        path = Path(self.name)
-        return "hub" if self.hub else f"{kind_of(path) or 'json'} {COMPRESSED.get(path.suffix.lower())}"
-
-    def rows(self, progress: Progress | None = None) -> Iterator[tuple[int, Raw]]:
-        """Yield the line number (the row number in Parquet and on the hub) and the row.
-
-        Raises:
-            UserError: the file as a whole cannot be read, from here on.
-        """
-        rows = _hub_rows(self) if self.hub else _file_rows(Path(self.name), progress or Progress())
-        yield from islice(rows, self.limit)  # and not a row further: what comes next may be broken
-
-    def digest(self, memory: Path | None = None) -> str:
-        """A hash of the bytes; of the commit for a hub data set.
-
-        Args:
-            memory: folder where commits are written down, for nodes that cannot ask the hub.
-        """
-        if self.hub:
-            return _hub_digest(self, memory)
-        with _readable(Path(self.name)), open(self.name, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(CHUNK):
-                digest.update(block)
-            return digest.hexdigest()
-
-
 @dataclass
-class Progress:
-    """How far a file has been read, for whoever wants to show it."""
+class BytesRead:
+    """How much of a file has been read, for whoever shows it."""
 
-    bytes_read: int = 0  # of the file as it is on disk
-
-
-# ---- What a key names
-
-
-def find_files(value: Any, key: str) -> list[DataFile]:
-    """The files that a key names: a path, a glob, a folder, a hub data set, or a list of these.
-
-    In a list, an item may be a mapping of `path` and any of weight, limit, data_format, data_fields, split, config.
-
-    Raises:
-        UserError: nothing there, or an item that is not understood.
-    """
-    items = value if isinstance(value, list) else [value]
-    found = [file for item in items for file in _find(item, key)]
-    if not found:
-        raise UserError(f"{key}: expected at least one file")
-    return found
-
-
-def _find(item: Any, key: str) -> list[DataFile]:
-    options = dict(item) if isinstance(item, dict) else {"path": item}
-    path, weight, limit = options.pop("path", None), options.pop("weight", 1), options.pop("limit", None)
-    split, config = options.pop("split", "train"), options.pop("config", None)
-    shape, names = options.pop("data_format", None), options.pop("data_fields", None)
-    if not isinstance(path, str) or not path or options:
-        found = json.dumps(item, ensure_ascii=False, default=str)[:80]
-        keys = "weight, limit, split, config, data_format, data_fields"
-        raise UserError(f"{key}: {found}: expected a path, or a mapping of path and any of {keys}")
-    weight, limit = _number(weight, f"{key}: {path}: weight"), limit and _number(limit, f"{key}: {path}: limit")
-    if limit is not None and (limit != int(limit) or limit < 1):
-        raise UserError(f"{key}: {path}: limit: expected a whole number of rows, found {limit}")
-    limit = None if limit is None else int(limit)
-    read: dict[str, Any] = {
-        "data_format": _shape(shape, f"{key}: {path}"),
-        "data_fields": _fields(names, f"{key}: {path}"),
-    }
-    if (name := hub_name(path)) is not None:
-        return [DataFile(name, weight, limit, hub=True, split=str(split), config=config, **read)]
-    return [DataFile(str(file), weight, limit, **read) for file in _paths(path, key)]
-
-
-def _shape(value: Any, where: str) -> Any:
-    choices = {option.name: option.metadata.get("choices") for option in fields(Config)}["data_format"] or ()
-    if value is not None and value not in choices:
-        raise UserError(f"{where}: data_format: expected one of {', '.join(choices)}, found {value!r}")
-    return value
-
-
-def _fields(value: Any, where: str) -> tuple[tuple[str, str], ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(isinstance(name, str) for pair in value.items() for name in pair):
-        raise UserError(f"{where}: data_fields: expected our names and the file's: {{question: prompt}}")
-    return tuple(value.items())
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 < number < 1e9:
-        raise UserError(f"{where}: expected a number above 0, found {value!r}")
-    return number
-
-
-def hub_name(path: str) -> str | None:
-    """The data set that a text names: hub:NAME, or OWNER/NAME where no such file is here."""
-    match = HUB.fullmatch(path)
-    if match is None:
-        return None
-    if match["name"]:
-        return match["name"]
-    here = Path(path).exists() or Path(path).parent.is_dir() or kind_of(Path(path)) is not None
-    return None if here else path
-
-
-def _paths(text: str, key: str) -> list[Path]:
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return _inside(path, key)
-    if path.exists() or not glob.has_magic(text):
-        return [path]  # reading says what is wrong with it
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    if not found:
-        raise UserError(f"{key}: {text}: no file matches (the current directory is {Path.cwd()})")
-    return [file for name in found for file in ([name] if name.is_file() else _inside(name, key))]
-
-
-def _inside(folder: Path, key: str) -> list[Path]:
-    """The data files of a folder and those below it; links that lead out of it are not followed."""
-    root = folder.resolve()
-    found = [path for path in sorted(folder.rglob("*")) if kind_of(path) is not None and path.is_file()]
-    inside = [path for path in found if path.resolve().is_relative_to(root)]
-    if not inside:
-        raise UserError(f"{key}: {folder}: no data in it; expected {', '.join(KINDS)}, or these with .gz, .zst")
-    return inside
+    count: int = 0  # of the file as it is on disk
 
 
 def kind_of(path: Path) -> str | None:
@@ -220,10 +55,7 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(name.suffix.lower())
 
 
-# ---- Reading
-
-
-class _readable:
+class readable:
     """Turn what a file that cannot be read raises into one line that names it."""
 
     def __init__(self, path: Path) -> None:
@@ -243,13 +75,18 @@ class _readable:
             raise UserError(f"{self.path}: cannot be read: {reason}") from None
 
 
-def _file_rows(path: Path, progress: Progress) -> Iterator[tuple[int, Raw]]:
-    with _readable(path), path.open("rb") as raw:
+def file_rows(path: Path, bytes_read: BytesRead | None = None) -> Iterator[tuple[int, Raw]]:
+    """Yield the line number (the row number in Parquet) and the row.
+
+    Raises:
+        UserError: the file as a whole cannot be read, from here on.
+    """
+    with readable(path), path.open("rb") as raw:
         kind = kind_of(path) or "json"
         if kind == "parquet":
             yield from _parquet_rows(path, raw)
             return
-        with _uncompressed(path, _Counted(raw, progress)) as stream:
+        with _uncompressed(path, _Counted(raw, bytes_read or BytesRead())) as stream:
             yield from _text_rows(path, kind, stream)
 
 
@@ -322,17 +159,17 @@ def _read_names(text: str, names: dict[str, bool]) -> None:
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells a `Progress` how much of it was read."""
+    """A file that counts the bytes that are read from it."""
 
-    def __init__(self, file: IO[bytes], progress: Progress) -> None:
-        self.file, self.progress = file, progress
+    def __init__(self, file: IO[bytes], bytes_read: BytesRead) -> None:
+        self.file, self.bytes_read = file, bytes_read
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         count: int = self.file.readinto(buffer)  # type: ignore[attr-defined]
-        self.progress.bytes_read += count
+        self.bytes_read.count += count
         return count
 
 
@@ -566,41 +403,19 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, (str, bytes)) else 8
 
 
-# ---- The hub
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[int, Raw]]:
+    """Yield the row number and the row of one split of a data set of the Hugging Face hub.
 
-
-def _hub_rows(file: DataFile) -> Iterator[tuple[int, Raw]]:
+    Raises:
+        UserError: the data set cannot be read, from here on.
+    """
     import datasets
 
     try:
-        rows = datasets.load_dataset(file.name, file.config, split=file.split, streaming=True)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             large = _size(row) > MAX_ROW_BYTES
             yield number, BadRow(TOO_LARGE, f"a row of more than {MAX_ROW_BYTES:,} bytes") if large else row
     except (OSError, ValueError, ImportError, RuntimeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"hub data set {file.name!r}, split {file.split!r}: {type(error).__name__}: {reason}") from None
-
-
-def _hub_digest(file: DataFile, memory: Path | None) -> str:
-    """Its commit; for a folder given as hub:FOLDER the names, sizes and times of what is in it."""
-    folder = Path(file.name)
-    if folder.is_dir():
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]
-        return repr((stats, file.split, file.config))
-    from huggingface_hub import HfApi
-
-    note = memory and memory / f"hub-{hashlib.sha256(file.name.encode()).hexdigest()[:24]}.commit"
-    try:
-        commit = HfApi().dataset_info(file.name).sha
-        if note:
-            beside = note.with_name(f"{note.name}.{os.getpid()}")
-            beside.write_text(str(commit), encoding="utf-8")
-            os.replace(beside, note)
-        return repr((commit, file.split, file.config))
-    except Exception as error:
-        unreachable = isinstance(error, (OSError, RuntimeError)) and getattr(error, "response", None) is None
-        if note and unreachable and note.is_file():  # as on a node without network: what `prepare` saw
-            return repr((note.read_text(encoding="utf-8"), file.split, file.config))
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"hub data set {file.name!r}: {type(error).__name__}: {reason}") from None
+        raise UserError(f"hub data set {name!r}, split {split!r}: {type(error).__name__}: {reason}") from None

@@ -14,9 +14,10 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_sft.data.batches import NOTHING, GlobalBatches, Rows, TrainLoader, fingerprint
-from ds_sft.data.micro_batches import Batching, Seam, lengths_of
-from ds_sft.data.packing import PackedRows, Plan
+from ds_sft.data.loader import NOTHING, GlobalBatches, RowsOrNothing, TrainLoader
+from ds_sft.data.micro_batches import Batching, Seam
+from ds_sft.data.packing import PackedRows, Packing
+from ds_sft.data.rows import fingerprint, lengths_of
 from ds_sft.errors import UserError
 from ds_sft.training.validation import RankRows
 
@@ -100,10 +101,10 @@ def test_padded_rows_stand_beside_rows_of_their_length() -> None:
     assert epoch.padding == pytest.approx(1 - 64 / 80)
     assert epoch.waiting(each_micro_batch=True) == (pytest.approx(14), pytest.approx(1 - 80 / (80 + 28)))
     assert epoch.waiting(each_micro_batch=False) == (pytest.approx(16), pytest.approx(1 - 80 / (2 * 48)))
-    assert batching.describe(each_micro_batch=False) == (
+    assert batching.padding_and_waiting(each_micro_batch=False) == (
         "Padding is 20.0% of the tokens computed. Ranks differ by 16 tokens a step; about 16.7% of the time is waiting."
     )
-    assert make([1, 2], ranks=1).describe(each_micro_batch=True) == "No padding."
+    assert make([1, 2], ranks=1).padding_and_waiting(each_micro_batch=True) == "No padding."
 
 
 def test_rows_of_similar_length_follow_each_other() -> None:
@@ -229,7 +230,7 @@ def test_each_row_once_an_epoch_whatever_size_steps_have(
             assert len(found) == batching.steps_of(epoch)
             epochs.setdefault(epoch, []).extend(found[done])
             step += 1
-        seam = batching.here(step)
+        seam = batching.seam_at(step)
         assert seam.samples == sum(len(rows) for rows in epochs.values())
         assert batching.steps(seam.epoch) <= step < batching.steps(seam.epoch + 1)
     last = epochs.pop(max(epochs))
@@ -259,7 +260,7 @@ def test_lengths() -> None:
     data = Dataset.from_dict(rows)
     assert lengths_of(data).tolist() == [2, 1, 3]
     assert lengths_of(data.select([2, 0])).tolist() == [3, 2]
-    assert lengths_of(PackedRows(data, Plan([[0, 2], [1]], 6, 8))).tolist() == [5, 1]
+    assert lengths_of(PackedRows(data, Packing([[0, 2], [1]], 6, 8))).tolist() == [5, 1]
 
 
 def test_drop_last_leaves_out_the_incomplete_step() -> None:
@@ -270,7 +271,7 @@ def test_drop_last_leaves_out_the_incomplete_step() -> None:
 def test_skipping_reads_nothing_that_is_skipped() -> None:
     read: list[int] = []
 
-    class Counting(Rows):
+    class Counting(RowsOrNothing):
         def __getitem__(self, index: int) -> dict[str, list[int]]:
             read.append(index)
             return super().__getitem__(index)
@@ -283,7 +284,7 @@ def test_skipping_reads_nothing_that_is_skipped() -> None:
 
 
 def test_a_row_that_is_nothing_teaches_nothing() -> None:
-    rows = Rows([{"input_ids": [5], "labels": [5]}])
+    rows = RowsOrNothing([{"input_ids": [5], "labels": [5]}])
     assert (rows[0], rows[NOTHING]) == ({"input_ids": [5], "labels": [5]}, {"input_ids": [0], "labels": [-100]})
 
 
