@@ -331,3 +331,12 @@ def test_hosted_jobs_may_only_read_and_keep_what_pip_has_loaded() -> None:
         assert "hashFiles('constraints" in cache["with"]["key"]
         assert [list(step) for step in runs] == [["run"]] * len(runs)
         assert 0 < job["timeout-minutes"] <= 60
+
+
+def test_the_tour_names_every_module() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A tour of the code")[2]
+    rooms = dict(re.findall(r"^\*\*`(\w+)/`\*\*(.*?)(?=^\*\*`|^## )", tour, re.M | re.S))
+    assert set(rooms) == {file.parent.name for file in MODULES} - {"ds_sft"}
+    for file in MODULES:
+        where = rooms.get(file.parent.name, tour)
+        assert file.name.startswith("__") or f"`{file.name}`" in where, f"{file.relative_to(ROOT)} has no word there"
