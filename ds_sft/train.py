@@ -11,6 +11,7 @@ import copy
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -286,44 +287,56 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 def load_model_to_train(
     config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool, largest: int
 ) -> PreTrainedModel:
-    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss.
+    """The model, with all that ds_sft puts into it (model/parts.py), which is said.
 
     `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
     from ds_sft.model.adapters import choose_weights
     from ds_sft.model.attention import keep_rows_apart
+    from ds_sft.model.experts import keep_experts_together
     from ds_sft.model.fused import fuse, require_kernels
     from ds_sft.model.load import computing_dtype, load_model, make_room, say_not_loaded
     from ds_sft.model.loss import supervise
     from ds_sft.model.offload import offload_inputs
     from ds_sft.model.padding import know_padding
+    from ds_sft.model.parts import Parts
+    from ds_sft.model.quantized import quantization_of
     from ds_sft.model.routing import prepare_experts
     from ds_sft.model.sequence import join_group
     from ds_sft.model.shareable import require_shared
     from ds_sft.model.tiling import tile_mlps
+    from ds_sft.model.working_copy import copy_weights
 
     on_gpu = args.device.type == "cuda"
     require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
     model = load_model(config, args)
     say_not_loaded(model, config.model_name_or_path, launch)
     make_room(model, tokenizer, config)
-    choose_weights(model, config, args, launch)
-    if not padded:
+    parts = model.ds_sft = Parts(quantization_of(model))
+    parts.adapter, parts.trained = choose_weights(model, config, args, launch)
+    if padded:
+        parts.padding = know_padding(model, compiled=args.torch_compile)
+    else:
         group = join_group(config.sequence_parallel, launch, args.ddp_timeout)
-        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args),
-                        group=group)  # fmt: skip
-    elif not args.torch_compile:
-        know_padding(model)
-    fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
-    tile_mlps(model, config, args, launch, largest=largest)
-    reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get(
-        "use_reentrant", True
-    )
-    prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
-    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none")
-    require_shared(model)
-    offload_inputs(model, config, args, launch, largest=largest)
+        parts.attention = keep_rows_apart(model, config.attn_implementation, device=args.device,
+                                          dtype=computing_dtype(args), group=group)  # fmt: skip
+    parts.fused_kernels = fuse(model, config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
+    parts.tiled_mlps = tile_mlps(model, config, args, largest=largest)
+    parts.listed_experts = keep_experts_together(model, ranks=launch.world_size)
+    parts.experts, parts.routing = prepare_experts(model, device=args.device, aux_loss_coef=config.router_aux_loss_coef,
+                                                   reentrant=recomputes_reentrantly(args))  # fmt: skip
+    parts.loss = supervise(model, parts.routing, fp16=args.fp16, kernel=config.fused_kernels != "none")
+    require_shared(parts.attention, parts.loss)
+    parts.offload = offload_inputs(model, config, args, launch, largest=largest)
+    parts.working_copy = copy_weights(model, args, compiles_layers=parts.fused_kernels.layers > 0)
+    launch.say(f"{type(model).__name__}:\n{textwrap.indent(str(parts), '  ')}")
     return model
+
+
+def recomputes_reentrantly(args: TrainingArguments) -> bool:
+    """Whether layers are computed again in backward, and without a graph before."""
+    options = args.activation_checkpointing_kwargs or {}
+    return bool(args.activation_checkpointing and options.get("use_reentrant", True))
 
 
 def continuity(

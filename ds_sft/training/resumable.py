@@ -47,8 +47,8 @@ from ds_sft.config.keys import OUR_ORDERS
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
 from ds_sft.export.weights import end_answers_at
+from ds_sft.model.parts import parts_of
 from ds_sft.model.quantized import elements
-from ds_sft.model.routing import routing_of
 from ds_sft.plan.weights import met_by_token
 from ds_sft.ranks.collectives import barrier, gather, sum_over_ranks
 from ds_sft.ranks.stop import Stopped, StopRequests
@@ -103,6 +103,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, run: Continuity, batching: Batching, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run, self.batching = run, batching
+        self.parts = parts_of(self.model)
         self.tokens_seen = 0  # this rank's, without padding
         # Rotation is ours: Trainer's looks at names only, and with a limit of 1 deletes the newest for the best.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
@@ -168,7 +169,7 @@ class ResumableTrainer(Trainer):
         self._total_loss_scalar = known["loss_total"]
         self.skipped_steps, self.skipped_unlogged = known.get("skipped_steps", (0, 0))
         self.tokens_seen = known["tokens"] if self.args.process_index == 0 else 0
-        routing = routing_of(self.model)
+        routing = self.parts.routing
         if routing is not None and known.get("routing"):
             routing.restore(known["routing"], is_main=self.args.process_index == 0)
 
@@ -455,7 +456,7 @@ class ResumableTrainer(Trainer):
         a_step = self.batching.slots  # micro batches
         metrics = Path(args.output_dir) / "metrics.jsonl"
         (tokens,) = sum_over_ranks(self.tokens_seen, device=args.device)
-        routing = routing_of(self.model)
+        routing = self.parts.routing
         return {
             "step": state.global_step,
             "epoch": state.epoch,

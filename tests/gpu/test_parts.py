@@ -87,7 +87,7 @@ def test_a_model_learns_the_same_with_and_without_the_kernel(
     dtype: torch.dtype, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded(model_dir, dtype)
-    supervise(model, ALONE)
+    supervise(model)
     assert loss_module.uses_kernel(torch.zeros(1, device=DEVICE)) == ON_GPU
     loss, gradient = forward_backward(model), gradient_of(model)
     monkeypatch.setattr(loss_module, "uses_kernel", lambda logits: False)
