@@ -313,8 +313,9 @@ NAMES = (
     Name("peft.utils.other:ModulesToSaveWrapper().modules_to_save", USED,
          "export/merge.py model/adapters.py model/loss.py", "modules that are trained whole are not found",
          seen_in="ModulesToSaveWrapper.init_modules"),
-    Name("peft.tuners.tuners_utils:BaseTuner().peft_config", ASSIGNED, "export/merge.py",
-         "a merged model is taken for an adapter's", seen_in="BaseTuner.__init__"),
+    Name("peft.tuners.tuners_utils:BaseTuner().peft_config", ASSIGNED, "export/merge.py model/adapter_files.py",
+         "an adapter is not found in its model, and a merged model is taken for an adapter's",
+         seen_in="BaseTuner.__init__"),
     # bitsandbytes
     Name("bitsandbytes.nn.modules:Params4bit().quant_state", USED, "model/quantized.py",
          "weights in 4 bits are counted as half as many", seen_in="Params4bit.__new__"),

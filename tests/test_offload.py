@@ -273,7 +273,7 @@ def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "StreamCopies", lambda device: LateCopies())
     model: Any = make_model()
     found = offload_inputs(model, asked(), on("cpu"), ALONE, largest=2**20)
-    assert str(found) == "none (they are in host memory already: the same as yes here)"
+    assert str(found) == "none (activations are in host memory already: the same as yes here)"
     assert offload_inputs(model, asked(activation_checkpointing=True), on("cuda"), ALONE, largest=2**20) is None
     monkeypatch.setattr(offload, "free_memory_here", lambda: 2**30)
     found = offload_inputs(model, asked(), on("cuda"), ALONE, largest=2**20 + 1)  # of 32 numbers in bfloat16

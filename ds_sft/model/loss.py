@@ -110,8 +110,8 @@ class SupervisedLoss:
             self._hook = self.head.register_forward_hook(self._keep_total)
 
     def __str__(self) -> str:
-        kernel = ", one kernel a chunk on GPUs" if self.terms.kernel else ""
-        return f"over supervised tokens alone, a chunk of their logits at a time{kernel}"
+        kernel = ", by one kernel each" if self.terms.kernel and self.head.weight.is_cuda else ""
+        return f"of supervised tokens alone, a chunk of their logits at a time{kernel}"
 
     def cross_entropy(self, hidden: torch.Tensor) -> torch.Tensor:
         """Its sum over the batch's supervised tokens, float32, []; hidden: [batch, seq, hidden]."""

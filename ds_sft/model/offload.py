@@ -237,7 +237,7 @@ def offload_inputs(
             "their inputs cannot be taken: write yes"
         )
     if args.device.type != "cuda":
-        return NotOffloaded("they are in host memory already: the same as yes here")
+        return NotOffloaded("activations are in host memory already: the same as yes here")
     every = (config.training.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     away = -(-layers // every) - 1  # layers that give their input away
     size = input_bytes(model, args, largest)

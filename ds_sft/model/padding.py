@@ -58,7 +58,7 @@ def know_padding(model: PreTrainedModel, *, compiled: bool = False) -> Padding:
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(lambda model, args, output: answers.close(), always_call=True)
-    return Padding("made of the batch's lengths (functions of transformers' are exchanged during its forward)")
+    return Padding("made of its lengths (functions of transformers' are exchanged during forward)")
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
