@@ -190,7 +190,7 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.model.limits import check_limits
     from ds_sft.model.load import load_tokenizer, read_ahead
-    from ds_sft.model.shareable import require_shareable
+    from ds_sft.model.sequence_support import require_shareable
 
     if config.evaluate_rows:
         require_metrics("evaluate_rows: 0")
@@ -293,9 +293,10 @@ def load_model_to_train(
     """
     from ds_sft.model.adapters import choose_weights
     from ds_sft.model.attention import keep_rows_apart
+    from ds_sft.model.dtype import computing_dtype
     from ds_sft.model.experts import keep_experts_together
     from ds_sft.model.fused import fuse, require_kernels
-    from ds_sft.model.load import computing_dtype, load_model, make_room, say_not_loaded
+    from ds_sft.model.load import load_model, make_room, say_not_loaded
     from ds_sft.model.loss import supervise
     from ds_sft.model.offload import offload_inputs
     from ds_sft.model.padding import know_padding
@@ -303,7 +304,7 @@ def load_model_to_train(
     from ds_sft.model.quantized import quantization_of
     from ds_sft.model.routing import prepare_experts
     from ds_sft.model.sequence import join_group
-    from ds_sft.model.shareable import require_shared
+    from ds_sft.model.sequence_support import require_shared
     from ds_sft.model.tiling import tile_mlps
     from ds_sft.model.working_copy import copy_weights
 

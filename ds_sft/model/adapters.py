@@ -19,7 +19,7 @@ from torch import nn
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.model.adapter_files import ADAPTER
-from ds_sft.model.load import computing_dtype, training_dtype
+from ds_sft.model.dtype import computing_dtype, training_dtype
 from ds_sft.model.quantized import elements
 from ds_sft.model.targets import (
     EXPERTS,

@@ -34,7 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.model.precision import HALF, autocast_dtype
+from ds_sft.model.autocast import HALF, autocast_dtype
 from ds_sft.model.sequence import SequenceGroup, own_part, some_heads
 from ds_sft.plan.attention import SHORT_ROW
 

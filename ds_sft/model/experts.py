@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ds_sft.model.precision import HALF, autocast_dtype, without_autocast
+from ds_sft.model.autocast import HALF, autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

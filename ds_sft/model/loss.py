@@ -26,7 +26,7 @@ from torch import nn
 
 from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.data.encode import IGNORE_INDEX
-from ds_sft.model.precision import autocast_dtype, without_autocast
+from ds_sft.model.autocast import autocast_dtype, without_autocast
 from ds_sft.model.routing import Routing
 from ds_sft.plan.activations import CHUNK_BYTES
 

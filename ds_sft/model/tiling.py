@@ -22,9 +22,9 @@ from torch import nn
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model.autocast import HALF, autocast_dtype
 from ds_sft.model.experts import experts_of
 from ds_sft.model.fused import GATED, body_of
-from ds_sft.model.precision import HALF, autocast_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments

@@ -33,7 +33,7 @@ from ds_sft.data.batches import Ahead, GlobalBatches, Rows, TrainLoader
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.micro_batches import lengths_of
 from ds_sft.engine.zero import stage
-from ds_sft.model.load import computing_dtype
+from ds_sft.model.dtype import computing_dtype
 from ds_sft.model.offload import InputOffload
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
 from ds_sft.ranks.collectives import barrier, sum_over_ranks

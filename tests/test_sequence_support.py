@@ -14,7 +14,7 @@ from ds_sft.errors import UserError
 from ds_sft.model.attention import Attention
 from ds_sft.model.loss import OwnLoss
 from ds_sft.model.sequence import SequenceGroup
-from ds_sft.model.shareable import require_shareable, require_shared
+from ds_sft.model.sequence_support import require_shareable, require_shared
 from ds_sft.ranks.launch import Launch, require_groups
 from tests.test_loss import SMALL
 
