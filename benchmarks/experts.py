@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_sft.data.batch import collate_flat
 from ds_sft.model.attention import keep_rows_apart
-from ds_sft.model.loss import supervise
+from ds_sft.model.loss import share_auxiliary, supervise
 from ds_sft.model.routing import prepare_experts
 from ds_sft.model.working_copy import WorkingCopy
 from ds_sft.training.trainer import without_layout
@@ -84,7 +84,8 @@ def make_step(
     _, routing = prepare_experts(model, device=torch.device("cpu"))
     if implementation is not None:
         model.set_experts_implementation(implementation)
-    supervise(model, routing)
+    supervise(model)
+    share_auxiliary(model, routing)
     model.register_forward_pre_hook(without_layout, with_kwargs=True)
     copy, optimizer = WorkingCopy(model), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [batch_of(given) for _ in range(given.accumulation)]

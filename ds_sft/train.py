@@ -297,7 +297,7 @@ def load_model_to_train(
     from ds_sft.model.experts import keep_experts_together
     from ds_sft.model.fused import fuse, require_kernels
     from ds_sft.model.load import load_model, make_room, say_not_loaded
-    from ds_sft.model.loss import supervise
+    from ds_sft.model.loss import share_auxiliary, supervise
     from ds_sft.model.offload import offload_inputs
     from ds_sft.model.padding import know_padding
     from ds_sft.model.parts import Parts
@@ -326,7 +326,8 @@ def load_model_to_train(
     parts.listed_experts = keep_experts_together(model, ranks=launch.world_size)
     parts.experts, parts.routing = prepare_experts(model, device=args.device, aux_loss_coef=config.router_aux_loss_coef,
                                                    reentrant=recomputes_reentrantly(args))  # fmt: skip
-    parts.loss = supervise(model, parts.routing, fp16=args.fp16, kernel=config.fused_kernels != "none")
+    parts.loss = supervise(model, fp16=args.fp16, kernel=config.fused_kernels != "none")
+    parts.auxiliary = share_auxiliary(model, parts.routing)
     require_shared(parts.attention, parts.loss)
     parts.offload = offload_inputs(model, config, args, launch, largest=largest)
     parts.working_copy = copy_weights(model, args, compiles_layers=parts.fused_kernels.layers > 0)

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ds_sft.model import loss as chunked
-from ds_sft.model.loss import LogitTerms, OwnLoss, SupervisedLoss, cross_entropy_sum, supervise, supervised_positions
+from ds_sft.model.loss import (
+    LogitTerms,
+    OwnLoss,
+    SupervisedLoss,
+    cross_entropy_sum,
+    share_auxiliary,
+    supervise,
+    supervised_positions,
+)
 from ds_sft.ranks.launch import Launch
 
 ALONE = Launch(launcher="python")
@@ -169,6 +177,7 @@ def test_what_a_model_adds_is_a_mean_over_the_micro_batches_of_a_step(family: st
     model.zero_grad()
     assert all(added.item() > 0.05 for _, added in found)
     supervise(model)
+    share_auxiliary(model)
     losses = [model(**part, num_items_in_batch=total, use_cache=False).loss for part in parts]
     sum(losses).backward()
     assert sum(losses).item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -187,6 +196,7 @@ def test_equal_rows_have_one_loss_however_they_are_split(family: str) -> None:
     total = 4 * (row["labels"][:, 1:] != -100).sum()
     model = make(family)
     supervise(model)
+    share_auxiliary(model)
 
     def step(size: int) -> float:
         batch = {name: value.repeat(size, 1) for name, value in row.items()}
@@ -201,6 +211,7 @@ def test_a_micro_batch_without_a_supervised_token_adds_nothing() -> None:
     model = make("qwen3_moe")
     model.config.output_router_logits = True
     supervise(model)
+    share_auxiliary(model)
     loss, gradient = learn(model, labels=torch.full((2, 24), -100), num_items_in_batch=torch.tensor(50))
     assert (loss, gradient.abs().max().item()) == (0.0, 0.0)
 

@@ -55,7 +55,7 @@ def test_an_adapter_and_padded_batches(model_dir: Path) -> None:
     assert str(model.ds_sft).splitlines() == [
         "Adapter        lora, rank 4, its product times 2, on q_proj x 2, v_proj x 2",
         "Trained        1,792 of 101,504 parameters (1.77%); the others are frozen",
-        "Padding        a mask for each padded batch, made of its lengths (functions of transformers' are exchanged "
+        "Padding        sdpa, with a mask for each batch of its lengths (functions of transformers' are exchanged "
         "during forward)",
         "Fused kernels  none (they are for GPUs)",
         LOSS,
@@ -72,6 +72,7 @@ def test_a_mixture_of_experts(tokenizer_dir: Path, tmp_path: Path) -> None:
         "Experts        4 a layer, in 2 of them, by one product an expert (ds_sft's)",
         "Routing        tokens of each expert are counted, load balancing loss of a step (times 0.01)",
         LOSS,
+        "Auxiliary      load balancing, of all tokens of a step",
         "Working copy   25 weights in bfloat16 for each step (what is trained stays float32)",
     ]
 

@@ -15,7 +15,7 @@ from ds_sft.checkpoints.checkpoint import Checkpoint, read_manifest
 from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.errors import UserError
 from ds_sft.model.experts import experts_of
-from ds_sft.model.loss import supervise
+from ds_sft.model.loss import share_auxiliary, supervise
 from ds_sft.model.parts import Parts
 from ds_sft.model.routing import Routing, counted_tokens, prepare_experts
 from ds_sft.ranks.launch import Launch
@@ -53,7 +53,8 @@ def batch_of(rows: list[list[int]]) -> dict[str, Any]:
 
 def prepared(model: Any, **keys: Any) -> Any:
     experts, routing = prepare_experts(model, device=CPU, **keys)
-    model.ds_sft = Parts(experts=experts, routing=routing, loss=supervise(model, routing))
+    model.ds_sft = Parts(experts=experts, routing=routing, loss=supervise(model))
+    model.ds_sft.auxiliary = share_auxiliary(model, routing)
     model.register_forward_pre_hook(lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "layout"}),
                                     with_kwargs=True)  # fmt: skip
     return model

@@ -150,33 +150,14 @@ def output_projection(model: PreTrainedModel) -> Any:
     return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
 
 
-def supervise(
-    model: PreTrainedModel, routing: Routing | None = None, *, fp16: bool = False, kernel: bool = True
-) -> SupervisedLoss | OwnLoss:
+def supervise(model: PreTrainedModel, *, fp16: bool = False, kernel: bool = True) -> SupervisedLoss | OwnLoss:
     """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own.
 
     Args:
         model: before DeepSpeed or DistributedDataParallel wrap it.
-        routing: of a mixture of experts, whose load balancing loss may be that of a step.
         fp16: forward and backward are in float16.
         kernel: on a GPU one Triton kernel computes the loss and its gradient.
     """
-    loss = _replace_loss(model, fp16=fp16, kernel=kernel)
-    if adds_to_loss(type(model)):
-        SharedAuxiliary(model, routing)
-    return loss
-
-
-def why_own_loss(model: PreTrainedModel) -> str | None:
-    """Why a model's own loss would be left to it in other precisions than float16; None if it would not.
-
-    The model is of no use afterwards.
-    """
-    loss = _replace_loss(model, fp16=False, kernel=False)
-    return loss.why if isinstance(loss, OwnLoss) else None
-
-
-def _replace_loss(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> SupervisedLoss | OwnLoss:
     try:
         terms = LogitTerms(*LOGIT_STATEMENTS[_between_logits_and_loss(type(model))](model))
     except (KeyError, LookupError, AttributeError, OSError, TypeError, SyntaxError):
@@ -191,6 +172,15 @@ def _replace_loss(model: PreTrainedModel, *, fp16: bool, kernel: bool) -> Superv
     if fp16 or head.weight.dtype == torch.float16:
         return OwnLoss("float16 has no room for gradients of unscaled sums")
     return SupervisedLoss(model, replace(terms, kernel=kernel))
+
+
+def why_own_loss(model: PreTrainedModel) -> str | None:
+    """Why a model's own loss would be left to it in other precisions than float16; None if it would not.
+
+    The model is of no use afterwards.
+    """
+    loss = supervise(model, kernel=False)
+    return loss.why if isinstance(loss, OwnLoss) else None
 
 
 def _between_logits_and_loss(model_class: type) -> str:
@@ -225,6 +215,14 @@ def adds_to_loss(model_class: type) -> bool:
     return re.search(r"\bloss (\+= |= loss \+ )", source) is not None
 
 
+def share_auxiliary(model: PreTrainedModel, routing: Routing | None = None) -> SharedAuxiliary | None:
+    """Let what a model adds to its loss, where it does, count by the tokens of a micro batch; after `supervise`.
+
+    `routing`: of a mixture of experts, whose load balancing loss may be that of a step.
+    """
+    return SharedAuxiliary(model, routing) if adds_to_loss(type(model)) else None
+
+
 class SharedAuxiliary:
     """Weighs what a model adds to its cross-entropy by the micro batch's share of the step's supervised tokens.
 
@@ -241,6 +239,11 @@ class SharedAuxiliary:
         self._loss_function = model.loss_function
         model.loss_function = self._keep
         model.register_forward_hook(self._weigh, with_kwargs=True)
+
+    def __str__(self) -> str:
+        if self.routing is not None and self.routing.balancing is not None:
+            return "load balancing, of all tokens of a step"
+        return "what the model adds to its loss, by each micro batch's share of supervised tokens"
 
     def _keep(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.cross_entropy = self._loss_function(*args, **kwargs)

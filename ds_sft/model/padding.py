@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 class Padding:
     """How the masks of a model's padded batches are made."""
 
+    attention: str
     why: str
 
     def __str__(self) -> str:
-        return f"a mask for each padded batch, {self.why}"
+        return f"{self.attention}, with a mask for each batch {self.why}"
 
 
 def know_padding(model: PreTrainedModel, *, compiled: bool = False) -> Padding:
@@ -42,8 +43,9 @@ def know_padding(model: PreTrainedModel, *, compiled: bool = False) -> Padding:
 
     `compiled`: `torch_compile` compiles the whole model: no values are looked at there, every mask is made.
     """
+    attention = str(model.config._attn_implementation)
     if compiled:
-        return Padding("made by transformers in what torch_compile compiles")
+        return Padding(attention, "(made by transformers in what torch_compile compiles)")
     own, answers = sys.modules[type(model.base_model).__module__], ExitStack()
 
     def begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def know_padding(model: PreTrainedModel, *, compiled: bool = False) -> Padding:
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(lambda model, args, output: answers.close(), always_call=True)
-    return Padding("made of its lengths (functions of transformers' are exchanged during forward)")
+    return Padding(attention, "of its lengths (functions of transformers' are exchanged during forward)")
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

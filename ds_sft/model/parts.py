@@ -15,7 +15,7 @@ from ds_sft.model.adapters import Adapter, Trained
 from ds_sft.model.attention import Attention
 from ds_sft.model.experts import GroupedExperts, ListedExperts
 from ds_sft.model.fused import Fused
-from ds_sft.model.loss import OwnLoss, SupervisedLoss
+from ds_sft.model.loss import OwnLoss, SharedAuxiliary, SupervisedLoss
 from ds_sft.model.offload import InputOffload, NotOffloaded
 from ds_sft.model.padding import Padding
 from ds_sft.model.quantized import Quantization
@@ -39,6 +39,7 @@ class Parts:
     experts: GroupedExperts | None = None
     routing: Routing | None = None
     loss: SupervisedLoss | OwnLoss | None = None
+    auxiliary: SharedAuxiliary | None = None  # that the model adds to it
     offload: InputOffload | NotOffloaded | None = None  # of layers' inputs
     working_copy: WorkingCopy | LentCopy | NoCopy | None = None
 
