@@ -21,11 +21,9 @@ from ds_sft.model.attention import (
     rows_attention,
 )
 from ds_sft.model.loss import supervise
-from ds_sft.ranks.launch import Launch
 from tests.distributed.harness import check_apart
 from tests.test_loss import SMALL, VOCAB, apart
 
-ALONE = Launch(launcher="python")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},

@@ -13,9 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.model.experts import BLOCK, NAME, experts_of, group_experts
 from ds_sft.model.working_copy import WorkingCopy
-from ds_sft.ranks.launch import Launch
 
-ALONE = Launch(launcher="python")
 EXPERTS, HIDDEN = 8, 32
 SMALL = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 24, "moe_intermediate_size": 24,
          "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

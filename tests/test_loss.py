@@ -21,9 +21,7 @@ from ds_sft.model.loss import (
     supervise,
     supervised_positions,
 )
-from ds_sft.ranks.launch import Launch
 
-ALONE = Launch(launcher="python")
 VOCAB = 160
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip

@@ -17,11 +17,9 @@ from ds_sft.model import tiling
 from ds_sft.model.offload import InputOffload
 from ds_sft.model.tiling import TiledMLP, pays, tile_mlps, tiles
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
-from ds_sft.ranks.launch import Launch
 from tests.test_adapters import choose
 from tests.test_offload import BUFFER, LateCopies
 
-ALONE = Launch(launcher="python")
 TILE = 4  # tokens
 TOKENS = 18  # so tiles of 3, 4, 4, 3 and 4
 RECOMPUTED = pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "graph", "reentrant"])

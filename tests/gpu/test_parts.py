@@ -20,11 +20,9 @@ from ds_sft.model.attention import Attention, RowBorders, rows_attention
 from ds_sft.model.loss import LogitTerms, supervise
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
-from ds_sft.ranks.launch import Launch
 from tests.gpu.lane import DEVICE, GPU, LONG, ON_GPU, make
 
 pytestmark = GPU
-ALONE = Launch(launcher="python")
 
 
 @pytest.mark.parametrize("terms", [LogitTerms(), LogitTerms(scale=0.25), LogitTerms(scale=2.0, cap=30.0)])
