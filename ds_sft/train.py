@@ -291,54 +291,17 @@ def load_model_to_train(
 
     `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
-    from ds_sft.model.adapters import choose_weights
-    from ds_sft.model.attention import keep_rows_apart
-    from ds_sft.model.dtype import computing_dtype
-    from ds_sft.model.experts import keep_experts_together
-    from ds_sft.model.fused import fuse, require_kernels
+    from ds_sft.model.fused import require_kernels
     from ds_sft.model.load import load_model, make_room, say_not_loaded
-    from ds_sft.model.loss import share_auxiliary, supervise
-    from ds_sft.model.offload import offload_inputs
-    from ds_sft.model.padding import know_padding
-    from ds_sft.model.parts import Parts
-    from ds_sft.model.quantized import quantization_of
-    from ds_sft.model.routing import prepare_experts
-    from ds_sft.model.sequence import join_group
-    from ds_sft.model.sequence_support import require_shared
-    from ds_sft.model.tiling import tile_mlps
-    from ds_sft.model.working_copy import copy_weights
+    from ds_sft.model.parts import put_in_parts
 
-    on_gpu = args.device.type == "cuda"
-    require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
+    require_kernels(config.fused_kernels, on_gpu=args.device.type == "cuda", compiled=args.torch_compile)
     model = load_model(config, args)
     say_not_loaded(model, config.model_name_or_path, launch)
     make_room(model, tokenizer, config)
-    parts = model.ds_sft = Parts(quantization_of(model))
-    parts.adapter, parts.trained = choose_weights(model, config, args, launch)
-    if padded:
-        parts.padding = know_padding(model, compiled=args.torch_compile)
-    else:
-        group = join_group(config.sequence_parallel, launch, args.ddp_timeout)
-        parts.attention = keep_rows_apart(model, config.attn_implementation, device=args.device,
-                                          dtype=computing_dtype(args), group=group)  # fmt: skip
-    parts.fused_kernels = fuse(model, config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
-    parts.tiled_mlps = tile_mlps(model, config, args, largest=largest)
-    parts.listed_experts = keep_experts_together(model, ranks=launch.world_size)
-    parts.experts, parts.routing = prepare_experts(model, device=args.device, aux_loss_coef=config.router_aux_loss_coef,
-                                                   reentrant=recomputes_reentrantly(args))  # fmt: skip
-    parts.loss = supervise(model, fp16=args.fp16, kernel=config.fused_kernels != "none")
-    parts.auxiliary = share_auxiliary(model, parts.routing)
-    require_shared(parts.attention, parts.loss)
-    parts.offload = offload_inputs(model, config, args, launch, largest=largest)
-    parts.working_copy = copy_weights(model, args, compiles_layers=parts.fused_kernels.layers > 0)
+    parts = put_in_parts(model, config, args, launch, padded=padded, largest=largest)
     launch.say(f"{type(model).__name__}:\n{textwrap.indent(str(parts), '  ')}")
     return model
-
-
-def recomputes_reentrantly(args: TrainingArguments) -> bool:
-    """Whether layers are computed again in backward, and without a graph before."""
-    options = args.activation_checkpointing_kwargs or {}
-    return bool(args.activation_checkpointing and options.get("use_reentrant", True))
 
 
 def continuity(

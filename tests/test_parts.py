@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ds_sft.config.keys import Config
 from ds_sft.data.batch import collate_flat
-from ds_sft.model import sequence
+from ds_sft.model import parts
 from ds_sft.model.attention import NAME, keep_rows_apart
 from ds_sft.model.fused import use_kernels
 from ds_sft.model.loss import LossInPlaceOfLogits, supervise
@@ -91,7 +91,7 @@ def test_tiles_and_offload(model_dir: Path) -> None:
 
 
 def test_rows_that_ranks_share(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "join_group", lambda size, *_: SequenceGroup(size, None))
+    monkeypatch.setattr(parts, "join_group", lambda size, *_: SequenceGroup(size, None))
     model = load(model_dir, sequence_parallel=2)
     assert str(model.ds_sft).splitlines()[1] == (
         f"Attention      row by row ({NO_KERNEL}), each rank some heads of rows that 2 ranks share"
