@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_sft.data.batch import collate_flat
 from ds_sft.model.attention import keep_rows_apart
-from ds_sft.model.loss import supervise
+from ds_sft.model.loss import share_auxiliary, supervise
 from ds_sft.model.routing import prepare_experts
 from ds_sft.model.working_copy import WorkingCopy
-from ds_sft.ranks.launch import Launch
 from ds_sft.training.trainer import without_layout
 
 WAYS = {"ours": None, "grouped_mm": "grouped_mm", "loop": "eager"}  # experts_implementation; None: what a run has
@@ -81,12 +80,12 @@ def make_step(
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3", **shape) if dense else AutoConfig.for_model("qwen3_moe", **shape, **experts)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    launch = Launch(launcher="python")
-    keep_rows_apart(model, None, launch)
-    prepare_experts(model, launch, device=torch.device("cpu"))
+    keep_rows_apart(model)
+    _, routing = prepare_experts(model, device=torch.device("cpu"))
     if implementation is not None:
         model.set_experts_implementation(implementation)
-    supervise(model, launch)
+    supervise(model)
+    share_auxiliary(model, routing)
     model.register_forward_pre_hook(without_layout, with_kwargs=True)
     copy, optimizer = WorkingCopy(model), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [batch_of(given) for _ in range(given.accumulation)]

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ds_sft.data.batch import LAYOUT, Layout, collate_flat
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.loss import supervise
-from ds_sft.ranks.launch import Launch
 from ds_sft.training.flops import count_flops
 
 
@@ -45,9 +44,8 @@ def main() -> None:
     rows = read_rows(given.model, given.rows, given.count)
     batch = collate_flat(rows)
     work = useful_work(model, batch)
-    launch = Launch(launcher="python")
-    keep_rows_apart(model, None, launch)
-    supervise(model, launch)
+    keep_rows_apart(model)
+    supervise(model)
 
     def learn() -> None:
         model.zero_grad()

@@ -28,7 +28,6 @@ from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.fused import Kernels, use_kernels
 from ds_sft.model.loss import supervise
 from ds_sft.model.working_copy import WorkingCopy
-from ds_sft.ranks.launch import Launch
 from ds_sft.training.trainer import without_layout
 
 QWEN3: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
@@ -94,11 +93,10 @@ def count(given: argparse.Namespace, attention: str, with_kernels: bool) -> Coun
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if given.masters else torch.bfloat16)
     model.train()
-    launch = Launch(launcher="python")
-    keep_rows_apart(model, None, launch, device=attention, dtype=torch.bfloat16)
+    keep_rows_apart(model, device=attention, dtype=torch.bfloat16)
     if with_kernels:
         use_kernels(model, KERNELS, "one operation each")
-    supervise(model, launch)
+    supervise(model)
     if given.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     row = {

@@ -119,11 +119,9 @@ def make_model(kind: str, vocab: int) -> Any:
     if kind == "ours":
         from ds_sft.model.attention import keep_rows_apart
         from ds_sft.model.loss import supervise
-        from ds_sft.ranks.launch import Launch
 
-        launch = Launch(launcher="python")
-        keep_rows_apart(model, None, launch)
-        supervise(model, launch)
+        keep_rows_apart(model)
+        supervise(model)
     return model
 
 

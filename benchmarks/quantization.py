@@ -42,7 +42,7 @@ def measure(flags: list[str], folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     measured = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    said = re.search(r"Quantization: .*", done.stdout + done.stderr)
+    said = re.search(r"Quantization .*", done.stdout + done.stderr)
     return {
         "loss": fmean(losses[-LAST:]),
         "before": measured[0],

@@ -155,8 +155,8 @@ def make_model(layers: int, ranks: int, vocab: int) -> Any:
                          tie_word_embeddings=True)  # fmt: skip
     model = Qwen3ForCausalLM(config).train()
     quiet = Launch(launcher="python", rank=1, local_world_size=ranks)
-    keep_rows_apart(model, None, quiet, group=join_group(ranks, quiet, 600))
-    supervise(model, quiet)
+    keep_rows_apart(model, group=join_group(ranks, quiet, 600))
+    supervise(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 

@@ -34,12 +34,12 @@ from ds_sft.upstream.check import fault_in_words, faults, mentioned  # noqa: E40
 from ds_sft.upstream.names import ASSIGNED, NAMES, OVERRIDDEN, READ_IN, TEXT, USED, Name  # noqa: E402
 
 # Classes that are there to be subclassed: what their subclasses must have is documented.
-MADE_FOR_IT = {"Function", "Dataset", "Sampler", "Optimizer", "TrainerCallback", "ArgumentParser"}
+MADE_FOR_IT = {"Function", "Linear", "Dataset", "Sampler", "Optimizer", "TrainerCallback", "ArgumentParser"}
 # Attributes whose assignment is documented, of objects that libraries hand out for it.
 SETTABLE = {
     # torch, Python
-    "data", "grad", "in_features", "out_features", "restype", "excepthook", "__annotations__", "__kwdefaults__",
-    "usage", "caption", "param_groups",
+    "__class__", "data", "grad", "in_features", "out_features", "restype", "excepthook", "__annotations__",
+    "__kwdefaults__", "usage", "caption", "param_groups",
     # configurations of models and of their answers, tokenizers
     "chat_template", "pad_token", "padding_side", "model_max_length", "encode_special_tokens", "generation_config",
     "do_sample", "use_cache", "dtype", "tie_word_embeddings", "router_aux_loss_coef",
@@ -52,7 +52,7 @@ SETTABLE = {
     "use_muon",  # by which DeepSpeed's Muon knows its matrices
 }  # fmt: skip
 # What ds_sft itself puts into a model, a function, or an object of its own where a model has a method of that name.
-OWN = {"adapter_config", "buffers", "by_flock", "fused", "routing", "row_attention", "supervised_loss"}
+OWN = {"buffers", "by_flock", "ds_sft", "rows_under_way"}
 # Whose presence tells more than a library's version does: of the system, of Python, of any module or configuration.
 ASKED = {"strerror", "response", "weight", "bias", "shape", "lm_head", "experts", "wait", "data", "posix_fadvise",
          "intermediate_size", "router_logits", "tqdm", "mallinfo2", "malloc_trim", "mallopt", "co_names"}  # fmt: skip

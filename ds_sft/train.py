@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -187,7 +188,7 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.model.limits import check_limits
     from ds_sft.model.load import load_tokenizer, read_ahead
-    from ds_sft.model.shareable import require_shareable
+    from ds_sft.model.sequence_support import require_shareable
 
     if config.evaluate_rows:
         require_metrics("evaluate_rows: 0")
@@ -267,46 +268,20 @@ def get_ready_to_resume(start: Start, args: TrainingArguments, site: Site, stop:
 def load_model_to_train(
     config: Config, args: TrainingArguments, tokenizer: Any, launch: Launch, *, padded: bool, largest: int
 ) -> PreTrainedModel:
-    """The model and what is trained of it, our attention where rows are not padded, fused kernels, experts, loss.
+    """The model, with all that ds_sft puts into it (model/parts.py), which is said.
 
     `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
-    from ds_sft.model.adapters import choose_weights
-    from ds_sft.model.attention import keep_rows_apart
-    from ds_sft.model.fused import fuse, require_kernels
-    from ds_sft.model.load import computing_dtype, load_model, make_room, say_not_loaded
-    from ds_sft.model.loss import supervise
-    from ds_sft.model.neftune import add_noise
-    from ds_sft.model.offload import offload_inputs
-    from ds_sft.model.padding import know_padding
-    from ds_sft.model.routing import prepare_experts
-    from ds_sft.model.sequence import join_group
-    from ds_sft.model.shareable import require_shared
-    from ds_sft.model.tiling import tile_mlps
+    from ds_sft.model.fused import require_kernels
+    from ds_sft.model.load import load_model, make_room, say_not_loaded
+    from ds_sft.model.parts import put_in_parts
 
-    on_gpu = args.device.type == "cuda"
-    require_kernels(config.fused_kernels, on_gpu=on_gpu, compiled=args.torch_compile)
+    require_kernels(config.fused_kernels, on_gpu=args.device.type == "cuda", compiled=args.torch_compile)
     model = load_model(config, args)
     say_not_loaded(model, config.model_name_or_path, launch)
     make_room(model, tokenizer, config)
-    choose_weights(model, config, args, launch)
-    if not padded:
-        group = join_group(config.sequence_parallel, launch, args.ddp_timeout)
-        keep_rows_apart(model, config.attn_implementation, launch, device=args.device, dtype=computing_dtype(args),
-                        group=group)  # fmt: skip
-    elif not args.torch_compile:
-        know_padding(model)
-    fuse(model, config.fused_kernels, launch, on_gpu=on_gpu, compiled=args.torch_compile)
-    tile_mlps(model, config, args, launch, largest=largest)
-    reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get(
-        "use_reentrant", True
-    )
-    prepare_experts(model, launch, device=args.device, aux_loss_coef=config.router_aux_loss_coef, reentrant=reentrant)
-    supervise(model, launch, fp16=args.fp16, kernel=config.fused_kernels != "none",
-              smoothing=config.training.get("label_smoothing_factor") or 0.0)  # fmt: skip
-    add_noise(model, config.training.get("neftune_noise_alpha"), launch)
-    require_shared(model)
-    offload_inputs(model, config, args, launch, largest=largest)
+    parts = put_in_parts(model, config, args, launch, padded=padded, largest=largest)
+    launch.say(f"{type(model).__name__}:\n{textwrap.indent(str(parts), '  ')}")
     return model
 
 

@@ -79,7 +79,6 @@ def make_adapter(base: Path, output_dir: Path, **options: Any) -> Path:
     asked = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=4, lora_alpha=8,
                        **{"target_modules": TARGETS} | options)  # fmt: skip
     inject_adapter_in_model(asked, model, adapter_name=ADAPTER)
-    model.adapter_config = asked
     torch.manual_seed(2)
     weights = {n: p.detach() + torch.randn_like(p) / 20 for n, p in model.named_parameters() if p.requires_grad}
     save_adapter(model, weights, output_dir / ".export")

@@ -18,10 +18,11 @@ from ds_sft.config.read import load_config
 from ds_sft.data.batch import collate_flat
 from ds_sft.errors import UserError
 from ds_sft.model import loss as chunked
+from ds_sft.model.adapter_files import adapter_of
 from ds_sft.model.adapters import choose_weights, count_parameters, lora_config, trained_parts
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.load import load_model
-from ds_sft.model.loss import supervise, supervised_loss
+from ds_sft.model.loss import SupervisedLoss, supervise
 from ds_sft.model.targets import expert_tensors, linear_layers, targets, whole_modules
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
 from ds_sft.ranks.launch import Launch
@@ -113,8 +114,8 @@ def test_targets(family: str, asked: list[str] | None, named: list[str]) -> None
     assert targets(model, asked) == named
     choose(model, adapter="lora", **({"lora_targets": asked} if asked else {}))
     assert adapted(model) == [name for name in layers if name in named or name.rpartition(".")[2] in named]
-    assert model.adapter_config.target_modules == sorted(named)
-    assert not model.adapter_config.target_parameters
+    assert adapter_of(model).target_modules == sorted(named)
+    assert not adapter_of(model).target_parameters
 
 
 def test_a_vision_tower_gets_no_adapters() -> None:
@@ -250,7 +251,7 @@ def test_peft_leaves_a_runs_keys_as_they_are() -> None:
     choose_weights(model, config, arguments(), ALONE)
     assert config.lora_targets == ["v_proj", "q_proj"]
     assert config.lora_modules_to_save == ["norm", "lm_head"]
-    assert model.adapter_config.modules_to_save == ["model.embed_tokens", "model.norm"]
+    assert adapter_of(model).modules_to_save == ["model.embed_tokens", "model.norm"]
 
 
 # ---- What is said, and in which dtype
@@ -275,33 +276,37 @@ def test_a_rate_of_adapters_without_one(capsys: pytest.CaptureFixture[str], give
     assert (line in capsys.readouterr().out.splitlines()) == said
 
 
-def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def said(model: Any, **given: Any) -> list[str]:
+    parts = choose_weights(model, keys(**given), arguments(), ALONE)
+    return [str(part) for part in parts if part is not None]
+
+
+def test_what_is_trained_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     given = {"lora_targets": "[q_proj, v_proj]", "lora_modules_to_save": "lm_head", "use_rslora": "yes"}
-    choose(make(tie_word_embeddings=True), adapter="lora", **given)
-    assert capsys.readouterr().out.splitlines() == [
-        "Adapter: lora, rank 16, its product times 8, on q_proj x 2, v_proj x 2; trained whole: model.embed_tokens, "
-        "lm_head.",
+    assert said(make(tie_word_embeddings=True), adapter="lora", **given) == [
+        "lora, rank 16, its product times 8, on q_proj x 2, v_proj x 2; trained whole: model.embed_tokens, lm_head",
+        "8,704 of 29,376 parameters (29.63%); the others are frozen",
+    ]
+    assert capsys.readouterr().out == (
         "learning_rate 0.0001 is the default of full fine-tuning: adapters learn as much at about 10 times that "
-        "(0.001).",
-        "Trained: 8,704 of 29,376 parameters (29.63%); the others are frozen.",
+        "(0.001).\n"
+    )
+    assert said(make("qwen3_moe"), adapter="dora", lora_rank=4, lora_alpha=4, learning_rate="1e-3") == [
+        "dora, rank 4, its product times 1, on k_proj x 2, o_proj x 2, q_proj x 2, v_proj x 2; none on the experts "
+        "(down_proj, gate_up_proj), which lora_targets can name: experts",
+        "1,984 of 29,440 parameters (6.74%); the others are frozen",
     ]
-    choose(make("qwen3_moe"), adapter="dora", lora_rank=4, lora_alpha=4, learning_rate="1e-3")
-    assert capsys.readouterr().out.splitlines() == [
-        "Adapter: dora, rank 4, its product times 1, on k_proj x 2, o_proj x 2, q_proj x 2, v_proj x 2.",
-        "Adapter: none on the experts (down_proj, gate_up_proj); lora_targets can name them: experts.",
-        "Trained: 1,984 of 29,440 parameters (6.74%); the others are frozen.",
+    assert said(make("qwen3_moe"), adapter="lora", lora_targets="[q_proj, gate_up_proj]", learning_rate="1e-3") == [
+        "lora, rank 16, its product times 2, on q_proj x 2, every expert of gate_up_proj x 1; none on the experts "
+        "(down_proj), which lora_targets can name: experts",
+        "6,144 of 33,600 parameters (18.29%); the others are frozen",
     ]
-    choose(make("qwen3_moe"), adapter="lora", lora_targets="[q_proj, gate_up_proj]", learning_rate="1e-3")
-    assert capsys.readouterr().out.splitlines() == [
-        "Adapter: lora, rank 16, its product times 2, on q_proj x 2, every expert of gate_up_proj x 1.",
-        "Adapter: none on the experts (down_proj); lora_targets can name them: experts.",
-        "Trained: 6,144 of 33,600 parameters (18.29%); the others are frozen.",
+    assert said(make(tie_word_embeddings=True), train_only="[layers.1.mlp, lm_head]") == [
+        "9,728 of 20,672 parameters (47.06%): layers.1.mlp (3 weights), lm_head (lm_head.weight), the embedding being "
+        "the output projection, too; the others are frozen"
     ]
-    choose(make(tie_word_embeddings=True), train_only="[layers.1.mlp, lm_head]")
-    assert capsys.readouterr().out.splitlines() == [
-        "train_only: layers.1.mlp (3 weights), lm_head (lm_head.weight); the embedding is the output projection, too.",
-        "Trained: 9,728 of 20,672 parameters (47.06%); the others are frozen.",
-    ]
+    assert said(make(tie_word_embeddings=True)) == ["all 20,672 parameters"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -380,7 +385,7 @@ def test_nothing_is_computed_below_the_first_trained_layer(reentrant: bool | Non
         arguments(activation_checkpointing_kwargs={"use_reentrant": bool(reentrant)}),
         ALONE,
     )
-    supervise(model, ALONE)
+    supervise(model)
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
     computed: list[int] = []
@@ -418,7 +423,7 @@ def test_experts_are_named_as_peft_takes_them(
     model = mixture(family)
     layers, experts = linear_layers(model), expert_tensors(model)
     choose(model, adapter="lora", lora_targets=asked)
-    assert (model.adapter_config.target_modules, model.adapter_config.target_parameters) == (modules, tensors or None)
+    assert (adapter_of(model).target_modules, adapter_of(model).target_parameters) == (modules, tensors or None)
     wrappers = {name: module for name, module in model.named_modules() if hasattr(module, "parameter_name")}
     found = [f"{name.replace('.base_layer', '')}.{module.parameter_name}" for name, module in wrappers.items()]
     assert sorted(found) == sorted(name for name in experts if name.endswith(tuple(tensors)))
@@ -456,8 +461,8 @@ def test_experts_learn_as_with_peft(family: str, start: str) -> None:
     torch.manual_seed(SEED)
     known = get_peft_model(known, asked)
     choose(model, adapter="lora", lora_rank=4, lora_alpha=8, lora_targets=["o_proj", "experts"], lora_init=start)
-    keep_rows_apart(model, None, ALONE)
-    supervise(model, ALONE)
+    keep_rows_apart(model)
+    supervise(model)
     mine, theirs = (
         {n.removeprefix("base_model.model."): p for n, p in trained_parts(m).items()} for m in (model, known)
     )
@@ -486,7 +491,7 @@ def test_copies_of_adapters_on_experts(kind: Any, reentrant: bool | None) -> Non
     for parameter in half.parameters():
         parameter.data = parameter.data.bfloat16()
     for one in made:
-        supervise(one, ALONE)
+        supervise(one)
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
@@ -535,8 +540,8 @@ def test_loss_and_gradients_are_those_of_peft(
     known = reference(tied, adapter, whole)
     given = {"lora_modules_to_save": whole} if whole else {}
     model = choose(make(tie_word_embeddings=tied), adapter=adapter, lora_rank=4, lora_alpha=8, **given)
-    keep_rows_apart(model, None, ALONE)
-    supervise(model, ALONE)
+    keep_rows_apart(model)
+    supervise(model)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * SMALL["vocab_size"] * 11)
     formed: list[list[bool]] = []
     learn = chunked._learn_chunk
@@ -567,7 +572,7 @@ def test_loss_and_gradients_are_those_of_peft(
 def test_only_a_projection_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then hidden states want no gradient, and none is formed."""
     model = choose(make(tie_word_embeddings=False), train_only="lm_head")
-    supervise(model, ALONE)
+    supervise(model)
     formed: list[list[bool]] = []
     learn = chunked._learn_chunk
     monkeypatch.setattr(
@@ -589,11 +594,11 @@ def test_copies_of_what_is_trained(
     """A model in bfloat16, bit for bit, its gradients summed in float32; frozen weights have no copy."""
     given = {"lora_modules_to_save": whole} if whole else {}
     model = choose(make(tie_word_embeddings=tied), adapter=adapter, bf16=True, **given)
-    supervise(model, ALONE)
+    supervise(model)
     half = choose(make(tie_word_embeddings=tied), adapter=adapter, bf16=True, **given)
     for parameter in half.parameters():  # not buffers, which from_pretrained leaves in float32
         parameter.data = parameter.data.bfloat16()
-    supervise(half, ALONE)
+    supervise(half)
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
@@ -650,25 +655,24 @@ def test_dropout_is_drawn_again_alike() -> None:
 def test_rows_end_to_end_or_padded(implementation: str | None) -> None:
     """With adapters as without: the attention of a run makes no difference."""
     model = choose(make(), adapter="dora", lora_modules_to_save="lm_head")
-    supervise(model, ALONE)
+    supervised = supervise(model)
     rows = make_rows()
     batch = collate_flat(rows)
     if implementation is None:
-        keep_rows_apart(model, None, ALONE)
+        keep_rows_apart(model)
     else:
         model.set_attn_implementation(implementation)
         del batch["layout"]
     model(**batch, use_cache=False)
-    supervised = supervised_loss(model)
-    assert supervised is not None
+    assert isinstance(supervised, SupervisedLoss)
     assert supervised.total is not None
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True)
     labels = nn.utils.rnn.pad_sequence([torch.tensor(row["labels"]) for row in rows], True, -100)
     total = supervised.total.item()
     padded = choose(make(), adapter="dora", lora_modules_to_save="lm_head")
-    supervise(padded, ALONE)
+    other = supervise(padded)
     padded(input_ids=ids, labels=labels, attention_mask=(ids != 0).long(), use_cache=False)
-    assert supervised_loss(padded).total.item() == pytest.approx(total, rel=1e-5)  # type: ignore[union-attr]
+    assert other.total.item() == pytest.approx(total, rel=1e-5)  # type: ignore[union-attr]
 
 
 # ---- Numbers

@@ -16,17 +16,14 @@ from ds_sft.model.attention import (
     NAME,
     Attention,
     RowBorders,
-    attention_of,
     keep_rows_apart,
     lengths_of_rows,
     rows_attention,
 )
 from ds_sft.model.loss import supervise
-from ds_sft.ranks.launch import Launch
 from tests.distributed.harness import check_apart
 from tests.test_loss import SMALL, VOCAB, apart
 
-ALONE = Launch(launcher="python")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
@@ -97,8 +94,8 @@ def test_four_layouts_teach_the_same(family: str, checkpointing: bool) -> None:
     """One row at a time by transformers' own attention and loss; padded, padding-free and packed by ours."""
     rows, model = make_rows(), make(family)
     loss, gradient = learn(model, one_by_one(rows))
-    keep_rows_apart(model, None, ALONE)
-    supervise(model, ALONE)
+    keep_rows_apart(model)
+    supervise(model)
     assert model.config._attn_implementation == NAME
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,8 +112,8 @@ def test_bfloat16(family: str, kind: str) -> None:
     """Within 2^-14 of the loss one row at a time, 1.5e-2 of its gradient; 2^-16 and 7e-3 measured."""
     rows, model = make_rows(), make(family, torch.bfloat16 if kind == "bfloat16" else torch.float32)
     loss, gradient = learn(model, one_by_one(rows), autocast=kind == "autocast")
-    keep_rows_apart(model, None, ALONE)
-    supervise(model, ALONE)
+    keep_rows_apart(model)
+    supervise(model)
     found, found_gradient = learn(model, [collate_flat(rows)], autocast=kind == "autocast")
     assert found == pytest.approx(loss, rel=2**-14)
     assert apart(found_gradient, gradient) < 1.5e-2
@@ -168,7 +165,7 @@ def test_no_mask_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
     for family, layers in (("llama", 2), ("mistral", 2)):
         model = make(family)
-        keep_rows_apart(model, None, ALONE)
+        keep_rows_apart(model)
         model(**collate_flat(make_rows()[:3]), use_cache=False)
         rows = [(5, None), (23, None), (1, None)]
         if family == "mistral":  # a window of 7
@@ -185,7 +182,7 @@ def test_generation_and_saved_config(tmp_path: Path) -> None:
     mask[0, :4] = 0
     keys: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(**keys)
-    keep_rows_apart(model, None, ALONE)
+    keep_rows_apart(model)
     assert torch.equal(model.generate(**keys), expected)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
@@ -193,7 +190,7 @@ def test_generation_and_saved_config(tmp_path: Path) -> None:
 
 def test_borders_that_get_lost_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make("llama"), collate_flat(make_rows())
-    keep_rows_apart(model, None, ALONE)
+    keep_rows_apart(model)
     layer = type(model.model.layers[0])
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda self, *args, row_borders=None, **kw: forward(self, *args, **kw))
@@ -209,37 +206,33 @@ def test_borders_that_get_lost_are_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         rows_attention(torch.nn.Module(), states, states, states, None, row_borders=borders([84]), softcap=50.0)
 
 
-def test_which_attention_is_used_is_said_and_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_which_attention_is_used_can_be_read() -> None:
     model, asked, capped = make("llama"), make("llama"), make("gemma2", attn_logit_softcapping=50.0)
     asked.set_attn_implementation("eager")
     before = capped.config._attn_implementation
-    for each, implementation in ((model, None), (asked, "eager"), (capped, None)):
-        keep_rows_apart(each, implementation, ALONE)
+    found = [keep_rows_apart(model), keep_rows_apart(asked, "eager"), keep_rows_apart(capped)]
     used = [each.config._attn_implementation for each in (model, asked, capped)]
     assert used == [NAME, "eager", before]
-    said = [
-        "Attention: row by row (no kernel takes rows of different lengths on cpu).",
-        "Attention: eager (as attn_implementation says).",
-        f"Attention: {before} (Gemma2ForCausalLM caps its scores; it masks all pairs of tokens of a micro batch).",
+    assert list(map(str, found)) == [
+        "row by row (no kernel takes rows of different lengths on cpu)",
+        "eager (as attn_implementation says)",
+        f"{before} (Gemma2ForCausalLM caps its scores; it masks all pairs of tokens of a micro batch)",
     ]
-    assert capsys.readouterr().out.splitlines() == said
-    assert [found.describe() for each in (model, asked, capped) if (found := attention_of(each))] == said
 
 
-def test_a_window_that_is_in_the_mask_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_window_that_is_in_the_mask_only() -> None:
     """The layers of this family do not tell the attention function of their window: transformers' own mask stays."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                "shared_expert_intermediate_size": 16}  # fmt: skip
     rows = make_rows()
     model = make("qwen2_moe", use_sliding_window=True, sliding_window=7, max_window_layers=0, **experts)
     loss, gradient = learn(model, one_by_one(rows))
-    keep_rows_apart(model, None, ALONE)
-    assert "has its sliding window in its mask only" in capsys.readouterr().out
+    assert "has its sliding window in its mask only" in keep_rows_apart(model).why
     found, found_gradient = learn(model, [collate_flat(rows)])
     assert found == pytest.approx(loss, rel=1e-6)
     assert apart(found_gradient, gradient) < 2e-6
     without = make("qwen2_moe", use_sliding_window=False, **experts)
-    keep_rows_apart(without, None, ALONE)
+    keep_rows_apart(without)
     assert without.config._attn_implementation == NAME
 
 
@@ -258,8 +251,8 @@ def test_rows_of_any_lengths_are_compiled_once() -> None:
 def check_compiled_once() -> None:
     """`torch_compile: yes`: the second batch may teach it that sizes differ, no other does."""
     model = make("llama")
-    keep_rows_apart(model, None, ALONE)
-    supervise(model, ALONE)
+    keep_rows_apart(model)
+    supervise(model)
     compiled, rows = torch.compile(model, backend="eager"), make_rows()
     frames = []
     for number in range(1, len(rows) + 1):

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from ds_sft.data.batch import collate_flat
-from ds_sft.model import attention, precision
-from ds_sft.model.attention import NAME, Attention, RowBorders, attention_of, keep_rows_apart, rows_attention
+from ds_sft.model import attention
+from ds_sft.model import autocast as precision
+from ds_sft.model.attention import NAME, Attention, RowBorders, keep_rows_apart, rows_attention
 from ds_sft.model.loss import supervise
 from tests.dispatch import NoReads, Operations
 from tests.distributed.harness import check_apart
-from tests.test_attention import ALONE, borders, learn, make, make_rows, one_by_one
+from tests.test_attention import borders, learn, make, make_rows, one_by_one
 from tests.test_loss import apart
 
 META, BFLOAT16 = torch.device("meta"), torch.bfloat16
@@ -64,7 +65,7 @@ def meta_batch(lengths: list[int]) -> dict[str, Any]:
 
 def on_meta(family: str, *, checkpointing: bool = False) -> Any:
     model = make(family, BFLOAT16, head_dim=8).to(META)
-    keep_rows_apart(model, None, ALONE, device=META, dtype=BFLOAT16)
+    keep_rows_apart(model, device=META, dtype=BFLOAT16)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -114,8 +115,8 @@ def test_rows_in_one_kernel_are_learned_as_if_alone(
     monkeypatch.setattr(attention, "HALF", (torch.float32,))
     monkeypatch.setattr(attention, "varlen_attn", reference)
     monkeypatch.setattr(attention, "ONLY_PLAIN", False)
-    keep_rows_apart(model, None, ALONE, device=META, dtype=torch.float32)
-    assert attention_of(model) == Attention("varlen_attn", "all rows in one kernel a layer", in_one_kernel=True)
+    found = keep_rows_apart(model, device=META, dtype=torch.float32)
+    assert found == Attention("varlen_attn", "all rows in one kernel a layer", in_one_kernel=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layout in ([collate_flat(rows)], [collate_flat(rows[:2]), collate_flat(rows[2:])], one_by_one(rows)):
@@ -142,9 +143,9 @@ def test_the_kernel_of_torch_2_10_takes_what_it_has_words_for(
     monkeypatch.setattr(
         attention, "varlen_attn", lambda *states, **words: calls.append(None) or plain_reference(*states, **words)
     )
-    keep_rows_apart(model, None, ALONE, device=META, dtype=torch.float32)
+    found = keep_rows_apart(model, device=META, dtype=torch.float32)
     in_one = why == "all rows in one kernel a layer"
-    assert attention_of(model) == Attention("varlen_attn" if in_one else "row by row", why, in_one_kernel=in_one)
+    assert found == Attention("varlen_attn" if in_one else "row by row", why, in_one_kernel=in_one)
     found, found_gradient = learn(model, [collate_flat(rows)])
     assert found == pytest.approx(loss, rel=1e-6)
     assert apart(found_gradient, gradient) < 2e-6
@@ -230,8 +231,7 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch: pytest.MonkeyPatch)
 )
 def test_where_rows_go_one_by_one(device: str, dtype: torch.dtype, changes: dict[str, Any], reason: str) -> None:
     model = make("llama", **changes)
-    keep_rows_apart(model, None, ALONE, device=device, dtype=dtype)
-    assert attention_of(model) == Attention("row by row", reason)
+    assert keep_rows_apart(model, device=device, dtype=dtype) == Attention("row by row", reason)
     assert model.config._attn_implementation == NAME
 
 
@@ -284,7 +284,7 @@ def check_two_graphs(backend: str) -> None:
 def test_a_model_on_the_meta_device_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With our loss: forward and backward of all of it, up to the positions of supervised tokens."""
     model = on_meta("qwen3")
-    supervise(model, ALONE)
+    supervise(model)
     monkeypatch.setattr(
         "ds_sft.model.loss.supervised_positions",
         lambda labels: (torch.zeros(9, dtype=torch.long, device=META), torch.zeros(9, dtype=torch.long, device=META)),
@@ -301,7 +301,7 @@ def test_an_installed_flash_attention_that_was_asked_for_gets_the_borders() -> N
     """By transformers' names, as the batch has them; the longest is a number of the host's."""
     model = make("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
-    keep_rows_apart(model, "flash_attention_2", ALONE)
+    keep_rows_apart(model, "flash_attention_2")
     given: dict[str, Any] = {}
 
     class Asked(Exception):

@@ -15,7 +15,6 @@ from ds_sft.model.loss import supervise
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.plan.cost import exchanged
 from ds_sft.plan.shape import shape_of
-from ds_sft.ranks.launch import Launch
 from tests.distributed.harness import run_forked, script
 from tests.test_attention import learn, make, make_rows
 
@@ -41,10 +40,10 @@ def test_bytes_are_those_that_the_plan_counts(heads: int, key_heads: int, size: 
     changes: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
     if heads == 12:
         changes |= {"hidden_size": 48, "head_dim": 4}
-    launch, group = Launch(launcher="python"), Counting(size, None)
+    group = Counting(size, None)
     model = make("qwen3", torch.float32, **changes)
-    keep_rows_apart(model, None, launch, group=group)
-    supervise(model, launch)
+    keep_rows_apart(model, group=group)
+    supervise(model)
     if again:
         model.activation_checkpointing_enable({"use_reentrant": False})
     batch = collate_share(make_rows(), place=0, size=size)

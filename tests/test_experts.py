@@ -13,9 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.model.experts import BLOCK, NAME, experts_of, group_experts
 from ds_sft.model.working_copy import WorkingCopy
-from ds_sft.ranks.launch import Launch
 
-ALONE = Launch(launcher="python")
 EXPERTS, HIDDEN = 8, 32
 SMALL = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 24, "moe_intermediate_size": 24,
          "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -119,23 +117,20 @@ def test_a_working_copy_has_gradients_of_every_expert() -> None:
     assert all(parameter.grad.flatten(1).norm(dim=1).gt(0).all() for parameter in experts.parameters())
 
 
-def test_what_is_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said_and_saved(tmp_path: Path) -> None:
     """A saved configuration names no function that another program would not have."""
     families = {name: FAMILIES.get(name, {}) for name in ("qwen3_moe", "qwen3", "deepseek_v3")}
     made = [AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **own}))
             for family, own in families.items()]  # fmt: skip
-    for model in made:
-        group_experts(model, ALONE, on_gpu=False)
-    how = "Experts: 8 a layer, in 1 of them, by one product an expert (ds_sft's)"
-    assert capsys.readouterr().out == (
-        f"{how}.\n{how}; e_score_correction_bias, which balances them, stays as it is.\n"
-    )
+    how = "8 a layer, in 1 of them, by one product an expert (ds_sft's)"
+    assert [str(group_experts(model, on_gpu=False)) for model in made] == [
+        how, "None", f"{how}; e_score_correction_bias, which balances them, stays as it is"
+    ]  # fmt: skip
     made[0].save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
     assert not [key for key in json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) if "implem" in key]
 
 
-def test_on_a_gpu_transformers_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_gpu_transformers_kernel() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **{**SMALL, **FAMILIES["mixtral"]}))
-    group_experts(model, ALONE, on_gpu=True)
-    assert capsys.readouterr().out == "Experts: 8 a layer, in 1 of them, by grouped_mm (transformers').\n"
+    assert str(group_experts(model, on_gpu=True)) == "8 a layer, in 1 of them, by grouped_mm (transformers')"

@@ -14,10 +14,16 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ds_sft.errors import UserError
 from ds_sft.model import loss as chunked
-from ds_sft.model.loss import LogitTerms, cross_entropy_sum, supervise, supervised_loss, supervised_positions
-from ds_sft.ranks.launch import Launch
+from ds_sft.model.loss import (
+    LogitTerms,
+    OwnLoss,
+    SupervisedLoss,
+    cross_entropy_sum,
+    share_auxiliary,
+    supervise,
+    supervised_positions,
+)
 
-ALONE = Launch(launcher="python")
 VOCAB = 160
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
@@ -101,8 +107,7 @@ def test_is_the_loss_of_the_model(family: str, tokens: int, monkeypatch: pytest.
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * VOCAB * tokens)
     model = make(family)
     known = [learn(model, num_items_in_batch=n) for n in (torch.tensor(50), 7, None)]
-    supervise(model, ALONE)
-    assert supervised_loss(model) is not None
+    assert isinstance(supervise(model), SupervisedLoss)
     for n, (loss, gradient) in zip((torch.tensor(50), 7, None), known, strict=True):
         found, found_gradient = learn(model, num_items_in_batch=n)
         assert found == pytest.approx(loss, rel=1e-6)
@@ -122,7 +127,7 @@ def test_smoothed_labels_are_those_of_trainer(family: str, tokens: int, monkeypa
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     with torch.no_grad():
         measured = model(**batch, labels=labels, num_items_in_batch=count, use_cache=False).loss
-    supervise(model, ALONE, smoothing=0.2)
+    supervise(model, smoothing=0.2)
     found, found_gradient = learn(model, num_items_in_batch=count)
     assert found == pytest.approx(wanted.item(), rel=1e-6)
     assert apart(found_gradient, gradient) < 1e-6
@@ -134,7 +139,7 @@ def test_smoothed_labels_are_those_of_trainer(family: str, tokens: int, monkeypa
 
 def test_a_model_that_keeps_its_loss_smooths_no_labels() -> None:
     with pytest.raises(UserError) as caught:
-        supervise(make("llama"), ALONE, fp16=True, smoothing=0.1)
+        supervise(make("llama"), fp16=True, smoothing=0.1)
     assert str(caught.value) == (
         "label_smoothing_factor: 0.1: LlamaForCausalLM keeps its own loss (float16 has no room for gradients of "
         "unscaled sums): leave it out"
@@ -149,11 +154,10 @@ def test_labels_or_none(family: str) -> None:
     labels = batch.pop("labels")
     with torch.no_grad():
         logits = model(**batch).logits
-        supervise(model, ALONE)
+        supervised = supervise(model)
+        assert isinstance(supervised, SupervisedLoss)
         torch.testing.assert_close(model(**batch).logits, logits, rtol=0, atol=0)
         model(**batch, labels=labels)
-    supervised = supervised_loss(model)
-    assert supervised is not None
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
     assert supervised.total is not None
     assert supervised.total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -173,7 +177,7 @@ def test_bfloat16(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     if kind == "autocast":
         model = model.bfloat16().float()
     own = learn(model, autocast=kind == "autocast")
-    supervise(model, ALONE)
+    supervise(model)
     found = learn(model, autocast=kind == "autocast")
     assert found[0] == pytest.approx(own[0], rel=2**-12)
     assert apart(found[1], own[1]) < 1e-2
@@ -204,7 +208,8 @@ def test_what_a_model_adds_is_a_mean_over_the_micro_batches_of_a_step(family: st
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     assert all(added.item() > 0.05 for _, added in found)
-    supervise(model, ALONE)
+    supervise(model)
+    share_auxiliary(model)
     losses = [model(**part, num_items_in_batch=total, use_cache=False).loss for part in parts]
     sum(losses).backward()
     assert sum(losses).item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -222,7 +227,8 @@ def test_equal_rows_have_one_loss_however_they_are_split(family: str) -> None:
     row = {name: value[:1] for name, value in make_batch().items()}
     total = 4 * (row["labels"][:, 1:] != -100).sum()
     model = make(family)
-    supervise(model, ALONE)
+    supervise(model)
+    share_auxiliary(model)
 
     def step(size: int) -> float:
         batch = {name: value.repeat(size, 1) for name, value in row.items()}
@@ -236,14 +242,15 @@ def test_equal_rows_have_one_loss_however_they_are_split(family: str) -> None:
 def test_a_micro_batch_without_a_supervised_token_adds_nothing() -> None:
     model = make("qwen3_moe")
     model.config.output_router_logits = True
-    supervise(model, ALONE)
+    supervise(model)
+    share_auxiliary(model)
     loss, gradient = learn(model, labels=torch.full((2, 24), -100), num_items_in_batch=torch.tensor(50))
     assert (loss, gradient.abs().max().item()) == (0.0, 0.0)
 
 
 def test_a_tuple_has_the_same_loss() -> None:
     model = make("mixtral")
-    supervise(model, ALONE)
+    supervise(model)
     named = model(**make_batch(), num_items_in_batch=50).loss
     assert model(**make_batch(), num_items_in_batch=50, return_dict=False)[0].item() == named.item()
 
@@ -252,7 +259,7 @@ def test_a_tuple_has_the_same_loss() -> None:
 def test_nothing_to_learn(family: str) -> None:
     """Loss 0, and gradients of 0 for every parameter: hooks of gradients fire on all ranks."""
     model = make(family)
-    supervise(model, ALONE)
+    supervise(model)
     labels = torch.full((2, 24), -100)
     for n in (torch.tensor(0), torch.tensor(50), None):
         loss, gradient = learn(model, labels=labels, num_items_in_batch=n)
@@ -297,36 +304,27 @@ class ScaledTwice(MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model("llama")
         return loss, logits
 
 
-def test_other_models_keep_their_loss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_models_keep_their_loss() -> None:
     model = ScaledTwice(AutoConfig.for_model("llama", **SMALL))
-    before = model.lm_head.forward
-    supervise(model, ALONE)
-    assert capsys.readouterr().out == (
-        "Loss: ScaledTwice keeps its own, with the logits of all tokens at once: what it does between output "
-        "projection and loss is not known.\n"
-    )
-    assert supervised_loss(model) is None
-    assert model.lm_head.forward == before
+    assert supervise(model) == OwnLoss("what it does between output projection and loss is not known")
+    assert type(model.lm_head) is torch.nn.Linear
 
 
-def test_half_precision_keeps_the_loss_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_precision_keeps_the_loss_of_the_model() -> None:
     """Sums in float16 overflow whatever the loss is scaled by; also where weights are float32 under autocast."""
     for model, fp16 in ((make("llama"), True), (make("llama").half(), False)):
-        supervise(model, ALONE, fp16=fp16)
-        assert supervised_loss(model) is None
-        assert "float16 has no room" in capsys.readouterr().out
+        assert supervise(model, fp16=fp16) == OwnLoss("float16 has no room for gradients of unscaled sums")
 
 
 PEAK = """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from ds_sft.ranks.launch import Launch
-from ds_sft.results import peak_resident_kib
 from ds_sft.model.loss import supervise
+from ds_sft.results import peak_resident_kib
 config = AutoConfig.for_model("llama", vocab_size=150_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                               num_attention_heads=4, tie_word_embeddings=True)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-supervise(model, Launch(launcher="python"))
+supervise(model)
 ids = torch.randint(0, 150_000, (1, 4096))
 model(input_ids=ids[:, :8], labels=ids[:, :8]).loss.backward()
 before = peak_resident_kib()
@@ -347,7 +345,7 @@ def test_without_the_kernel_a_gpu_computes_as_a_cpu_does(monkeypatch: pytest.Mon
     monkeypatch.setattr(chunked, "uses_kernel", lambda logits: asked.append(True) or False)
     for kernel in (True, False):
         model = make("llama")
-        supervise(model, ALONE, kernel=kernel)
+        supervise(model, kernel=kernel)
         learn(model)
         assert bool(asked) == kernel
         asked.clear()

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3F
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model.dtype import training_dtype
 from ds_sft.model.load import (
     load_model,
     load_tokenizer,
@@ -23,7 +24,6 @@ from ds_sft.model.load import (
     read_ahead,
     resize_embeddings,
     say_not_loaded,
-    training_dtype,
     uses_padding,
 )
 from ds_sft.ranks.launch import Launch

@@ -11,10 +11,8 @@ from transformers.integrations.neftune import activate_neftune
 
 from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
 from ds_sft.model.neftune import add_noise
-from ds_sft.ranks.launch import Launch
 from tests.test_trainer import SIZES
 
-ALONE = Launch(launcher="python")
 ALPHA, WIDTH = 5.0, SIZES["hidden_size"]
 ROWS = [{"input_ids": list(range(1, length + 1)), "labels": list(range(1, length + 1))} for length in (3, 14, 40)]
 
@@ -26,7 +24,7 @@ def noise_of(batch: dict[str, Any], *, training: bool = True, theirs: bool = Fal
     if theirs:
         activate_neftune(model, ALPHA)
     else:
-        add_noise(model, ALPHA, ALONE)
+        add_noise(model, ALPHA)
     found: list[torch.Tensor] = []
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, output: found.append(output))
@@ -63,10 +61,8 @@ def test_nothing_is_added_where_nothing_is_learned() -> None:
     assert not noise_of({"input_ids": batch["input_ids"]}).any()  # who computes without a layout
 
 
-def test_it_is_said_once_or_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_part_says_how_much_or_is_not_there() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    add_noise(model, None, ALONE)
+    assert add_noise(model, None) is None
     assert not model.get_input_embeddings()._forward_hooks
-    add_noise(model, ALPHA, ALONE)
-    said = "NEFTune: noise of at most 5 / sqrt(tokens of a row x width) on input embeddings, in training.\n"
-    assert capsys.readouterr().out.endswith(said)
+    assert str(add_noise(model, ALPHA)) == "at most 5 / sqrt(tokens of a row x width), in training (NEFTune)"

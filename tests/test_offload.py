@@ -253,7 +253,7 @@ def test_a_training_learns_the_same(reentrant: bool, tmp_path: Path) -> None:
                                activation_checkpointing_kwargs={"use_reentrant": reentrant}, eval_steps=2)  # fmt: skip
         copies = LateCopies()
         if away:
-            trainer.model.offload = InputOffload(copies, BUFFER)
+            trainer.parts.offload = InputOffload(copies, BUFFER)
         trainer.train()
         assert (copies.begun > 0) is away
         learned.append([parameter.detach() for parameter in trainer.model.parameters()])
@@ -269,25 +269,22 @@ def on(device: str, **changes: Any) -> Any:
     return SimpleNamespace(device=torch.device(device), bf16=True, fp16=False, deepspeed=None, **changes)
 
 
-def test_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "StreamCopies", lambda device: LateCopies())
     model: Any = make_model()
-    offload_inputs(model, asked(), on("cpu"), ALONE, largest=2**20)
-    assert capsys.readouterr().out == (
-        "activation_checkpointing: offload: activations are in host memory already: the same as yes here.\n"
-    )
-    assert offload.offload_of(model) is None
-    offload_inputs(model, asked(activation_checkpointing=True), on("cuda"), ALONE, largest=2**20)
-    assert (capsys.readouterr().out, offload.offload_of(model)) == ("", None)
+    found = offload_inputs(model, asked(), on("cpu"), ALONE, largest=2**20)
+    assert str(found) == "none (activations are in host memory already: the same as yes here)"
+    assert offload_inputs(model, asked(activation_checkpointing=True), on("cuda"), ALONE, largest=2**20) is None
     monkeypatch.setattr(offload, "free_memory_here", lambda: 2**30)
-    offload_inputs(model, asked(), on("cuda"), ALONE, largest=2**20 + 1)  # of 32 numbers in bfloat16
-    assert capsys.readouterr().out == (
-        "Activations: the inputs of 3 layers, up to 64.0 MiB each, wait in pinned host memory: 288.0 MiB a rank at "
-        "most; the last layer's stays.\n"
+    found = offload_inputs(model, asked(), on("cuda"), ALONE, largest=2**20 + 1)  # of 32 numbers in bfloat16
+    assert isinstance(found, InputOffload)
+    assert str(found) == (
+        "the inputs of 3 layers, up to 64.0 MiB each, wait in pinned host memory: 288.0 MiB a rank at most; the last "
+        "layer's stays"
     )
-    assert model.offload.buffer_bytes == 32 * 2**20
-    offload_inputs(model, asked(), on("cuda"), ALONE, largest=100)  # small ones have small buffers
-    assert "3 layers, up to 6.2 KiB each, wait in pinned host memory: 24.0 KiB a rank" in capsys.readouterr().out
+    assert found.buffer_bytes == 32 * 2**20
+    found = offload_inputs(model, asked(), on("cuda"), ALONE, largest=100)  # small ones have small buffers
+    assert "3 layers, up to 6.2 KiB each, wait in pinned host memory: 24.0 KiB a rank" in str(found)
 
 
 def test_a_model_that_checkpoints_by_itself_is_refused() -> None:

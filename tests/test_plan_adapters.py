@@ -390,7 +390,7 @@ def test_preview_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixt
     say_trained(asked, None, ALONE)
     said = capsys.readouterr().out
     adapters = 2 * ((32 + 96) + (32 + 32) + (32 + 64) + (64 + 32))
-    assert f"Trained: {adapters:,} of " in said
+    assert f"Trained  {adapters:,} of " in said
     assert f"A checkpoint takes about {12 * adapters / 1024:.1f} KiB without DeepSpeed, the final weights " in said
     engine = {"zero_optimization": {"stage": 2}}
     say_trained(replace(asked, training={**asked.training, "bf16": True, "deepspeed": engine}), None, ALONE)

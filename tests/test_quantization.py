@@ -25,7 +25,16 @@ from ds_sft.model import quantized
 from ds_sft.model.adapter_files import load_on_disk, save_adapter
 from ds_sft.model.adapters import choose_weights, count_parameters, trained_parts
 from ds_sft.model.load import load_model, load_tokenizer
-from ds_sft.model.quantized import as_trained, elements, nf4_config, quantised_layers, round_base, settle, skeleton
+from ds_sft.model.quantized import (
+    as_trained,
+    elements,
+    nf4_config,
+    quantised_layers,
+    quantization_of,
+    round_base,
+    settle,
+    skeleton,
+)
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.flops import count_flops
 from tests.conftest import make_model
@@ -229,12 +238,11 @@ def test_it_is_counted_as_what_it_stands_for(model_dir: Path) -> None:
     assert elements(small.model.layers[0].mlp.up_proj.base_layer.weight) == 64 * 128
 
 
-def test_what_it_takes_is_said(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_adapter(in_4_bits(model_dir), model_dir, "bf16")
-    said = capsys.readouterr().out.splitlines()[0]
-    assert said == (
-        "Quantization: nf4 (bitsandbytes 0.50.2): 73,728 of 99,712 parameters in 4.5 bits; 0.1 MiB instead of 0.2."
+def test_what_it_takes_is_said(model_dir: Path) -> None:
+    assert str(quantization_of(in_4_bits(model_dir))) == (
+        "nf4 (bitsandbytes 0.50.2): 73,728 of 99,712 parameters in 4.5 bits; 0.1 MiB instead of 0.2"
     )
+    assert quantization_of(rounded(model_dir)) is None
 
 
 # ---- What is saved

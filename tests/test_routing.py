@@ -15,8 +15,9 @@ from ds_sft.checkpoints.manifest import Checkpoint, read_manifest
 from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.errors import UserError
 from ds_sft.model.experts import experts_of
-from ds_sft.model.loss import supervise
-from ds_sft.model.routing import Routing, counted_tokens, prepare_experts, routing_of
+from ds_sft.model.loss import share_auxiliary, supervise
+from ds_sft.model.parts import Parts
+from ds_sft.model.routing import Routing, counted_tokens, prepare_experts
 from ds_sft.ranks.launch import Launch
 from tests.test_loss import SMALL, apart
 from tests.test_trainer import make_trainer
@@ -51,8 +52,9 @@ def batch_of(rows: list[list[int]]) -> dict[str, Any]:
 
 
 def prepared(model: Any, **keys: Any) -> Any:
-    prepare_experts(model, ALONE, device=CPU, **keys)
-    supervise(model, ALONE)
+    experts, routing = prepare_experts(model, device=CPU, **keys)
+    model.ds_sft = Parts(experts=experts, routing=routing, loss=supervise(model))
+    model.ds_sft.auxiliary = share_auxiliary(model, routing)
     model.register_forward_pre_hook(lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "layout"}),
                                     with_kwargs=True)  # fmt: skip
     return model
@@ -64,7 +66,7 @@ def learn(model: Any, micro_batches: list[list[list[int]]], *, announced: bool =
     rows = [row for micro_batch in micro_batches for row in micro_batch]
     count = torch.tensor(sum(len(row) - 1 for row in rows))
     if announced:
-        routing_of(model).begin_step(torch.tensor(sum(map(len, rows))))
+        model.ds_sft.routing.begin_step(torch.tensor(sum(map(len, rows))))
     losses = [model(**batch_of(rows), num_items_in_batch=count, use_cache=False).loss for rows in micro_batches]
     total = torch.stack(losses).sum()
     total.backward()
@@ -93,7 +95,7 @@ def test_a_step_has_one_loss_and_on_average_one_gradient_however_it_is_split() -
     assert [one for one, _ in found] == pytest.approx([loss] * 24, rel=1e-6)
     assert apart(torch.stack([one for _, one in found]).mean(0), gradient) < 1e-5
     assert max(apart(one, gradient) for _, one in found) > 0.1
-    assert routing_of(model).logged()["aux_loss"] == pytest.approx(loss - cross_entropy(model), rel=1e-5)
+    assert model.ds_sft.routing.logged()["aux_loss"] == pytest.approx(loss - cross_entropy(model), rel=1e-5)
 
 
 def cross_entropy(model: Any) -> float:
@@ -128,7 +130,7 @@ def test_a_coefficient_of_nothing(family: str, own: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1, **own))
     with pytest.raises(UserError) as caught:
-        prepare_experts(model, ALONE, device=CPU, aux_loss_coef=0.1)
+        prepare_experts(model, device=CPU, aux_loss_coef=0.1)
     assert str(caught.value) == (
         f"router_aux_loss_coef: {type(model).__name__} adds no load balancing loss to its own; leave it out"
     )
@@ -138,13 +140,12 @@ def test_a_loss_that_would_have_no_gradient() -> None:
     """Reentrant checkpointing runs layers without a graph first, and the loss is made of what routers said there."""
     model = make("qwen3_moe")
     with pytest.raises(UserError) as caught:
-        prepare_experts(model, ALONE, device=CPU, reentrant=True)
+        prepare_experts(model, device=CPU, reentrant=True)
     assert str(caught.value) == (
         "activation_checkpointing_kwargs: use_reentrant: true: routers would learn nothing from the load balancing "
         "loss: leave it out, or write router_aux_loss_coef: 0"
     )
-    prepare_experts(model, ALONE, device=CPU, aux_loss_coef=0, reentrant=True)
-    assert routing_of(model) is not None
+    assert None not in prepare_experts(model, device=CPU, aux_loss_coef=0, reentrant=True)
     _, gradient = learn(prepared(make("qwen3_moe")), [ROWS])
     model = prepared(make("qwen3_moe"))
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -190,16 +191,16 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does() -> None:
     whole, before, after, other = (prepared(make("qwen3_moe")) for _ in range(4))
     learn(whole, [ROWS[:2], ROWS[2:]])
     learn(before, [ROWS[:2], ROWS[2:]])
-    state = json.loads(json.dumps(routing_of(before).state()))
-    routing_of(after).restore(state, is_main=True)
-    routing_of(other).restore(state, is_main=False)
-    assert routing_of(other).state()["counts"] == [[0, 0, 0, 0]] * 2
+    state = json.loads(json.dumps(before.ds_sft.routing.state()))
+    after.ds_sft.routing.restore(state, is_main=True)
+    other.ds_sft.routing.restore(state, is_main=False)
+    assert other.ds_sft.routing.state()["counts"] == [[0, 0, 0, 0]] * 2
     for model in (whole, after):
         learn(model, [ROWS])
-    assert routing_of(whole).state() == routing_of(after).state() != state
-    found = routing_of(after).logged()
+    assert whole.ds_sft.routing.state() == after.ds_sft.routing.state() != state
+    found = after.ds_sft.routing.logged()
     assert list(found) == ["aux_loss", "expert_share_max", "expert_share_min"]
-    assert found == routing_of(whole).logged()
+    assert found == whole.ds_sft.routing.logged()
 
 
 def test_a_checkpoint_between_two_log_entries_has_them(tmp_path: Path) -> None:
@@ -221,7 +222,6 @@ def test_a_checkpoint_between_two_log_entries_has_them(tmp_path: Path) -> None:
     assert len(told) == 2
 
 
-def test_a_dense_model_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dense_model_is_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SMALL))
-    prepare_experts(model, ALONE, device=CPU)
-    assert (routing_of(model), capsys.readouterr().out) == (None, "")
+    assert prepare_experts(model, device=CPU) == (None, None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ds_sft.data.batch import LAYOUT
+from ds_sft.model.parts import Parts
 from ds_sft.ranks import stop as preempt
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped, StopRequests
@@ -32,7 +33,7 @@ def trainer() -> Any:
         "run": SimpleNamespace(stop=StopRequests(Launch(launcher="python"))),
         "args": SimpleNamespace(device=torch.device("cpu")),
         "model": torch.nn.Linear(1, 1),
-        "working_copy": None,
+        "parts": Parts(),
     }
     return made
 

@@ -17,11 +17,9 @@ from ds_sft.model import tiling
 from ds_sft.model.offload import InputOffload
 from ds_sft.model.tiling import TiledMLP, pays, tile_mlps, tiles
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
-from ds_sft.ranks.launch import Launch
 from tests.test_adapters import choose
 from tests.test_offload import BUFFER, LateCopies
 
-ALONE = Launch(launcher="python")
 TILE = 4  # tokens
 TOKENS = 18  # so tiles of 3, 4, 4, 3 and 4
 RECOMPUTED = pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "graph", "reentrant"])
@@ -239,19 +237,19 @@ def test_where_tiles_pay(largest: int, inner: int, changes: dict[str, Any], expe
     assert pays(make_model(tiled=False, intermediate_size=inner), asked(), trained(**changes), largest) is expected
 
 
-def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said() -> None:
     model: Any = make_model(tiled=False, intermediate_size=96)
     for config, largest, tiled, said in (
-        (asked("no"), 10**6, 0, ""),
-        (asked(), 100, 0, ""),
-        (asked(), 20_000, 2, "Tiled MLPs: 2, of at most 4 tokens at a time; micro batches have up to 20,000.\n"),
-        (asked("yes"), 100, 2, "Tiled MLPs: 2, of at most 4 tokens at a time; micro batches have up to 100.\n"),
+        (asked("no"), 10**6, 0, "None"),
+        (asked(), 100, 0, "None"),
+        (asked(), 20_000, 2, "2, of at most 4 tokens at a time (micro batches have up to 20,000)"),
+        (asked("yes"), 100, 2, "2, of at most 4 tokens at a time (micro batches have up to 100)"),
     ):
         for layer in model.model.layers:
             vars(layer.mlp).pop("forward", None)
-        tile_mlps(model, config, trained(), ALONE, largest=largest)
+        tiling = tile_mlps(model, config, trained(), largest=largest)
         found = sum(isinstance(module.forward, TiledMLP) for module in model.modules())
-        assert (found, capsys.readouterr().out) == (tiled, said)
+        assert (found, str(tiling)) == (tiled, said)
 
 
 def test_under_zero_3_an_mlp_is_gathered_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +259,11 @@ def test_under_zero_3_an_mlp_is_gathered_once_a_call(monkeypatch: pytest.MonkeyP
     for enabled in (False, True):
         monkeypatch.setattr(deepspeed_integration, "is_deepspeed_zero3_enabled", lambda enabled=enabled: enabled)
         model = make_model(tiled=False)
-        tile_mlps(model, asked("yes"), trained(), ALONE, largest=100)
+        tile_mlps(model, asked("yes"), trained(), largest=100)
         assert [z3_leaf_module(module) for module in model.modules()].count(True) == (2 if enabled else 0)
 
 
-def test_mlps_that_cannot_be_tiled(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlps_that_cannot_be_tiled() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=9))
     dropping = make_model(tiled=False, intermediate_size=96)
@@ -275,8 +273,7 @@ def test_mlps_that_cannot_be_tiled(capsys: pytest.CaptureFixture[str]) -> None:
         (mixture, "a mixture of experts computes few tokens at a time"),
         (dropping, "LlamaForCausalLM has no gated MLP without dropout"),
     ):
-        tile_mlps(model, asked(), trained(), ALONE, largest=20_000)
-        assert capsys.readouterr().out == f"Tiled MLPs: none ({why}).\n"
+        assert str(tile_mlps(model, asked(), trained(), largest=20_000)) == f"none ({why})"
         with pytest.raises(UserError) as caught:
-            tile_mlps(model, asked("yes"), trained(), ALONE, largest=20_000)
+            tile_mlps(model, asked("yes"), trained(), largest=20_000)
         assert str(caught.value) == f"tiled_mlp: yes: {why}: write auto or no"

@@ -16,8 +16,10 @@ from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.rows import lengths_of
 from ds_sft.model.attention import keep_rows_apart
-from ds_sft.model.loss import supervise, supervised_loss
+from ds_sft.model.loss import supervise
 from ds_sft.model.padding import know_padding
+from ds_sft.model.parts import parts_of
+from ds_sft.model.working_copy import copy_weights
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import StopRequests
 from ds_sft.training.continuity import Continuity
@@ -46,12 +48,13 @@ def make_trainer(
     torch.manual_seed(0)
     ours = ours and model is None
     model = model or LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=dropout)).train()
+    parts = parts_of(model)
     if ours:
         if padded:
-            know_padding(model)
+            parts.padding = know_padding(model)
         else:
-            keep_rows_apart(model, None, ALONE)
-        supervise(model, ALONE)
+            parts.attention = keep_rows_apart(model)
+        parts.loss = supervise(model)
     data = Dataset.from_list(
         [{"input_ids": [n + i for i in range(n % 12 + 3)], "labels": [-100, *range(n + 1, n + n % 12 + 3)]}
          for n in range(rows)])  # fmt: skip
@@ -59,6 +62,8 @@ def make_trainer(
             "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": True, "learning_rate": 1e-3,
             "dataloader_pin_memory": False, "logging_nan_inf_filter": False, **arguments}  # fmt: skip
     args = TrainingArguments(str(folder), **keys)
+    parts.working_copy = copy_weights(model, args)
+    model.ds_sft = parts
     batching = Batching(lengths=lengths_of(data), micro_batch=2, accumulation=2, ranks=1, padded=padded, seed=1)
     collate = (lambda features: collate_padded(features, pad_token_id=0)) if padded else collate_flat
     run = Continuity(stop=StopRequests(ALONE), site=Site(ALONE, shared=True), resumed=resumed,
@@ -165,7 +170,7 @@ def test_a_layout_changes_nothing_but_who_looks(padded: bool, tmp_path: Path) ->
 
 def test_supervised_positions_come_from_the_layout(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    batch, supervised = batch_of(trainer), supervised_loss(trainer.model)
+    batch, supervised = batch_of(trainer), trainer.parts.supervised_loss
     assert supervised is not None
     batch["labels"] = batch["labels"].to("meta")  # whoever reads them fails
     with torch.no_grad():

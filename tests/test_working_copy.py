@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_sft.model import working_copy
-from ds_sft.model.working_copy import LentCopy, WorkingCopy
+from ds_sft.model.working_copy import LentCopy, NoCopy, WorkingCopy, copy_weights
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
@@ -93,7 +94,7 @@ def test_a_layer_that_two_recomputed_parts_use(monkeypatch: pytest.MonkeyPatch) 
     for waiting in (0, 10**6):
         monkeypatch.setattr(working_copy, "_waiting_limit", lambda master, waiting=waiting: waiting)
         torch.manual_seed(0)
-        shared = torch.nn.Linear(8, 8)
+        shared = torch.torch.nn.Linear(8, 8)
         copy = WorkingCopy(shared)
         for number in (1, 2):
             x = torch.ones(2, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -202,3 +203,32 @@ def test_gradients_arrive_while_backward_goes_on() -> None:
             name for name, _ in whole.named_parameters() if name.startswith(("model.layers.1", "model.layers.2"))
         } < {*before}
         assert order[-1] == "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "3 weights in bfloat16 for each step (what is trained stays float32)"),
+        (
+            {"world_size": 2},
+            "weights in bfloat16 for each step, lent at their first use (what is trained stays float32)",
+        ),
+        ({"bf16": False}, "none (computed in float32)"),
+        ({"bf16": False, "fp16": True}, "none (autocast casts weights to float16)"),
+        ({"deepspeed": {}}, "none (DeepSpeed's engine has 16-bit weights)"),
+        ({"torch_compile": True}, "none (autocast casts weights in what is compiled)"),
+    ],
+)
+def test_which_training_has_copies(changes: dict[str, Any], said: str) -> None:
+    given = {"bf16": True, "fp16": False, "deepspeed": None, "torch_compile": False, "world_size": 1, **changes}
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    args: Any = SimpleNamespace(**given)
+    assert str(copy_weights(model, args)) == said
+    assert str(copy_weights(model.bfloat16(), args)).startswith("none")
+
+
+def test_compiled_layers_have_copies_on_one_rank_alone() -> None:
+    args: Any = SimpleNamespace(bf16=True, fp16=False, deepspeed=None, torch_compile=False, world_size=1)
+    assert isinstance(copy_weights(torch.nn.Linear(2, 2), args, compiles_layers=True), WorkingCopy)
+    args.world_size = 2
+    assert isinstance(copy_weights(torch.nn.Linear(2, 2), args, compiles_layers=True), NoCopy)

@@ -11,6 +11,7 @@ from ds_sft.checkpoints.manifest import newest_complete, steps_in
 from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model.adapter_files import adapter_of
 from ds_sft.model.dtype import export_dtype
 from ds_sft.model.quantized import elements
 from ds_sft.plan.disk import adapter_bytes, checkpoint_bytes, trained_checkpoint_bytes
@@ -38,7 +39,7 @@ def predict_size(model: Any, stage: int | None, site: Site, *, kept: StateBytes 
 
 def _twice(model: Any) -> int:
     """Elements of a tied head that is trained beside adapters: their file has it under both its names."""
-    if getattr(model, "adapter_config", None) is None:
+    if adapter_of(model) is None:
         return 0
     once, all_names = (
         sum(elements(p) for _, p in model.named_parameters(remove_duplicate=once) if p.requires_grad)

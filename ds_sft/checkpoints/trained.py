@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.engine.values import full_value
-from ds_sft.model.adapter_files import WEIGHTS, adapter_parts, require_whole, save_adapter
+from ds_sft.model.adapter_files import WEIGHTS, adapter_of, adapter_parts, require_whole, save_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def save_trained(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    if has_adapter(model):
+    if adapter_of(model) is not None:
         save_adapter(model, weights, folder)
         return
     for name, parameter in _trained(model).items():
@@ -53,7 +53,7 @@ def load_trained(model: Any, folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    parts, file = (adapter_parts(model), WEIGHTS) if has_adapter(model) else (_trained(model), TRAINED)
+    parts, file = (adapter_parts(model), WEIGHTS) if adapter_of(model) else (_trained(model), TRAINED)
     with torch.no_grad(), safe_open(folder / file, "pt") as values:
         if missing := parts.keys() - set(values.keys()):
             raise KeyError(f"{folder / file} lacks {', '.join(sorted(missing)[:3])}")
@@ -75,10 +75,6 @@ def load_converted(model: Any, folder: Path) -> None:
     """
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
-
-
-def has_adapter(model: Any) -> bool:
-    return getattr(model, "adapter_config", None) is not None
 
 
 def expect_trained_only(model: Any) -> None:

@@ -106,7 +106,7 @@ def _look_at_groups(config: Config) -> Facts:
     """
     folder = model_folder(config.model_name_or_path)
     if folder is not None and (folder / "config.json").is_file():
-        from ds_sft.model.shareable import require_shareable
+        from ds_sft.model.sequence_support import require_shareable
 
         require_shareable(config)
     return {}

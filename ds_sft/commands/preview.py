@@ -85,6 +85,7 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     from ds_sft.engine.zero import configured_engine, stage
     from ds_sft.model.adapters import choose_weights
     from ds_sft.model.load import make_room
+    from ds_sft.model.parts import Parts
     from ds_sft.model.quantized import skeleton
     from ds_sft.plan.optimizer import state_bytes
     from ds_sft.plan.size import in_units
@@ -92,8 +93,8 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     engine, site = configured_engine(config), Site(launch, shared=True)
     model = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     make_room(model, tokenizer, config)
-    # What is in 4 bits has no weights here to be told of.
-    choose_weights(model, replace(config, quantization="none"), _arguments(config, engine), launch)
+    adapter, trained = choose_weights(model, config, _arguments(config, engine), launch)
+    launch.say(str(Parts(adapter=adapter, trained=trained)))
     wanted = config if config.merge == "no" else replace(config, merge="yes")
     sizes = predict_size(model, stage(engine), site, kept=state_bytes(wanted)), export_size(model, wanted, site)
     under = "without DeepSpeed" if engine is None else f"under ZeRO-{stage(engine)}"

@@ -23,6 +23,7 @@ from ds_sft.plan.source import looks_like_path
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
 
 FOLDER = "adapter"  # of a run's output folder
 ADAPTER = "default"  # peft's name of the one adapter in a model
@@ -34,6 +35,12 @@ MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
 # the same adapter had other bytes.)
 FACTS = "trained_on.json"
 BASE, QUANTIZATION, COMPUTED_IN, ROPE_SCALING = "base", "quantization", "computed_in", "rope_scaling"
+
+
+def adapter_of(model: Any) -> LoraConfig | None:
+    """What peft was asked for, of the adapter in a model; None where it has none."""
+    asked: LoraConfig | None = getattr(model, "peft_config", {}).get(ADAPTER)  # by which peft itself knows it
+    return asked
 
 
 # ---- Writing
@@ -80,7 +87,7 @@ def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path) 
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_tensors(model, weights), folder / WEIGHTS, metadata={"format": "pt"})
-    written = copy.copy(model.adapter_config)
+    written: Any = copy.copy(adapter_of(model))
     written.inference_mode = True  # as peft's own: whoever loads it to train on says so
     written.base_model_name_or_path = from_anywhere(written.base_model_name_or_path)
     written.save_pretrained(folder)

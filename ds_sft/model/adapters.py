@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import nn
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
 from ds_sft.model.adapter_files import ADAPTER
-from ds_sft.model.load import computing_dtype, training_dtype
-from ds_sft.model.quantized import describe, elements
+from ds_sft.model.dtype import computing_dtype, training_dtype
+from ds_sft.model.quantized import elements
 from ds_sft.model.targets import (
     EXPERTS,
     count_by_end,
@@ -43,29 +44,66 @@ RATE_OF_ADAPTERS = 10
 HIGH_RATE = 5 * TRAINING_DEFAULTS["learning_rate"]  # from here on a rate looks like one of adapters
 
 
-def choose_weights(model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch) -> None:
-    """Put adapters into the model, or freeze what `train_only` does not name; says what is trained.
+@dataclass(frozen=True)
+class Adapter:
+    """What was put beside the frozen weights of a model."""
+
+    kind: str  # lora, dora
+    rank: int
+    scale: float  # of the product of its two matrices
+    reached: str  # layers that have one, in words
+    whole: tuple[str, ...]  # modules that are trained whole
+    experts_without: tuple[str, ...]
+
+    def __str__(self) -> str:
+        whole = f"; trained whole: {', '.join(self.whole)}" if self.whole else ""
+        without = ", ".join(self.experts_without)
+        without = f"; none on the experts ({without}), which lora_targets can name: {EXPERTS}" if without else ""
+        return f"{self.kind}, rank {self.rank}, its product times {self.scale:g}, on {self.reached}{whole}{without}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How many of a model's parameters are trained; those of a quantised weight count as if it were not."""
+
+    parameters: int
+    whole: int  # all of them
+    named: str = ""  # what `train_only` names, in words
+
+    def __str__(self) -> str:
+        if self.parameters == self.whole:
+            return f"all {self.whole:,} parameters"
+        named = f": {self.named}" if self.named else ""
+        share = f"{self.parameters:,} of {self.whole:,} parameters ({self.parameters / self.whole:.2%})"
+        return f"{share}{named}; the others are frozen"
+
+
+def choose_weights(
+    model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch
+) -> tuple[Adapter | None, Trained]:
+    """Put adapters into the model, or freeze what `train_only` does not name; what is trained then.
+
+    `launch` says where the learning rate is unusual for that.
 
     Raises:
         UserError: a key names nothing in this model.
     """
-    if config.quantization != "none":
-        launch.say(describe(model))
     if config.adapter == "none":
         _question_rate(config, launch)
     if config.optimizer_dtype == "bfloat16":
         _settle_dtypes(model, config, args)  # some models keep a few weights in float32, whatever they are loaded in
     if not config.freezes:
-        return
+        return None, Trained(*count_parameters(model))
+    adapter, named = None, ""
     if config.adapter != "none":
         _inject(model, config, args)
-        _describe_adapter(model, config, launch)
+        adapter = _adapter_in(model, config)
+        _expect_high_rate(config, launch)
     else:
-        launch.say(_freeze(model, config))
+        named = _freeze(model, config)
     _settle_dtypes(model, config, args)
     _leave_inputs_alone(model, args)
-    trained, whole = count_parameters(model)
-    launch.say(f"Trained: {trained:,} of {whole:,} parameters ({trained / whole:.2%}); the others are frozen.")
+    return adapter, Trained(*count_parameters(model), named)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -171,7 +209,6 @@ def _inject(model: PreTrainedModel, config: Config, args: TrainingArguments) -> 
     for names in ("target_modules", "target_parameters", "modules_to_save"):  # sets have another order everywhere
         setattr(asked, names, sorted(getattr(asked, names) or []) or None)
     asked.target_modules = asked.target_modules or []  # None would be peft's own choice for the kind of model
-    model.adapter_config = asked
     if config.quantization != "none":
         model._hf_peft_config_loaded = True  # what Trainer asks of a quantised model: something in it can be trained
 
@@ -209,7 +246,7 @@ def _mend_tied(model: PreTrainedModel, asked: LoraConfig) -> None:
     head.modules_to_save[ADAPTER].out_features = embedding.num_embeddings
 
 
-def _describe_adapter(model: nn.Module, config: Config, launch: Launch) -> None:
+def _adapter_in(model: nn.Module, config: Config) -> Adapter:
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     on_experts = [module.parameter_name for module in adapted.values() if hasattr(module, "parameter_name")]
     reached = count_by_end(name for name, module in adapted.items() if not hasattr(module, "parameter_name"))
@@ -218,12 +255,12 @@ def _describe_adapter(model: nn.Module, config: Config, launch: Launch) -> None:
     )
     whole = [name for name, module in model.named_modules() if ADAPTER in getattr(module, "modules_to_save", ())]
     scale = config.lora_alpha / (config.lora_rank**0.5 if config.use_rslora else config.lora_rank)
-    launch.say(
-        f"Adapter: {config.adapter}, rank {config.lora_rank}, its product times {scale:g}, on {reached}"
-        + (f"; trained whole: {', '.join(whole)}." if whole else ".")
-    )
-    if frozen := sorted({last(name) for name in expert_tensors(model)} - set(on_experts)):
-        launch.say(f"Adapter: none on the experts ({', '.join(frozen)}); lora_targets can name them: {EXPERTS}.")
+    frozen = sorted({last(name) for name in expert_tensors(model)} - set(on_experts))
+    return Adapter(config.adapter, config.lora_rank, scale, reached, tuple(whole), tuple(frozen))
+
+
+def _expect_high_rate(config: Config, launch: Launch) -> None:
+    """Say it where an adapter is trained at the default rate, which is that of a model's own weights."""
     if config.training["learning_rate"] == TRAINING_DEFAULTS["learning_rate"]:
         launch.say(
             f"learning_rate {config.training['learning_rate']:g} is the default of full fine-tuning: adapters learn as "
@@ -246,7 +283,7 @@ def _question_rate(config: Config, launch: Launch) -> None:
 
 
 def _freeze(model: PreTrainedModel, config: Config) -> str:
-    """Train only the weights whose names contain one of the patterns, in which * stands for anything; what matched."""
+    """Train only the weights whose names contain one of the patterns, in which * stands for anything; in words."""
     weights = dict(model.named_parameters(remove_duplicate=False))  # a tied one has two names
     found = {pattern: [name for name in weights if _contains(name, pattern)] for pattern in config.train_only or []}
     for pattern in (pattern for pattern, names in found.items() if not names):
@@ -262,9 +299,9 @@ def _freeze(model: PreTrainedModel, config: Config) -> str:
         raise UserError(
             "resize_embeddings: new rows of a frozen embedding would never be learned: name it in train_only"
         )
-    said = "train_only: " + ", ".join(f"{pattern} ({_how_many(names)})" for pattern, names in found.items())
+    said = ", ".join(f"{pattern} ({_how_many(names)})" for pattern, names in found.items())
     both = _is_tied(model) and model.get_input_embeddings().weight.requires_grad
-    return said + ("; the embedding is the output projection, too." if both else ".")
+    return said + (", the embedding being the output projection, too" if both else "")
 
 
 def _how_many(names: Sequence[str]) -> str:

@@ -9,7 +9,10 @@ without its borders, or a model that never asks this function, is an error.
 Where ranks share rows (model/sequence.py) they exchange their tokens' heads for whole rows of some heads first.
 
 On a GPU in 16 bits all rows go through one kernel a layer, torch's `varlen_attn`; elsewhere, and where that kernel
-cannot do what a model wants, each row goes by itself. `attention_of(model)` says which, and why.
+cannot do what a model wants, each row goes by itself. What `keep_rows_apart` returns says which, and why.
+
+transformers finds an attention function by a name, of which a process has one table: ours is in it once, for all models
+(`NAME`), and knows by the layer that calls it which model it computes.
 """
 
 from __future__ import annotations
@@ -31,10 +34,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.model.precision import HALF, autocast_dtype
+from ds_sft.model.autocast import HALF, autocast_dtype
 from ds_sft.model.sequence import SequenceGroup, own_part, some_heads
 from ds_sft.plan.attention import SHORT_ROW
-from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,9 +70,9 @@ class Attention:
     lone_rows_by_cudnn: bool = False
     group: SequenceGroup | None = None  # of ranks that share rows
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         shared = f", each rank some heads of rows that {self.group.size} ranks share" if self.group else ""
-        return f"Attention: {self.name} ({self.why}){shared}."
+        return f"{self.name} ({self.why}){shared}"
 
 
 class RowBorders:
@@ -95,10 +97,36 @@ class RowBorders:
         self.attended = False  # by a layer
 
 
-class _Batch:
-    """The batch that is in a model's forward at the moment."""
+class RowsUnderWay:
+    """The rows that are in the forward of one model at the moment; its layers have this object, too."""
 
-    row_borders: RowBorders | None = None  # None: padded, attention gets a mask
+    def __init__(self, attention: Attention) -> None:
+        self.attention = attention
+        self.borders: RowBorders | None = None  # None: padded, attention gets a mask; or no forward is under way
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Let a model that uses `rows_attention` pass the borders of its rows to every layer, and see that it does."""
+        for module in model.modules():
+            if hasattr(module, "config"):  # by which a layer finds the attention function
+                module.rows_under_way = self
+        model.register_forward_pre_hook(self.pass_borders, with_kwargs=True)
+        model.base_model.register_forward_pre_hook(_mask_nothing, with_kwargs=True)
+        model.register_forward_hook(self.check_use, always_call=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pass_borders(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.borders = None
+        if not _without_padding(kwargs):
+            return args, kwargs
+        layout: Layout | None = kwargs.get(LAYOUT)
+        shared = layout is not None and layout.share is not None
+        self.borders = RowBorders(*_borders(kwargs), self.attention, shared=shared)
+        return args, {**kwargs, "row_borders": self.borders}
+
+    def check_use(self, model: nn.Module, args: Any, output: Any) -> None:
+        expected, self.borders = self.borders, None
+        if expected is not None and output is not None and not expected.attended:
+            raise RuntimeError(f"{type(model).__name__} does not use {NAME}: rows would see each other")
 
 
 def rows_attention(
@@ -165,7 +193,8 @@ def _whole_rows(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _masked(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    if _Batch.row_borders is not None:
+    under_way: RowsUnderWay | None = getattr(module, "rows_under_way", None)
+    if under_way is not None and under_way.borders is not None:
         raise RuntimeError(f"{type(module).__name__} does not pass row_borders on: rows would see each other")
     attended: tuple[torch.Tensor, None] = sdpa_attention_forward(module, *args, **kwargs)
     return attended
@@ -298,38 +327,28 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def keep_rows_apart(
     model: PreTrainedModel,
-    asked: str | None,
-    launch: Launch,
+    asked: str | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     group: SequenceGroup | None = None,
-) -> None:
-    """Let a model that is given rows end to end attend to each by itself, and say how.
+) -> Attention:
+    """Let a model that is given rows end to end attend to each by itself; returns how, and why so.
 
     Args:
         model: one that `why_rows_mix` has nothing against: with transformers' own attention it is exact, and slow.
         asked: `attn_implementation` of the run, which is respected.
-        launch: says which attention is used, and why.
         device: on which the model is trained.
         dtype: in which it computes.
         group: the ranks that share its rows, of a model that `require_shareable` has nothing against.
     """
     found = replace(_choose(model, asked, torch.device(device), dtype), group=group)
-    model.row_attention = found
-    launch.say(found.describe())
     used = model.config._attn_implementation or ""
     if used == NAME:
-        model.register_forward_pre_hook(_pass_row_borders, with_kwargs=True)
-        model.base_model.register_forward_pre_hook(_mask_nothing, with_kwargs=True)
-        model.register_forward_hook(_check_borders_were_used, always_call=True)
+        RowsUnderWay(found).watch(model)
     elif "flash" in used:
         model.register_forward_pre_hook(_pass_flash_borders, with_kwargs=True)
-
-
-def attention_of(model: Any) -> Attention | None:
-    """How a model attends to rows laid end to end; None where it is not given any."""
-    return getattr(model, "row_attention", None)
+    return found
 
 
 def _choose(model: PreTrainedModel, asked: str | None, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -417,18 +436,6 @@ def lengths_of_rows(position_ids: torch.Tensor) -> list[int]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _pass_row_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    _Batch.row_borders = None
-    if not _without_padding(kwargs):
-        return args, kwargs
-    layout: Layout | None = kwargs.get(LAYOUT)
-    shared = layout is not None and layout.share is not None
-    how = attention_of(model) or Attention("row by row", "")
-    _Batch.row_borders = RowBorders(*_borders(kwargs), how, shared=shared)
-    return args, {**kwargs, "row_borders": _Batch.row_borders}
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _mask_nothing(base: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A mask with nothing in it is a mask that transformers does not make: it would read the position ids."""
     rows: RowBorders | None = kwargs.get("row_borders")
@@ -467,9 +474,3 @@ def _without_padding(kwargs: dict[str, Any]) -> bool:
         and kwargs.get("attention_mask") is None
         and kwargs.get("past_key_values") is None
     )
-
-
-def _check_borders_were_used(model: nn.Module, args: Any, output: Any) -> None:
-    expected, _Batch.row_borders = _Batch.row_borders, None
-    if expected is not None and output is not None and not expected.attended:
-        raise RuntimeError(f"{type(model).__name__} does not use {NAME}: rows would see each other")

@@ -3,8 +3,8 @@
 transformers' loop over experts crawls in training: what it takes out of a tensor of all experts has, in backward, a
 gradient of all experts, for each expert anew. On a GPU transformers' own `grouped_mm` is one kernel for all of them;
 on a CPU each expert that has tokens costs one product a matrix, and their gradients are written where they belong
-(benchmarks/experts.py has the speeds). A model looks its function up under a name, so no class and no other model
-changes.
+(benchmarks/experts.py has the speeds). A model looks its function up under a name, in transformers' one table of the
+process, where ours is (`NAME`): no class and no other model changes.
 
 Under ZeRO-3 all experts of a layer are gathered as the one tensor that they are in transformers. Where a model's own
 code has a module for each, ranks whose tokens choose others would wait for each other for ever: DeepSpeed then gathers
@@ -14,14 +14,14 @@ experts to each other: there all experts have a gradient on every rank (`keep_ex
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ds_sft.model.precision import HALF, autocast_dtype, without_autocast
-from ds_sft.ranks.launch import Launch
+from ds_sft.model.autocast import HALF, autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,38 +38,67 @@ def experts_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "has_gate") and hasattr(module, "is_transposed")]
 
 
-def group_experts(model: PreTrainedModel, launch: Launch, *, on_gpu: bool) -> None:
-    """Let a model's experts be computed by grouped products, and say how; nothing for a dense model."""
+@dataclass(frozen=True)
+class GroupedExperts:
+    """How many experts a model has, and what multiplies the tokens of each together."""
+
+    each_layer: int
+    layers: int
+    implementation: str
+    fixed_bias: bool  # whether it has `BIAS`
+
+    def __str__(self) -> str:
+        how = f"{self.implementation} (transformers')"
+        how = "one product an expert (ds_sft's)" if self.implementation == NAME else how
+        kept = f"; {BIAS}, which balances them, stays as it is" if self.fixed_bias else ""
+        return f"{self.each_layer} a layer, in {self.layers} of them, by {how}{kept}"
+
+
+@dataclass(frozen=True)
+class ListedExperts:
+    """Modules with a list of experts, and how ranks whose tokens choose others train them together."""
+
+    names: str  # of the modules' classes
+    gathered: bool  # under ZeRO-3
+
+    def __str__(self) -> str:
+        if self.gathered:
+            return f"{self.names} is gathered whole (under ZeRO-3 ranks whose tokens choose other experts would wait)"
+        return f"those of {self.names} without tokens have gradients of zeros (ranks may choose others)"
+
+
+def group_experts(model: PreTrainedModel, *, on_gpu: bool) -> GroupedExperts | None:
+    """Let a model's experts be computed by grouped products; nothing for a dense model."""
     layers = experts_of(model)
     if not layers:
-        return
+        return None
     if not on_gpu:
         model.set_experts_implementation(NAME)
     first: Any = layers[0]
     implementations = model.get_experts_implementation()  # of the model, and of a part of it that has its own
     name = implementations.get("text_config", implementations[""])
-    how = "one product an expert (ds_sft's)" if name == NAME else f"{name} (transformers')"
     biased = any(name.endswith(f".{BIAS}") for name, _ in model.named_buffers())
-    kept = f"; {BIAS}, which balances them, stays as it is" if biased else ""
-    launch.say(f"Experts: {first.num_experts} a layer, in {len(layers)} of them, by {how}{kept}.")
+    return GroupedExperts(first.num_experts, len(layers), name, biased)
 
 
-def keep_experts_together(model: nn.Module, launch: Launch, *, zero3: bool) -> None:
-    """Let ranks whose tokens choose other experts train together where a module has a list of experts; say how."""
+def keep_experts_together(model: nn.Module, *, ranks: int) -> ListedExperts | None:
+    """Let ranks whose tokens choose other experts train together where a module has a list of experts."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    zero3 = is_deepspeed_zero3_enabled()
     found = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.ModuleList)]
-    if not found or (launch.world_size == 1 and not zero3):
-        return
+    if not found or (ranks == 1 and not zero3):
+        return None
     names = ", ".join(sorted({type(module).__name__ for module in found}))
     if zero3:
         from deepspeed.utils import set_z3_leaf_module
 
         for module in found:
             set_z3_leaf_module(module, True)
-        launch.say(f"ZeRO-3: {names} is gathered whole: ranks whose tokens choose other experts would wait.")
-        return
+        return ListedExperts(names, gathered=True)
     for module in found:
         module.register_forward_pre_hook(_let_all_take_part, with_kwargs=True)
-    launch.say(f"Experts: those of {names} without tokens have gradients of zeros: ranks may choose others.")
+    return ListedExperts(names, gathered=False)
 
 
 def _let_all_take_part(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

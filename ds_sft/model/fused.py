@@ -24,7 +24,6 @@ from torch import nn
 
 from ds_sft.errors import UserError
 from ds_sft.plan.layouts import chosen_kernels, has_liger
-from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ class Kernels:
 
 @dataclass
 class Fused:
-    """What was fused in a model, and what computes it."""
+    """What was fused in a model, and what computes it, or why nothing was."""
 
     by: str
     norms: int = 0
@@ -75,39 +74,41 @@ class Fused:
     rotations: int = 0
     layers: int = 0  # compiled ones
 
-    def describe(self) -> str:
+    def __bool__(self) -> bool:
+        return self.layers + self.norms + self.gates + self.rotations > 0
+
+    def __str__(self) -> str:
         if self.layers:
-            return f"Fused kernels: {self.layers} layers, each compiled at its first use ({self.by})."
-        return f"Fused kernels: {self.norms} norms, {self.gates} gates, {self.rotations} rotations ({self.by})."
+            return f"{self.layers} layers, each compiled at its first use ({self.by})"
+        found = f"{self.norms} norms, {self.gates} gates, {self.rotations} rotations" if self else "none"
+        return f"{found} ({self.by})"
 
 
-def fuse(model: PreTrainedModel, wanted: str, launch: Launch, *, on_gpu: bool, compiled: bool = False) -> None:
-    """Give a model the kernels that `fused_kernels` names, which `require_kernels` allowed; `model.fused` has them.
+def fuse(model: PreTrainedModel, wanted: str, *, on_gpu: bool, compiled: bool = False) -> Fused:
+    """Give a model the kernels that `fused_kernels` names, which `require_kernels` allowed.
 
     Args:
         model: before DeepSpeed or DistributedDataParallel wrap it.
         wanted: auto (Liger's on a GPU, where it is installed), liger, compile or none.
-        launch: says what is used, or what would make a GPU faster.
         on_gpu: where the model computes.
         compiled: `torch_compile` compiles the whole model.
     """
     chosen = chosen_kernels(wanted, on_gpu=on_gpu, compiled=compiled)
     if chosen == "compile":
-        model.fused = compile_layers(model)
-    elif chosen == "liger":
-        model.fused = use_kernels(model, liger(), f"Liger {importlib.metadata.version('liger-kernel')}")
-    else:
-        if wanted == "auto" and on_gpu and not compiled:
-            launch.say("Fused kernels: none; pip install liger-kernel brings Liger's, with which an H200 was 1.6 "
-                       "times as fast.")  # fmt: skip
-        return
-    launch.say(model.fused.describe())
+        return compile_layers(model)
+    if chosen == "liger":
+        return use_kernels(model, liger(), f"Liger {importlib.metadata.version('liger-kernel')}")
+    return Fused(_why_none(wanted, on_gpu=on_gpu, compiled=compiled))
 
 
-def compiles_layers(model: Any) -> bool:
-    """Whether `fuse` has compiled a model's layers."""
-    found: Fused | None = getattr(model, "fused", None)
-    return found is not None and found.layers > 0
+def _why_none(wanted: str, *, on_gpu: bool, compiled: bool) -> str:
+    if wanted == "none":
+        return "as fused_kernels says"
+    if compiled:
+        return "torch_compile compiles the whole model"
+    if not on_gpu:
+        return "they are for GPUs"
+    return "pip install liger-kernel brings Liger's, with which an H200 was 1.6 times as fast"
 
 
 def require_kernels(wanted: str, *, on_gpu: bool, compiled: bool) -> None:

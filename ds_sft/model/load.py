@@ -16,16 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model.dtype import computing_dtype, loading_dtype
 from ds_sft.model.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
 from ds_sft.model.rotary import read_config, scaled_options
 from ds_sft.plan.shape import positions_of, resized_vocab
 from ds_sft.plan.size import model_folder, tensor_shapes
 from ds_sft.plan.source import require_model
 from ds_sft.ranks.launch import Launch
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     import torch
@@ -98,43 +95,6 @@ def read_ahead(config: Config, launch: Launch) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         with suppress(OSError), file.open("rb") as weights:
             os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def training_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
-    """The dtype of the weights in the model.
-
-    DeepSpeed keeps float32 masters beside 16-bit weights. Without it the weights themselves are the masters and stay
-    float32 (model/working_copy.py): at a learning rate of 1e-5 bfloat16 weights lose 85 % of their updates to
-    rounding to nearest. Under `optimizer_dtype: bfloat16` nothing is float32 (training/optimizer.py).
-    """
-    import torch
-
-    bare = args.deepspeed is None and config.optimizer_dtype == "float32"
-    return torch.float32 if bare else computing_dtype(args)
-
-
-def computing_dtype(args: TrainingArguments) -> torch.dtype:
-    """The dtype of forward and backward."""
-    import torch
-
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def loading_dtype(config: Config, args: TrainingArguments) -> torch.dtype:
-    """The dtype the model is loaded in: beside an adapter that of forward and backward, as what is never changed needs
-    no masters. Modules trained whole have some, which begin as they were published, not rounded: `choose_weights`
-    rounds the others of a float32 model. (4 bits are made of what was rounded, see `model/quantized.py`.)
-    """
-    import torch
-    from transformers import AutoConfig
-
-    if config.adapter == "none":
-        return training_dtype(config, args)
-    if config.lora_modules_to_save and config.quantization == "none":
-        published = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-        if published.dtype == torch.float32:
-            return training_dtype(config, args)
-    return computing_dtype(args)
 
 
 def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Cross-entropy over supervised tokens only, in chunks: the logits of a batch never exist all at once.
 
-`supervise(model)` takes the place of the output projection and of the loss inside a model, so that
-`model(**batch, labels=labels, num_items_in_batch=n).loss` stays the call it was, for Trainer as for anyone. Hidden
+`supervise(model)` makes the output projection inside a model a `LossInPlaceOfLogits` and replaces the model's loss, so
+that `model(**batch, labels=labels, num_items_in_batch=n).loss` stays the call it was, for Trainer as for anyone. Hidden
 states are selected where the label of the next token counts; a chunk of them is projected, and gradients of hidden
 states and projection are formed from its logits at once, in forward: three matrix products as in the model's own loss,
 nothing computed again. The projection's module is called once a batch on every rank, however many tokens it
@@ -27,10 +27,9 @@ from torch import nn
 from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import UserError
-from ds_sft.model.precision import autocast_dtype, without_autocast
-from ds_sft.model.routing import routing_of
+from ds_sft.model.autocast import autocast_dtype, without_autocast
+from ds_sft.model.routing import Routing
 from ds_sft.plan.activations import CHUNK_BYTES
-from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -61,19 +60,44 @@ class LogitTerms:
     smoothing: float = 0.0  # to learn, this share of a target is spread over the whole vocabulary
 
 
+class LossInPlaceOfLogits(nn.Linear):
+    """An output projection that returns one number while labels are there: the sum of their cross-entropy; else logits.
+
+    It is the projection that the model was loaded with, of another class: the same object, parameters and hooks, under
+    the same name, so DeepSpeed, DistributedDataParallel, peft and checkpoints see an ordinary `nn.Linear`.
+    """
+
+    supervised: SupervisedLoss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [batch, seq, hidden]; returns a float32 [], or logits [batch, seq, vocab]."""
+        return super().forward(hidden) if self.supervised.labels is None else self.supervised.cross_entropy(hidden)
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """The loss that a model had, with the logits of all tokens at once."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"the model's own, with the logits of all tokens at once: {self.why}"
+
+
 class SupervisedLoss:
-    """A model's output projection and loss, for as long as labels come with a batch; else the projection alone."""
+    """A model's loss over supervised tokens, for as long as labels come with a batch."""
 
     def __init__(self, model: PreTrainedModel, terms: LogitTerms) -> None:
-        self.head = output_projection(model)
+        self.head: LossInPlaceOfLogits = output_projection(model)
         self.terms = terms
         self.labels: torch.Tensor | None = None  # of the batch under way, [batch, seq]
         self.layout: Layout | None = None  # of the same, where it came with one
         self.total: torch.Tensor | None = None  # of the last batch: sum of the cross-entropy, float32
         self.count: torch.Tensor | None = None  # supervised tokens in it
-        self._project = self.head.forward
         self._hook: RemovableHandle | None = None
-        self.head.forward = torch.compiler.disable(self._sum_or_logits)  # type: ignore[no-untyped-call]
+        self.head.__class__ = LossInPlaceOfLogits
+        self.head.supervised = self
         model.loss_function = self._mean
         model.register_forward_pre_hook(self._take_labels, with_kwargs=True)
 
@@ -87,11 +111,13 @@ class SupervisedLoss:
             # the backward of what the module returns, and `total` must be that.
             self._hook = self.head.register_forward_hook(self._keep_total)
 
-    def _sum_or_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """In place of the projection's forward; hidden: [batch, seq, hidden]."""
-        if self.labels is None:
-            logits: torch.Tensor = self._project(hidden)
-            return logits
+    def __str__(self) -> str:
+        kernel = ", by one kernel each" if self.terms.kernel and self.head.weight.is_cuda else ""
+        return f"of supervised tokens alone, a chunk of their logits at a time{kernel}"
+
+    def cross_entropy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Its sum over the batch's supervised tokens, float32, []; hidden: [batch, seq, hidden]."""
+        assert self.labels is not None
         if self.layout is not None:
             positions, targets = self.layout.positions, self.layout.targets
         else:
@@ -127,55 +153,51 @@ def output_projection(model: PreTrainedModel) -> Any:
 
 
 def supervise(
-    model: PreTrainedModel, launch: Launch, *, fp16: bool = False, kernel: bool = True, smoothing: float = 0.0
-) -> None:
-    """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own, and say so.
+    model: PreTrainedModel, *, fp16: bool = False, kernel: bool = True, smoothing: float = 0.0
+) -> SupervisedLoss | OwnLoss:
+    """Let a model compute its loss over supervised tokens only, in chunks; else leave it its own.
 
     Args:
-        kernel: on a GPU one Triton kernel computes it and its gradient.
+        model: before DeepSpeed or DistributedDataParallel wrap it.
+        fp16: forward and backward are in float16.
+        kernel: on a GPU one Triton kernel computes the loss and its gradient.
         smoothing: of labels (Szegedy et al., 1512.00567); what is learned, not what is measured without a gradient.
 
     Raises:
         UserError: labels are to be smoothed, and the model keeps its own loss.
     """
-    reason = _take_over(model, fp16=fp16, kernel=kernel and not smoothing, smoothing=smoothing)
-    if reason is not None and smoothing:
+    loss = _take_over(model, fp16=fp16, kernel=kernel and not smoothing, smoothing=smoothing)
+    if smoothing and isinstance(loss, OwnLoss):
         raise UserError(
-            f"label_smoothing_factor: {smoothing}: {type(model).__name__} keeps its own loss ({reason}): leave it out"
+            f"label_smoothing_factor: {smoothing}: {type(model).__name__} keeps its own loss ({loss.why}): leave it out"
         )
-    if reason is not None:
-        launch.say(f"Loss: {type(model).__name__} keeps its own, with the logits of all tokens at once: {reason}.")
-    if adds_to_loss(type(model)):
-        SharedAuxiliary(model)
+    return loss
 
 
-def supervised_loss(model: Any) -> SupervisedLoss | None:
-    """What computes a model's loss; None where `supervise` left it its own."""
-    return getattr(model, "supervised_loss", None)
-
-
-def why_own_loss(model: PreTrainedModel) -> str | None:
-    """Why a model's own loss would be left to it in other precisions than float16; None if it would not."""
-    return _take_over(model, fp16=False, kernel=False)
-
-
-def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool, smoothing: float = 0.0) -> str | None:
-    """Why a model's own loss is left to it; None if it is not."""
+def _take_over(model: PreTrainedModel, *, fp16: bool, kernel: bool, smoothing: float) -> SupervisedLoss | OwnLoss:
     try:
         terms = LogitTerms(*LOGIT_STATEMENTS[_between_logits_and_loss(type(model))](model))
     except (KeyError, LookupError, AttributeError, OSError, TypeError, SyntaxError):
-        return "what it does between output projection and loss is not known"
+        return OwnLoss("what it does between output projection and loss is not known")
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head = output_projection(model)
     if type(head) is not nn.Linear or model.get_output_embeddings() is not getattr(model, "lm_head", None):
-        return "its output projection is no plain matrix"
+        return OwnLoss("its output projection is no plain matrix")
     if model.loss_function is not ForCausalLMLoss:
-        return "its loss is another"
+        return OwnLoss("its loss is another")
     if fp16 or head.weight.dtype == torch.float16:
-        return "float16 has no room for gradients of unscaled sums"
-    model.supervised_loss = SupervisedLoss(model, replace(terms, kernel=kernel, smoothing=smoothing))
-    return None
+        return OwnLoss("float16 has no room for gradients of unscaled sums")
+    return SupervisedLoss(model, replace(terms, kernel=kernel, smoothing=smoothing))
+
+
+def why_own_loss(model: PreTrainedModel) -> str | None:
+    """Why a model's own loss would be left to it in other precisions than float16; None if it would not.
+
+    The model is of no use afterwards.
+    """
+    loss = supervise(model, kernel=False)
+    return loss.why if isinstance(loss, OwnLoss) else None
 
 
 def _between_logits_and_loss(model_class: type) -> str:
@@ -210,6 +232,14 @@ def adds_to_loss(model_class: type) -> bool:
     return re.search(r"\bloss (\+= |= loss \+ )", source) is not None
 
 
+def share_auxiliary(model: PreTrainedModel, routing: Routing | None = None) -> SharedAuxiliary | None:
+    """Let what a model adds to its loss, where it does, count by the tokens of a micro batch; after `supervise`.
+
+    `routing`: of a mixture of experts, whose load balancing loss may be that of a step.
+    """
+    return SharedAuxiliary(model, routing) if adds_to_loss(type(model)) else None
+
+
 class SharedAuxiliary:
     """Weighs what a model adds to its cross-entropy by the micro batch's share of the step's supervised tokens.
 
@@ -220,11 +250,17 @@ class SharedAuxiliary:
     In a step that a trainer has announced, a load balancing loss is that of the step instead (model/routing.py).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, routing: Routing | None) -> None:
+        self.routing = routing
         self.cross_entropy: torch.Tensor | None = None  # of the batch under way
         self._loss_function = model.loss_function
         model.loss_function = self._keep
         model.register_forward_hook(self._weigh, with_kwargs=True)
+
+    def __str__(self) -> str:
+        if self.routing is not None and self.routing.balancing is not None:
+            return "load balancing, of all tokens of a step"
+        return "what the model adds to its loss, by each micro batch's share of supervised tokens"
 
     def _keep(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.cross_entropy = self._loss_function(*args, **kwargs)
@@ -234,7 +270,7 @@ class SharedAuxiliary:
         """The model's output, whose loss comes first."""
         known, self.cross_entropy = self.cross_entropy, None
         count = kwargs.get("num_items_in_batch")
-        routing, router_logits = routing_of(model), getattr(output, "router_logits", None)
+        routing, router_logits = self.routing, getattr(output, "router_logits", None)
         if known is not None and model.training and routing is not None and routing.balances_step and router_logits:
             output["loss"] = known + routing.part_of_step(router_logits)
             return output

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ds_sft.data.batch import LAYOUT, Layout
-from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +26,9 @@ class EmbeddingNoise:
         self.lengths: torch.Tensor | None = None  # tokens of each place's row, [batch, seq] or [batch, 1]
         model.register_forward_pre_hook(self._take_lengths, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add)
+
+    def __str__(self) -> str:
+        return f"at most {self.alpha:g} / sqrt(tokens of a row x width), in training (NEFTune)"
 
     def _take_lengths(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         layout: Layout | None = kwargs.get(LAYOUT)
@@ -46,9 +48,6 @@ class EmbeddingNoise:
         return output + torch.empty_like(output).uniform_(-1, 1) * most[..., None].to(output.dtype)
 
 
-def add_noise(model: PreTrainedModel, alpha: float | None, launch: Launch) -> None:
+def add_noise(model: PreTrainedModel, alpha: float | None) -> EmbeddingNoise | None:
     """Add noise to a model's input embeddings in training; none where `alpha` is None or 0."""
-    if not alpha:
-        return
-    launch.say(f"NEFTune: noise of at most {alpha:g} / sqrt(tokens of a row x width) on input embeddings, in training.")
-    EmbeddingNoise(model, alpha)
+    return EmbeddingNoise(model, alpha) if alpha else None

@@ -13,6 +13,7 @@ stream that computes, and takes pinned memory anew for every tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
@@ -78,11 +79,18 @@ class InputOffload:
     runs ahead of the device would find that they are not, and take more memory.)
     """
 
-    def __init__(self, copies: Copies, buffer_bytes: int = BUFFER) -> None:
-        self.copies, self.buffer_bytes = copies, buffer_bytes
+    def __init__(self, copies: Copies, buffer_bytes: int = BUFFER, *, layers: int = 0, size: int = 0) -> None:
+        """`layers`: whose inputs leave the device; `size`: bytes of the largest of these."""
+        self.copies, self.buffer_bytes, self.layers, self.size = copies, buffer_bytes, layers, size
         self.free: list[torch.Tensor] = []  # buffers that nothing lies in
         self.leaving: Leaving | None = None
         self.newest: ref[Kept] | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"the inputs of {self.layers} layers, up to {in_units(self.size)} each, wait in pinned host memory: "
+            f"{in_units(host_bytes(self.layers, self.size, self.buffer_bytes))} a rank at most; the last layer's stays"
+        )
 
     def wrap(self, model: nn.Module) -> None:
         """Take the place of the checkpoint function that transformers has given to a model's layers."""
@@ -195,15 +203,20 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def offload_of(model: Any) -> InputOffload | None:
-    """What `offload_inputs` has put into a model."""
-    return getattr(model, "offload", None)
+@dataclass(frozen=True)
+class NotOffloaded:
+    """Layers' inputs that stay where they are."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"none ({self.why})"
 
 
 def offload_inputs(
     model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch, *, largest: int
-) -> None:
-    """Under `activation_checkpointing: offload` prepare it, and say how much host memory it takes.
+) -> InputOffload | NotOffloaded | None:
+    """Under `activation_checkpointing: offload` prepare it; None where nobody asks.
 
     The Trainer wraps the layers when checkpointing is switched on. All ranks must call it.
 
@@ -216,7 +229,7 @@ def offload_inputs(
             ranks would keep there.
     """
     if not config.offloads:
-        return
+        return None
     layers = len(layers_of(model))
     if layers == 0:
         raise UserError(
@@ -224,19 +237,18 @@ def offload_inputs(
             "their inputs cannot be taken: write yes"
         )
     if args.device.type != "cuda":
-        launch.say("activation_checkpointing: offload: activations are in host memory already: the same as yes here.")
-        return
+        return NotOffloaded("activations are in host memory already: the same as yes here")
     every = (config.training.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     away = -(-layers // every) - 1  # layers that give their input away
     size = input_bytes(model, args, largest)
     buffer_bytes = min(BUFFER, 1 << (size - 1).bit_length())
-    needed = away * -(-size // buffer_bytes) * buffer_bytes
-    require_host_memory(needed, launch)
-    model.offload = InputOffload(StreamCopies(args.device), buffer_bytes)
-    launch.say(
-        f"Activations: the inputs of {away} layers, up to {in_units(size)} each, wait in pinned host memory: "
-        f"{in_units(needed)} a rank at most; the last layer's stays."
-    )
+    require_host_memory(host_bytes(away, size, buffer_bytes), launch)
+    return InputOffload(StreamCopies(args.device), buffer_bytes, layers=away, size=size)
+
+
+def host_bytes(layers: int, size: int, buffer_bytes: int) -> int:
+    """What the inputs of so many layers, of `size` bytes each, take in whole buffers."""
+    return layers * -(-size // buffer_bytes) * buffer_bytes
 
 
 def input_bytes(model: PreTrainedModel, args: TrainingArguments, tokens: int) -> int:

@@ -3,14 +3,17 @@
 Transformers leaves a mask out where nothing is padded, and reads the whole attention mask to know: once or twice a
 micro batch, and once more for linear attention, the host waits until the device has come that far. Whoever put the
 batch together knows. While a model computes a batch that comes with its `Layout`, the functions of transformers' that
-look are answered from it; in between, and for whoever computes without a layout, they are as they were. The masks are
-the same, bit for bit. (Eager attention looks at nothing by itself; flash-attention looks for the rows in any case.)
+look are answered from it; in between, and for whoever computes without a layout, they are as they were. They are
+functions of the process, and nothing of a model's that transformers would call instead; so the model that computes has
+them exchanged, for its forward alone. The masks are the same, bit for bit. (Eager attention looks at nothing by itself;
+flash-attention looks for the rows in any case.)
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +27,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def know_padding(model: PreTrainedModel) -> None:
+@dataclass(frozen=True)
+class Padding:
+    """How the masks of a model's padded batches are made."""
+
+    attention: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.attention}, with a mask for each batch {self.why}"
+
+
+def know_padding(model: PreTrainedModel, *, compiled: bool = False) -> Padding:
     """Let the masks of a model's padded batches be made from what the batches say of themselves.
 
-    Not for one that is compiled as a whole: no values are looked at there, every mask is made.
+    `compiled`: `torch_compile` compiles the whole model: no values are looked at there, every mask is made.
     """
+    attention = str(model.config._attn_implementation)
+    if compiled:
+        return Padding(attention, "(made by transformers in what torch_compile compiles)")
     own, answers = sys.modules[type(model.base_model).__module__], ExitStack()
 
     def begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -43,6 +60,7 @@ def know_padding(model: PreTrainedModel) -> None:
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(lambda model, args, output: answers.close(), always_call=True)
+    return Padding(attention, "of its lengths (functions of transformers' are exchanged during forward)")
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

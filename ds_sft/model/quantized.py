@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import LION
@@ -151,19 +152,34 @@ def elements(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def describe(model: nn.Module) -> str:
+@dataclass(frozen=True)
+class Quantization:
     """How much of a model is in 4 bits, and what it takes."""
+
+    small: int  # parameters in 4 bits
+    whole: int  # all
+    taken: int  # bytes of all
+    instead: int  # bytes they would take in the dtype of forward and backward
+
+    def __str__(self) -> str:
+        return (
+            f"nf4 (bitsandbytes {importlib.metadata.version('bitsandbytes')}): {self.small:,} of {self.whole:,} "
+            f"parameters in 4.5 bits; {self.taken / 2**20:,.1f} MiB instead of {self.instead / 2**20:,.1f}"
+        )
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """What is in 4 bits; None where nothing is."""
     parameters = list(model.parameters())
     packed = [p for p in parameters if hasattr(p, "quant_state")]
+    if not packed:
+        return None
     small, whole = sum(map(elements, packed)), sum(map(elements, parameters))
     others = [p for p in parameters if not hasattr(p, "quant_state")]
     rest = sum(p.numel() * p.element_size() for p in others)
     taken = rest + sum(p.numel() + p.quant_state.absmax.numel() * 4 for p in packed)
     dtype = packed[0].quant_state.dtype
-    return (
-        f"Quantization: nf4 (bitsandbytes {importlib.metadata.version('bitsandbytes')}): {small:,} of {whole:,} "
-        f"parameters in 4.5 bits; {taken / 2**20:,.1f} MiB instead of {(rest + small * dtype.itemsize) / 2**20:,.1f}."
-    )
+    return Quantization(small, whole, taken, rest + small * dtype.itemsize)
 
 
 # ---- The weights that were trained against

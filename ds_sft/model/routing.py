@@ -28,8 +28,7 @@ from torch import nn
 
 from ds_sft.data.batch import LAYOUT, Layout
 from ds_sft.errors import UserError
-from ds_sft.model.experts import experts_of, group_experts, keep_experts_together
-from ds_sft.ranks.launch import Launch
+from ds_sft.model.experts import GroupedExperts, experts_of, group_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +63,7 @@ def counted_tokens(kwargs: dict[str, Any]) -> torch.Tensor | None:
 class Routing:
     """Counts the tokens of each expert of each layer, on the device, until they are read; `balancing`: see there."""
 
-    def __init__(self, model: nn.Module, balancing: LoadBalancing | None, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, balancing: LoadBalancing | None, device: torch.device) -> None:
         layers: list[Any] = experts_of(model)
         self.balancing = balancing
         self.counted: torch.Tensor | None = None  # of the batch under way, as `counted_tokens` has it
@@ -73,6 +72,12 @@ class Routing:
         model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
         for layer, counts in zip(layers, self.counts, strict=True):
             layer.register_forward_pre_hook(partial(self._count, counts))
+
+    def __str__(self) -> str:
+        counted = "tokens of each expert are counted, " if self.counts else ""
+        if self.balancing is None:
+            return f"{counted}no load balancing loss"
+        return f"{counted}load balancing loss of a step (times {self.balancing.model.router_aux_loss_coef:g})"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -145,24 +150,13 @@ class Routing:
         return counts
 
 
-def routing_of(model: Any) -> Routing | None:
-    """What `prepare_experts` put into a mixture of experts; None: a dense model, or one that it has not seen."""
-    return getattr(model, "routing", None)
-
-
 def prepare_experts(
-    model: PreTrainedModel,
-    launch: Launch,
-    *,
-    device: torch.device,
-    aux_loss_coef: float | None = None,
-    reentrant: bool = False,
-) -> None:
+    model: PreTrainedModel, *, device: torch.device, aux_loss_coef: float | None = None, reentrant: bool = False
+) -> tuple[GroupedExperts | None, Routing | None]:
     """Let a mixture of experts compute fast, count its tokens, and balance them over a step; nothing for dense models.
 
     Args:
         model: before DeepSpeed or DistributedDataParallel wrap it.
-        launch: says how.
         device: on which the model computes.
         aux_loss_coef: what its load balancing loss counts, 0: nothing; None: as the model's configuration says.
         reentrant: layers are computed again in backward, and without a graph before.
@@ -170,18 +164,16 @@ def prepare_experts(
     Raises:
         UserError: a coefficient for a model without such a loss, or a loss that would have no gradient.
     """
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    keep_experts_together(model, launch, zero3=is_deepspeed_zero3_enabled())
     balancing = balancing_of(model, aux_loss_coef)
     if balancing is not None and reentrant:
         raise UserError(
             "activation_checkpointing_kwargs: use_reentrant: true: routers would learn nothing from the load balancing "
             "loss: leave it out, or write router_aux_loss_coef: 0"
         )
-    if balancing is not None or experts_of(model):
-        group_experts(model, launch, on_gpu=device.type == "cuda")
-        model.routing = Routing(model, balancing, device)
+    grouped = group_experts(model, on_gpu=device.type == "cuda")
+    if balancing is None and grouped is None:
+        return None, None
+    return grouped, Routing(model, balancing, device)
 
 
 class LoadBalancing:

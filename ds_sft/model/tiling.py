@@ -14,6 +14,7 @@ last, and DistributedDataParallel ends with an error; sums over tiles are of 16 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,9 @@ from torch import nn
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
+from ds_sft.model.autocast import HALF, autocast_dtype
 from ds_sft.model.experts import experts_of
 from ds_sft.model.fused import GATED, body_of
-from ds_sft.model.precision import HALF, autocast_dtype
-from ds_sft.ranks.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -128,8 +128,19 @@ class _Filled(torch.autograd.Function):
         return gradient, None
 
 
-def tile_mlps(model: PreTrainedModel, config: Config, args: TrainingArguments, launch: Launch, *, largest: int) -> None:
-    """As `tiled_mlp` asks, let the MLPs of a model compute tiles, and say it.
+@dataclass(frozen=True)
+class Tiling:
+    """How many MLPs of a model compute tiles, and for what micro batches, or why none does."""
+
+    mlps: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{f'{self.mlps}, of at most {TILE:,} tokens at a time' if self.mlps else 'none'} ({self.why})"
+
+
+def tile_mlps(model: PreTrainedModel, config: Config, args: TrainingArguments, *, largest: int) -> Tiling | None:
+    """As `tiled_mlp` asks, let the MLPs of a model compute tiles; None where nobody asks, and they would not pay.
 
     Under ZeRO-3 the weights of such an MLP are gathered together, once a call: ranks may have other numbers of tiles.
 
@@ -143,22 +154,21 @@ def tile_mlps(model: PreTrainedModel, config: Config, args: TrainingArguments, l
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if config.tiled_mlp == "no" or (config.tiled_mlp == "auto" and not pays(model, config, args, largest)):
-        return
+        return None
     found = [] if has_experts(model) else [module for module in model.modules() if is_plain(module)]
     if not found:
         plain = f"{type(model).__name__} has no gated MLP without dropout"
         why = "a mixture of experts computes few tokens at a time" if has_experts(model) else plain
         if config.tiled_mlp == "yes":
             raise UserError(f"tiled_mlp: yes: {why}: write auto or no")
-        launch.say(f"Tiled MLPs: none ({why}).")
-        return
+        return Tiling(0, why)
     for module in found:
         module.forward = TiledMLP(module)
         if is_deepspeed_zero3_enabled():
             from deepspeed.utils import set_z3_leaf_module
 
             set_z3_leaf_module(module, True)
-    launch.say(f"Tiled MLPs: {len(found)}, of at most {TILE:,} tokens at a time; micro batches have up to {largest:,}.")
+    return Tiling(len(found), f"micro batches have up to {largest:,}")
 
 
 def pays(model: PreTrainedModel, config: Config, args: TrainingArguments, largest: int) -> bool:

@@ -15,15 +15,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 # Bytes of 16-bit gradients that wait to be cast together on a GPU, where a call costs more than casting a weight; on a
 # CPU each is cast as it comes.
 WAITING_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class NoCopy:
+    """A model that computes with the weights it has."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"none ({self.why})"
+
+
+def copy_weights(
+    model: nn.Module, args: TrainingArguments, *, compiles_layers: bool = False
+) -> WorkingCopy | LentCopy | NoCopy:
+    """Prepare the copies that a training with these arguments computes with, where it does.
+
+    Args:
+        model: with its adapters, before DeepSpeed or DistributedDataParallel wrap it.
+        args: its precision, engine and ranks.
+        compiles_layers: each layer is compiled. (What is compiled would be compiled again for other weights.)
+    """
+    alone = args.world_size == 1
+    if not args.bf16:
+        return NoCopy("autocast casts weights to float16" if args.fp16 else "computed in float32")
+    if args.deepspeed is not None:
+        return NoCopy("DeepSpeed's engine has 16-bit weights")
+    if not any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters()):
+        return NoCopy("trained weights are bfloat16 themselves")
+    if args.torch_compile or (compiles_layers and not alone):
+        return NoCopy("autocast casts weights in what is compiled")
+    return WorkingCopy(model) if alone else LentCopy(model)
 
 
 class WorkingCopy:
@@ -44,6 +80,10 @@ class WorkingCopy:
         self.fresh = False  # whether they are what the weights are now
         self.waiting: dict[nn.Parameter, None] = {}  # weights whose gradient lies at the copy, in their order
         self.waiting_bytes = 0
+
+    def __str__(self) -> str:
+        number = len({master for _, _, master in self.places})
+        return f"{number} weights in {_name(self.dtype)} for each step (what is trained stays float32)"
 
     @contextmanager
     def lent(self, *, keep: bool = False) -> Iterator[None]:
@@ -147,6 +187,9 @@ class LentCopy:
             if any(_is_master(p) for p in module._parameters.values()):
                 module.register_forward_pre_hook(self._lend)
 
+    def __str__(self) -> str:
+        return f"weights in {_name(self.dtype)} for each step, lent at their first use (what is trained stays float32)"
+
     @contextmanager
     def lent(self, *, keep: bool = False) -> Iterator[None]:
         """As `WorkingCopy.lent`; without `keep` the memory of the values is given back."""
@@ -180,6 +223,10 @@ class LentCopy:
             with torch.enable_grad():  # reentrant checkpointing's forward is without: the weight would be cut off
                 self.loans[master] = _Loan.apply(master, self.values[master])  # type: ignore[no-untyped-call]
         return self.loans[master]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _waiting_limit(master: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_sft.engine.zero import stage
-from ds_sft.model.load import computing_dtype
+from ds_sft.model.dtype import computing_dtype
 from ds_sft.ranks.collectives import barrier
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.metrics import Throughput

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.engine.zero import stage
-from ds_sft.model.adapter_files import from_anywhere
+from ds_sft.model.adapter_files import adapter_of, from_anywhere
 from ds_sft.model.adapters import count_parameters
 from ds_sft.plan.size import in_units
 from ds_sft.ranks.collectives import gather
@@ -69,9 +69,9 @@ def run_results(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds:
 
 def adapter_settings(model: Any, config: Config) -> dict[str, Any] | None:
     """The adapter in the model, in peft's words; None where all weights are its own."""
-    if config.adapter == "none":
+    asked: Any = adapter_of(model)
+    if asked is None:
         return None
-    asked = model.adapter_config
     targets = asked.target_modules
     return {
         "kind": config.adapter,

@@ -23,8 +23,8 @@ from ds_sft.checkpoints.identity import EVAL_DATA
 from ds_sft.checkpoints.trained import is_converted, load_converted, load_trained
 from ds_sft.config.keys import OUR_ORDERS
 from ds_sft.data.micro_batches import Batching
+from ds_sft.model.parts import parts_of
 from ds_sft.model.quantized import elements
-from ds_sft.model.routing import routing_of
 from ds_sft.plan.weights import met_by_token
 from ds_sft.ranks.collectives import gather, sum_over_ranks
 from ds_sft.ranks.stop import Stopped
@@ -54,7 +54,7 @@ class ResumableTrainer(SavingTrainer):
     ) -> None:
         """`patience`: validations without a new best one, in a row, after which training ends; None: it does not."""
         super().__init__(*args, run=run, **kwargs)
-        self.batching, self.patience = batching, patience
+        self.batching, self.patience, self.parts = batching, patience, parts_of(self.model)
         self.tokens_seen = 0  # this rank's, without padding
         self.evaluation_due = False  # the run stopped where an evaluation was to come
         self.flops_per_token = 0.0  # of all parameters but embeddings, once counted
@@ -113,7 +113,7 @@ class ResumableTrainer(SavingTrainer):
         self._total_loss_scalar = known["loss_total"]
         self.skipped_steps, self.skipped_unlogged = known.get("skipped_steps", (0, 0))
         self.tokens_seen = known["tokens"] if self.args.process_index == 0 else 0
-        routing = routing_of(self.model)
+        routing = self.parts.routing
         if routing is not None and known.get("routing"):
             routing.restore(known["routing"], is_main=self.args.process_index == 0)
 
@@ -298,7 +298,7 @@ class ResumableTrainer(SavingTrainer):
         a_step = self.batching.slots  # micro batches
         metrics = Path(args.output_dir) / "metrics.jsonl"
         (tokens,) = sum_over_ranks(self.tokens_seen, device=args.device)
-        routing = routing_of(self.model)
+        routing = self.parts.routing
         return {
             "step": state.global_step,
             "epoch": state.epoch,

@@ -16,11 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ds_sft.config.keys import OUR_ORDERS
 from ds_sft.data.batch import LAYOUT
 from ds_sft.data.loader import Ahead, GlobalBatches, RowsOrNothing, TrainLoader
-from ds_sft.model.attention import attention_of
-from ds_sft.model.fused import compiles_layers
-from ds_sft.model.loss import supervised_loss
-from ds_sft.model.offload import offload_of
-from ds_sft.model.routing import routing_of
+from ds_sft.model.offload import InputOffload
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
 from ds_sft.ranks.collectives import sum_over_ranks
 from ds_sft.training.clock import EVALUATION, Clock
@@ -52,18 +48,11 @@ class SFTTrainer(FiniteTrainer):
         self.clock = Clock(self.args.device.type, self.args.world_size)
         self.timers = Timers(self.clock)
         self.throughput = Throughput(
-            self.model, self.args.device, self.clock, head_everywhere=supervised_loss(self.model) is None
+            self.model, self.args.device, self.clock, head_everywhere=self.parts.supervised_loss is None
         )
         self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
-        self.routing = routing_of(self.model)
         self.ahead: Ahead | None = None
-        # What is compiled would be compiled again for other weights: autocast casts them there.
-        alone = self.args.world_size == 1
-        compiled = self.args.torch_compile or (compiles_layers(self.model) and not alone)
         masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
-        own = self.args.bf16 and masters and not self.is_deepspeed_enabled and not compiled
-        kind = WorkingCopy if alone else LentCopy
-        self.working_copy = kind(self.model) if own else None
         if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         for upstream in (ProgressCallback, PrinterCallback):
@@ -80,15 +69,14 @@ class SFTTrainer(FiniteTrainer):
 
     def begin_training(self) -> None:
         super().begin_training()
-        if (offload := offload_of(self.model)) is not None:
-            offload.wrap(self.model)  # checkpointing was just switched on
+        if isinstance(self.parts.offload, InputOffload):
+            self.parts.offload.wrap(self.model)  # checkpointing was just switched on
         if self.is_deepspeed_enabled:
             self.timers.time_engine(self.model_wrapped)
         elif self.args.world_size > 1:
             self.timers.time_reduction(self.model_wrapped, self.accelerator)
-        attention = attention_of(self.model)
-        if attention is not None and attention.group is not None:
-            self.timers.time_exchange(attention.group)
+        if self.parts.attention is not None and self.parts.attention.group is not None:
+            self.timers.time_exchange(self.parts.attention.group)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro batches of a step, on the device, and what their losses are divided by."""
@@ -125,8 +113,8 @@ class SFTTrainer(FiniteTrainer):
             counts = torch.stack([supervised, tokens])
             if self.args.world_size > 1:
                 dist.all_reduce(counts)
-            if self.routing is not None:
-                self.routing.begin_step(counts[1])
+            if self.parts.routing is not None:
+                self.parts.routing.begin_step(counts[1])
             return counts[0]
 
     def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +128,8 @@ class SFTTrainer(FiniteTrainer):
             return loss
 
     def _in_16_bits(self, *, keep: bool = False) -> AbstractContextManager[None]:
-        return self.working_copy.lent(keep=keep) if self.working_copy is not None else nullcontext()
+        copy = self.parts.working_copy
+        return copy.lent(keep=keep) if isinstance(copy, WorkingCopy | LentCopy) else nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         with self.clock.part("optimizer"):
@@ -164,7 +153,7 @@ class SFTTrainer(FiniteTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # what all ranks log, at the same steps
-            logs |= self.throughput.logged() | (self.routing.logged() if self.routing is not None else {})
+            logs |= self.throughput.logged() | (self.parts.routing.logged() if self.parts.routing is not None else {})
         elif "train_loss" in logs:  # the end
             self.throughput.interval()
         super().log(logs, start_time)
@@ -229,7 +218,7 @@ class SFTTrainer(FiniteTrainer):
         return loss / max(tokens, 1)
 
     def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
-        supervised = supervised_loss(self.model)
+        supervised = self.parts.supervised_loss
         if supervised is None:
             return loss_sum(self.model(**{**inputs, "labels": None}, use_cache=False).logits, inputs["labels"])
         self.model(**inputs, use_cache=False)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ds_sft.data.batch import collate_flat, collate_share
-from ds_sft.model.attention import attention_of, keep_rows_apart
+from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.loss import supervise
 from ds_sft.model.sequence import SequenceGroup, join_group
 from ds_sft.ranks.collectives import end_group
@@ -38,8 +38,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def both(family: str, changes: dict[str, Any], group: SequenceGroup, dtype: torch.dtype, *, again: bool) -> None:
     """Teach one model whole rows, and then this rank's part of them; `again`: layers are computed again in backward."""
     rows, model = make_rows(), make(family, dtype, **changes)
-    keep_rows_apart(model, None, Launch(launcher="python", rank=1), group=group)
-    supervise(model, ALONE)
+    attention = keep_rows_apart(model, group=group)
+    supervise(model)
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss, gradient = learn(model, [collate_flat(rows)])
@@ -55,7 +55,7 @@ def both(family: str, changes: dict[str, Any], group: SequenceGroup, dtype: torc
     group.exchange = exchange  # type: ignore[method-assign]
     sums = torch.cat([torch.tensor([found]), found_gradient])
     dist.all_reduce(sums, group=group.process_group)
-    assert attention_of(model).group is group  # type: ignore[union-attr]
+    assert attention.group is group
     if dist.get_rank() == 0:
         print(json.dumps({
             "case": f"{family} {changes['num_attention_heads']}/{changes['num_key_value_heads']}", "ranks": group.size,

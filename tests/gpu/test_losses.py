@@ -16,7 +16,7 @@ from tests.gpu.lane import GPU, LONG, ON_GPU, Ran, make, run_all, settings
 
 pytestmark = GPU
 
-ONE_KERNEL = "Attention: varlen_attn"
+ONE_KERNEL = "Attention      varlen_attn"
 NORMS = 0.03  # of a gradient's length; ways to compute on one CPU differ by a thousandth, in losses, too
 # Name -> whose losses on a CPU it must have, keys, and what it says of itself on a GPU.
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -28,8 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
              ONE_KERNEL),
     "window": ("window", {}, ONE_KERNEL),
     "mixture": ("mixture", {}, "by grouped_mm (transformers')"),
-    "liger": ("end_to_end", {"fused_kernels": "liger"}, "Fused kernels: 9 norms, 2 gates, 2 rotations (Liger"),
-    "compiled_layers": ("end_to_end", {"fused_kernels": "compile"}, "Fused kernels: 2 layers, each compiled"),
+    "liger": ("end_to_end", {"fused_kernels": "liger"}, "Fused kernels  9 norms, 2 gates, 2 rotations (Liger"),
+    "compiled_layers": ("end_to_end", {"fused_kernels": "compile"}, "Fused kernels  2 layers, each compiled"),
     "compiled": ("end_to_end", {"torch_compile": True}, ""),
 }  # fmt: skip
 NEEDS_GPU = ("liger",)

@@ -20,11 +20,9 @@ from ds_sft.model.attention import Attention, RowBorders, rows_attention
 from ds_sft.model.loss import LogitTerms, supervise
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
-from ds_sft.ranks.launch import Launch
 from tests.gpu.lane import DEVICE, GPU, LONG, ON_GPU, make
 
 pytestmark = GPU
-ALONE = Launch(launcher="python")
 
 
 @pytest.mark.parametrize("terms", [LogitTerms(), LogitTerms(scale=0.25), LogitTerms(scale=2.0, cap=30.0)])
@@ -87,7 +85,7 @@ def test_a_model_learns_the_same_with_and_without_the_kernel(
     dtype: torch.dtype, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded(model_dir, dtype)
-    supervise(model, ALONE)
+    supervise(model)
     assert loss_module.uses_kernel(torch.zeros(1, device=DEVICE)) == ON_GPU
     loss, gradient = forward_backward(model), gradient_of(model)
     monkeypatch.setattr(loss_module, "uses_kernel", lambda logits: False)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.model.attention import attention_of, use_rows_attention
+from ds_sft.model.attention import Attention, use_rows_attention
 from ds_sft.model.limits import empty_model
 from ds_sft.model.load import why_rows_mix
-from ds_sft.model.loss import adds_to_loss, supervised_loss, why_own_loss
+from ds_sft.model.loss import OwnLoss, SupervisedLoss, adds_to_loss, why_own_loss
 from ds_sft.model.rotary import read_config
 from ds_sft.model.routing import balances
 
@@ -68,14 +68,13 @@ def _rope_types(text: Any) -> list[str]:
     return [str(one.get("rope_type", "default")) for one in sets]
 
 
-def require_shared(model: PreTrainedModel) -> None:
+def require_shared(attention: Attention | None, loss: SupervisedLoss | OwnLoss) -> None:
     """See that what is trained, adapters and all, has the loss that `require_shareable` saw in the bare model.
 
     Raises:
         UserError: it has not.
     """
-    attention = attention_of(model)
-    if attention is not None and attention.group is not None and supervised_loss(model) is None:
+    if attention is not None and attention.group is not None and isinstance(loss, OwnLoss):
         raise UserError(
             f"sequence_parallel: {attention.group.size}: with what is trained of it the model keeps a loss of its own, "
             "which would lose the first token of every part: write 1, or leave the output projection as it is"

@@ -12,10 +12,10 @@ from transformers import AutoConfig
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.model.attention import Attention
+from ds_sft.model.loss import OwnLoss
 from ds_sft.model.sequence import SequenceGroup
-from ds_sft.model.shareable import require_shareable, require_shared
+from ds_sft.model.sequence_support import require_shareable, require_shared
 from ds_sft.ranks.launch import Launch, require_groups
-from tests.test_attention import make
 from tests.test_loss import SMALL
 
 SCALED = {"factor": 2.0, "rope_theta": 10000.0}
@@ -69,10 +69,10 @@ def test_one_rank_asks_nothing(tmp_path: Path) -> None:
 
 def test_a_model_that_keeps_its_own_loss_all_the_same() -> None:
     """It would shift labels within a part."""
-    model = make("llama")
-    model.row_attention = Attention("row by row", "", group=SequenceGroup(2, None))
+    attention, loss = Attention("row by row", "", group=SequenceGroup(2, None)), OwnLoss("its loss is another")
     with pytest.raises(UserError, match=r"^sequence_parallel: 2: with what is trained of it the model keeps a loss"):
-        require_shared(model)
+        require_shared(attention, loss)
+    require_shared(replace(attention, group=None), loss)
 
 
 @pytest.mark.parametrize(
