@@ -33,6 +33,7 @@ import pyarrow as pa
 import xxhash
 from filelock import FileLock
 
+from ds_sft.config.extension import is_dotted, source_hash
 from ds_sft.config.keys import TEMPLATES, Config
 from ds_sft.data.encode import Encoded, Encoder, use_threads
 from ds_sft.data.files import BadRow, DataFile, Progress, Raw
@@ -165,7 +166,7 @@ def cache_dir(config: Config) -> Path:
 def settings_key(config: Config, tokenizer: Any) -> str:
     """A hash of all but the file that decides the encoded rows: tokenizer, settings, and the code that encodes."""
     settings = [
-        config.system_prompt, config.max_length, config.on_bad_row, config.data_format, config.data_fields,
+        config.system_prompt, config.max_length, config.on_bad_row, shape_of(config.data_format), config.data_fields,
         config.template, config.mask, config.thinking, config.allow_special_tokens, config.overlong,
         str(tokenizer.pad_token), tokenizer.pad_token_id, tokenizer.special_tokens_map, tokenizer.chat_template,
         version("tokenizers"), version("transformers"), version("pyarrow"),
@@ -192,8 +193,14 @@ def settings_key(config: Config, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def shape_of(data_format: str | None) -> str | None:
+    """A shape as a key of the cache: of a user's function with the source that it is in."""
+    source = f" {source_hash(data_format, 'data_format')}" if data_format and is_dotted(data_format) else ""
+    return data_format and data_format + source
+
+
 def _file_key(file: DataFile, settings: str, memory: Path) -> str:
-    read = (file.kind, file.limit, file.data_format, file.data_fields)
+    read = (file.kind, file.limit, shape_of(file.data_format), file.data_fields)
     return hashlib.sha256(f"{file.digest(memory)} {read} {settings}".encode()).hexdigest()[:24]
 
 
@@ -212,7 +219,7 @@ def _word(file: DataFile, settings: str, launch: Launch, folder: Path) -> Path |
     start = [os.environ.get(name) for name in names] if launch.launcher == "slurm" else [parent, _started(parent)]
     stat = None if file.hub else _stat(file)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    read = (file.name, file.split, file.config, file.limit, file.data_format, file.data_fields)
+    read = (file.name, file.split, file.config, file.limit, shape_of(file.data_format), file.data_fields)
     known = [socket.gethostname(), start, restart, read, stat, settings]
     return folder / f"ready-{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}"
 

@@ -18,14 +18,15 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from ds_sft.config.keys import Config
+from ds_sft.config.extension import is_dotted
+from ds_sft.config.keys import DATA_FORMATS
 from ds_sft.errors import UserError
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer row is refused unread: a line without an end must not fill the memory
@@ -157,9 +158,9 @@ def _find(item: Any, key: str) -> list[DataFile]:
 
 
 def _shape(value: Any, where: str) -> Any:
-    choices = {option.name: option.metadata.get("choices") for option in fields(Config)}["data_format"] or ()
-    if value is not None and value not in choices:
-        raise UserError(f"{where}: data_format: expected one of {', '.join(choices)}, found {value!r}")
+    if value is not None and value not in DATA_FORMATS and not is_dotted(value):
+        known = ", ".join(DATA_FORMATS)
+        raise UserError(f"{where}: data_format: expected one of {known}, or my.module:function, found {value!r}")
     return value
 
 
