@@ -46,13 +46,13 @@ from ds_sft.ranks.stop import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.results import EXPORTED, KEPT, RESULTS, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.micro_batches import Batching
     from ds_sft.data.serving import Serving
     from ds_sft.plan.steps import Steps
-    from ds_sft.tracking import Tracker
+    from ds_sft.tracking.tracker import Log
     from ds_sft.training.expectation import Expectation
     from ds_sft.training.resumable import Continuity
     from ds_sft.training.trainer import SFTTrainer
@@ -107,7 +107,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
     from ds_sft.model.load import uses_padding
-    from ds_sft.tracking import TrackerCallback, open_tracker
+    from ds_sft.tracking.tracker import TrackerCallback, integrations, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.expectation import expect_memory
     from ds_sft.training.optimizer import optimizer_of
@@ -117,6 +117,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
 
     require_names()
     engine = engine_config(config, launch)
+    callbacks = prepare_own_code(config)
     with stop.until_ranks_meet():
         tokenizer, served, data, base = prepare_data(config, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
@@ -151,7 +152,12 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
-            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
+            callbacks=[
+                TrackerCallback(tracker, start.changed),
+                *integrations(tracker),
+                *profiling(config, launch),
+                *callbacks,
+            ],
             run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
         )
         del model  # the trainer's alone, so that `release` can give it back
@@ -179,6 +185,23 @@ def settle_devices(config: Config, launch: Launch) -> None:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
     grow_segments(os.environ)
+
+
+def prepare_own_code(config: Config) -> list[TrainerCallback]:
+    """See that what the user has written himself can be had, and register it; his callbacks."""
+    from ds_sft.config.extension import is_dotted
+    from ds_sft.data.records import reading_of
+    from ds_sft.model.own_attention import register_attention
+    from ds_sft.tracking.tracker import require_trackers
+    from ds_sft.training.callbacks import make_callbacks
+    from ds_sft.training.optimizer import own_optimizer
+
+    reading_of(config)
+    require_trackers(config)
+    register_attention(config)
+    if is_dotted(config.training.get("optim")):
+        own_optimizer(config)
+    return make_callbacks(config)
 
 
 def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data, str]:
@@ -369,7 +392,7 @@ def find_room(
 def finish(
     trainer: SFTTrainer,
     tokenizer: PreTrainedTokenizerBase,
-    tracker: Tracker | None,
+    tracker: Log | None,
     data: Data,
     served: Serving,
     config: Config,
@@ -405,7 +428,7 @@ def use_model(
     config: Config,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    tracker: Tracker | None,
+    tracker: Log | None,
     stop: StopRequests,
 ) -> None:
     """Verify the exported model, let it answer, and write `run.json`; all ranks must call it.
@@ -448,7 +471,7 @@ def finish_later(
 
     from ds_sft.plan.adapter import read_json
     from ds_sft.ranks.collectives import gather
-    from ds_sft.tracking import open_tracker
+    from ds_sft.tracking.tracker import open_tracker
 
     unset_hf_deepspeed_config()  # no engine comes: under ZeRO-3 from_pretrained would wait for the other ranks
     exported = gather(read_json(config.output_dir / EXPORTED) if launch.is_main else {})[0]
@@ -487,7 +510,7 @@ def merge_later(config: Config, data: Data, launch: Launch, stop: StopRequests) 
 
 
 def let_it_answer(
-    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Log, results: dict[str, Any]
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
     from ds_sft.export.predict import as_text, predict, print_predictions, write_predictions
@@ -505,7 +528,7 @@ def let_it_answer(
 
 
 def score_its_answers(
-    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Log, results: dict[str, Any]
 ) -> None:
     """Score the exported model's answers to `evaluate_rows` validation rows; `ds-sft evaluate` does it at any time."""
     from ds_sft.evaluation.report import print_tables

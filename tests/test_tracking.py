@@ -16,19 +16,13 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft import tracking
 from ds_sft.config.keys import Config
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped
-from ds_sft.tracking import (
-    Tracker,
-    TrackerCallback,
-    chart_name,
-    open_tracker,
-    public_config,
-    take_environment,
-    without_secrets,
-)
+from ds_sft.tracking import swanlab_run
+from ds_sft.tracking.public import public_config, without_secrets
+from ds_sft.tracking.swanlab_run import SwanLab, chart_name, take_environment
+from ds_sft.tracking.tracker import TrackerCallback, open_tracker
 
 ALONE = Launch(launcher="python")
 
@@ -45,7 +39,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 class FakeSwanlab(types.ModuleType):
     """Records calls; fails where told to."""
 
-    def __init__(self, *failing: str, modes: tuple[str, ...] = tracking.MODES) -> None:
+    def __init__(self, *failing: str, modes: tuple[str, ...] = swanlab_run.MODES) -> None:
         super().__init__("swanlab")
         self.failing, self.modes, self.calls = failing, modes, []
 
@@ -270,10 +264,11 @@ def test_local_mode_needs_the_dashboard(tmp_path: Path, fake: Any, capsys: pytes
 HANGING = """
 import sys, threading, time, types
 from pathlib import Path
-from ds_sft import tracking
 from ds_sft.config.keys import Config
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped
+from ds_sft.tracking import swanlab_run as tracking
+from ds_sft.tracking.tracker import open_tracker
 
 class Fake(types.ModuleType):
     def __getattr__(self, name):
@@ -296,7 +291,7 @@ else:
     tracking.FINISH_SECONDS = 0.2
 tracking.EXIT_SECONDS = 0.1
 config = Config(model_name_or_path="m", train_file="t", training={"output_dir": folder}, swanlab_mode="online")
-with tracking.open_tracker(config, Launch(launcher="python")) as tracker:
+with open_tracker(config, Launch(launcher="python")) as tracker:
     tracker.log({"loss": 1.0}, 1)
 print("the run is done")
 """
@@ -322,7 +317,7 @@ def test_a_swanlab_that_hangs_holds_training_up_once(
     tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = fake()
-    monkeypatch.setattr(tracking, "LOG_SECONDS", 1)
+    monkeypatch.setattr(swanlab_run, "LOG_SECONDS", 1)
     monkeypatch.setattr(module, "log", lambda values, step: (module.calls.append(("log", step)), time.sleep(300)))
     with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE) as tracker:
         assert tracker is not None
@@ -338,7 +333,7 @@ def test_a_failed_finish_keeps_the_exit_code(
 ) -> None:
     fake("finish")
     codes: list[int] = []
-    monkeypatch.setattr(tracking, "_exit_despite_its_threads", codes.append)
+    monkeypatch.setattr(swanlab_run, "_exit_despite_its_threads", codes.append)
     with pytest.raises(type(error)), open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE):
         raise error
     assert codes == [code]
@@ -364,8 +359,10 @@ def test_a_real_offline_run(
     out = tmp_path / "out"
     out.mkdir()
     with open_tracker(make(out), ALONE) as tracker:
-        assert isinstance(tracker, Tracker)
-        assert tracker.mode == "offline"
+        assert tracker is not None
+        (swanlab,) = tracker.trackers
+        assert isinstance(swanlab, SwanLab)
+        assert swanlab.mode == "offline"
         assert (signal.getsignal(signal.SIGINT), sys.excepthook) == (handler, hook)
         tracker.log({"loss": 1.5}, 1)
         tracker.log_predictions(["Question: q\n\nLLM: a"], 1)

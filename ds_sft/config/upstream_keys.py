@@ -38,6 +38,7 @@ UNSAFE = {  # keys of transformers that break what a run here promises -> how
     "ignore_data_skip": "a resumed run would learn its first rows again",
     "logging_nan_inf_filter": "it would log a loss that is no number as 0.0; see on_nonfinite",
     "hub_always_push": "a run pushes once, after its export was verified",
+    "restore_callback_states_from_checkpoint": "callbacks with a state go on from it in any case",
     "use_cache": "training does not read the cache, and with one rows laid end to end would see each other",
 }
 ELSEWHERE = {  # what other programs call a key of ours
