@@ -107,7 +107,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
     from ds_sft.model.load import uses_padding
-    from ds_sft.tracking.tracker import TrackerCallback, integrations, open_tracker
+    from ds_sft.tracking.tracker import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.expectation import expect_memory
     from ds_sft.training.optimizer import optimizer_of
@@ -152,12 +152,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             batching=batching,
             on_nonfinite=config.on_nonfinite,
             where=partial(data.where, "train"),
-            callbacks=[
-                TrackerCallback(tracker, start.changed),
-                *integrations(tracker),
-                *profiling(config, launch),
-                *callbacks,
-            ],
+            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch), *callbacks],
             run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
         )
         del model  # the trainer's alone, so that `release` can give it back

@@ -70,9 +70,11 @@ def said(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    """Whether a source file is neither of this package, nor of Python and what is installed beside it."""
-    others = (Path(__file__).resolve().parents[1], *map(Path, (sys.prefix, sys.base_prefix)))
-    return not file.startswith("<") and not any(Path(file).resolve().is_relative_to(other) for other in others)
+    """Whether a source file is neither of this package, nor of Python, nor installed."""
+    path = Path(file).resolve()
+    ours, python = Path(__file__).resolve().parents[1], Path(traceback.__file__).resolve().parent
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not (file.startswith("<") or installed or path.is_relative_to(ours) or path.is_relative_to(python))
 
 
 def require_call(found: Any, name: str, key: str, *arguments: str, keywords: Mapping[str, Any] | None = None) -> None:

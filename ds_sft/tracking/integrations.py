@@ -26,7 +26,6 @@ PACKAGES = {"azure_ml": "azureml-sdk mlflow", "comet_ml": "comet-ml", "neptune":
 NAMES = sorted(
     INTEGRATION_TO_CALLBACK.keys() - {"swanlab"}
 )  # its SwanLab fails on swanlab 0.10; swanlab_run.py is ours
-OFFLINE = {"wandb": ("WANDB_MODE", "offline")}  # trackers that can wait for a key and a network -> the switch
 
 
 def missing_package(name: str) -> str | None:
@@ -36,7 +35,7 @@ def missing_package(name: str) -> str | None:
     return PACKAGES.get(name, name)
 
 
-class Integration(TrainerCallback):
+class Integration:
     """One of Trainer's own trackers."""
 
     def __init__(self, name: str, metrics: Path) -> None:
@@ -44,38 +43,31 @@ class Integration(TrainerCallback):
         self.callback: TrainerCallback | None = None  # while it works
         self.seen: tuple[TrainingArguments, TrainerState, TrainerControl] | None = None  # of the Trainer, once it began
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start it: with the network, or where it can wait for one without."""
+    def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start it at the beginning of training; a second time, offline, where it knows that."""
         self.seen = args, state, control
 
-        def begin() -> None:
+        def start() -> None:
             (kind,) = get_reporting_integration_callbacks([self.name])
             self.callback = kind()
             self.callback.on_init_end(args, state, control, **kwargs)
             self.callback.on_train_begin(args, state, control, **kwargs)
 
-        if self.guard.call(begin, START_SECONDS):
+        if self.guard.call(start, START_SECONDS):
             return
-        variable, value = OFFLINE.get(self.name, ("", ""))
-        if variable and os.environ.get(variable) != value:
-            os.environ[variable] = value
-            print_line(f"{self.name}: going on offline ({variable}={value}).")
-            if self.guard.call(begin, START_SECONDS):
-                return
-        self.callback = None
+        if not (self._go_offline() and self.guard.call(start, START_SECONDS)):
+            self.callback = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._tell("on_step_end", **kwargs)
+    def _go_offline(self) -> bool:
+        """Whether this tracker can be told to wait for its key and its network, and was not told so before."""
+        if self.name != "wandb" or os.environ.get("WANDB_MODE") == "offline":
+            return False
+        os.environ["WANDB_MODE"] = "offline"
+        importlib.import_module("wandb").teardown()  # it has read the variable before
+        print_line("wandb: going on offline (WANDB_MODE=offline); `wandb sync wandb/offline-run-*` uploads it later.")
+        return True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._tell("on_evaluate", **kwargs)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._tell("on_save", **kwargs)
-
-    def _tell(self, event: str, *, seconds: float = LOG_SECONDS, **kwargs: Any) -> None:
+    def tell(self, event: str, *, seconds: float = LOG_SECONDS, **kwargs: Any) -> None:
         """Hand on an event of Trainer's; of its control a tracker gets a copy, so that it cannot stop the run."""
         if self.callback is None or self.seen is None or not self.guard.answers:
             return
@@ -89,7 +81,7 @@ class Integration(TrainerCallback):
         """Nothing yet: it is started by the Trainer, whose arguments it shows."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._tell("on_log", logs=dict(metrics))
+        self.tell("on_log", logs=dict(metrics))
 
     def log_predictions(self, texts: Sequence[str], step: int) -> None:
         show = SHOW.get(self.name)
@@ -105,7 +97,7 @@ class Integration(TrainerCallback):
         end = END.get(self.name)
         if self.callback is not None and end is not None:
             self.guard.call(lambda: end(state), FINISH_SECONDS)
-        self._tell("on_train_end", seconds=FINISH_SECONDS)
+        self.tell("on_train_end", seconds=FINISH_SECONDS)
         self.callback = self.seen = None
 
 

@@ -191,7 +191,10 @@ class Log:
 
 
 class TrackerCallback(TrainerCallback):
-    """Hands what Trainer logs on rank 0 to the trackers, and before that what is otherwise than at the checkpoint."""
+    """Hands what Trainer logs on rank 0 to the trackers, and before that what is otherwise than at the checkpoint.
+
+    Trainer's own trackers hear of a few events more, which are all that those of transformers 5.23 listen to.
+    """
 
     def __init__(self, log: Log | None, changed: Mapping[str, tuple[Any, Any]] | None = None) -> None:
         self.log, self.changed = log, changed
@@ -199,8 +202,25 @@ class TrackerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        for tracker in self._integrations():
+            tracker.begin(args, state, control, **kwargs)
         if self.log is not None and self.changed:
             self.log.log_changes(self.changed, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for tracker in self._integrations():
+            tracker.tell("on_step_end", **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for tracker in self._integrations():
+            tracker.tell("on_evaluate", **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for tracker in self._integrations():
+            tracker.tell("on_save", **kwargs)
+
+    def _integrations(self) -> list[Integration]:
+        return [tracker for tracker in (self.log.trackers if self.log else ()) if isinstance(tracker, Integration)]
 
     def on_log(
         self,
@@ -212,11 +232,6 @@ class TrackerCallback(TrainerCallback):
     ) -> None:
         if self.log is not None and logs:
             self.log.log(logs, state.global_step)
-
-
-def integrations(log: Log | None) -> list[Integration]:
-    """The trackers that are told by Trainer itself what happens."""
-    return [tracker for tracker in (log.trackers if log else ()) if isinstance(tracker, Integration)]
 
 
 @contextmanager
