@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ds_sft.config.extension import callbacks_of, load, require_call, said
@@ -59,17 +59,14 @@ def _require_measure(name: str, config: Config) -> None:
         raise UserError(f"{KEY}: {name}: by which number? write metric_for_best_model: loss too")
 
 
-def restore_states(callbacks: Iterable[Any], control: TrainerControl, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the callbacks with a state what a checkpoint has of them; the states of all, by name, as Trainer saves them.
+def restore_states(callbacks: Iterable[Any], saved: dict[str, Any]) -> None:
+    """Give the callbacks with a state what a checkpoint has of them, and let `saved`, by name, have that of all.
 
     Trainer's own way (`restore_callback_states_from_checkpoint`) makes each anew with the old arguments, behind all
     others; and a callback that the checkpoint does not know ends its next save in a KeyError.
     """
-    known: dict[str, Any] = {type(control).__name__: control.state()}
     for callback in callbacks:
         if isinstance(callback, ExportableState):
             name = type(callback).__name__
-            for attribute, value in saved.get(name, {}).get("attributes", {}).items():
-                setattr(callback, attribute, value)
-            known[name] = callback.state()
-    return known
+            vars(callback).update(saved.get(name, {}).get("attributes", {}))
+            saved[name] = callback.state()

@@ -236,9 +236,7 @@ class ResumableTrainer(Trainer):
         with quiet("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
             begin: tuple[int, int] = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
-        self.state.stateful_callbacks = restore_states(
-            self.callback_handler.callbacks, self.control, self.state.stateful_callbacks or {}
-        )
+        restore_states(self.callback_handler.callbacks, self.state.stateful_callbacks)
         if EVAL_DATA in self.run.changed:  # other rows measured the best until now
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         if self.deals_rows:
