@@ -192,7 +192,7 @@ def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 def _in_words(name: str, then: Any, now: Any) -> str:
     if name.startswith(CODE) and then and now:
-        return f"the {name.removesuffix(':')}, which has changed"
+        return f"{name}, which has changed"
     if name == BASE:
         return f"the weights or the config.json in {now}" + (
             ", which have changed" if then == now else f" (it began with {then})"

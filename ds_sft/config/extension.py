@@ -84,9 +84,8 @@ def require_call(found: Any, name: str, key: str, *arguments: str, keywords: Map
         UserError: it cannot.
     """
     given = dict(keywords or {})
-    expected = (
-        f"expected to be called as {name.rpartition(':')[2]}({', '.join([*arguments, *(f'{k}=...' for k in given)])})"
-    )
+    call = ", ".join([*arguments, *(f"{keyword}=..." for keyword in given)])
+    expected = f"it is called as {name.rpartition(':')[2]}({call})"
     if not callable(found):
         raise UserError(f"{key}: {name}: no function or class but {type(found).__name__}: {expected}")
     try:

@@ -52,9 +52,7 @@ def _require_measure(name: str, config: Config) -> None:
     """What stops early has to be measured."""
     keys = config.training
     if keys.get("eval_strategy", "no") == "no":
-        raise UserError(
-            f"{KEY}: {name}: nothing is evaluated: write an eval_file (or val_size), and no eval_strategy: no"
-        )
+        raise UserError(f"{KEY}: {name}: nothing is evaluated: write eval_file (or val_size)")
     if not (keys.get("metric_for_best_model") or keys.get("load_best_model_at_end")):
         raise UserError(f"{KEY}: {name}: by which number? write metric_for_best_model: loss too")
 
