@@ -131,7 +131,7 @@ def test_what_the_page_shows_is_taken(read: Any) -> None:
         ),
         (
             {"attn_implementation": "wrong:two"},
-            "it is called as two(module, query, key, value, attention_mask, scaling=..., dropout=..., sliding_window=...)",
+            "as two(module, query, key, value, attention_mask, scaling=..., dropout=..., sliding_window=...)",
         ),
         (
             {"optim": "wrong:Model"},

@@ -29,15 +29,18 @@ class Guard:
         self.name, self.metrics = name, metrics
         self.answers = True  # in time, so far: else each entry would hold training up for LOG_SECONDS
         self.troubles: set[str] = set()  # what was said to fail; each is said once
+        self.failed: set[type[BaseException]] = set()  # errors whose text may change from entry to entry
 
     def call(self, action: Callable[[], Any], seconds: float) -> bool:
-        """Whether a tracker could do something in time; what went wrong is said once."""
+        """Whether a tracker could do something in time; what went wrong is said once for each kind of error."""
         try:
             with time_limit(seconds):
                 action()
         except (Exception, SystemExit, TimeUp) as error:
             self.answers = not isinstance(error, TimeUp)
-            self.say_once(f"{self.name} failed ({said(error)}); {self.metrics} has every metric.")
+            if type(error) not in self.failed:
+                self.failed.add(type(error))
+                print_line(f"{self.name} failed ({said(error)}); {self.metrics} has every metric.")
             return False
         return True
 

@@ -57,6 +57,7 @@ class Integration:
             return
         if not (self._go_offline() and self.guard.call(start, START_SECONDS)):
             self.callback = None
+            print_line(f"{self.name} is off.")
 
     def _go_offline(self) -> bool:
         """Whether this tracker can be told to wait for its key and its network, and was not told so before."""
