@@ -21,6 +21,7 @@ from ds_sft.data.shapes import SHAPES
 from ds_sft.errors import UserError
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.own_attention import register_attention
+from ds_sft.model.quantized import require_bitsandbytes
 from ds_sft.ranks.launch import Launch
 from ds_sft.train import prepare_own_code
 from ds_sft.training.callbacks import make_callbacks, restore_states
@@ -308,6 +309,13 @@ def test_options_of_an_optimizer_are_what_they_read_as(read: Any) -> None:
     weight.grad = torch.tensor([1.0, -2.0])
     made.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([0.995 - 0.5, 0.995 + 0.5]))
+
+
+def test_an_optimizer_of_the_users_wants_no_package_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_bitsandbytes("none", "lion.mine:Lion")
+    with pytest.raises(UserError, match=r"^optim: lion_8bit: bitsandbytes is not installed"):
+        require_bitsandbytes("none", "lion_8bit")
 
 
 # ---- Resuming

@@ -501,6 +501,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         {"optim": "adafactor"},
         'optimizer.type: "AdamW": the run has optim: adafactor; delete one of the two',
     ),
+    "an optimizer of the user's": (
+        {"optimizer": {"type": "Lion"}},
+        {"optim": "my.module:Lion"},
+        'optimizer.type: "Lion": the run has optim: my.module:Lion; delete one of the two',
+    ),
     "schedule": (
         {"scheduler": {"type": "WarmupLR"}},
         {"lr_scheduler_type": "cosine"},

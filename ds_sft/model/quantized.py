@@ -17,6 +17,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.config.extension import is_dotted
 from ds_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def require_bitsandbytes(quantization: str, optim: str) -> None:
     Raises:
         UserError: one of the two keys wants a package that is not installed.
     """
-    wants = {"quantization": quantization != "none" and quantization, "optim": optim.startswith(THEIR_OPTIMS) and optim}
+    theirs = optim.startswith(THEIR_OPTIMS) and not is_dotted(optim)
+    wants = {"quantization": quantization != "none" and quantization, "optim": theirs and optim}
     for key, value in wants.items():
         if value and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(f"{key}: {value}: bitsandbytes is not installed: pip install bitsandbytes")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import Done, listing, train
+from tests.distributed.harness import Done, listing, run_forked, script, train, write_yaml
 from tests.distributed.test_resume import assert_bit_equal, metrics
 from tests.own_code import TICKETS, keys_of_page, write_modules
 
@@ -50,6 +50,7 @@ def test_everything_on_the_page_at_once(model_dir: Path, tmp_path: Path, deepspe
     assert "code of my_optimizer:SignSGD, which has changed" in again.output
 
 
+DISTURBED = {"FILE_LIMIT": "0", "POISON": "{}"}
 BOUND = {"my_callbacks:StopBelow": {"bound": 100.0, "times": 4}}  # every loss is below it: it counts to 4
 PATIENCE = {"transformers:EarlyStoppingCallback": {"early_stopping_patience": 2, "early_stopping_threshold": 100.0}}
 
@@ -88,6 +89,12 @@ def test_a_run_that_a_callback_ends_resumes_exactly(
     assert "Step " not in said
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "end")]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    # Stopped at its last step, before that is evaluated, it still takes no other.
+    write_yaml(tmp_path / "run.yaml", {**keys, "output_dir": "stopped"})
+    for at in (f"step {ends} SIGTERM 0", ""):
+        done = run_forked([script("disturbed"), "--config", "run.yaml"], None, cwd=tmp_path, env=DISTURBED | {"AT": at})
+        assert done.code == 0, done.output
+    assert_bit_equal(tmp_path / "stopped", tmp_path / "whole")
     # With other callbacks it goes on.
     run("longer", resume=f"whole/checkpoint-{ends}", callbacks=[], resume_anyway=True)
     assert json.loads((tmp_path / "longer" / "run.json").read_text(encoding="utf-8"))["steps"] == 12
