@@ -521,10 +521,10 @@ class StepBoundary(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.begin_training()
-        # A run that was asked to stop goes on; one that a callback has ended does not, unless the callbacks are others.
+        # A run that a callback has ended stays ended, unless the callbacks are others. One of them may know it as well.
         resumed, changed = self.trainer.run.resumed, self.trainer.run.changed
         ended = resumed is not None and resumed.manifest.get("ended_early", False)
-        control.should_training_stop = ended and "callbacks" not in changed
+        control.should_training_stop |= ended and "callbacks" not in changed
         self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
 
     def on_step_begin(
