@@ -29,8 +29,8 @@ from ds_sft.training.optimizer import optimizer_options, own_optimizer
 from tests.conftest import write_rows
 from tests.distributed.harness import write_yaml
 from tests.own_code import TICKETS, importable, write_modules
+from tests.test_attention import LENGTHS, make_rows, padded
 from tests.test_attention import make as make_model
-from tests.test_attention import make_rows, padded
 
 ALONE = Launch(launcher="python")
 WRONG = """
@@ -262,10 +262,16 @@ from my_attention import by_rows
 def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     assert "row_borders" not in kwargs
     return by_rows(module, query, key, value, attention_mask, scaling, dropout)
+
+HAD = []
+
+def by_borders(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_borders=None, **kwargs):
+    HAD.append((attention_mask is None, row_borders and (row_borders.lengths, row_borders.starts.tolist())))
+    return by_rows(module, query, key, value, attention_mask, scaling, dropout, row_borders)
 """
 
 
-@pytest.mark.parametrize("name", ["my_attention:by_rows", "mine:by_mask"])
+@pytest.mark.parametrize("name", ["mine:by_borders", "mine:by_mask"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_an_attention_keeps_rows_apart(
     read: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, name: str
@@ -281,6 +287,8 @@ def test_an_attention_keeps_rows_apart(
     together = ours(**flat, use_cache=False).logits[0]
     alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    if name == "mine:by_borders":
+        assert load("mine:HAD", "")[0] == (True, (LENGTHS, [0, 5, 28, 29, 69, 76, 84]))
     batch = {key: value for key, value in padded(rows).items() if key != "labels"}
     seen = batch["attention_mask"].bool()
     torch.testing.assert_close(ours(**batch).logits[seen], alone, atol=1e-5, rtol=1e-4)
