@@ -35,7 +35,7 @@ CALLS = (  # module or class, function -> part
     ("ds_sft.data.rows", "fingerprint", "data"),
     ("ds_sft.training.arguments", "training_arguments", "process group"),
     ("ds_sft.model.load", "load_model", "model"),
-    ("ds_sft.tracking.Tracker", "start", "SwanLab"),
+    ("ds_sft.tracking.swanlab_run.SwanLab", "start", "SwanLab"),
     ("ds_sft.training.trainer.SFTTrainer", "_prepare_for_training", "engine"),
 )
 BEGAN = "STARTUP_BEGAN"  # in a rank: when the command was given, seconds since 1970

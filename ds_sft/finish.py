@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.serving import Serving
-    from ds_sft.tracking import Tracker
+    from ds_sft.tracking.tracker import Log
     from ds_sft.training.expectation import Expectation
     from ds_sft.training.trainer import SFTTrainer
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def finish(
     trainer: SFTTrainer,
     tokenizer: PreTrainedTokenizerBase,
-    tracker: Tracker | None,
+    tracker: Log | None,
     data: Data,
     served: Serving,
     config: Config,
@@ -71,7 +71,7 @@ def use_model(
     config: Config,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    tracker: Tracker | None,
+    tracker: Log | None,
     stop: StopRequests,
 ) -> None:
     """Verify the exported model, let it answer, and write `run.json`; all ranks must call it.
@@ -120,7 +120,7 @@ def merge_and_verify(config: Config, rows: Any, trained_loss: float | None, resu
 
 
 def let_it_answer(
-    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Log, results: dict[str, Any]
 ) -> None:
     """Show what the exported model answers; a run whose weights are written does not fail for want of memory here."""
     from ds_sft.export.predict import predict, prediction_as_text, print_predictions, write_predictions
@@ -138,7 +138,7 @@ def let_it_answer(
 
 
 def score_its_answers(
-    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Tracker, results: dict[str, Any]
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, tracker: Log, results: dict[str, Any]
 ) -> None:
     """Score the exported model's answers to `evaluate_rows` validation rows; `ds-sft evaluate` does it at any time."""
     from ds_sft.evaluation.report import print_tables
@@ -208,7 +208,7 @@ def finish_later(
 
     from ds_sft.plan.adapter import read_json
     from ds_sft.ranks.collectives import gather
-    from ds_sft.tracking import open_tracker
+    from ds_sft.tracking.tracker import open_tracker
 
     unset_hf_deepspeed_config()  # no engine comes: under ZeRO-3 from_pretrained would wait for the other ranks
     exported = gather(read_json(config.output_dir / EXPORTED) if launch.is_main else {})[0]

@@ -47,7 +47,7 @@ from ds_sft.ranks.stop import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.results import EXPORTED, KEPT, RESULTS, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from ds_sft.data.dataset import Data
     from ds_sft.data.micro_batches import Batching
@@ -105,7 +105,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
     from ds_sft.model.load import uses_padding
-    from ds_sft.tracking import TrackerCallback, open_tracker
+    from ds_sft.tracking.tracker import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.expectation import expect_memory
     from ds_sft.training.optimizer import optimizer_of
@@ -115,6 +115,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
 
     require_names()
     engine = engine_config(config, launch)
+    callbacks = prepare_own_code(config)
     with stop.until_ranks_meet():
         tokenizer, served, data, base = prepare_data(config, launch)
     args = training_arguments(config, engine, launch)  # starts the process group
@@ -150,7 +151,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             on_nonfinite=config.on_nonfinite,
             patience=config.early_stopping_patience,
             where=partial(data.where, "train"),
-            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch)],
+            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch), *callbacks],
             run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
         )
         del model  # the trainer's alone, so that `release` can give it back
@@ -178,6 +179,23 @@ def settle_devices(config: Config, launch: Launch) -> None:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
     grow_segments(os.environ)
+
+
+def prepare_own_code(config: Config) -> list[TrainerCallback]:
+    """See that what the user has written himself can be had, and register it; his callbacks."""
+    from ds_sft.config.extension import is_dotted
+    from ds_sft.data.records import reading_of
+    from ds_sft.model.own_attention import register_attention
+    from ds_sft.tracking.tracker import require_trackers
+    from ds_sft.training.callbacks import make_callbacks
+    from ds_sft.training.optimizer import own_optimizer
+
+    reading_of(config)
+    require_trackers(config)
+    register_attention(config)
+    if is_dotted(config.training.get("optim")):
+        own_optimizer(config)
+    return make_callbacks(config)
 
 
 def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data, str]:

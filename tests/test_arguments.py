@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers.integrations import integration_utils
 
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.errors import UserError
@@ -23,38 +22,11 @@ def make(folder: Path, **training: Any) -> Config:
     return Config(model_name_or_path="m", train_file="t", training=keys)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (None, []), ("none", []), ([], []), (["swanlab"], []), ("swanlab", []),
-        (["tensorboard", "swanlab"], ["tensorboard"]), ("all", ["mlflow", "tensorboard"]),
-    ],
-)  # fmt: skip
-def test_swanlab_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, expected: list[str]) -> None:
-    installed = ["mlflow", "tensorboard", "swanlab"]
-    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: installed)
-    assert training_arguments(make(tmp_path, report_to=given), None, ALONE).report_to == expected
-
-
-@pytest.mark.parametrize("given", ["none", []])
-def test_no_tracker_means_no_kubeflow_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+@pytest.mark.parametrize("given", ["none", [], "all", ["tensorboard"]])
+def test_trainer_itself_has_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    """They are asked by tracking/, and Kubeflow's, which transformers adds where it finds its cluster, is not."""
     monkeypatch.setattr("transformers.integrations.is_kubeflow_available", lambda: True)
     assert training_arguments(make(tmp_path, report_to=given), None, ALONE).report_to == []
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("tensorbord", "report_to: tensorbord: no such tracker; expected none, all, or any of azure_ml, clearml, "),
-        (["swanlab", "wandb"], "report_to: wandb: it is not installed here; install its package, or leave it out"),
-    ],
-)
-def test_a_tracker_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, said: str) -> None:
-    """Trainer would die of it with the model loaded."""
-    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["swanlab"])
-    with pytest.raises(UserError) as caught:
-        training_arguments(make(tmp_path, report_to=given), None, ALONE)
-    assert str(caught.value).startswith(said)
 
 
 def test_defaults_reach_trainer(tmp_path: Path) -> None:

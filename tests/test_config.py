@@ -566,7 +566,7 @@ OPTIMIZERS = {
                                "leave out one of optim: muon and adapter: lora"),
     "torchao's": (["--optim", "adamw_torch_8bit"],
                   "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, "
-                  "lion_32bit, adafactor, muon, found 'adamw_torch_8bit'"),
+                  "lion_32bit, adafactor, muon, or my.module:thing, found 'adamw_torch_8bit'"),
     "states of Adam": (["--optim", "adafactor", "--adam_beta2", "0.95"],
                        "--adam_beta2: optim: adafactor has none: leave it out"),
 }  # fmt: skip

@@ -169,7 +169,8 @@ ENVIRONMENT = {
     "plan/source.py": {"HF_HUB_OFFLINE"},
     "ranks/network.py": {"DS_SFT_CONNECT_SECONDS"},
     "ranks/stop.py": {"DS_SFT_STOP_FILE"},
-    "tracking.py": {"SWANLAB_INTERACTIVE"},  # and SWANLAB_PROJECT, _PROJ_NAME and _MODE
+    "tracking/integrations.py": {"WANDB_MODE"},
+    "tracking/swanlab_run.py": {"SWANLAB_INTERACTIVE"},  # and SWANLAB_PROJECT, _PROJ_NAME and _MODE
 }
 
 

@@ -39,6 +39,7 @@ HELD = {
         ("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision"),
         "test_push.py"),
     "activation_checkpointing": "distributed/test_adapters.py",
+    "optim_args": "test_extend.py",
     "torch_compile": "gpu/test_losses.py",
     "fp16": "test_model.py",
     "save_only_model": "test_resumable.py",
@@ -117,7 +118,7 @@ NOT_OBEYED_ALONE = [
     (["--activation_checkpointing_kwargs", "reentrant"], "--activation_checkpointing_kwargs: expected a mapping such "
      "as {use_reentrant: false}, found 'reentrant'"),
     (["--optim", "lomo"], "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, "
-     "lion_32bit, adafactor, muon, found 'lomo'"),
+     "lion_32bit, adafactor, muon, or my.module:thing, found 'lomo'"),
     (["--optim", "lion_32bit", "--adam_epsilon", "1e-6"],
      "--adam_epsilon: optim: lion_32bit has none: leave it out"),
     (["--neftune_noise_alpha", "5", "--torch_compile", "yes"], "--neftune_noise_alpha: no test trains with it beside "
@@ -145,6 +146,8 @@ NOT_OBEYED_ALONE = [
      "model that is not the best: write load_best_model_at_end: yes too"),
     (["--sequence_parallel", "2", "--neftune_noise_alpha", "5"], "--sequence_parallel: 2: neftune_noise_alpha: 5: its "
      "noise depends on the tokens that a rank has: leave out one of the two"),
+    (["--optim_args", "momentum=0.9"], "--optim_args: they are of an optimizer of your own (optim: my.module:Thing): "
+     "leave it out"),
 ]  # fmt: skip
 
 

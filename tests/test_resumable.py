@@ -116,7 +116,8 @@ def test_a_resumed_run_has_the_cadence_that_was_asked_for(monkeypatch: pytest.Mo
     args = TrainingArguments(logging_steps=0.25, save_steps=3, gradient_accumulation_steps=2)
     batching = Batching(lengths=np.full(13, 5), micro_batch=2, accumulation=2, ranks=1, padded=False, seed=0)
     for changed, best in (({}, 1.0), ({"eval_data": ("a", "b")}, None)):
-        made = trainer(args=args, batching=batching, run=SimpleNamespace(changed=changed))
+        made = trainer(args=args, batching=batching, run=SimpleNamespace(changed=changed),
+                       callback_handler=SimpleNamespace(callbacks=[]))  # fmt: skip
         assert made._init_training_state(8, 99, 99, None, None) == (1, 2)  # four steps an epoch, not 99
         assert (made.state.logging_steps, made.state.save_steps, made.state.best_metric) == (2, 3, best)
 

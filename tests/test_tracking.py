@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft import tracking
 from ds_sft.config.keys import Config
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped
-from ds_sft.tracking import (
-    Tracker,
-    TrackerCallback,
-    chart_name,
-    open_tracker,
-    public_config,
-    take_environment,
-    without_secrets,
-)
+from ds_sft.tracking import integrations, swanlab_run, tracker
+from ds_sft.tracking.public import public_config, without_secrets
+from ds_sft.tracking.swanlab_run import SwanLab, chart_name, take_environment
+from ds_sft.tracking.tracker import TrackerCallback, open_tracker, trackers_of
+from tests.own_code import importable
 
 ALONE = Launch(launcher="python")
 
@@ -45,8 +44,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 class FakeSwanlab(types.ModuleType):
     """Records calls; fails where told to."""
 
-    def __init__(self, *failing: str, modes: tuple[str, ...] = tracking.MODES) -> None:
+    def __init__(self, *failing: str, modes: tuple[str, ...] = swanlab_run.MODES) -> None:
         super().__init__("swanlab")
+        self.__spec__ = ModuleSpec("swanlab", None)  # transformers asks whether it is installed
         self.failing, self.modes, self.calls = failing, modes, []
 
     def _call(self, name: str, /, **given: Any) -> None:
@@ -104,8 +104,6 @@ def test_project_and_mode(
     for name, value in environment.items():
         monkeypatch.setenv(f"SWANLAB_{name}", value)
     assert take_environment(make(tmp_path, **keys)) == expected
-    import os
-
     assert not {"SWANLAB_PROJECT", "SWANLAB_PROJ_NAME", "SWANLAB_MODE"} & os.environ.keys()
 
 
@@ -167,7 +165,7 @@ def test_no_key_goes_on_offline(tmp_path: Path, fake: Any, capsys: pytest.Captur
         pass
     assert module.calls[0][1]["mode"] == "offline"
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "SwanLab: online mode failed (SystemExit: no key); going on offline."
+    assert re.fullmatch(r"SwanLab: online mode failed \(SystemExit: no key .*\); going on offline\.", said[0])
     assert said[1:] == [
         "SwanLab: offline. `report_to: none` turns it off.",
         f"SwanLab: upload the curves with `swanlab sync {tmp_path / 'swanlog' / 'run-1'}`.",
@@ -270,10 +268,11 @@ def test_local_mode_needs_the_dashboard(tmp_path: Path, fake: Any, capsys: pytes
 HANGING = """
 import sys, threading, time, types
 from pathlib import Path
-from ds_sft import tracking
 from ds_sft.config.keys import Config
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped
+from ds_sft.tracking import swanlab_run as tracking
+from ds_sft.tracking.tracker import open_tracker
 
 class Fake(types.ModuleType):
     def __getattr__(self, name):
@@ -296,7 +295,7 @@ else:
     tracking.FINISH_SECONDS = 0.2
 tracking.EXIT_SECONDS = 0.1
 config = Config(model_name_or_path="m", train_file="t", training={"output_dir": folder}, swanlab_mode="online")
-with tracking.open_tracker(config, Launch(launcher="python")) as tracker:
+with open_tracker(config, Launch(launcher="python")) as tracker:
     tracker.log({"loss": 1.0}, 1)
 print("the run is done")
 """
@@ -322,7 +321,7 @@ def test_a_swanlab_that_hangs_holds_training_up_once(
     tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = fake()
-    monkeypatch.setattr(tracking, "LOG_SECONDS", 1)
+    monkeypatch.setattr(swanlab_run, "LOG_SECONDS", 1)
     monkeypatch.setattr(module, "log", lambda values, step: (module.calls.append(("log", step)), time.sleep(300)))
     with open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE) as tracker:
         assert tracker is not None
@@ -338,7 +337,7 @@ def test_a_failed_finish_keeps_the_exit_code(
 ) -> None:
     fake("finish")
     codes: list[int] = []
-    monkeypatch.setattr(tracking, "_exit_despite_its_threads", codes.append)
+    monkeypatch.setattr(swanlab_run, "_exit_despite_its_threads", codes.append)
     with pytest.raises(type(error)), open_tracker(make(tmp_path, swanlab_mode="offline"), ALONE):
         raise error
     assert codes == [code]
@@ -364,8 +363,10 @@ def test_a_real_offline_run(
     out = tmp_path / "out"
     out.mkdir()
     with open_tracker(make(out), ALONE) as tracker:
-        assert isinstance(tracker, Tracker)
-        assert tracker.mode == "offline"
+        assert tracker is not None
+        (swanlab,) = tracker.trackers
+        assert isinstance(swanlab, SwanLab)
+        assert swanlab.mode == "offline"
         assert (signal.getsignal(signal.SIGINT), sys.excepthook) == (handler, hook)
         tracker.log({"loss": 1.5}, 1)
         tracker.log_predictions(["Question: q\n\nLLM: a"], 1)
@@ -451,3 +452,190 @@ def test_what_changed_on_a_resume_is_shown_before_its_first_step(tmp_path: Path,
     (entry,) = [given for name, given in swanlab.calls if name == "log"]
     text = "Text(learning_rate: 0.0001 -> 5e-05\nweight_decay: 0.0 -> 0.1)"
     assert entry == {"values": {"Changed on resume": text}, "step": 4}
+
+
+# ---- Trackers of transformers' and of the user's
+
+
+class FakeIntegration(TrainerCallback):
+    """One of transformers' own trackers: records what it is asked, and fails where told to."""
+
+    calls: ClassVar[list[Any]] = []
+    failing: ClassVar[set[str]] = set()
+
+    def _call(self, event: str, given: Any = None) -> None:
+        self.calls.append((event, given))
+        if event in self.failing:
+            raise ConnectionError("no network")
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        self._call("on_init_end")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._call("on_train_begin", model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        control.should_training_stop = True  # of a copy
+        self._call("on_log", (state.global_step, logs))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._call("on_save")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._call("on_train_end")
+
+
+@pytest.fixture
+def integration(monkeypatch: pytest.MonkeyPatch) -> type[FakeIntegration]:
+    """wandb and comet_ml are installed."""
+    installed = ["wandb", "comet_ml"]
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: installed)
+    monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [FakeIntegration])
+    monkeypatch.setattr(FakeIntegration, "calls", [])
+    monkeypatch.setattr(FakeIntegration, "failing", set())
+    return FakeIntegration
+
+
+def reported(folder: Path, *names: str) -> Config:
+    config = make(folder)
+    return replace(config, training={**config.training, "report_to": list(names)})
+
+
+def trained(config: Config) -> None:
+    """What a run does with its trackers."""
+    with open_tracker(config, ALONE) as log:
+        assert log is not None
+        callback, control = TrackerCallback(log), TrainerControl()
+        args, state = TrainingArguments(str(config.output_dir), use_cpu=True), TrainerState(global_step=1)
+        callback.on_train_begin(args, state, control, model="the model")
+        callback.on_log(args, state, control, logs={"loss": 2.0, "grad_norm": float("inf")})
+        callback.on_save(args, state, control)
+        assert control.should_training_stop is False
+        state.global_step = 2
+        log.log_predictions(["Question: q\n\nLLM: a"], 2)
+        log.log({"eval_chrf": 50.0}, 2)
+
+
+def test_a_tracker_of_transformers_is_told_all_until_the_answers(
+    tmp_path: Path, integration: type[FakeIntegration], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(reported(tmp_path, "comet_ml"))
+    assert integration.calls == [
+        ("on_init_end", None), ("on_train_begin", "the model"), ("on_log", (1, {"loss": 2.0})), ("on_save", None),
+        ("on_log", (2, {"eval_chrf": 50.0})), ("on_train_end", None),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        f"Curves go to comet_ml and {tmp_path / 'metrics.jsonl'}; SwanLab is off (report_to: comet_ml).",
+        "comet_ml: no place for texts; predictions.jsonl has the answers.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failing", "left"),
+    [("on_train_begin", ["on_init_end", "on_train_begin"]), ("on_log", None), ("on_train_end", None)],
+)
+def test_a_tracker_of_transformers_that_fails_is_said_once(
+    tmp_path: Path,
+    integration: type[FakeIntegration],
+    capsys: pytest.CaptureFixture[str],
+    failing: str,
+    left: list[str] | None,
+) -> None:
+    integration.failing.add(failing)
+    trained(reported(tmp_path, "comet_ml"))
+    said = capsys.readouterr().out
+    assert said.count("comet_ml failed (ConnectionError: no network") == 1
+    assert left is None or [name for name, _ in integration.calls] == left
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_wandb_without_a_key_goes_on_offline(
+    tmp_path: Path,
+    integration: type[FakeIntegration],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wandb: Any = types.ModuleType("wandb")
+    ended: list[int] = []
+    wandb.teardown = integration.failing.clear  # it looks at the variable again, and works
+    wandb.finish = lambda exit_code: ended.append(exit_code)
+    wandb.Table, wandb.log = (lambda columns, data: data), lambda values: integration.calls.append(("text", values))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    integration.failing.add("on_train_begin")
+    trained(reported(tmp_path, "wandb"))
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert "wandb: going on offline (WANDB_MODE=offline)" in capsys.readouterr().out
+    assert ("text", {"Prediction": [[2, "Question: q\n\nLLM: a"]]}) in integration.calls
+    assert ended == [0]
+
+
+def test_all_is_what_is_installed(tmp_path: Path, integration: type[FakeIntegration], fake: Any) -> None:
+    names = [getattr(tracker, "name", "swanlab") for tracker in trackers_of(reported(tmp_path, "all"))]
+    assert names == ["swanlab", "comet_ml", "wandb"]
+
+
+OWN = """
+class Mine:
+    def start(self, keys, *, resumed): print("start", keys["model_name_or_path"], "hub_token" in keys, resumed)
+    def log(self, metrics, step): print("log", metrics, step)
+    def log_predictions(self, texts, step): print("texts", texts, step)
+    def finish(self, state, error): print("finish", state, error)
+
+class Short:
+    def start(self, keys, *, resumed): pass
+    def log(self, metrics, step): raise ValueError(f"full at {step}")
+    def finish(self, state, error): pass
+
+class Slow(Mine):
+    def log(self, metrics, step):
+        import time
+        print("asked")
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[None]:
+    (tmp_path / "own.py").write_text(OWN)
+    with importable(tmp_path):
+        yield
+
+
+@pytest.mark.usefixtures("own")
+def test_a_tracker_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(reported(tmp_path, "own:Mine"))
+    assert capsys.readouterr().out.splitlines() == [
+        "start m False False",
+        f"Curves go to own:Mine and {tmp_path / 'metrics.jsonl'}; SwanLab is off (report_to: own:Mine).",
+        "log {'loss': 2.0} 1",
+        "texts ['Question: q\\n\\nLLM: a'] 2",
+        "log {'eval_chrf': 50.0} 2",
+        "finish success None",
+    ]
+    with pytest.raises(Stopped), open_tracker(reported(tmp_path, "own:Mine"), ALONE, 0):
+        raise Stopped("SIGTERM")
+    said = capsys.readouterr().out.splitlines()
+    assert (said[0], said[-1]) == ("start m False True", "finish aborted Stopped: SIGTERM")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_tracker_of_the_users_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(reported(tmp_path, "own:Short"))
+    metrics = tmp_path / "metrics.jsonl"
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"own:Short failed (ValueError: full at 1 (own.py:10)); {metrics} has every metric.",
+        "own:Short has no log_predictions: predictions.jsonl has the answers.",
+    ]
+    assert len(lines(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("own")
+def test_a_tracker_of_the_users_that_hangs_is_asked_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracker, "LOG_SECONDS", 0.2)
+    trained(reported(tmp_path, "own:Slow"))
+    said = capsys.readouterr().out
+    assert said.count("asked") == 1
+    assert "own:Slow failed (TimeUp: no answer after 0.2 s (own.py:" in said

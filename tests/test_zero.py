@@ -508,6 +508,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         "optim: adafactor: it keeps sums over rows and columns of a matrix, and DeepSpeed gives it flat parts; write "
         "adamw_8bit, or delete the deepspeed key",
     ),
+    "an optimizer of the user's": (
+        {"optimizer": {"type": "Lion"}},
+        {"optim": "my.module:Lion"},
+        'optimizer.type: "Lion": the run has optim: my.module:Lion; delete one of the two',
+    ),
     "schedule": (
         {"scheduler": {"type": "WarmupLR"}},
         {"lr_scheduler_type": "cosine"},

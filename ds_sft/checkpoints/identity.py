@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from ds_sft.config.extension import learned_with, source_hash
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.config.upstream_keys import training_keys
 from ds_sft.engine.zero import stage
@@ -90,6 +91,7 @@ CLASSES: dict[str, set[str]] = {
 }  # fmt: skip
 OWN_RATES = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate is what the run came to, not a formula
 DATA, EVAL_DATA = "data", "eval_data"  # differences that are not of a key: the names of the manifest
+CODE = "code of "  # before a user's function or class: the hash of its file
 BASE = "base"  # the same: a hash of the files of frozen weights
 PLACES = "places"  # of the manifest: where the files lie that these keys name, for another folder names them otherwise
 NAMING = ("model_name_or_path", "template")
@@ -112,6 +114,7 @@ def identity(
     if config.offloads:
         given["activation_checkpointing"] = True  # wherever it is kept, the result is the same
     keys = {name: value for name, value in given.items() if name in TRAINING_DEFAULTS or not _is_default(name, value)}
+    keys |= {CODE + name: source_hash(name, key) for name, key in learned_with(config).items()}
     kept = {name: value for name, value in (engine or {}).items() if name not in INDIFFERENT_ENGINE}
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
     batch = {"per_device_train_batch_size": config.micro_batch,
@@ -187,6 +190,8 @@ def changes_in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _in_words(name: str, then: Any, now: Any) -> str:
+    if name.startswith(CODE) and then and now:
+        return f"{name}, which has changed"
     if name == BASE:
         return f"the weights or the config.json in {now}" + (
             ", which have changed" if then == now else f" (it began with {then})"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ds_sft.config.keys import ENGINES, TRAINING_DEFAULTS
+from ds_sft.config.keys import ENGINES, MUON, TORCH_ADAMW, TRAINING_DEFAULTS
 from ds_sft.config.upstream_keys import ALIASES, Key, our_keys, training_keys
 
 OUR_WORDS = {
     "deepspeed": f"{', '.join(ENGINES)}, or a JSON file of DeepSpeed's options",
     "activation_checkpointing": "keep each layer's input alone and compute the layer again in backward; offload: keep "
                                 "it in host memory",
+    "optim": f"AdamW ({TORCH_ADAMW[0]}), adamw_8bit, {MUON}, another of transformers', or your my.module:Optimizer",
+    "report_to": "trackers of the curves: swanlab, tensorboard, wandb, mlflow, ..., your my.module:Tracker, or none",
 }  # fmt: skip
 
 

@@ -44,6 +44,8 @@ SECRETS = ("hub_token",)
 ALSO = {"activation_checkpointing": "offload"}
 MODES = ("online", "cloud", "offline", "local", "disabled")
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
+# Values of `data_format` that are no user's function: data/shapes.py has what each of them reads.
+DATA_FORMATS = ("auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion")
 TEMPLATES = ("reference", "tokenizer", "hermes")  # values of `template` that are no file
 RECORD = "config.yaml"  # what a run leaves of its keys in its output folder
 STARTED_IN = "started_in"  # a line of it that is no key: the folder that its relative paths are of
@@ -63,9 +65,8 @@ class Config:
     eval_file: str | list[Any] | None = key("rows to measure the loss on, same forms", default=None)
     val_size: float = key("without eval_file: rows of train_file set aside for it, a share or a number", default=0.0)
     system_prompt: str = key("the system turn before every question", default=REFERENCE_PROMPT)
-    data_format: str = key("shape of the rows; auto: told from the fields of each",
-                           choices=("auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"),
-                           default="auto")  # fmt: skip
+    data_format: str = key("shape of the rows; auto: told from the fields of each; or your my.module:function",
+                           choices=DATA_FORMATS, default="auto")  # fmt: skip
     data_fields: dict[str, str] | None = key("names of fields in the files: {question: prompt}", default=None)
     template: str = key("reference (ChatML), tokenizer (the model's own), hermes (ChatML with tools), or a Jinja file",
                         default="reference")  # fmt: skip
@@ -95,7 +96,8 @@ class Config:
                                               "{rope_type: yarn, factor: 4.0}", default=None)  # fmt: skip
     resize_embeddings: bool = key("add rows, the mean of the others, for tokens that the model has none for",
                                   default=False)  # fmt: skip
-    attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ...; default: the model's", default=None)
+    attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ..., or your my.module:function; default: "
+                                          "the model's", default=None)  # fmt: skip
     fused_kernels: str = key("norms, rotations, gates: Liger's (auto: on a GPU that has them), or compiled layers",
                              choices=("auto", "liger", "compile", "none"), default="auto")  # fmt: skip
     tiled_mlp: str = key("compute a layer's MLP for some of its tokens at a time; auto: in micro batches of 16,384 or "
@@ -146,6 +148,9 @@ class Config:
                             choices=("stop", "skip"), default="stop")  # fmt: skip
     early_stopping_patience: int | None = key("with load_best_model_at_end: end training after so many "
                                               "validations in a row that are no new best", default=None)  # fmt: skip
+    callbacks: list[Any] | None = key("your TrainerCallbacks by name, in order, such as [my.module:Thing, "
+                                      "{transformers:EarlyStoppingCallback: {early_stopping_patience: 3}}]",
+                                      default=None)  # fmt: skip
     profile_steps: str | None = key("write a torch profiler trace of these steps, such as 10-12, into output_dir",
                                     default=None)  # fmt: skip
     training: Mapping[str, Any] = field(default_factory=dict)

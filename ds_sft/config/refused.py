@@ -18,6 +18,7 @@ UNSAFE: dict[str, tuple[Any, str]] = {
     "ignore_data_skip": (False, "a resumed run would learn its first rows again"),
     "logging_nan_inf_filter": (False, "it would log a loss that is no number as 0.0; see on_nonfinite"),
     "hub_always_push": (False, "a run pushes once, after its export was verified"),
+    "restore_callback_states_from_checkpoint": (False, "callbacks with a state go on from it in any case"),
     "use_cache": (False, "training does not read the cache, and with one rows laid end to end would see each other"),
     "average_tokens_across_devices": (True, "a step's loss would be a mean of its ranks' means, and depend on their "
                                             "number"),
@@ -32,7 +33,6 @@ UNSAFE: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 _NO_LOGITS = "validation computes eval_loss and keeps no logits; answers are scored by evaluate_rows"
 _IN_16_BITS = "validation computes in the precision of training"
-_NO_OPTIONS = "no optimizer of a run here has options of its own"
 # Keys of transformers that nothing here reads, or that say what is so anyway, where they have another value than this
 # -> why.
 UNUSED: dict[str, tuple[Any, str]] = {
@@ -47,5 +47,5 @@ UNUSED: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("eval_accumulation_steps", "include_for_metrics"), (None, _NO_LOGITS)),
     "eval_do_concat_batches": (True, _NO_LOGITS),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), (False, _IN_16_BITS)),
-    **dict.fromkeys(("optim_args", "optim_target_modules"), (None, _NO_OPTIONS)),
+    "optim_target_modules": (None, "no optimizer of a run here takes some modules alone"),
 }  # fmt: skip

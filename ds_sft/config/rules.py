@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from ds_sft.config.extension import is_dotted
 from ds_sft.config.keys import ADAFACTOR, LION, MUON, OUR_ORDERS, TORCH_ADAMW, Config
 from ds_sft.config.values import Given
 from ds_sft.errors import UserError
@@ -146,6 +147,11 @@ def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
     for name in UNREAD_BY.get(optim, ()):
         if name in given:
             raise UserError(f"{given[name].where}{name}: optim: {optim} has none: leave it out")
+    if config.training.get("optim_args") and not is_dotted(optim):
+        raise UserError(
+            f"{given['optim_args'].where}optim_args: they are of an optimizer of your own (optim: my.module:Thing): "
+            "leave it out"
+        )
     if optim == MUON and config.adapter != "none":
         raise UserError(
             f"{given['optim'].where}optim: {MUON}: an adapter's matrices are no updates of their own, their product "

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ds_sft.config.extension import EXAMPLE, is_dotted
 from ds_sft.config.keys import ALSO, FILES
 from ds_sft.config.refused import UNSAFE, UNUSED
 from ds_sft.config.upstream_keys import Key
@@ -32,6 +33,7 @@ OF_CHECKPOINTING = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_
                     "early_stop")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+EXTENSIBLE = ("data_format", "optim")  # keys of choices that also name a user's own code
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
@@ -145,7 +147,8 @@ def _by_type(known: Key, value: Any, empty: bool) -> Any:
     if known.name in FILES:  # a path may well begin with a bracket: [ab].jsonl
         return value if isinstance(value, list) or not value.startswith(("[{", "[ ")) else _flow(value, list)
     if isinstance(value, list):
-        return _expect("list" in names, [str(item) for item in value], _noun(names))
+        items = value if "Any" in names else [str(item) for item in value]
+        return _expect("list" in names, items, _noun(names))
     if "dict" in names and value.lstrip().startswith("{"):
         return _flow(value, dict)
     if "list" in names:
@@ -213,8 +216,9 @@ def _flow(text: str, kind: type) -> Any:
 
 
 def _check(known: Key, value: Any) -> None:
-    if known.choices and value not in known.choices:
-        raise ValueError(_one_of(known.choices, str(value)))
+    extended = known.name in EXTENSIBLE
+    if known.choices and value not in known.choices and not (extended and is_dotted(value)):
+        raise ValueError(_one_of(known.choices, str(value)) + f", or {EXAMPLE}" * extended)
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")
     if known.name == "data_fields" and isinstance(value, str):
@@ -241,6 +245,8 @@ def _check(known: Key, value: Any) -> None:
         check_generation(value)
     if known.name == "rope_scaling" and value is not None:
         check_rope_scaling(value)
+    if known.name == "callbacks" and value is not None:
+        check_callbacks(value)
     if known.name == "profile_steps" and value is not None and step_range(value) is None:
         raise ValueError("steps such as 10-12, the first 1 or more, the last not before it")
     if known.name == "hub_strategy" and value != "end":
@@ -258,6 +264,19 @@ def _check_options(options: Any, names: Iterable[str], example: str) -> None:
     for name in options:
         if name not in names:
             raise ValueError(_option_meant(names, name))
+
+
+def check_callbacks(items: Any) -> None:
+    """Names of `callbacks`, each alone or with the arguments that it is made with; whether there is one is seen later.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    for item in items:
+        pair = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
+        if not is_dotted(pair[0]) or not isinstance(pair[1], dict):
+            found = json.dumps(item, ensure_ascii=False, default=str)
+            raise ValueError(f"each to be my.module:Thing, or {{my.module:Thing: {{argument: 1}}}}; {found} is neither")
 
 
 def check_generation(options: Any) -> None:

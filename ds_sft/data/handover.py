@@ -19,7 +19,7 @@ from ds_sft.config.keys import Config
 from ds_sft.data.build import build, say_bad_rows
 from ds_sft.data.encode import Encoder
 from ds_sft.data.sources import DataFile
-from ds_sft.data.store import EncodedFile, cache_dir, file_key, intact, open_encoded
+from ds_sft.data.store import EncodedFile, cache_dir, code_of_shape, file_key, intact, open_encoded
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch, slurm_job, torchrun_restarts
 
@@ -61,7 +61,7 @@ def _announcement(file: DataFile, settings: str, launch: Launch, folder: Path) -
     job, parent = slurm_job(), os.getppid()
     start = job.start if job and launch.launcher == "slurm" else [parent, _start_time(parent)]
     stat = None if file.hub else _stat(file)
-    read = (file.name, file.split, file.config, file.limit, file.data_format, file.data_fields)
+    read = (file.name, file.split, file.config, file.limit, code_of_shape(file.data_format), file.data_fields)
     known = [socket.gethostname(), start, torchrun_restarts(), read, stat, settings]
     return folder / f"ready-{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}"
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_sft.config.extension import is_dotted, load, require_call
 from ds_sft.config.keys import Config
 from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import as_object
 from ds_sft.data.readers import ROWS_UNDER, Raw
-from ds_sft.data.shapes import Message, Shape, to_messages
+from ds_sft.data.shapes import Message, to_messages
 from ds_sft.data.sources import DataFile
+from ds_sft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,24 @@ class Reading:
     """How rows are read: what the run's keys say of it."""
 
     system_prompt: str  # an Alpaca instruction that is this prompt is not repeated in the question
-    shape: Shape = "auto"
+    shape: str = "auto"  # one of `DATA_FORMATS`, or a user's function
     fields: Mapping[str, str] = field(default_factory=dict)  # our name of a field -> the file's
 
 
 def reading_of(config: Config, file: DataFile | None = None) -> Reading:
-    """What the keys say of how rows are read, or what is said for this file alone."""
+    """What the keys say of how rows are read, or what is said for this file alone.
+
+    Raises:
+        UserError: a function of the user's that cannot be had, or that is to read fields by other names.
+    """
     shape = (file and file.data_format) or config.data_format
     own = file.data_fields if file else None
     names = dict(config.data_fields or {}) if own is None else dict(own)
-    return Reading(config.system_prompt, shape, names)  # type: ignore[arg-type]
+    if is_dotted(shape):
+        require_call(load(shape, "data_format"), shape, "data_format", "row")
+        if names:
+            raise UserError(f"data_fields: {names}: {shape} reads a row's own fields: leave data_fields out")
+    return Reading(config.system_prompt, shape, names)
 
 
 def read_dialogues(file: DataFile, reading: Reading) -> Iterator[tuple[int, Dialogue | BadRow]]:

@@ -8,6 +8,9 @@
 | messages | messages of role, content (OpenAI); optional tools |
 | prompt_completion | prompt, completion: two texts, or two lists of messages; optional system, tools |
 
+A user's own shape is a function, `data_format: my.module:function`, which makes messages of a row. A new one here is an
+entry of `SHAPES` with a function, and its name in `config.keys.DATA_FORMATS`.
+
 A row is recognised by its fields; those that are null are absent. A message may also carry tool_calls, reasoning (as
 reasoning_content, reasoning or thinking, which also stand beside the one answer of a row), and `train`: true or false.
 Fields that nobody reads are named.
@@ -15,16 +18,16 @@ Fields that nobody reads are named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+from ds_sft.config.extension import is_dotted, load, said
 from ds_sft.config.keys import REFERENCE_PROMPT
 from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import REASONING, ContentParts, read_calls, read_content, read_reasoning, read_tools
 from ds_sft.data.values import check_text, found, json_type, note_unread, unpacked
 
-Shape = Literal["auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion"]
 Calls = tuple[dict[str, Any], ...]
 EXPECTED = (
     "expected question and answer; instruction and output; conversations; messages; prompt and completion; or write "
@@ -42,13 +45,6 @@ CALL_FIELDS = ("tool_calls", "function_call")  # a message's calls, as OpenAI ha
 TRAIN = ("train", "weight", "loss_weight")  # whether a message is learned: ours, OpenAI's and LLaMA-Factory's name
 EXTRA = ("name", "tool_call_id")  # texts of a message that a template may read
 BESIDE = frozenset(["system", "tools", *REASONING])  # fields of every shape
-READ = {
-    "qa": BESIDE | {"question", "answer", "history"},
-    "alpaca": BESIDE | {"instruction", "input", "output", "history"},
-    "sharegpt": BESIDE | {"conversations"},
-    "messages": BESIDE | {"messages"},
-    "prompt_completion": BESIDE | {"prompt", "completion", "history"},
-}
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,25 @@ class Message:
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
+class Told(NamedTuple):
+    """What is known of a row beside its fields, and what is found out about it."""
+
+    fields: Mapping[str, str]  # our name of a field -> the file's
+    system_prompt: str
+    unread: set[str]  # names of fields that hold something and were not read
+
+
+class RowShape(NamedTuple):
+    """One shape of rows."""
+
+    reads: frozenset[str]  # the fields
+    messages: Callable[[dict[str, Any], Told], list[Message]]
+    is_shape_of: Callable[[Mapping[str, Any]], bool]  # whether a row, by its fields, has this shape
+    one_answer: bool = False  # reasoning beside the fields is that of the answer
+
+
 def to_messages(
-    row: Any, shape: Shape, fields: Mapping[str, str], system_prompt: str
+    row: Any, shape: str, fields: Mapping[str, str], system_prompt: str
 ) -> tuple[list[Message], list[dict[str, Any]], tuple[str, ...]]:
     """Messages and tools of a parsed row, and the names of the fields that hold something and were not read.
 
@@ -72,12 +85,14 @@ def to_messages(
     """
     if not isinstance(row, dict):
         raise BadRow("not an object", f"found {json_type(row)}; expected one JSON object a line")
+    if is_dotted(shape):
+        row, shape = by_function(shape, row), "messages"
     given, unread = row, set[str]()
     if fields:
         row = {**row, **{ours: row[theirs] for ours, theirs in fields.items() if theirs in row}}
     shape = recognise(row) if shape == "auto" else shape
-    messages = _turns(row, shape, fields, system_prompt, unread)
-    if not row.keys() <= READ[shape]:
+    messages = SHAPES[shape].messages(row, Told(fields, system_prompt, unread))
+    if not row.keys() <= SHAPES[shape].reads:
         note_unread(given, _read_names(given, shape, fields), "", unread)
     if not row.keys().isdisjoint(REASONING):
         _add_reasoning(messages, row, shape, unread)
@@ -87,30 +102,38 @@ def to_messages(
     return messages, read_tools(row.get("tools")), tuple(sorted(unread))
 
 
-def _turns(
-    row: dict[str, Any], shape: Shape, fields: Mapping[str, str], system_prompt: str, unread: set[str]
-) -> list[Message]:
-    if shape == "messages":
-        return _message_list(row, "messages", fields, unread)
-    if shape == "sharegpt":
-        return _message_list(row, "conversations", fields, unread)
-    if shape == "prompt_completion":
-        return _prompt_completion(row, fields, unread)
-    return _alpaca(row, system_prompt) if shape == "alpaca" else _question_answer(row, "question", "answer")
+def by_function(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the shape `messages`, as a user's function makes it of a row.
+
+    Raises:
+        BadRow: the function refuses the row by a ValueError, fails otherwise, or returns no messages.
+    """
+    try:
+        made = load(name, "data_format")(dict(row))
+    except ValueError as error:
+        raise BadRow(f"refused by {name}", str(error) or f"refused by {name}") from error
+    except Exception as error:
+        raise BadRow(f"{name} failed", f"{name} ended in {said(error)}") from error
+    row = {"messages": list(made)} if isinstance(made, (list, tuple)) else made
+    if not isinstance(row, dict) or "messages" not in row:
+        text = f"{name} returned {found(made)}; expected a list of messages, or an object of messages, tools, system"
+        raise BadRow(f"{name} returned no messages", text)
+    return row
 
 
-def _read_names(given: Mapping[str, Any], shape: Shape, fields: Mapping[str, str]) -> frozenset[str]:
+def _read_names(given: Mapping[str, Any], shape: str, fields: Mapping[str, str]) -> frozenset[str]:
     """The names of the fields that this shape reads, as the file has them."""
+    reads = SHAPES[shape].reads
     if not fields:
-        return READ[shape]
-    renamed = {ours: theirs for ours, theirs in fields.items() if ours in READ[shape] and theirs in given}
-    return (READ[shape] - renamed.keys()) | frozenset(renamed.values())
+        return reads
+    renamed = {ours: theirs for ours, theirs in fields.items() if ours in reads and theirs in given}
+    return (reads - renamed.keys()) | frozenset(renamed.values())
 
 
-def _add_reasoning(messages: list[Message], row: Mapping[str, Any], shape: Shape, unread: set[str]) -> None:
+def _add_reasoning(messages: list[Message], row: Mapping[str, Any], shape: str, unread: set[str]) -> None:
     """The reasoning that stands beside the answer of a row; where it is not one answer, nobody knows whose it is."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.train is not False]
-    at = answers[-1] if answers and (len(answers) == 1 or shape in ("qa", "alpaca")) else None
+    at = answers[-1] if answers and (len(answers) == 1 or SHAPES[shape].one_answer) else None
     if at is None or "reasoning_content" in messages[at].extra:
         note_unread({name: row[name] for name in REASONING if name in row}, (), "", unread)
         return
@@ -130,41 +153,38 @@ def _add_system(messages: list[Message], row: Mapping[str, Any], unread: set[str
         note_unread(row, row.keys() - {"system"}, "", unread)
 
 
-def recognise(row: Mapping[str, Any]) -> Shape:
+def recognise(row: Mapping[str, Any]) -> str:
     """The shape of a row by its fields; question and answer where nothing else fits, whose error then lists all."""
-    said = {name: value for name, value in row.items() if value is not None}
-    return _recognise(said) or _recognise(row) or "qa"
+    full = {name: value for name, value in row.items() if value is not None}
+    return _recognise(full) or _recognise(row) or "qa"
 
 
-def _recognise(row: Mapping[str, Any]) -> Shape | None:
-    if "question" in row and "answer" in row:
-        return "qa"
-    if isinstance(unpacked(row.get("messages")), list):
-        return "messages"
-    if "conversations" in row:
-        return "sharegpt"
-    if "output" in row and "answer" not in row:
-        return "alpaca"
-    if "prompt" in row and "completion" in row:
-        return "prompt_completion"
+def _recognise(row: Mapping[str, Any]) -> str | None:
+    for name, shape in SHAPES.items():
+        if shape.is_shape_of(row):
+            return name
     return "messages" if "messages" in row else None
 
 
 # ---- One question, one answer
 
 
+def _qa(row: dict[str, Any], told: Told) -> list[Message]:
+    return _question_answer(row, "question", "answer")
+
+
 def _question_answer(row: dict[str, Any], question: str, answer: str) -> list[Message]:
     return [*_history(row), Message("user", _text(row, question)), Message("assistant", _text(row, answer))]
 
 
-def _alpaca(row: dict[str, Any], system_prompt: str) -> list[Message]:
+def _alpaca(row: dict[str, Any], told: Told) -> list[Message]:
     """The instruction, and the input, where there is one, on a line of its own: the convention of Alpaca data.
 
     An instruction that is a system prompt (this run's, or the one that the reference script's converter wrote into
     every row) is left out.
     """
     instruction, extra = _text(row, "instruction"), _optional_text(row, "input") or ""
-    if row.get("input") is not None and instruction in (system_prompt, REFERENCE_PROMPT):
+    if row.get("input") is not None and instruction in (told.system_prompt, REFERENCE_PROMPT):
         question = extra
     else:
         question = f"{instruction}\n{extra}" if extra else instruction
@@ -186,18 +206,18 @@ def _history(row: dict[str, Any]) -> list[Message]:
     return messages
 
 
-def _prompt_completion(row: dict[str, Any], fields: Mapping[str, str], unread: set[str]) -> list[Message]:
+def _prompt_completion(row: dict[str, Any], told: Told) -> list[Message]:
     """Two texts, or two lists of messages; only the completion is learned."""
     if not _is_messages(row.get("prompt")):
         return _question_answer(row, "prompt", "completion")
-    note_unread(row, row.keys() - {"history"}, "", unread)
+    note_unread(row, row.keys() - {"history"}, "", told.unread)
     prompt = [
         replace(message, train=False) if message.role == "assistant" else message
-        for message in _message_list(row, "prompt", fields, unread)
+        for message in _message_list(row, "prompt", told)
     ]
     if not _is_messages(row.get("completion")):
         return [*prompt, Message("assistant", _text(row, "completion"))]
-    return prompt + _message_list(row, "completion", fields, unread)
+    return prompt + _message_list(row, "completion", told)
 
 
 def _is_messages(value: Any) -> bool:
@@ -209,11 +229,19 @@ def _is_messages(value: Any) -> bool:
 # ---- Lists of messages
 
 
-def _message_list(row: dict[str, Any], name: str, fields: Mapping[str, str], unread: set[str]) -> list[Message]:
+def _sharegpt(row: dict[str, Any], told: Told) -> list[Message]:
+    return _message_list(row, "conversations", told)
+
+
+def _messages(row: dict[str, Any], told: Told) -> list[Message]:
+    return _message_list(row, "messages", told)
+
+
+def _message_list(row: dict[str, Any], name: str, told: Told) -> list[Message]:
     items = unpacked(_field(row, name))
     if not isinstance(items, list):
         raise BadRow(f"field {name!r} is not a list", f"field {name!r} is {found(items)}; expected a list of messages")
-    return [_message(item, f"{name}[{index}]", fields, unread) for index, item in enumerate(items)]
+    return [_message(item, f"{name}[{index}]", told.fields, told.unread) for index, item in enumerate(items)]
 
 
 def _message(item: Any, where: str, fields: Mapping[str, str], unread: set[str]) -> Message:
@@ -315,3 +343,18 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 
 def _optional_text(row: Mapping[str, Any], name: str) -> str | None:
     return _text(row, name) if row.get(name) is not None else None
+
+
+# ---- Every shape; a row has the first one that it could be of
+
+
+SHAPES = {
+    "qa": RowShape(BESIDE | {"question", "answer", "history"}, _qa, lambda row: "question" in row and "answer" in row,
+                one_answer=True),
+    "messages": RowShape(BESIDE | {"messages"}, _messages, lambda row: isinstance(unpacked(row.get("messages")), list)),
+    "sharegpt": RowShape(BESIDE | {"conversations"}, _sharegpt, lambda row: "conversations" in row),
+    "alpaca": RowShape(BESIDE | {"instruction", "input", "output", "history"}, _alpaca,
+                    lambda row: "output" in row and "answer" not in row, one_answer=True),
+    "prompt_completion": RowShape(BESIDE | {"prompt", "completion", "history"}, _prompt_completion,
+                               lambda row: "prompt" in row and "completion" in row),
+}  # fmt: skip

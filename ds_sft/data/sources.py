@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config.keys import Config
+from ds_sft.config.extension import is_dotted
+from ds_sft.config.keys import DATA_FORMATS
 from ds_sft.data.readers import CHUNK, COMPRESSED, KINDS, BytesRead, Raw, file_rows, hub_rows, kind_of, readable
 from ds_sft.errors import UserError
 
@@ -109,9 +110,9 @@ def _find(item: Any, key: str) -> list[DataFile]:
 
 
 def _shape(value: Any, where: str) -> Any:
-    choices = {option.name: option.metadata.get("choices") for option in fields(Config)}["data_format"] or ()
-    if value is not None and value not in choices:
-        raise UserError(f"{where}: data_format: expected one of {', '.join(choices)}, found {value!r}")
+    if value is not None and value not in DATA_FORMATS and not is_dotted(value):
+        known = ", ".join(DATA_FORMATS)
+        raise UserError(f"{where}: data_format: expected one of {known}, or my.module:function, found {value!r}")
     return value
 
 

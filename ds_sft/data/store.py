@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ds_sft.config.extension import is_dotted, source_hash
 from ds_sft.config.keys import TEMPLATES, Config
 from ds_sft.data.counts import Counts
 from ds_sft.data.sources import DataFile
@@ -64,8 +65,8 @@ def cache_dir(config: Config) -> Path:
 def settings_key(config: Config, tokenizer: Any) -> str:
     """A hash of all but the file that decides the encoded rows: tokenizer, settings, and the code that encodes."""
     settings = [
-        config.system_prompt, config.max_length, config.on_bad_row, config.data_format, config.data_fields,
-        config.template, config.mask, config.thinking, config.allow_special_tokens, config.overlong,
+        config.system_prompt, config.max_length, config.on_bad_row, code_of_shape(config.data_format),
+        config.data_fields, config.template, config.mask, config.thinking, config.allow_special_tokens, config.overlong,
         str(tokenizer.pad_token), tokenizer.pad_token_id, tokenizer.special_tokens_map, tokenizer.chat_template,
         version("tokenizers"), version("transformers"), version("pyarrow"),
     ]  # fmt: skip
@@ -95,9 +96,15 @@ def settings_key(config: Config, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def code_of_shape(data_format: str | None) -> str | None:
+    """The name of a shape; of a user's function with a hash of the source that it is in."""
+    source = f" {source_hash(data_format, 'data_format')}" if data_format and is_dotted(data_format) else ""
+    return data_format and data_format + source
+
+
 def file_key(file: DataFile, settings: str, memory: Path) -> str:
     """What an encoded file is named after. `memory`: see `DataFile.digest`."""
-    read = (file.kind, file.limit, file.data_format, file.data_fields)
+    read = (file.kind, file.limit, code_of_shape(file.data_format), file.data_fields)
     return hashlib.sha256(f"{file.digest(memory)} {read} {settings}".encode()).hexdigest()[:24]
 
 

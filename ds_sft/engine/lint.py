@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ds_sft.config.extension import is_dotted
 from ds_sft.config.keys import ADAFACTOR, ENGINES, MUON, TORCH_ADAMW, Config
 from ds_sft.config.upstream_keys import training_keys
 from ds_sft.engine.deepspeed_keys import BLOCKS, fields_of, known_keys, package_folder
@@ -197,7 +198,8 @@ def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> I
     if found not in (None, "auto", betas):
         yield f'optimizer.params.betas: {_show(found)}: the run has adam_beta1, adam_beta2: {betas}; write "auto"'
     kind, optim = _get(engine, "optimizer.type"), training.get("optim")
-    if kind is not None and optim is not None and ("adam" in str(kind).lower()) != (optim in TORCH_ADAMW):
+    own = is_dotted(optim)
+    if kind is not None and optim is not None and (own or ("adam" in str(kind).lower()) != (optim in TORCH_ADAMW)):
         yield f"optimizer.type: {_show(kind)}: the run has optim: {optim}; delete one of the two"
     kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
     if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:

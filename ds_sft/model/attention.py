@@ -34,7 +34,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.errors import UserError
 from ds_sft.model.autocast import HALF, autocast_dtype
+from ds_sft.model.own_attention import takes_borders
 from ds_sft.model.sequence import SequenceGroup, own_part, some_heads
 from ds_sft.plan.attention import SHORT_ROW
 
@@ -342,13 +344,29 @@ def keep_rows_apart(
         dtype: in which it computes.
         group: the ranks that share its rows, of a model that `require_shareable` has nothing against.
     """
+    if takes_borders(asked):
+        _pass_borders_to(model, str(asked))
     found = replace(_choose(model, asked, torch.device(device), dtype), group=group)
     used = model.config._attn_implementation or ""
-    if used == NAME:
+    if used == NAME or takes_borders(used):
         RowsUnderWay(found).watch(model)
     elif "flash" in used:
         model.register_forward_pre_hook(_pass_flash_borders, with_kwargs=True)
     return found
+
+
+def _pass_borders_to(model: PreTrainedModel, own: str) -> None:
+    """Let a function of the user's have the borders in place of a mask, in a model that can hand them on.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if reason := use_rows_attention(model):
+        raise UserError(
+            f"attn_implementation: {own}: {type(model).__name__} {reason}, and hands no row_borders on: leave that "
+            "parameter out, and the function gets a mask"
+        )
+    model.set_attn_implementation(own)
 
 
 def _choose(model: PreTrainedModel, asked: str | None, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -441,7 +459,7 @@ def _mask_nothing(base: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     rows: RowBorders | None = kwargs.get("row_borders")
     if rows is None:
         return args, kwargs
-    if base.config._attn_implementation != NAME:
+    if base.config._attn_implementation != NAME and not takes_borders(base.config._attn_implementation):
         raise RuntimeError(f"{type(base).__name__} does not use {NAME}: rows would see each other")
     return args, {**kwargs, "attention_mask": rows.starts.new_empty((1, 1, 0, 0), dtype=torch.bool)}
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ds_sft.config.extension import is_dotted
 from ds_sft.config.keys import MUON, OUR_ORDERS, SECRETS, Config
 from ds_sft.data.micro_batches import Batching, Seam
 from ds_sft.data.rows import lengths_of
@@ -56,8 +57,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
     _check_schedule(args)
     require_names("deepspeed", "torch")  # those of their modules that are imported by now
-    if not config.trackers:
-        args.report_to = []  # transformers adds Kubeflow's where it finds its cluster
+    args.report_to = []  # trackers are this package's to ask; transformers adds Kubeflow's where it finds its cluster
     return args
 
 
@@ -83,10 +83,10 @@ def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
     keys = {**config.training, "per_device_train_batch_size": config.micro_batch}
     keys["activation_checkpointing"] = bool(keys.get("activation_checkpointing"))  # to offload is ours, offload.py
     keys["deepspeed"] = engine
-    if keys.get("optim") == MUON:  # `optimizer_of` makes it, and transformers does not know it
+    if keys.get("optim") == MUON or is_dotted(keys.get("optim")):  # which `optimizer_of` makes
         keys["optim"] = "adamw_torch"
     keys["logging_nan_inf_filter"] = False  # it logs 0.0, and waits for the device in every micro batch
-    keys["report_to"] = other_trackers(config.trackers) or ["none"]
+    keys["report_to"] = ["none"]  # Trainer's own are guarded, and told of answers: see tracking/integrations.py
     for name in OUR_WAY:
         keys.pop(name, None)
     if keys.get("save_strategy") == "best":
@@ -101,28 +101,6 @@ def keywords(config: Config, engine: dict[str, Any] | None) -> dict[str, Any]:
     # once. Under ZeRO-3 that re-partitions at once it gives the same weights as no checkpointing (test_trajectory.py).
     keys["activation_checkpointing_kwargs"] = keys.get("activation_checkpointing_kwargs") or {"use_reentrant": False}
     return keys
-
-
-def other_trackers(names: list[str]) -> list[str]:
-    """Those that transformers serves; its SwanLab fails on swanlab 0.10, ours is in tracking.py.
-
-    Raises:
-        UserError: one that it does not know, or that is not installed: Trainer would die of it with the model loaded.
-    """
-    if set(names) <= {"swanlab"}:
-        return []
-    from transformers.integrations import integration_utils
-
-    known = set(integration_utils.INTEGRATION_TO_CALLBACK)
-    installed = set(integration_utils.get_available_reporting_integrations())
-    for name in names:
-        if name not in known | {"all"}:
-            raise UserError(
-                f"report_to: {name}: no such tracker; expected none, all, or any of {', '.join(sorted(known))}"
-            )
-        if name not in installed | {"all", "swanlab", "azure_ml", "flyte"}:  # the last two may be absent from it
-            raise UserError(f"report_to: {name}: it is not installed here; install its package, or leave it out")
-    return sorted((installed if "all" in names else set(names)) - {"swanlab"})
 
 
 def batching_of(

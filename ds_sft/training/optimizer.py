@@ -10,11 +10,14 @@ what lies between two numbers says, so their expected values are those of float3
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ds_sft.config.extension import is_dotted, load, require_call
 from ds_sft.config.keys import MUON, Config
+from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.muon import muon_of, partitioned_muon_of
 
@@ -40,12 +43,53 @@ def optimizer_of(config: Config, args: TrainingArguments, launch: Launch) -> tup
                    + " grad_norm is that of Muon's updates and the others' gradients." * under_zero)  # fmt: skip
         made = partitioned_muon_of if under_zero else muon_of
         return (lambda: made), {**options, "weight_decay": args.weight_decay}
+    if is_dotted(optim := config.training.get("optim")):
+        launch.say(f"Optimizer: {optim}.")
+        return own_optimizer(config), {"lr": args.learning_rate, **optimizer_options(config)}
     if config.optimizer_dtype == "float32":
         return None
     launch.say("Optimizer: AdamW in bfloat16, stochastic rounding: weights, gradients and two moments of 2 bytes each.")
     # Ranks of DistributedDataParallel have the same weights and must round alike; those of ZeRO have parts of them.
     stream = args.process_index if args.deepspeed is not None else 0
     return StochasticAdamW, {**options, "seed": args.seed, "stream": stream}
+
+
+def own_optimizer(config: Config) -> type[torch.optim.Optimizer]:
+    """The class of the user's that `optim` names.
+
+    Raises:
+        UserError: it cannot be had, is none, or does not take the rate and `optim_args`.
+    """
+    name = str(config.training["optim"])
+    found = load(name, "optim")
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"optim: {name}: expected a class, a torch.optim.Optimizer, found {found!r:.80}")
+    require_call(found, name, "optim", "params", keywords={"lr": 0.0, **optimizer_options(config)})
+    return found
+
+
+def optimizer_options(config: Config) -> dict[str, Any]:
+    """`optim_args`, name=value,name=value, as keywords; a value is a number where it reads as one.
+
+    Raises:
+        UserError: not of that form.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(None, (config.training.get("optim_args") or "").replace(" ", "").split(",")):
+        name, equals, value = part.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UserError(f"optim_args: {part}: expected name=value,name=value, such as momentum=0.9,nesterov=true")
+        options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 class FlatPart(NamedTuple):

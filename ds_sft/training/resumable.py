@@ -28,6 +28,7 @@ from ds_sft.model.quantized import elements
 from ds_sft.plan.weights import met_by_token
 from ds_sft.ranks.collectives import gather, sum_over_ranks
 from ds_sft.ranks.stop import Stopped
+from ds_sft.training.callbacks import restore_states
 from ds_sft.training.continuity import Continuity
 from ds_sft.training.flops import factors, share_of_experts
 from ds_sft.training.hyperparameters import Asked
@@ -183,6 +184,7 @@ class ResumableTrainer(SavingTrainer):
         with quiet_logger("transformers.trainer_utils"):  # a warning that the checkpoint's cadence would hold
             begin: tuple[int, int] = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
+        restore_states(self.callback_handler.callbacks, self.state.stateful_callbacks)
         if EVAL_DATA in self.run.changed:  # other rows measured the best until now
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         if self.deals_rows:
@@ -194,6 +196,7 @@ class ResumableTrainer(SavingTrainer):
         # Resumed from the last step: Trainer would take one more.
         if self.state.global_step >= self.state.max_steps or self.is_past_best():
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # a callback has stopped it at the step that it was resumed from
             return
         if self.deals_rows:
             kwargs["num_update_steps_per_epoch"] = self.batching.steps_of(epoch)
@@ -311,6 +314,7 @@ class ResumableTrainer(SavingTrainer):
             "sequence_parallel": self.batching.group,
             "model_only": args.save_only_model,
             "evaluation_due": self.evaluation_due,
+            "ended_early": self.ended_early,
             "loss_pending": gather(self._tr_loss.item()),
             "last_logged_step": self._globalstep_last_logged,
             "loss_total": self._total_loss_scalar,
@@ -324,6 +328,12 @@ class ResumableTrainer(SavingTrainer):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.run.identity,
         }
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether a callback, and nobody who asked the run to stop, has ended it before its last step."""
+        asked = self.run.stop.decided is not None or self.is_past_best()
+        return self.control.should_training_stop and not asked and self.state.global_step < self.state.max_steps
 
     def _samples_seen(self) -> int:
         """Rows learned from so far; the last step of an epoch has what is left."""
@@ -343,7 +353,10 @@ class StepBoundary(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.begin_training()
-        control.should_training_stop = False  # a checkpoint of a run that was asked to stop remembers it
+        # A run that a callback has ended stays ended, unless the callbacks are others. One of them may know it as well.
+        resumed, changed = self.trainer.run.resumed, self.trainer.run.changed
+        ended = resumed is not None and resumed.manifest.get("ended_early", False)
+        control.should_training_stop |= ended and "callbacks" not in changed
         self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
 
     def on_step_begin(

@@ -316,7 +316,7 @@ NAMES = (
     Name("sacrebleu.metrics.base:Metric._compute_score_from_stats", USED, "evaluation/scores.py",
          "answers have no chrF"),
     # swanlab
-    Name("swanlab.sdk.internal.run.greeting:_print_offline_tip", ASSIGNED, "tracking.py",
+    Name("swanlab.sdk.internal.run.greeting:_print_offline_tip", ASSIGNED, "tracking/swanlab_run.py",
          "SwanLab says how to upload one start, and not the run", seen_in="goodbye"),
     # deepspeed
     Name("deepspeed.runtime.engine:DeepSpeedEngine.forward", ASSIGNED, "training/timers.py",

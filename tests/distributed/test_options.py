@@ -24,7 +24,7 @@ SEEN_IN_NO_LOSS = {
     "ddp_broadcast_buffers": True, "ddp_backend": "gloo", "ddp_timeout": 600, "use_cpu": True,
     "torch_empty_cache_steps": 2, "full_determinism": True, "disable_tqdm": True, "logging_first_step": True,
     "log_level": "error", "log_level_replica": "critical", "log_on_each_node": False, "skip_memory_metrics": False,
-    "include_num_input_tokens_seen": "all", "eval_delay": 3, "restore_callback_states_from_checkpoint": True,
+    "include_num_input_tokens_seen": "all", "eval_delay": 3,
     "run_name": "options", "project": "options", "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket",
     "trackio_static_space_id": "me/page", "activation_checkpointing_kwargs": "{every_n_layers: 2}",
 }  # fmt: skip

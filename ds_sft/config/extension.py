@@ -1,0 +1,123 @@
+"""A user's own code, which a key names as `my.module:thing`: docs/extend.md has what each key takes.
+
+The module is sought where Python looks (PYTHONPATH), and last in the folder where the command was started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ds_sft.config.keys import Config
+from ds_sft.errors import UserError, nearest
+
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+EXAMPLE = "my.module:thing"
+
+
+def is_dotted(value: Any) -> bool:
+    """Whether a value of a key names a user's own code, and not one of the key's own words."""
+    return isinstance(value, str) and DOTTED.fullmatch(value) is not None
+
+
+@cache
+def load(name: str, key: str) -> Any:
+    """What `my.module:thing` is; imported once.
+
+    Args:
+        key: of the run, that has it as a value.
+
+    Raises:
+        UserError: no such module, one that fails when it is imported, or no such name in it.
+    """
+    module_name, _, attributes = name.partition(":")
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(f"{key}: {name}: {_why_not_imported(module_name, error)}") from error
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            near = nearest(attribute, (known for known in vars(found) if not known.startswith("_")))
+            meant = f"did you mean {near}?" if near else f"write {EXAMPLE}, a name that the module has"
+            raise UserError(f"{key}: {name}: {_place(module_name)} has no {attribute}: {meant}")
+        found = getattr(found, attribute)
+    return found
+
+
+def _why_not_imported(module: str, error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+        return f"no module {error.name}: put its folder into PYTHONPATH, or start in it (here: {Path.cwd()})"
+    return f"importing {module} ends in {said(error)}"
+
+
+def said(error: BaseException) -> str:
+    """An error of a user's code in one line, with the last line of that code that was at work."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({Path(error.filename or '').name}:{error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
+
+
+def _is_users(file: str) -> bool:
+    """Whether a source file is neither of this package, nor of Python, nor installed."""
+    path = Path(file).resolve()
+    ours, python = Path(__file__).resolve().parents[1], Path(traceback.__file__).resolve().parent
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not (file.startswith("<") or installed or path.is_relative_to(ours) or path.is_relative_to(python))
+
+
+def require_call(found: Any, name: str, key: str, *arguments: str, keywords: Mapping[str, Any] | None = None) -> None:
+    """See that something can be called with these arguments; `arguments` are their names, for the message.
+
+    Raises:
+        UserError: it cannot.
+    """
+    given = dict(keywords or {})
+    call = ", ".join([*arguments, *(f"{keyword}=..." for keyword in given)])
+    expected = f"it is called as {name.rpartition(':')[2]}({call})"
+    if not callable(found):
+        raise UserError(f"{key}: {name}: no function or class but {type(found).__name__}: {expected}")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # of compiled code: the call itself shows it
+        return
+    try:
+        signature.bind(*arguments, **given)
+    except TypeError as error:
+        raise UserError(f"{key}: {name}{signature}: {error}: {expected}") from None
+
+
+def _place(module: str) -> str:
+    file = getattr(sys.modules[module], "__file__", None)
+    return str(file) if file else module
+
+
+def source_hash(name: str, key: str) -> str:
+    """Of the bytes of the file that a dotted name is defined in; of other files that it imports nobody knows."""
+    load(name, key)
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else ""
+
+
+def callbacks_of(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """Name and arguments of each of the `callbacks`."""
+    pairs = [next(iter(item.items())) if isinstance(item, Mapping) else (item, None) for item in config.callbacks or []]
+    return [(name, dict(options or {})) for name, options in pairs]
+
+
+def learned_with(config: Config) -> dict[str, str]:
+    """The dotted names that decide what is learned -> the keys that have them; the shapes of rows show in the rows."""
+    named = {name: "callbacks" for name, _ in callbacks_of(config)}
+    named |= {str(config.attn_implementation): "attn_implementation", str(config.training.get("optim")): "optim"}
+    return {name: key for name, key in named.items() if is_dotted(name)}

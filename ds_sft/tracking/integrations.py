@@ -1,0 +1,136 @@
+"""Trainer's own trackers (tensorboard, wandb, mlflow ...), each asked as one of ours, on rank 0.
+
+They are callbacks of transformers'. Here each is guarded, and its end is put off until the model has answered, so that
+answers and scores reach it, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from ds_sft.ranks.launch import print_line
+from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard
+
+# What transformers calls them -> what pip does, where that is another name.
+PACKAGES = {"azure_ml": "azureml-sdk mlflow", "comet_ml": "comet-ml", "neptune": "neptune", "dagshub": "dagshub mlflow"}
+NAMES = sorted(
+    INTEGRATION_TO_CALLBACK.keys() - {"swanlab"}
+)  # its SwanLab fails on swanlab 0.10; swanlab_run.py is ours
+
+
+def missing_package(name: str) -> str | None:
+    """What pip would install for a tracker that is not here; None: it is."""
+    if name in get_available_reporting_integrations() or (name == "flyte" and importlib.util.find_spec("flytekit")):
+        return None
+    return PACKAGES.get(name, name)
+
+
+class Integration:
+    """One of Trainer's own trackers."""
+
+    def __init__(self, name: str, metrics: Path) -> None:
+        self.name, self.guard = name, Guard(name, metrics)
+        self.callback: TrainerCallback | None = None  # while it works
+        self.seen: tuple[TrainingArguments, TrainerState, TrainerControl] | None = None  # of the Trainer, once it began
+
+    def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start it at the beginning of training; a second time, offline, where it knows that."""
+        self.seen = args, state, control
+
+        def start() -> None:
+            (kind,) = get_reporting_integration_callbacks([self.name])
+            self.callback = kind()
+            self.callback.on_init_end(args, state, control, **kwargs)
+            self.callback.on_train_begin(args, state, control, **kwargs)
+
+        if self.guard.call(start, START_SECONDS):
+            return
+        if not (self._go_offline() and self.guard.call(start, START_SECONDS)):
+            self.callback = None
+            print_line(f"{self.name} is off.")
+
+    def _go_offline(self) -> bool:
+        """Whether this tracker can be told to wait for its key and its network, and was not told so before."""
+        if self.name != "wandb" or os.environ.get("WANDB_MODE") == "offline":
+            return False
+        os.environ["WANDB_MODE"] = "offline"
+        importlib.import_module("wandb").teardown()  # it has read the variable before
+        print_line("wandb: going on offline (WANDB_MODE=offline); `wandb sync wandb/offline-run-*` uploads it later.")
+        return True
+
+    def tell(self, event: str, *, seconds: float = LOG_SECONDS, **kwargs: Any) -> None:
+        """Hand on an event of Trainer's; of its control a tracker gets a copy, so that it cannot stop the run."""
+        if self.callback is None or self.seen is None or not self.guard.answers:
+            return
+        args, state, control = self.seen
+        handle = getattr(self.callback, event)
+        self.guard.call(lambda: handle(args, state, copy.copy(control), **kwargs), seconds)
+
+    # ---- As one of our trackers
+
+    def start(self, keys: Mapping[str, Any], *, resumed: bool) -> None:
+        """Nothing yet: it is started by the Trainer, whose arguments it shows."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.tell("on_log", logs=dict(metrics))
+
+    def log_predictions(self, texts: Sequence[str], step: int) -> None:
+        show = SHOW.get(self.name)
+        if self.callback is None:
+            return
+        if show is None:
+            self.guard.say_once(f"{self.name}: no place for texts; predictions.jsonl has the answers.")
+            return
+        callback = self.callback
+        self.guard.call(lambda: show(callback, list(texts), step), LOG_SECONDS)
+
+    def finish(self, state: str, error: str | None = None) -> None:
+        end = END.get(self.name)
+        if self.callback is not None and end is not None:
+            self.guard.call(lambda: end(state), FINISH_SECONDS)
+        self.tell("on_train_end", seconds=FINISH_SECONDS)
+        self.callback = self.seen = None
+
+
+# ---- Where each shows a text, and how it is told how a run ended
+
+
+def _in_tensorboard(callback: Any, texts: list[str], step: int) -> None:
+    for number, text in enumerate(texts):
+        callback.tb_writer.add_text(f"Prediction/{number}", text, step)
+
+
+def _in_wandb(callback: Any, texts: list[str], step: int) -> None:
+    wandb: Any = importlib.import_module("wandb")
+    wandb.log({"Prediction": wandb.Table(columns=["step", "text"], data=[[step, text] for text in texts])})
+
+
+def _in_mlflow(callback: Any, texts: list[str], step: int) -> None:
+    mlflow: Any = importlib.import_module("mlflow")
+    mlflow.log_text("\n\n".join(texts), "predictions.txt")
+
+
+def _end_wandb(state: str) -> None:
+    wandb: Any = importlib.import_module("wandb")
+    wandb.finish(exit_code=0 if state == "success" else 1)
+
+
+def _end_mlflow(state: str) -> None:
+    mlflow: Any = importlib.import_module("mlflow")
+    mlflow.end_run({"success": "FINISHED", "aborted": "KILLED"}.get(state, "FAILED"))
+
+
+SHOW: dict[str, Callable[[Any, list[str], int], None]] = {
+    "tensorboard": _in_tensorboard, "wandb": _in_wandb, "mlflow": _in_mlflow,
+}  # fmt: skip
+END: dict[str, Callable[[str], None]] = {"wandb": _end_wandb, "mlflow": _end_mlflow}
