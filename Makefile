@@ -45,11 +45,18 @@ TRAININGS := $(foreach case,none-1 none-2 zero2-2 zero3-2,'tests/distributed/tes
 # What PyTorch compiles lies beside the PyTorch that compiled it.
 OTHER = PATH="$(CURDIR)/$(@:test-%=.venv-%)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(@:test-%=.venv-%)/torch_extensions"
 
-# The trainings also where a unit test has failed.
-test-oldest test-newest: test-%: .venv-%/.done
-	-$(OTHER) python benchmarks/upstream.py --changed
-	$(OTHER) python -m pytest $(LANES) $(UNIT) $(PYTEST_ARGS); units=$$?; \
-	$(OTHER) python -m pytest $(TRAININGS) $(PYTEST_ARGS) && exit $$units
+# Each step also where the one before it has failed.
+define TRY
+-$(OTHER) python benchmarks/upstream.py --changed
+$(OTHER) python -m pytest $(LANES) $(UNIT) $(PYTEST_ARGS); units=$$?; \
+$(OTHER) python -m pytest $(TRAININGS) $(PYTEST_ARGS) && exit $$units
+endef
+
+test-oldest: .venv-oldest/.done
+	$(TRY)
+
+test-newest: .venv-newest/.done
+	$(TRY)
 
 # One after the other: there may be one device.
 test-gpu: .venv/.done
