@@ -234,7 +234,8 @@ def test_what_it_takes_is_said(model_dir: Path, capsys: pytest.CaptureFixture[st
     with_adapter(in_4_bits(model_dir), model_dir, "bf16")
     said = capsys.readouterr().out.splitlines()[0]
     assert said == (
-        f"Quantization: nf4 (bitsandbytes {version('bitsandbytes')}): 73,728 of 99,712 parameters in 4.5 bits; 0.1 MiB instead of 0.2."
+        f"Quantization: nf4 (bitsandbytes {version('bitsandbytes')}): 73,728 of 99,712 parameters in 4.5 bits; 0.1 MiB "
+        "instead of 0.2."
     )
 
 
