@@ -48,13 +48,18 @@ TRAININGS := $(foreach case,none-1 none-2 zero2-2 zero3-2,'tests/distributed/tes
 # What PyTorch compiles lies beside the PyTorch that compiled it.
 OTHER = PATH="$(CURDIR)/$(@:test-%=.venv-%)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(@:test-%=.venv-%)/torch_extensions"
 
-test-oldest:  ## the unit tests and a training by each engine, with the oldest versions that setup.cfg names
-test-newest:  ## the same with the newest versions there are
-# The trainings also where a unit test has failed.
-test-oldest test-newest: test-%: .venv-%/.done
-	-$(OTHER) python benchmarks/upstream.py --changed
-	$(OTHER) python -m pytest $(LANES) $(UNIT) $(PYTEST_ARGS); units=$$?; \
-	$(OTHER) python -m pytest $(TRAININGS) $(PYTEST_ARGS) && exit $$units
+# Each step also where the one before it has failed.
+define TRY
+-$(OTHER) python benchmarks/upstream.py --changed
+$(OTHER) python -m pytest $(LANES) $(UNIT) $(PYTEST_ARGS); units=$$?; \
+$(OTHER) python -m pytest $(TRAININGS) $(PYTEST_ARGS) && exit $$units
+endef
+
+test-oldest: .venv-oldest/.done  ## the unit tests and a training by each engine, with the oldest versions that setup.cfg names
+	$(TRY)
+
+test-newest: .venv-newest/.done  ## the same with the newest versions there are
+	$(TRY)
 
 # One file after the other: there may be one device.
 test-gpu: .venv/.done  ## the tests that compute on a CUDA device

@@ -153,11 +153,11 @@ def test_the_kernel_of_torch_2_10_takes_what_it_has_words_for(
 
 
 def test_torch_2_10_asks_row_by_row_where_a_layer_wants_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, value = torch.empty(1, 4, 5, 8, dtype=BFLOAT16), torch.empty(1, 2, 5, 8, dtype=BFLOAT16)
+    query = torch.empty(1, 4, 5, 8, dtype=BFLOAT16)
     wanted = [(None, None), (None, 8**-0.5), (None, 0.3), (6, None)]  # window, scale
     for only_plain, known in ((True, [True, True, False, False]), (False, [True] * 4)):
         monkeypatch.setattr(attention, "ONLY_PLAIN", only_plain)
-        assert [attention._has_kernel(query, value, window, 0.0, scale) for window, scale in wanted] == known
+        assert [attention._has_words(query, window, scale) for window, scale in wanted] == known
 
 
 @pytest.mark.parametrize("length", [32, 33, 47])

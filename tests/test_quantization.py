@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,7 +241,7 @@ def test_it_is_counted_as_what_it_stands_for(model_dir: Path) -> None:
 
 def test_what_it_takes_is_said(model_dir: Path) -> None:
     assert str(quantization_of(in_4_bits(model_dir))) == (
-        "nf4 (bitsandbytes 0.50.2): 73,728 of 99,712 parameters in 4.5 bits; 0.1 MiB instead of 0.2"
+        f"nf4 (bitsandbytes {version('bitsandbytes')}): 73,728 of 99,712 parameters in 4.5 bits; 0.1 MiB instead of 0.2"
     )
     assert quantization_of(rounded(model_dir)) is None
 

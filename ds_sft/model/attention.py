@@ -185,11 +185,12 @@ def _whole_rows(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    if not (rows.in_one_kernel and _has_kernel(query, value, window, dropout, scaling)):
+    in_one = rows.in_one_kernel and _has_kernel(query, value, dropout)
+    if in_one and rows.by_cudnn and window is None:
+        return _lone_row(query, key, value, scaling)
+    if not (in_one and _has_words(query, window, scaling)):
         by_row: torch.Tensor = _row_by_row(query, key, value, rows, window, dropout, scaling)
         return by_row
-    if rows.by_cudnn and window is None:
-        return _lone_row(query, key, value, scaling)
     return _all_rows(query, key, value, rows, window, scaling)
 
 
@@ -202,12 +203,13 @@ def _masked(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor,
     return attended
 
 
-def _has_kernel(
-    query: torch.Tensor, value: torch.Tensor, window: int | None, dropout: float, scaling: float | None
-) -> bool:
+def _has_words(query: torch.Tensor, window: int | None, scaling: float | None) -> bool:
+    """Whether `varlen_attn` can be told of a window and a scale."""
+    return not ONLY_PLAIN or (window is None and scaling in (None, query.shape[-1] ** -0.5))
+
+
+def _has_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     size = query.shape[-1]
-    if ONLY_PLAIN and (window is not None or scaling not in (None, size**-0.5)):
-        return False
     return query.dtype in HALF and not dropout and size == value.shape[-1] <= MAX_HEAD_DIM and size % 8 == 0
 
 
