@@ -290,7 +290,11 @@ def targets() -> list[str]:
 
 def test_make_says_what_each_target_and_each_variable_is_for() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assigned = {*re.findall(r"^(?:export |define )?([A-Z_]+)(?: :?= |$)", makefile, re.M), "CURDIR", "MAKEFILE_LIST"}  # two: of make
+    assigned = {
+        *re.findall(r"^(?:export |define )?([A-Z_]+)(?: :?= |$)", makefile, re.M),
+        "CURDIR",
+        "MAKEFILE_LIST",
+    }  # two: of make
     given = {*re.findall(r"\$\(([A-Z_]+)\)", makefile)} - assigned | {"LANES"}  # LANES= is what a user may say
     asked = [["make", "--no-print-directory", *target] for target in ([], ["help"])]  # `make test` runs this
     said = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout for command in asked]
