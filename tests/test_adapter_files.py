@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -603,7 +604,7 @@ def test_weights_that_are_not_the_trained_ones_are_not_gone_on_with(
 
     monkeypatch.setattr("ds_sft.finish.merge_and_verify", refuse)
     (tmp_path / "exported.json").touch()
-    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
+    data: Any = SimpleNamespace(eval=None, train=Dataset.from_list([{"input_ids": [7]}] * 9))
     nobody: Any = object()
     exported = {"results": {"steps": 2}, "loss_trained": 2.5, "identity": {}}
     with pytest.raises(ExportError):
@@ -620,9 +621,9 @@ def test_a_later_merge_is_verified_by_the_loss_that_training_had(
     make_adapter(bases["tied"], tmp_path)
     calls: list[Any] = []
     monkeypatch.setattr(
-        "ds_sft.finish.merge_and_verify", lambda config, rows, loss, run: calls.append((rows, loss, run))
+        "ds_sft.finish.merge_and_verify", lambda config, rows, loss, run: calls.append((list(rows), loss, run))
     )
-    data: Any = SimpleNamespace(eval=None, train=SimpleNamespace(take=lambda count: [{"input_ids": [7]}] * count))
+    data: Any = SimpleNamespace(eval=None, train=Dataset.from_list([{"input_ids": [7]}] * 9))
     launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)
     merge_later(given, data, launch, StopRequests(launch))
     assert calls == ([([{"input_ids": [7]}] * 8, 2.5, done)] if asked else [])
