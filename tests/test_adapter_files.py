@@ -621,7 +621,7 @@ def test_a_later_merge_is_verified_by_the_loss_that_training_had(
     make_adapter(bases["tied"], tmp_path)
     calls: list[Any] = []
     monkeypatch.setattr(
-        "ds_sft.finish.merge_and_verify", lambda config, rows, loss, run: calls.append((list(rows), loss, run))
+        "ds_sft.finish.merge_and_verify", lambda config, rows, loss, run: calls.append(([*rows], loss, run))
     )
     data: Any = SimpleNamespace(eval=None, train=Dataset.from_list([{"input_ids": [7]}] * 9))
     launch, given = Launch(launcher="python"), config(bases, tmp_path, merge=merge)

@@ -83,4 +83,4 @@ def test_nothing_gives_cudnn_back() -> None:
     named = {path.name for path in package.rglob("*.py") if re.search("cudnn_sdp|CUDNN_ATT|sdpa_kernel|sdp_kernel",
                                                                      path.read_text(encoding="utf-8"))}  # fmt: skip
     assert named == {"kernels.py", "attention.py"}
-    assert "sdp(True" not in (package / "runtime" / "kernels.py").read_text(encoding="utf-8")
+    assert "sdp(True" not in (package / "export" / "kernels.py").read_text(encoding="utf-8")
