@@ -188,7 +188,7 @@ def test_a_lone_long_row_is_rounded_up_to_a_planned_length(length: int, monkeypa
         torch.testing.assert_close(one, other)
 
 
-def test_which_rows_cudnn_gets() -> None:
+def test_which_rows_cudnn_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is alone and long; two, or a shorter one, go where all others go, and so does a window."""
     cudnn = Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True)
     assert [borders(lengths, cudnn).by_cudnn for lengths in ([8192], [8191], [8192, 8192], [65_000])] == [
@@ -196,9 +196,14 @@ def test_which_rows_cudnn_gets() -> None:
     ]  # fmt: skip
     assert not borders([8192], IN_ONE).by_cudnn
     states = [torch.empty(1, heads, 8200, 8, dtype=BFLOAT16, device=META) for heads in (4, 2, 2)]
-    with Operations() as operations:
-        rows_attention(torch.nn.Module(), *states, None, sliding_window=7, row_borders=borders([8200], cudnn))
-    assert operations.counted[FORWARD] == 1
+    asked: list[str] = []
+    for name in ("_lone_row", "_all_rows", "_row_by_row"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: asked.append(name) or torch.empty(0))
+    for only_plain in (False, True):
+        monkeypatch.setattr(attention, "ONLY_PLAIN", only_plain)
+        for window in (None, 7):
+            rows_attention(torch.nn.Module(), *states, None, sliding_window=window, row_borders=borders([8200], cudnn))
+    assert asked == ["_lone_row", "_all_rows", "_lone_row", "_row_by_row"]
 
 
 def test_under_autocast_the_kernel_gets_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +275,12 @@ def test_two_graphs_for_rows_of_any_number_and_length(backend: str) -> None:
 def check_two_graphs(backend: str) -> None:
     """The first, and one that knows that sizes differ; attention is part of them."""
     compiled = torch.compile(rows_attention, backend=backend, fullgraph=True)
+    scale = 8**-0.5 if attention.ONLY_PLAIN else 0.3
     for lengths in ([100], [5, 300], [200, 40, 7], [1] * 50, [4000]):
         shapes = [(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
         states = [torch.empty(shape, dtype=BFLOAT16, device=META, requires_grad=True) for shape in shapes]
         rows = RowBorders(lengths, borders(lengths).starts.to(META), IN_ONE)
-        found, _ = compiled(torch.nn.Module(), *states, None, scaling=0.3, row_borders=rows)
+        found, _ = compiled(torch.nn.Module(), *states, None, scaling=scale, row_borders=rows)
         found.backward(torch.empty_like(found))
         assert rows.attended
         assert found.shape == (1, sum(lengths), 4, 8)

@@ -43,9 +43,21 @@ def csv_of(rows: list[dict[str, Any]], delimiter: str = ",") -> bytes:
 
 
 def parquet_of(rows: list[dict[str, Any]]) -> bytes:
+    """Fields in the order in which they first come; pyarrow 21 would sort those of a struct by their names."""
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(arrow_type(rows))), sink, row_group_size=2)
     return sink.getvalue()
+
+
+def arrow_type(values: list[Any]) -> pa.DataType:
+    """That of JSON values of one field."""
+    known = [value for value in values if value is not None]
+    if known and isinstance(known[0], dict):
+        names = dict.fromkeys(name for value in known for name in value)
+        return pa.struct([(name, arrow_type([value.get(name) for value in known])) for name in names])
+    if known and isinstance(known[0], list):
+        return pa.list_(arrow_type([item for value in known for item in value]))
+    return pa.array(known).type
 
 
 CONTENTS = {

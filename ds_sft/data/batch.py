@@ -27,7 +27,8 @@ class Share:
     filling: int  # tokens behind the last row, so that the parts are equal; they count as that row's in `lengths`
 
 
-@dataclass(frozen=True)
+# Not frozen: torch 2.10's compiler looks into all fields of a frozen one, and compiles anew for each number of rows.
+@dataclass
 class Layout:
     """Where rows and supervised tokens are in a batch, and how many; it moves as a tensor does."""
 
