@@ -569,6 +569,8 @@ OPTIMIZERS = {
                   "lion_32bit, adafactor, muon, or my.module:thing, found 'adamw_torch_8bit'"),
     "states of Adam": (["--optim", "adafactor", "--adam_beta2", "0.95"],
                        "--adam_beta2: optim: adafactor has none: leave it out"),
+    "states of a user's optimizer": (["--optim", "my_module:SGD", "--adam_beta1", "0.8"],
+                                     "--adam_beta1: optim: my_module:SGD has none: write optim_args"),
 }  # fmt: skip
 
 

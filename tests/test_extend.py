@@ -12,7 +12,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ds_sft.checkpoints.identity import changes, changes_in_words, identity
-from ds_sft.config.extension import load
+from ds_sft.config.extension import load, source_hash
 from ds_sft.config.keys import DATA_FORMATS, Config
 from ds_sft.config.read import load_config
 from ds_sft.data.batch import collate_flat
@@ -39,6 +39,7 @@ import torch
 def two(a, b): ...
 def kwargs(**given): ...
 def fails(row): raise KeyError("reply")
+def refuses(row): raise ValueError("no reply,\\n  no row")
 def returns_text(row): return "text"
 def no_callback(): return 3
 def broken(): raise RuntimeError("no such file")
@@ -55,6 +56,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     (tmp_path / "wrong.py").write_text(WRONG)
     (tmp_path / "failing.py").write_text("\n1 / 0\n")
     (tmp_path / "misspelt.py").write_text("def f(:\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     write_rows(tmp_path / "tickets.jsonl", TICKETS[:3])
     monkeypatch.chdir(tmp_path)
 
@@ -89,6 +91,7 @@ def test_what_the_page_shows_is_taken(read: Any) -> None:
             {"data_format": "failing:f"},
             "failing:f: importing failing ends in ZeroDivisionError: division by zero (failing.py:2)",
         ),
+        ({"data_format": "script:f"}, "importing script ends in SystemExit: 0 (script.py:2)"),
         ({"data_format": "misspelt:f"}, "importing misspelt ends in SyntaxError: invalid syntax (misspelt.py:1)"),
         ({"data_format": "wrong:number"}, "wrong:number: no function or class but int: it is called as number(row)"),
         ({"data_format": "wrong:two"}, "wrong:two(a, b): missing a required argument: 'b': it is called as two(row)"),
@@ -119,7 +122,7 @@ def test_what_the_page_shows_is_taken(read: Any) -> None:
         ),
         (
             {"callbacks": ["wrong:broken"]},
-            "callbacks: wrong:broken: making it ends in RuntimeError: no such file (wrong.py:9)",
+            "callbacks: wrong:broken: making it ends in RuntimeError: no such file (wrong.py:10)",
         ),
         (
             {"callbacks": [{"my_callbacks:StopBelow": {"bound": 1}}] * 2},
@@ -193,6 +196,7 @@ def test_rows_by_a_function_are_those_of_its_messages(read: Any, tokenizer: Any,
 @pytest.mark.parametrize(
     ("data_format", "said"),
     [
+        ("wrong:refuses", "tickets.jsonl:1: no reply, no row (on_bad_row: skip"),
         ("my_rows:tickets", "tickets.jsonl:4: the reply is empty; expected a text (on_bad_row: skip"),
         ("wrong:fails", "tickets.jsonl:1: wrong:fails ended in KeyError: 'reply' (wrong.py:6) (on_bad_row: skip"),
         ("wrong:returns_text", 'tickets.jsonl:1: wrong:returns_text returned a string: "text"; expected a list of'),
@@ -341,6 +345,18 @@ def test_other_code_is_another_run(read: Any, tmp_path: Path) -> None:
     assert list(found) == [
         "code of my_callbacks:StopBelow", "code of my_attention:by_rows", "code of my_optimizer:SignSGD"]  # fmt: skip
     assert re.fullmatch(r"code of my_callbacks:StopBelow, which has changed; .*", changes_in_words(found))
+
+
+def test_the_file_that_defines_a_name_counts_and_the_one_that_names_it(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "shown.py").write_text(
+        "import functools\nfrom my_rows import tickets\npart = functools.partial(print)\n"
+    )
+    read()
+    found = [source_hash("shown:tickets", "data_format"), source_hash("shown:part", "data_format")]
+    for name in ("my_rows", "shown"):
+        (tmp_path / f"{name}.py").open("a").write("\n# another\n")
+        found += [source_hash("shown:tickets", "data_format"), source_hash("shown:part", "data_format")]
+    assert [len(set(found[::2])), found[1] == found[3], found[3] == found[5]] == [3, True, False]
 
 
 def test_a_name_is_imported_once(read: Any, tmp_path: Path) -> None:

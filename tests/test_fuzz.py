@@ -117,7 +117,7 @@ def test_mutated_rows(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "json.zst", "held.json"])
 def test_mutated_files(tmp_path: Path, kind: str) -> None:
-    from tests.test_files import CONTENTS, KINDS, compress
+    from tests.test_readers import CONTENTS, KINDS, compress
 
     chance, name = random.Random(kind), kind.split(".")[0]
     for _ in range(400):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_sft.cli import main
+from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
 from ds_sft.errors import UserError
 from ds_sft.model import offload, tiling
@@ -26,7 +27,7 @@ from ds_sft.plan.gathered import gathered_at
 from ds_sft.plan.gradients import Reduction, reductions
 from ds_sft.plan.layouts import LAYOUTS, run_of, shipped_engine
 from ds_sft.plan.memory import model_states, peak, step
-from ds_sft.plan.optimizer import StateBytes
+from ds_sft.plan.optimizer import StateBytes, planned_optimizer
 from ds_sft.plan.recommend import Way, ways
 from ds_sft.plan.run import TILE, TILED_FROM, Engine, Run
 from ds_sft.plan.shape import Shape
@@ -99,6 +100,21 @@ def test_gradients_of_bfloat16_states_are_never_cast() -> None:
         inside.setattr("ds_sft.plan.memory.CHUNK_ON_GPU", 2**10)
         assert step(run(2, 1, shape=flat, narrow=True), 0)["step buffers"] == 2 * number + chunk
     assert step(run(2, 1, shape=flat), 0)["step buffers"] == (2 + 4) * number
+
+
+@pytest.mark.parametrize(
+    ("optim", "left"),
+    [
+        ("adamw_torch_fused", list(LAYOUTS)),
+        ("lion_32bit", [name for name in LAYOUTS if not name.endswith("offload")]),
+        ("my_module:Optimizer", [name for name in LAYOUTS if not name.endswith("offload")]),
+        ("adafactor", ["no DeepSpeed"]),
+    ],
+)
+def test_an_optimizer_has_no_layout_that_a_run_with_it_refuses(optim: str, left: list[str]) -> None:
+    named = planned_optimizer(Config(model_name_or_path="m", train_file="t", training={"optim": optim}))
+    assert [name for name in LAYOUTS
+            if not run(None, optimizer=named, engine=shipped_engine(name, SHAPE)).refused] == left  # fmt: skip
 
 
 def test_muon_has_one_state_of_a_matrix() -> None:

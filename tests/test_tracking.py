@@ -570,6 +570,45 @@ def test_wandb_without_a_key_goes_on_offline(
     assert ended == [0]
 
 
+def test_wandb_that_answers_too_late_is_told_all_offline(
+    tmp_path: Path, integration: type[FakeIntegration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network it waits for 90 s by itself."""
+    wandb: Any = types.ModuleType("wandb")
+    wandb.teardown, wandb.finish = lambda: None, lambda exit_code: None
+    wandb.Table, wandb.log = (lambda columns, data: data), lambda values: None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(integrations, "START_SECONDS", 0.2)
+    monkeypatch.setattr(
+        integration, "on_init_end", lambda *args, **kwargs: None if "WANDB_MODE" in os.environ else time.sleep(600)
+    )
+    trained(reported(tmp_path, "wandb"))
+    assert [name for name, _ in integration.calls] == ["on_train_begin", "on_log", "on_save", "on_log", "on_train_end"]
+
+
+def test_a_wandb_that_cannot_be_told_to_go_on_offline_ends_nothing(
+    tmp_path: Path,
+    integration: type[FakeIntegration],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wandb: Any = types.ModuleType("wandb")
+
+    def teardown() -> None:
+        raise BrokenPipeError("its service is gone")
+
+    wandb.teardown = teardown
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    integration.failing.add("on_train_begin")
+    trained(reported(tmp_path, "wandb"))
+    said = capsys.readouterr().out
+    assert "wandb failed (BrokenPipeError: its service is gone" in said
+    assert "wandb is off.\n" in said
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
 def test_all_is_what_is_installed(tmp_path: Path, integration: type[FakeIntegration], fake: Any) -> None:
     names = [getattr(tracker, "name", "swanlab") for tracker in trackers_of(reported(tmp_path, "all"))]
     assert names == ["swanlab", "comet_ml", "wandb"]
@@ -586,6 +625,9 @@ class Short:
     def start(self, keys, *, resumed): pass
     def log(self, metrics, step): raise ValueError(f"full at {step}")
     def finish(self, state, error): pass
+
+class Greedy(Mine):
+    def log(self, metrics, step): metrics.clear()
 
 class Slow(Mine):
     def log(self, metrics, step):
@@ -617,6 +659,14 @@ def test_a_tracker_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[st
         raise Stopped("SIGTERM")
     said = capsys.readouterr().out.splitlines()
     assert (said[0], said[-1]) == ("start m False True", "finish aborted Stopped: SIGTERM")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_tracker_that_takes_numbers_out_leaves_them_to_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(reported(tmp_path, "own:Greedy", "own:Mine"))
+    assert "log {'loss': 2.0} 1" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("own")

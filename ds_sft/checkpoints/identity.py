@@ -24,6 +24,7 @@ INDIFFERENT = {
     "evaluate_rows",
     "verify_export", "export_max_shard_size",
     "run_name", "report_to", "swanlab_project", "swanlab_mode", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
     # when it measures, logs and saves
     "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter",

@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load(name: str, key: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads flags, or ends, wherever it is imported
         raise UserError(f"{key}: {name}: {_why_not_imported(module_name, error)}") from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
@@ -54,7 +55,7 @@ def load(name: str, key: str) -> Any:
     return found
 
 
-def _why_not_imported(module: str, error: Exception) -> str:
+def _why_not_imported(module: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
         return f"no module {error.name}: put its folder into PYTHONPATH, or start in it (here: {Path.cwd()})"
     return f"importing {module} ends in {said(error)}"
@@ -104,10 +105,14 @@ def _place(module: str) -> str:
 
 
 def source_hash(name: str, key: str) -> str:
-    """Of the bytes of the file that a dotted name is defined in; of other files that it imports nobody knows."""
-    load(name, key)
-    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else ""
+    """Of the bytes of the module that a dotted name names, and of the one it is defined in, where that is another."""
+    found, files = load(name, key), [getattr(sys.modules[name.partition(":")[0]], "__file__", None)]
+    with suppress(TypeError):  # no class and no function, or none in Python
+        files.append(inspect.getsourcefile(inspect.unwrap(found)))
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(Path(file).resolve() for file in files if file):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def callbacks_of(config: Config) -> list[tuple[str, dict[str, Any]]]:

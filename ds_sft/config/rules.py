@@ -18,7 +18,7 @@ AGAINST_ADAPTERS = {
     "train_only": "an adapter freezes all weights of the model (lora_modules_to_save trains some of them)",
     "resize_embeddings": "new rows of a frozen embedding would never be learned, and the adapter would fit no base",
 }
-# Optimizers that do not read all options of Adam -> those.
+# Optimizers that do not read all options of Adam -> those; one of the user's reads none.
 UNREAD_BY = {ADAFACTOR: ("adam_beta1", "adam_beta2", "adam_epsilon"), LION: ("adam_epsilon",)}
 # Keys that a row over several ranks cannot be exact with, where they have another value than this -> why.
 AGAINST_SEQUENCE_PARALLEL: dict[str, tuple[Any, str]] = {
@@ -144,9 +144,10 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
 def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:
     """Optimizers that no run here has, and keys that leave `optimizer_dtype` nothing to be of."""
     optim = config.training.get("optim", TORCH_ADAMW[0])
-    for name in UNREAD_BY.get(optim, ()):
+    for name in UNREAD_BY[ADAFACTOR] if is_dotted(optim) else UNREAD_BY.get(optim, ()):
         if name in given:
-            raise UserError(f"{given[name].where}{name}: optim: {optim} has none: leave it out")
+            instead = "write optim_args" if is_dotted(optim) else "leave it out"
+            raise UserError(f"{given[name].where}{name}: optim: {optim} has none: {instead}")
     if config.training.get("optim_args") and not is_dotted(optim):
         raise UserError(
             f"{given['optim_args'].where}optim_args: they are of an optimizer of your own (optim: my.module:Thing): "

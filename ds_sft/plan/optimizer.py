@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ds_sft.config.keys import MUON, TORCH_ADAMW, Config
+from ds_sft.config.keys import ADAFACTOR, MUON, TORCH_ADAMW, Config
 from ds_sft.plan.weights import EMBEDDING, FP32, Weight
 
 ADAMW, EIGHT_BITS = "adamw_torch", "adamw_8bit"
+OTHER = "other"  # one whose states nobody knows here: counted as AdamW's
 # What transformers calls them -> which of these has as many states.
 OPTIMIZERS = {
     **dict.fromkeys(TORCH_ADAMW, ADAMW),
@@ -32,8 +33,9 @@ FLOAT32 = StateBytes(FP32, MOMENTS)
 
 
 def planned_optimizer(config: Config) -> str:
-    """The optimizer whose states are planned: AdamW's for one that is not known here."""
-    return OPTIMIZERS.get(str(config.training.get("optim", ADAMW)), ADAMW)
+    """The optimizer whose states are planned, and which decides what engines it has."""
+    optim = str(config.training.get("optim", ADAMW))
+    return ADAFACTOR if optim == ADAFACTOR else OPTIMIZERS.get(optim, OTHER)
 
 
 def state_bytes(config: Config) -> StateBytes:

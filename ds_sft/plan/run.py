@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ds_sft.config.keys import MUON
-from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS
+from ds_sft.config.keys import ADAFACTOR, MUON
+from ds_sft.plan.optimizer import ADAMW
 from ds_sft.plan.shape import TAKEN, Shape
 from ds_sft.plan.weights import ALL, FP32, Choice, Learned, Weights, weights_of
 
@@ -67,10 +67,13 @@ class Run:
 
     @property
     def refused(self) -> bool:
-        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, DeepSpeed's CPU Adam has
-        float32 states alone, and its Muon clips no gradients and has weights on the device."""
+        """Whether no such run starts: stage 3 cannot divide what is packed into 4 bits, DeepSpeed's CPU Adam is the
+        one optimizer of the host and has float32 states alone, its Muon clips no gradients and has weights on the
+        device, and Adafactor needs whole matrices."""
         engine = self.engine
-        if engine.offload_optimizer and (self.narrow or self.optimizer in (EIGHT_BITS, MUON)):
+        if engine.offload_optimizer and (self.narrow or self.optimizer != ADAMW):
+            return True
+        if self.optimizer == ADAFACTOR and engine.stage is not None:
             return True
         if self.optimizer == MUON and engine.stage is not None and (self.clipped or engine.offload_param):
             return True

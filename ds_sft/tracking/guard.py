@@ -42,6 +42,7 @@ class Guard:
                 self.failed.add(type(error))
                 print_line(f"{self.name} failed ({said(error)}); {self.metrics} has every metric.")
             return False
+        self.answers = True
         return True
 
     def say_once(self, message: str) -> None:

@@ -64,7 +64,8 @@ class Integration:
         if self.name != "wandb" or os.environ.get("WANDB_MODE") == "offline":
             return False
         os.environ["WANDB_MODE"] = "offline"
-        importlib.import_module("wandb").teardown()  # it has read the variable before
+        if not self.guard.call(importlib.import_module("wandb").teardown, START_SECONDS):  # it has read the variable
+            return False
         print_line("wandb: going on offline (WANDB_MODE=offline); `wandb sync wandb/offline-run-*` uploads it later.")
         return True
 
@@ -86,7 +87,7 @@ class Integration:
 
     def log_predictions(self, texts: Sequence[str], step: int) -> None:
         show = SHOW.get(self.name)
-        if self.callback is None:
+        if self.callback is None or not self.guard.answers:
             return
         if show is None:
             self.guard.say_once(f"{self.name}: no place for texts; predictions.jsonl has the answers.")

@@ -87,7 +87,7 @@ class Own:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self.tracker is not None and self.guard.answers:
-            self.guard.call(lambda: self.tracker.log(metrics, step), LOG_SECONDS)
+            self.guard.call(lambda: self.tracker.log(dict(metrics), step), LOG_SECONDS)
 
     def log_predictions(self, texts: Sequence[str], step: int) -> None:
         if self.tracker is not None and not hasattr(self.tracker, "log_predictions"):
