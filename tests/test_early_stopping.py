@@ -53,6 +53,24 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
 
 
+class EndAtThree(TrainerCallback):
+    """Ends training at the third step, at the place of it that it is told."""
+
+    def __init__(self, place: str) -> None:
+        setattr(self, place, self.end)
+
+    def end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == 3
+
+
+@pytest.mark.parametrize("place", ["on_step_end", "on_log"])
+def test_the_model_that_a_callback_ends_with_is_measured(tmp_path: Path, place: str) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=1, max_steps=6)
+    trainer.callback_handler.callbacks.insert(1, EndAtThree(place))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 3]
+
+
 class EndAndStop(TrainerCallback):
     """Ends training at an evaluation; in the same moment the run is asked to stop."""
 
