@@ -98,6 +98,7 @@ def watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "where": lambda row: f"rows.jsonl:{row + 1}", "on_nonfinite": "stop", "norm": torch.tensor(1.0),
         "_tr_loss": torch.tensor(0.0), "_globalstep_last_logged": 4, "skipped_steps": 0, "skipped_unlogged": 0,
         "micro_losses": [], "reading": None, "unclipped_norm": None, "evaluation_due": False, "finished": False,
+        "patience": None,
     }  # fmt: skip
     return made
 

@@ -55,7 +55,7 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """Measure the final model too: the last step is rarely a multiple of `eval_steps`, nor one that a callback ends at."""
+    """Measure the final model too: the last step, or that which a callback ends at, is rarely one of `eval_steps`."""
 
     def __init__(self, stop: StopRequests) -> None:
         self.stop = stop
