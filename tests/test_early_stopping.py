@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.checkpoints.rotate import remove
@@ -50,3 +51,55 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
     assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
+
+
+class EndAtThree(TrainerCallback):
+    """Ends training at the third step, at the place of it that it is told."""
+
+    def __init__(self, place: str) -> None:
+        setattr(self, place, self.end)
+
+    def end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == 3
+
+
+@pytest.mark.parametrize("place", ["on_step_end", "on_log"])
+def test_the_model_that_a_callback_ends_with_is_measured(tmp_path: Path, place: str) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=1, max_steps=6)
+    trainer.callback_handler.callbacks.insert(1, EndAtThree(place))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 3]
+
+
+class EndAndStop(TrainerCallback):
+    """Ends training at an evaluation; in the same moment the run is asked to stop."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.stop = trainer.run.stop
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+        self.stop.reason = "SIGTERM"
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_a_callback_has_ended_a_run_that_was_stopped_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], save_steps: int
+) -> None:
+    """Resumed without its word it takes no step more, and says why."""
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": save_steps,
+            "max_steps": 4}  # fmt: skip
+    trainer = make_trainer(tmp_path, **keys)
+    boundary = trainer.pop_callback(type(trainer.step_boundary))
+    for callback in (EndAndStop(trainer), boundary):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.run.stop.decided == "SIGTERM"
+    assert "A callback" not in capsys.readouterr().out  # who stops a run hears of a stop
+    start = newest_complete(tmp_path, resumable=True)
+    assert start is not None
+    assert start.manifest["ended_early"]
+    resumed = make_trainer(tmp_path, resumed=start, **keys)
+    resumed.train(resume_from_checkpoint=str(start.path))
+    assert resumed.state.global_step == 2
+    assert "A callback has ended training, after step 2 of 4.\n" in capsys.readouterr().out

@@ -61,6 +61,15 @@ def test_nothing_is_added_where_nothing_is_learned() -> None:
     assert not noise_of({"input_ids": batch["input_ids"]}).any()  # who computes without a layout
 
 
+def test_of_the_longest_rows_it_is_a_number() -> None:
+    """Their tokens x width are more than int32 has."""
+    noise = add_noise(LlamaForCausalLM(LlamaConfig(**SIZES)), ALPHA)
+    assert noise is not None
+    noise.lengths = torch.tensor([[2**18]], dtype=torch.int32)
+    added = noise._add(torch.nn.Identity(), (), torch.zeros(1, 1, 2**13))
+    assert 0.95 * ALPHA / 2**15.5 < added.abs().max() <= ALPHA / 2**15.5
+
+
 def test_its_part_says_how_much_or_is_not_there() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     assert add_noise(model, None) is None

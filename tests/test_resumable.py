@@ -18,7 +18,7 @@ from ds_sft.checkpoints.start import Start
 from ds_sft.checkpoints.storage import Site
 from ds_sft.data.micro_batches import Batching
 from ds_sft.errors import UserError
-from ds_sft.ranks import stop as preempt
+from ds_sft.ranks import stop as stop_module
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.train import require_steps_left
@@ -160,10 +160,10 @@ def saving(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *, stopping: bool 
     made.__dict__ |= {
         "args": SimpleNamespace(output_dir=str(output_dir), save_only_model=True, train_sampling_strategy="random"),
         "run": SimpleNamespace(site=site, size=0, stop=stop, on_save_error="stop"),
-        "state": SimpleNamespace(global_step=4, best_model_checkpoint=None, max_steps=9),
+        "state": SimpleNamespace(global_step=4, best_model_checkpoint=None, best_global_step=None, max_steps=9),
         "control": SimpleNamespace(should_training_stop=stopping),
         "accelerator": None, "is_deepspeed_enabled": True, "keep_checkpoints": 1, "write_troubles": [],
-        "unfinished": None, "facts_at_end": None,
+        "unfinished": None, "facts_at_end": None, "ended_before_stop": None, "patience": None,
     }  # fmt: skip
     return made
 
@@ -201,7 +201,7 @@ def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.
     talks: list[tuple[bool, ...]] = []  # what this rank tells the others
 
     def end_step(*others: bool) -> None:
-        monkeypatch.setattr(preempt, "any_rank", lambda *mine: (talks.append(mine), list(others or mine))[1])
+        monkeypatch.setattr(stop_module, "any_rank", lambda *mine: (talks.append(mine), list(others or mine))[1])
         boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
 
     boundary = StepBoundary(made)

@@ -10,7 +10,7 @@ import torch
 
 from ds_sft.data.batch import LAYOUT
 from ds_sft.model.parts import Parts
-from ds_sft.ranks import stop as preempt
+from ds_sft.ranks import stop as stop_module
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.training.trainer import SFTTrainer
@@ -44,8 +44,8 @@ BATCHES = [{LAYOUT: SimpleNamespace(supervised=2)}] * 1000
 def test_an_evaluation_asks_about_stopping_about_once_a_second(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth of a second a batch: 1,000 batches, 16 questions; a request in the middle ends it at the next one."""
     now, asked = [0.0], []
-    monkeypatch.setattr(preempt.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(preempt, "any_rank", lambda *mine: (asked.append(round(now[0] * 100)), list(mine))[1])
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stop_module, "any_rank", lambda *mine: (asked.append(round(now[0] * 100)), list(mine))[1])
 
     def batch_is_done() -> None:
         now[0] += 0.01

@@ -44,7 +44,7 @@ class EmbeddingNoise:
         """Output: [batch, seq, width]."""
         if self.lengths is None:
             return output
-        most = self.alpha / (self.lengths * output.shape[-1]).sqrt()
+        most = self.alpha / (self.lengths.float() * output.shape[-1]).sqrt()  # int32 ends at 262,144 x 8,192
         return output + torch.empty_like(output).uniform_(-1, 1) * most[..., None].to(output.dtype)
 
 

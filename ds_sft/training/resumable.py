@@ -58,6 +58,7 @@ class ResumableTrainer(SavingTrainer):
         self.batching, self.patience, self.parts = batching, patience, parts_of(self.model)
         self.tokens_seen = 0  # this rank's, without padding
         self.evaluation_due = False  # the run stopped where an evaluation was to come
+        self.ended_before_stop: bool | None = None  # by a callback, when the run was asked to stop; None: it was not
         self.flops_per_token = 0.0  # of all parameters but embeddings, once counted
         self.skipped_steps = 0  # whose update was left out (training/nonfinite.py)
         self.skipped_unlogged = 0  # of them since the last log entry
@@ -261,11 +262,17 @@ class ResumableTrainer(SavingTrainer):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except Stopped:  # in the middle of an evaluation, on all ranks: it is made again after the resume
             self.evaluation_due = True
-            self.control.should_training_stop = True
+            self.stop_training(self.control)
             self.control.should_log = self.control.should_evaluate = False
             self.control.should_save = True
             self.step_boundary.save_at_epoch_end(self.state, self.control)
             super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def stop_training(self, control: TrainerControl) -> None:
+        """End training because the run was asked to stop, not because it has come to its end."""
+        if self.ended_before_stop is None:
+            self.ended_before_stop = control.should_training_stop
+        control.should_training_stop = True
 
     @property
     def step_boundary(self) -> StepBoundary:
@@ -275,6 +282,10 @@ class ResumableTrainer(SavingTrainer):
         self.finish_save()
         if self.run.stop.decided is None:
             self.facts_at_end = self.facts()
+            if self.ended_early:
+                self.run.site.launch.say(
+                    f"A callback has ended training, after step {self.state.global_step:,} of {self.state.max_steps:,}."
+                )
             return super()._finalize_training(trial, self._samples_seen(), start_time)
         # No summary of half a run, and no best model to go back to yet.
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -331,9 +342,10 @@ class ResumableTrainer(SavingTrainer):
 
     @property
     def ended_early(self) -> bool:
-        """Whether a callback, and nobody who asked the run to stop, has ended it before its last step."""
-        asked = self.run.stop.decided is not None or self.is_past_best()
-        return self.control.should_training_stop and not asked and self.state.global_step < self.state.max_steps
+        """Whether a callback, and neither patience nor who asked the run to stop, has ended it before its last step."""
+        before = self.ended_before_stop
+        ended = self.control.should_training_stop if before is None else before
+        return ended and not self.is_past_best() and self.state.global_step < self.state.max_steps
 
     def _samples_seen(self) -> int:
         """Rows learned from so far; the last step of an epoch has what is left."""
@@ -371,7 +383,8 @@ class StepBoundary(TrainerCallback):
         if hashed:
             self.trainer.finish_save()
         if stopping:
-            control.should_training_stop = control.should_save = True
+            self.trainer.stop_training(control)
+            control.should_save = True
             self._postpone_evaluation(control)
         self.save_at_epoch_end(state, control)
 
@@ -384,7 +397,8 @@ class StepBoundary(TrainerCallback):
             return
         stopping, _ = self.trainer.meet()
         if stopping:
-            control.should_training_stop = self.save_due = True
+            self.trainer.stop_training(control)
+            self.save_due = True
             self._postpone_evaluation(control)
         control.should_save, self.save_due = control.should_save or self.save_due, False
 

@@ -59,7 +59,7 @@ class SFTTrainer(FiniteTrainer):
             self.remove_callback(upstream)
         for callback in (
             ProgressLine(),
-            EvaluateAtEnd(),
+            EvaluateAtEnd(self.run.stop),
             Measuring(self.throughput, self.timers, self.run.site.launch),
             StepBoundary(self),
         ):

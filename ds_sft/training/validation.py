@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.rows import lengths_of, views_of
+from ds_sft.ranks.stop import StopRequests
 
 
 class RankRows(Dataset[dict[str, Any]]):
@@ -54,8 +55,17 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """Measure the final model too: the last step is rarely a multiple of `eval_steps`."""
+    """Measure the final model too: the last step, or that which a callback ends at, is rarely one of `eval_steps`."""
+
+    def __init__(self, stop: StopRequests) -> None:
+        self.stop = stop
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
             control.should_evaluate = True
+        self.on_log(args, state, control)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the user's callbacks; what they say of a validation comes after that one."""
+        ended = control.should_training_stop and self.stop.decided is None
+        control.should_evaluate |= ended and args.eval_strategy == IntervalStrategy.STEPS

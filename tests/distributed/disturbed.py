@@ -18,7 +18,7 @@ from typing import Any
 import ds_sft.data.dataset
 import ds_sft.export.predict
 import ds_sft.export.weights
-from ds_sft.ranks import stop as preempt
+from ds_sft.ranks import stop as stop_module
 from ds_sft.train import main
 from ds_sft.training.resumable import StepBoundary
 from ds_sft.training.trainer import SFTTrainer
@@ -32,15 +32,15 @@ def signal_self(name: str) -> None:
         time.sleep(0.01)
 
 
-STOP: list[preempt.StopRequests] = []
+STOP: list[stop_module.StopRequests] = []
 
 
 def install(at: str) -> None:
     place, step, name, rank = at.split()
     if os.environ.get("RANK", "0") != rank:
         return
-    start = preempt.StopRequests.start
-    preempt.StopRequests.start = lambda self: (STOP.append(self), start(self))[1]  # type: ignore[method-assign, func-returns-value]
+    start = stop_module.StopRequests.start
+    stop_module.StopRequests.start = lambda self: (STOP.append(self), start(self))[1]  # type: ignore[method-assign, func-returns-value]
     owner, method = {
         "step": (StepBoundary, "on_step_end"),
         "eval": (SFTTrainer, "token_mean"),

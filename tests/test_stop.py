@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ds_sft.ranks import stop as preempt
+from ds_sft.ranks import stop as stop_module
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import LAUNCHER_DIED, Stopped, StopRequests, watch_for_stop
 from ds_sft.train import ended_by_launcher
@@ -90,9 +90,9 @@ def test_of_several_ranks_the_block_ends_quietly(tmp_path: Path) -> None:
 
 
 def test_notes_of_killed_runs_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preempt.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(stop_module.tempfile, "gettempdir", lambda: str(tmp_path))
     old, new, other = (tmp_path / f"ds_sft-stop-{name}-1-2" for name in (os.getuid(), f"{os.getuid()}-7", "99999"))
-    for file, age in ((old, 2 * preempt.A_DAY), (new, 60), (other, 2 * preempt.A_DAY)):
+    for file, age in ((old, 2 * stop_module.A_DAY), (new, 60), (other, 2 * stop_module.A_DAY)):
         file.touch()
         os.utime(file, (0, time.time() - age))
     StopRequests(ALONE).use_output_dir(tmp_path / "out")
@@ -113,9 +113,9 @@ def test_the_group_between_cpus_has_the_time_limit_of_the_run(monkeypatch: pytes
     made: list[dict[str, Any]] = []
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
     monkeypatch.setattr("torch.distributed.new_group", lambda **options: made.append(options))
-    monkeypatch.setattr(preempt, "_groups", [])
-    preempt._cpu_group(15)
-    preempt._cpu_group()
+    monkeypatch.setattr(stop_module, "_groups", [])
+    stop_module._cpu_group(15)
+    stop_module._cpu_group()
     assert made == [{"backend": "gloo", "timeout": timedelta(seconds=15)}]
 
 
@@ -123,7 +123,7 @@ def test_the_group_between_cpus_has_the_time_limit_of_the_run(monkeypatch: pytes
 TWO_RANKS = """
 import os, sys
 import torch.distributed as dist
-from ds_sft.ranks import stop as preempt
+from ds_sft.ranks import stop as stop_module
 from ds_sft.ranks.launch import Launch
 rank, now, turns, collectives = int(os.environ["RANK"]), [0.0], [], []
 dist.init_process_group("gloo")
@@ -132,8 +132,8 @@ for name in ("all_reduce", "all_gather_object", "barrier"):
         collectives.append(name)
         return work(*given, **options)
     setattr(dist, name, counted)
-stop = preempt.StopRequests(Launch(launcher="environment", rank=rank, world_size=2, local_world_size=2))
-preempt.time.monotonic = lambda: now[0]
+stop = stop_module.StopRequests(Launch(launcher="environment", rank=rank, world_size=2, local_world_size=2))
+stop_module.time.monotonic = lambda: now[0]
 paced, meet = stop.paced(), stop.meet
 stop.meet = lambda **busy: (turns.append(turn), meet(**busy))[1]
 turn = 0
@@ -143,7 +143,7 @@ try:
         now[0] += (0.01, 0.1)[rank]
         if turn == 100 and rank == 1:
             stop.reason = "SIGUSR1"
-except preempt.Stopped as stopped:
+except stop_module.Stopped as stopped:
     print(turns, turn, stopped, collectives.count("all_reduce"), collectives.count("all_gather_object"))
 """
 
