@@ -578,7 +578,7 @@ class Terminal:
 
 
 def control_terminal() -> None:
-    """Make standard input the terminal that Ctrl-C comes from; in the background of a shell tests ignore that signal."""
+    """Make standard input the terminal that Ctrl-C comes from, which a background command of a shell ignores."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

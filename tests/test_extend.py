@@ -45,6 +45,7 @@ def no_callback(): return 3
 def broken(): raise RuntimeError("no such file")
 class Empty: ...
 class Model(torch.nn.Module): ...
+def ends(row): raise SystemExit(3)
 number = 3
 """
 
@@ -199,6 +200,7 @@ def test_rows_by_a_function_are_those_of_its_messages(read: Any, tokenizer: Any,
         ("wrong:refuses", "tickets.jsonl:1: no reply, no row (on_bad_row: skip"),
         ("my_rows:tickets", "tickets.jsonl:4: the reply is empty; expected a text (on_bad_row: skip"),
         ("wrong:fails", "tickets.jsonl:1: wrong:fails ended in KeyError: 'reply' (wrong.py:6) (on_bad_row: skip"),
+        ("wrong:ends", "tickets.jsonl:1: wrong:ends ended in SystemExit: 3 (wrong.py:"),
         ("wrong:returns_text", 'tickets.jsonl:1: wrong:returns_text returned a string: "text"; expected a list of'),
     ],
 )

@@ -626,6 +626,9 @@ class Short:
     def log(self, metrics, step): raise ValueError(f"full at {step}")
     def finish(self, state, error): pass
 
+class Wrong(Mine):
+    def start(self, keys): pass
+
 class Greedy(Mine):
     def log(self, metrics, step): metrics.clear()
 
@@ -659,6 +662,14 @@ def test_a_tracker_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[st
         raise Stopped("SIGTERM")
     said = capsys.readouterr().out.splitlines()
     assert (said[0], said[-1]) == ("start m False True", "finish aborted Stopped: SIGTERM")
+
+
+@pytest.mark.usefixtures("own")
+def test_curves_go_to_no_tracker_that_could_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(reported(tmp_path, "own:Wrong"))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("own:Wrong failed (TypeError: Wrong.start() got an unexpected keyword argument 'resumed'")
+    assert second == f"Curves go to {tmp_path / 'metrics.jsonl'}; SwanLab is off (report_to: own:Wrong)."
 
 
 @pytest.mark.usefixtures("own")

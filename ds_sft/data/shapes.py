@@ -112,7 +112,7 @@ def by_function(name: str, row: dict[str, Any]) -> dict[str, Any]:
         made = load(name, "data_format")(dict(row))
     except ValueError as error:
         raise BadRow(f"refused by {name}", " ".join(str(error).split()) or f"refused by {name}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadRow(f"{name} failed", f"{name} ended in {said(error)}") from error
     row = {"messages": list(made)} if isinstance(made, (list, tuple)) else made
     if not isinstance(row, dict) or "messages" not in row:

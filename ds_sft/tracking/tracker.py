@@ -57,7 +57,10 @@ def require_trackers(config: Config) -> None:
             _require_own(name)
         elif name not in (*NAMES, "all", "swanlab"):
             known = ", ".join(("swanlab", *NAMES))
-            raise UserError(f"report_to: {name}: expected none, all, my.module:Tracker, or any of {known}")
+            raise UserError(
+                f"report_to: {name}: expected none, all, my.module:Tracker, or any of {known}; "
+                "several: [swanlab, wandb]"
+            )
         elif name in NAMES and (package := missing_package(name)):
             raise UserError(f"report_to: {name}: it is not installed here: pip install {package}, or leave it out")
 
@@ -152,7 +155,8 @@ class Log:
             tracker.start(keys, resumed=self.resumed)
         if not any(isinstance(tracker, SwanLab) for tracker in self.trackers):
             named = self.config.trackers
-            places = " and ".join([*named, str(self.metrics)])
+            off = {tracker.name for tracker in self.trackers if isinstance(tracker, Own) and tracker.tracker is None}
+            places = " and ".join([*(name for name in named if name not in off), str(self.metrics)])
             print_line(f"Curves go to {places}; SwanLab is off (report_to: {', '.join(named) or 'none'}).")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
