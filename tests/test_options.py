@@ -40,7 +40,7 @@ HELD = {
         "test_push.py"),
     "activation_checkpointing": "distributed/test_adapters.py",
     "optim_args": "test_extend.py",
-    "torch_compile": "gpu/test_losses.py",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend"), "distributed/test_options.py"),
     "fp16": "test_model.py",
     "save_only_model": "test_resumable.py",
     "save_on_each_node": "distributed/test_nodes.py",
@@ -48,7 +48,7 @@ HELD = {
     "local_rank": "test_config.py",  # it is DeepSpeed's launcher's
 }  # fmt: skip
 # What no test can show on a CPU without minutes of compilation, and goes to the libraries as it is.
-PASSED_ON = ("tf32", "torch_compile_backend", "torch_compile_mode")
+PASSED_ON = ("tf32", "torch_compile_mode")
 
 
 def test_every_field_is_decided_on() -> None:

@@ -37,6 +37,8 @@ LEARNED = {
 # The rate that it ends at is a part of the first one, which DeepSpeed's optimizer does not tell by itself.
 POLYNOMIAL = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "{lr_end: 4e-4}"}
 KINDS: dict[str, dict[str, Any]] = {"bare": POLYNOMIAL, "seen": SEEN_IN_NO_LOSS | POLYNOMIAL, "learned": LEARNED}
+# Without the C++ compiler, which would take minutes.
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 RATES = [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]  # no validation is better by the threshold than the one before
 
 
@@ -52,6 +54,8 @@ def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append(job(keys, RANKS[name], output_dir=run))
             if kind != "bare":
                 jobs.append(job(keys, RANKS[name], output_dir=f"{run}-again", resume=f"{run}/checkpoint-{MIDDLE}"))
+        compiled = keys_of(dropout_dir, folder, name, {**common, **POLYNOMIAL, **COMPILED})
+        jobs.append(job(compiled, RANKS[name], output_dir=f"{name}-compiled"))
     run_jobs(folder, jobs)
     return folder
 
@@ -83,6 +87,12 @@ def test_what_is_learned_otherwise_goes_on_bit_equal(folder: Path, name: str) ->
 def test_engines_learn_the_same(folder: Path, name: str) -> None:
     for what in ("loss", "eval_loss"):
         assert logged(folder / f"{name}-learned", what) == pytest.approx(logged(folder / "ddp-learned", what), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_compiled_model_learns_the_same(folder: Path, name: str) -> None:
+    wanted = logged(folder / f"{name}-bare", "loss")
+    assert logged(folder / f"{name}-compiled", "loss") == pytest.approx(wanted, rel=1e-5)
 
 
 def test_ranks_that_share_rows_smooth_the_same_labels(model_dir: Path, folder: Path) -> None:
