@@ -126,8 +126,9 @@ class ResumableTrainer(SavingTrainer):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_deepspeed_enabled and isinstance(self.optimizer, AcceleratedOptimizer):
-            # What transformers' schedules with an end of their own (lr_end, min_lr) read, and DeepSpeed's has not.
-            self.optimizer.optimizer.defaults = {"lr": self.args.learning_rate}
+            # What transformers' schedules with an end of their own (lr_end, min_lr) read, and ZeRO's optimizers lack.
+            made = self.optimizer.optimizer
+            made.defaults = getattr(made, "defaults", {"lr": self.args.learning_rate})
         scheduler = super().create_scheduler(*args, **kwargs)
         # For a DeepSpeed file's own optimizer a copy of this trainer is asked first, with that as an argument.
         if not (args[1:] or kwargs.get("optimizer")):
