@@ -162,6 +162,17 @@ def test_an_override_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("installed", "wanted"),
+    [("2.14.1+cu130", "'torch<2.14'"), ("2.13.2", "'torch>=2.13.0,<2.14'"), ("2.9.1", "'torch>=2.13.0,<2.14'")],
+)
+def test_what_to_install(installed: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that is too new is not answered by the newest that is known: its CUDA may be too new as well."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: installed)
+    row = next(name for name in NAMES if name.library == "torch")
+    assert fault_in_words(row, "it is gone").endswith(f": pip install {wanted}")
+
+
 def test_an_override_that_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is there, and would be silent."""
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: None)

@@ -38,11 +38,19 @@ def faults(names: Iterable[Name] = NAMES) -> Iterator[tuple[Name, str]]:
 def fault_in_words(name: Name, found: str) -> str:
     """One line for a user."""
     installed, read = importlib.metadata.version(name.library), READ_IN[name.library]
-    wanted = f"'{name.library}>={read},<{next_minor(read)}'"
+    # Of what is too new any version below will do, for an older CUDA an older one; what is too old must be as read.
+    below = f"<{next_minor(read)}"
+    wanted = f"'{name.library}{below}'" if _is_newer(installed, read) else f"'{name.library}>={read},{below}'"
     return (
         f"{name.library} {installed}: {found}; ds_sft was written against {read}. Here {name.stops}: "
         f"pip install {wanted}"
     )
+
+
+def _is_newer(version: str, than: str) -> bool:
+    """Whether it is of a later minor version."""
+    found, known = (tuple(map(int, text.split(".")[:2])) for text in (version, than))
+    return found > known
 
 
 def next_minor(version: str) -> str:

@@ -55,7 +55,7 @@ def folder(dropout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if kind != "bare":
                 jobs.append(job(keys, RANKS[name], output_dir=f"{run}-again", resume=f"{run}/checkpoint-{MIDDLE}"))
         compiled = keys_of(dropout_dir, folder, name, {**common, **POLYNOMIAL, **COMPILED})
-        jobs.append(job(compiled, RANKS[name], output_dir=f"{name}-compiled"))
+        jobs.append(job(compiled, RANKS[name], output_dir=f"{name}-compiled", log=f"{name}-compiled.log"))
     run_jobs(folder, jobs)
     return folder
 
@@ -93,6 +93,7 @@ def test_engines_learn_the_same(folder: Path, name: str) -> None:
 def test_a_compiled_model_learns_the_same(folder: Path, name: str) -> None:
     wanted = logged(folder / f"{name}-bare", "loss")
     assert logged(folder / f"{name}-compiled", "loss") == pytest.approx(wanted, rel=1e-5)
+    assert "torch_compile compiles the whole model" in (folder / f"{name}-compiled.log").read_text(encoding="utf-8")
 
 
 def test_ranks_that_share_rows_smooth_the_same_labels(model_dir: Path, folder: Path) -> None:
