@@ -134,6 +134,21 @@ def test_made_once_a_step() -> None:
     assert loss(whole, batches()[0]).dtype == torch.float32  # outside nothing is lent
 
 
+def test_what_is_not_given_back_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anywhere but on a CPU; there `resize_` takes new memory even for the size that it has."""
+    resized: list[int] = []
+    resize = torch.UntypedStorage.resize_
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", lambda self, size: (resized.append(size), resize(self, size)))
+    for device, calls in (("meta", 0), ("cpu", 3)):  # a CPU gives back, takes again and gives back
+        whole = model(tied=True).to(device)
+        copy = WorkingCopy(whole)
+        with copy.lent():
+            resized.clear()
+        with copy.lent():
+            pass
+        assert len(resized) == calls * len(list(whole.parameters()))
+
+
 def test_loans_are_given_back() -> None:
     whole = model(tied=True)
     parameters = dict(whole.named_parameters())

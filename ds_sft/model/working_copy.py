@@ -112,7 +112,9 @@ class WorkingCopy:
             self.copies = {master: self._make(master) for _, _, master in self.places}
         if self.copies and not self.fresh:
             for copy in self.copies.values():
-                copy.untyped_storage().resize_(copy.numel() * copy.element_size())
+                held, wanted = copy.untyped_storage(), copy.numel() * copy.element_size()
+                if held.nbytes() != wanted:  # CUDA would take new memory for the same size, and copy the old values
+                    held.resize_(wanted)
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
             self.fresh = True
 
