@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ds_sft.config.change import with_changes
+from ds_sft.config.elsewhere import CALLED_HERE, NOT_HERE
 from ds_sft.config.help import help_text
 from ds_sft.config.keys import ENGINES, REFERENCE_PROMPT, TRAINING_DEFAULTS, Config
 from ds_sft.config.read import given_twice, load_config
@@ -328,6 +329,9 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
         ("system_prompt: null\n", ":1: system_prompt: expected text, found 'null'"),
         ("system_prompt: {a: b}\n", ":1: system_prompt: expected text, found '{\"a\": \"b\"}'"),
         ("seed: 1\nseed: 2\n", ":2: seed is given twice, first in line 1"),
+        ("stage: sft\nseed: 1\ncutoff_len: 9\nseed: 2\n", ":1: unknown key 'stage': delete it: every run is supervised "
+         "fine-tuning\n{file}:3: unknown key 'cutoff_len': did you mean max_length?\n"
+         "{file}:4: seed is given twice, first in line 2"),
         ("- a\n- b\n", ": expected lines of `key: value`"),
         ("", ": expected lines of `key: value`"),
         ("a: b: c\n", ":1: not YAML: mapping values are not allowed here"),
@@ -341,7 +345,14 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
 def test_mistakes_in_yaml(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         from_yaml(tmp_path, text)
-    assert str(caught.value) == f"{tmp_path / 'run.yaml'}{said}"
+    file = tmp_path / "run.yaml"
+    assert str(caught.value) == f"{file}{said.replace('{file}', str(file))}"
+
+
+def test_names_of_other_programs_are_none_of_ours() -> None:
+    assert not (CALLED_HERE.keys() | NOT_HERE.keys()) & all_keys().keys()
+    assert not CALLED_HERE.keys() & NOT_HERE.keys()
+    assert {ALIASES.get(name, name) for name in CALLED_HERE.values()} <= all_keys().keys()
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"a: \xff", "not UTF-8"), (b"a: \x00", "not YAML")])

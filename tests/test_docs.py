@@ -28,6 +28,7 @@ from markdown_it.token import Token
 from ds_sft import cli
 from ds_sft.commands.flags import FlagParser
 from ds_sft.config import read, upstream_keys, values
+from ds_sft.config.elsewhere import CALLED_HERE
 from ds_sft.config.read import load_config
 from ds_sft.config.upstream_keys import all_keys
 from ds_sft.config.values import Given
@@ -418,6 +419,15 @@ def keys_in_tables(page: str) -> list[str]:
             found += [child.content for child in token.children or [] if child.type == "code_inline"]
         of_keys = of_keys and token.type != "table_close"
     return found
+
+
+def test_the_page_for_those_who_come_calls_keys_as_the_command_does() -> None:
+    rows = re.findall(r"^\| (`.*) \|$", (ROOT / "docs/moving.md").read_text().partition("## Values")[0], re.M)
+    assert len(rows) > 20
+    for row in rows:
+        ours, *theirs = ({*re.findall(r"`(\w+)`", cell)} for cell in row.split(" | "))
+        for name in set().union(*theirs) - {"use_liger_kernel"}:  # which transformers has, and says what to write
+            assert CALLED_HERE.get(name, name) in ours, name
 
 
 def test_the_site_has_every_page_once() -> None:

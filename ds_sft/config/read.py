@@ -137,19 +137,31 @@ def _read_yaml(path: Path) -> dict[str, Given]:
 
 
 def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
+    """The keys of a file.
+
+    Raises:
+        UserError: some are none; a line for each, for a file of another program has many.
+    """
     given: dict[str, Given] = {}
     lines: dict[str, int] = {}
+    mistakes: list[str] = []
     for key_node, node in root.value:
         line = key_node.start_mark.line + 1
         name = str(key_node.value)
-        if name != STARTED_IN:
-            known_key(name, f"{path}:{line}: ")
+        try:
+            if name != STARTED_IN:
+                known_key(name, f"{path}:{line}: ")
+        except UserError as error:
+            mistakes.append(str(error))
+            continue
         if name in given:
-            raise UserError(f"{path}:{line}: {name} is given twice, first in line {lines[name]}")
+            mistakes.append(f"{path}:{line}: {name} is given twice, first in line {lines[name]}")
         lines[name] = line
         scalar = isinstance(node, yaml.ScalarNode)
         value = node.value if scalar else plain(node)
         given[name] = Given(f"{path}:{line}: ", value, plain=not scalar or node.style is None)
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     return given
 
 

@@ -1,4 +1,4 @@
-"""Which keys there are: ours, and every field of `TrainingArguments`, read from its source; and what others call them.
+"""Which keys there are: ours, and every field of `TrainingArguments`, read from its source.
 
 Importing transformers would take seconds.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+from ds_sft.config.elsewhere import CALLED_HERE, NOT_HERE
 from ds_sft.config.keys import OPTIMS, Config
 from ds_sft.config.refused import UNSAFE, UNUSED
 from ds_sft.errors import UserError, nearest
@@ -38,19 +39,6 @@ LISTED = {  # keys that transformers checks late, or takes from other libraries 
     "log_level_replica": _LEVELS,
     "torch_compile_backend": ("inductor", "eager", "aot_eager", "cudagraphs", "onnxrt", "tensorrt", "tvm"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-}
-ELSEWHERE = {  # what other programs call a key of ours
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "dataset": "train_file",
-    "cutoff_len": "max_length",
-    **dict.fromkeys(("sequence_parallel_size", "sp_size", "context_parallel_size"), "sequence_parallel"),
-    **dict.fromkeys(("finetuning_type", "tuner_type", "use_peft", "use_dora"), "adapter"),
-    **dict.fromkeys(("lora_r", "r"), "lora_rank"),
-    **dict.fromkeys(("target_modules", "target_parameters", "lora_target_modules", "lora_target"), "lora_targets"),
-    "modules_to_save": "lora_modules_to_save",
-    "init_lora_weights": "lora_init",
-    **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits"), "quantization"),
 }
 
 
@@ -149,6 +137,7 @@ def known_key(name: str, where: str, flags: Iterable[str] = ()) -> Key:
     if name in GONE:
         raise UserError(f"{place}{name} is not a key of today's transformers: {GONE[name]}")
     obeyed = training_keys().keys() - UNSAFE.keys() - UNUSED.keys()
-    near = ELSEWHERE.get(name) or nearest(name, flags, our_keys(), obeyed)
-    remedy = f"did you mean {'--' if flag else ''}{near}?" if near else "--help lists all keys"
+    near = CALLED_HERE.get(name) or nearest(name, flags, our_keys(), obeyed)
+    meant = f"did you mean {'--' if flag else ''}{near}?" if near else "--help lists all keys"
+    remedy = NOT_HERE.get(name, meant)
     raise UserError(f"{place}unknown key{'' if flag else f' {name!r}'}: {remedy}")
