@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, first_line
 from ds_sft.model.dtype import computing_dtype, loading_dtype
 from ds_sft.model.quantized import nf4_config, require_bitsandbytes, require_float, settle, skeleton
 from ds_sft.model.rotary import read_config, scaled_options
@@ -46,7 +46,7 @@ def load_tokenizer(config: Config, launch: Launch) -> PreTrainedTokenizerBase:
     try:
         found = read_config(name, trust_remote_code=config.trust_remote_code, scaling=config.rope_scaling)
     except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
+        raise UserError(f"model_name_or_path: {name}: {first_line(error)}") from error
     require_float(found, name, config.quantization)
     tokenizer = open_tokenizer(name, launch, trust_remote_code=config.trust_remote_code)
     if config.rope_scaling is not None:  # a server takes the smaller of the tokenizer's length and the model's
@@ -61,7 +61,7 @@ def open_tokenizer(name: str, launch: Launch, *, trust_remote_code: bool) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path: {name}: {_first_line(error)}") from error
+        raise UserError(f"model_name_or_path: {name}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"model_name_or_path: {name}: has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token is None:
@@ -71,12 +71,6 @@ def open_tokenizer(name: str, launch: Launch, *, trust_remote_code: bool) -> Pre
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # training batches; left is for generation
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    """What transformers says, without the paragraphs that follow."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def read_ahead(config: Config, launch: Launch) -> None:
@@ -122,7 +116,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         with freed_memory_returned() if is_deepspeed_zero3_enabled() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"model_name_or_path: {config.model_name_or_path}: {_first_line(error)}") from error
+        raise UserError(f"model_name_or_path: {config.model_name_or_path}: {first_line(error)}") from error
     if config.quantization == "nf4":
         settle(model)
     elif getattr(model, "is_quantized", False):
@@ -192,7 +186,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
     try:
         model.resize_token_embeddings(rows, mean_resizing=False)
     except (NotImplementedError, TypeError) as error:
-        raise UserError(f"resize_embeddings: {type(model).__name__}: {_first_line(error)}") from error
+        raise UserError(f"resize_embeddings: {type(model).__name__}: {first_line(error)}") from error
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             for values in (getattr(module, "weight", None), getattr(module, "bias", None)):
