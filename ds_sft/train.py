@@ -32,17 +32,9 @@ from ds_sft.finish import done_before, finish
 from ds_sft.plan.source import require_model
 from ds_sft.quiet import quiet
 from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.devices import grow_segments, hide_gpus, share_cores, use_one_device
 from ds_sft.ranks.exits import exit_after, exit_with
-from ds_sft.ranks.launch import (
-    Launch,
-    grow_segments,
-    hide_gpus,
-    print_line,
-    read_launch,
-    require_groups,
-    share_cores,
-    use_one_device,
-)
+from ds_sft.ranks.launch import Launch, print_line, read_launch, require_groups
 from ds_sft.ranks.stop import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.results import EXPORTED, KEPT, RESULTS, write_json
 
