@@ -96,7 +96,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.engine.zero import engine_config
     from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
-    from ds_sft.model.load import uses_padding
+    from ds_sft.model.padding_free_support import uses_padding
     from ds_sft.tracking.tracker import TrackerCallback, open_tracker
     from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.expectation import expect_memory
@@ -197,8 +197,9 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     from ds_sft.data.serving import serving
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.model.limits import check_limits
-    from ds_sft.model.load import load_tokenizer, read_ahead
+    from ds_sft.model.load import read_ahead
     from ds_sft.model.sequence_support import require_shareable
+    from ds_sft.model.tokenizer import load_tokenizer
 
     if config.evaluate_rows:
         require_metrics("evaluate_rows: 0")
@@ -282,8 +283,9 @@ def load_model_to_train(
 
     `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
+    from ds_sft.model.embeddings import make_room
     from ds_sft.model.fused import require_kernels
-    from ds_sft.model.load import load_model, make_room, say_not_loaded
+    from ds_sft.model.load import load_model, say_not_loaded
     from ds_sft.model.parts import put_in_parts
 
     require_kernels(config.fused_kernels, on_gpu=args.device.type == "cuda", compiled=args.torch_compile)

@@ -32,7 +32,7 @@ from ds_sft.export.verify import ExportError, Question, loss_on_disk, require_ve
 from ds_sft.export.weights import finish_adapter, say_where_answers_end
 from ds_sft.finish import merge_later, use_model
 from ds_sft.model.adapter_files import ADAPTER, exported, from_anywhere, load_on_disk, save_adapter
-from ds_sft.model.load import load_tokenizer
+from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.plan.adapter import base_of
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import StopRequests

@@ -17,7 +17,7 @@ from ds_sft.data.loader import NOTHING, GlobalBatches, dataset_and_collator
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.packing import PackedRows, pack_rows
 from ds_sft.data.rows import lengths_of
-from ds_sft.model.load import why_rows_mix
+from ds_sft.model.padding_free_support import why_rows_mix
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
 

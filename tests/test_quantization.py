@@ -25,7 +25,7 @@ from ds_sft.export.weights import say_how_its_base_is_loaded
 from ds_sft.model import quantized
 from ds_sft.model.adapter_files import load_on_disk, save_adapter
 from ds_sft.model.adapters import choose_weights, count_parameters, trained_parts
-from ds_sft.model.load import load_model, load_tokenizer
+from ds_sft.model.load import load_model
 from ds_sft.model.quantized import (
     as_trained,
     elements,
@@ -36,6 +36,7 @@ from ds_sft.model.quantized import (
     settle,
     skeleton,
 )
+from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.flops import count_flops
 from tests.conftest import make_model

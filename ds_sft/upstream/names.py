@@ -242,7 +242,7 @@ NAMES = (
          "the loss has the logits of all tokens at once", as_read="logits = self.lm_head(hidden_states"),
     Name("transformers/models/llama/modeling_llama.py", TEXT, "model/loss.py",
          "the loss has the logits of all tokens at once", as_read="loss = self.loss_function("),
-    Name("transformers/models/llama/modeling_llama.py", TEXT, "model/load.py", "batches are padded",
+    Name("transformers/models/llama/modeling_llama.py", TEXT, "model/padding_free_support.py", "batches are padded",
          as_read="create_causal_mask("),
     Name("transformers/models/mistral/modeling_mistral.py", TEXT, "model/attention.py",
          "models with a sliding window mask all pairs of tokens", as_read="sliding_window="),
