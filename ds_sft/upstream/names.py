@@ -273,7 +273,7 @@ NAMES = (
     Name("torch:_foreach_sqrt", USED, "training/optimizer.py", "optimizer_dtype: bfloat16 makes no step"),
     Name("torch:_foreach_div_", USED, "training/optimizer.py", "optimizer_dtype: bfloat16 makes no step"),
     Name("torch:_foreach_addcdiv_", USED, "training/optimizer.py", "optimizer_dtype: bfloat16 makes no step"),
-    Name("torch:_softmax_backward_data", USED, "model/attention.py", "short rows have no gradient on a CPU"),
+    Name("torch:_softmax_backward_data", USED, "model/attention_kernels.py", "short rows have no gradient on a CPU"),
     Name("torch.autograd:Variable._execution_engine", USED, "training/timers.py",
          "communication_share is too small under DDP"),
     Name("torch.optim.lr_scheduler:LambdaLR()._last_lr", ASSIGNED, "training/hyperparameters.py",
