@@ -662,7 +662,7 @@ def test_rows_end_to_end_or_padded(implementation: str | None) -> None:
         keep_rows_apart(model)
     else:
         model.set_attn_implementation(implementation)
-        del batch["layout"]
+        del batch["metadata"]
     model(**batch, use_cache=False)
     assert isinstance(supervised, SupervisedLoss)
     assert supervised.total is not None

@@ -94,8 +94,8 @@ def test_four_layouts_teach_the_same(family: str, checkpointing: bool) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     packed = [collate_flat(rows[:2]), collate_flat(rows[2:])]
-    for layout in ([padded(rows)], [collate_flat(rows)], packed, one_by_one(rows)):
-        found, found_gradient = learn(model, layout)
+    for batches in ([padded(rows)], [collate_flat(rows)], packed, one_by_one(rows)):
+        found, found_gradient = learn(model, batches)
         assert found == pytest.approx(loss, rel=1e-6)
         assert apart(found_gradient, gradient) < 2e-6
 

@@ -120,8 +120,8 @@ def test_rows_in_one_kernel_are_learned_as_if_alone(
     assert found == Attention("varlen_attn", "all rows in one kernel a layer", in_one_kernel=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layout in ([collate_flat(rows)], [collate_flat(rows[:2]), collate_flat(rows[2:])], one_by_one(rows)):
-        found, found_gradient = learn(model, layout)
+    for batches in ([collate_flat(rows)], [collate_flat(rows[:2]), collate_flat(rows[2:])], one_by_one(rows)):
+        found, found_gradient = learn(model, batches)
         assert found == pytest.approx(loss, rel=1e-6)
         assert apart(found_gradient, gradient) < 2e-6
 
@@ -324,7 +324,7 @@ def test_an_installed_flash_attention_that_was_asked_for_gets_the_borders() -> N
     batch = collate_flat(make_rows())
     with pytest.raises(Asked):
         model(**batch, use_cache=False)
-    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["layout"].starts
+    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["metadata"].starts
     assert (given["max_length_q"], given["max_length_k"]) == (40, 40)
 
 

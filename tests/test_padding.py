@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, masking_utils
 
 from ds_sft.config.keys import Config
-from ds_sft.data.batch import LAYOUT, collate_padded
+from ds_sft.data.batch import METADATA, collate_padded
 from ds_sft.model.padding import know_padding
 from ds_sft.ranks.launch import Launch
 from ds_sft.train import load_model_to_train
@@ -53,9 +53,9 @@ def batch_of(lengths: tuple[int, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CASES)
 def test_masks_are_the_same_and_nothing_is_read(name: str, kind: str, lengths: tuple[int, ...]) -> None:
-    """Loss and gradients, to the last bit, of a batch with its layout and of one that transformers has to look at."""
+    """Loss and gradients, to the last bit, of a batch with its metadata and of one that transformers has to look at."""
     model, batch = make(name, kind), batch_of(lengths)
-    without = {key: value for key, value in batch.items() if key != LAYOUT}
+    without = {key: value for key, value in batch.items() if key != METADATA}
     found: list[tuple[torch.Tensor, ...]] = []
     for inputs, looking in ((without, nullcontext()), (batch, NoReads())):
         with looking:

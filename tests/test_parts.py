@@ -142,7 +142,7 @@ def test_a_model_does_not_see_the_parts_of_another() -> None:
     ours = prepared()
     with torch.no_grad():
         ours.model.norm.weight.fill_(2.0)  # another model: what leaked would show
-    ours(**{name: value for name, value in collate_flat(make_rows()).items() if name != "layout"}).loss.backward()
+    ours(**{name: value for name, value in collate_flat(make_rows()).items() if name != "metadata"}).loss.backward()
     assert all(torch.equal(one, other) for one, other in zip(learn(untouched), known, strict=True))
     assert type(untouched.lm_head) is nn.Linear
     assert (untouched.config._attn_implementation, ours.config._attn_implementation) == ("sdpa", NAME)
@@ -153,7 +153,7 @@ def test_a_model_computes_while_another_is_under_way() -> None:
     """Both have our attention. The outer one still knows its rows: a layer without their borders is an error."""
     inner, outer = prepared("llama"), prepared("qwen3")
     known, found = learn(inner), []
-    batch = {name: value for name, value in collate_flat(make_rows()).items() if name != "layout"}
+    batch = {name: value for name, value in collate_flat(make_rows()).items() if name != "metadata"}
     outer.model.layers[0].register_forward_hook(lambda *_: found.append(learn(inner)))
     outer(**batch, use_cache=False)
     assert len(found) == 1

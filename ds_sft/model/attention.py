@@ -29,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.data.batch import METADATA, BatchMetadata
 from ds_sft.errors import UserError
 from ds_sft.model.attention_kernels import Attention, RowBorders, attend_rows, choose_kernel
 from ds_sft.model.autocast import autocast_dtype
@@ -65,8 +65,8 @@ class RowsUnderWay:
         self.borders = None
         if not _without_padding(kwargs):
             return args, kwargs
-        layout: Layout | None = kwargs.get(LAYOUT)
-        shared = layout is not None and layout.share is not None
+        metadata: BatchMetadata | None = kwargs.get(METADATA)
+        shared = metadata is not None and metadata.share is not None
         self.borders = RowBorders(*_borders(kwargs), self.attention, shared=shared)
         return args, {**kwargs, "row_borders": self.borders}
 
@@ -245,9 +245,9 @@ def _pass_flash_borders(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> 
 
 def _borders(kwargs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
     """Lengths of the rows, and where they begin, [rows + 1] int32: as the batch says, or by reading its positions."""
-    layout: Layout | None = kwargs.get(LAYOUT)
-    if layout is not None and layout.starts is not None:
-        return layout.lengths, layout.starts
+    metadata: BatchMetadata | None = kwargs.get(METADATA)
+    if metadata is not None and metadata.starts is not None:
+        return metadata.lengths, metadata.starts
     lengths = lengths_of_rows(kwargs["position_ids"])
     starts = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
     return lengths, starts.to(kwargs["position_ids"].device)
