@@ -16,7 +16,7 @@ from ds_sft.data.batch import METADATA, collate_padded
 from ds_sft.model.padding import know_padding
 from ds_sft.ranks.launch import Launch
 from ds_sft.train import load_model_to_train
-from ds_sft.training.trainer import without_layout
+from ds_sft.training.trainer import without_metadata
 from tests.dispatch import NoReads
 
 SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -40,7 +40,7 @@ def make(name: str, kind: str) -> Any:
     config = AutoConfig.for_model(family, **SIZES, **changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=kind).train()
     know_padding(model)
-    model.register_forward_pre_hook(without_layout, with_kwargs=True)
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     return model
 
 
@@ -91,6 +91,6 @@ def test_a_run_with_padded_batches_reads_nothing(model_dir: Path, tokenizer: Any
     config = Config(model_name_or_path=str(model_dir), train_file="t", batching="padded")
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     model = load_model_to_train(config, args, tokenizer, Launch(launcher="python"), padded=True, largest=7)
-    model.register_forward_pre_hook(without_layout, with_kwargs=True)
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     with NoReads():
         model(**batch_of((4, 9)), use_cache=False).loss.backward()

@@ -19,6 +19,7 @@ from ds_sft.model.loss import share_auxiliary, supervise
 from ds_sft.model.parts import Parts
 from ds_sft.model.routing import Routing, counted_tokens, prepare_experts
 from ds_sft.ranks.launch import Launch
+from ds_sft.training.trainer import without_metadata
 from tests.test_loss import SMALL, apart
 from tests.test_trainer import make_trainer
 
@@ -49,10 +50,6 @@ def make(family: str, **changes: Any) -> Any:
 
 def batch_of(rows: list[list[int]]) -> dict[str, Any]:
     return collate_padded([{"input_ids": row, "labels": row} for row in rows], pad_token_id=0)
-
-
-def without_metadata(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {name: value for name, value in kwargs.items() if name != METADATA}
 
 
 def prepared(model: Any, **keys: Any) -> Any:

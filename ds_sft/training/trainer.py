@@ -30,7 +30,7 @@ from ds_sft.training.validation import EvaluateAtEnd, RankRows, loss_sum
 from ds_sft.training.workers import loader_options
 
 
-def without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def without_metadata(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A batch's metadata is for hooks: no model knows it."""
     return args, {name: value for name, value in kwargs.items() if name != METADATA}
 
@@ -50,7 +50,7 @@ class SFTTrainer(FiniteTrainer):
         self.throughput = Throughput(
             self.model, self.args.device, self.clock, head_everywhere=self.parts.supervised_loss is None
         )
-        self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
+        self.model.register_forward_pre_hook(without_metadata, with_kwargs=True)  # after those that want it
         self.ahead: Ahead | None = None
         masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
         if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
