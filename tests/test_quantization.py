@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import validate_quantization_for_training
 
+from ds_sft.checkpoints.trained import trained_parts
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
 from ds_sft.engine.zero import engine_config
@@ -24,7 +25,7 @@ from ds_sft.errors import UserError
 from ds_sft.export.weights import say_how_its_base_is_loaded
 from ds_sft.model import quantized
 from ds_sft.model.adapter_files import load_on_disk, save_adapter
-from ds_sft.model.adapters import choose_weights, count_parameters, trained_parts
+from ds_sft.model.adapters import choose_weights, count_parameters
 from ds_sft.model.load import load_model
 from ds_sft.model.quantized import (
     as_trained,
