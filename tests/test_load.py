@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +28,6 @@ def make(name: Path | str, **keys: Any) -> Config:
 
 def arguments(*, bf16: bool = False, fp16: bool = False, deepspeed: Any = None) -> Any:
     return SimpleNamespace(bf16=bf16, fp16=fp16, deepspeed=deepspeed, device=torch.device("cpu"))
-
-
-@pytest.fixture
-def copy(model_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("engine", [None, {"zero_optimization": {"stage": 2}}], ids=["none", "zero2"])

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.model.padding_free_support import uses_padding
 from ds_sft.ranks.launch import Launch
+from tests.test_load import make
 
 ALONE = Launch(launcher="python")
-
-
-def make(name: Path | str, **keys: Any) -> Config:
-    return Config(model_name_or_path=str(name), train_file="t", training={"output_dir": "o"}, **keys)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,11 +112,6 @@ def write(file: Path, content: Any) -> Path:
 
 def edit(file: Path, **changes: Any) -> None:
     write(file, json.loads(file.read_text(encoding="utf-8")) | changes)
-
-
-@pytest.fixture
-def copy(model_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 # ---- What it computes

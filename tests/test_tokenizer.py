@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
+from tests.test_load import make
 
 ALONE = Launch(launcher="python")
 NO_FOLDER = "no such folder (the current directory is {here}), and not a hub id such as Qwen/Qwen3-0.6B"
-
-
-def make(name: Path | str, **keys: Any) -> Config:
-    return Config(model_name_or_path=str(name), train_file="t", training={"output_dir": "o"}, **keys)
 
 
 def forget(file: Path, *keys: str) -> None:
     """Take keys out of a JSON file."""
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({k: v for k, v in content.items() if k not in keys}), encoding="utf-8")
-
-
-@pytest.fixture
-def copy(model_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 def test_a_tokenizer_with_a_pad_token_is_left_alone(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
