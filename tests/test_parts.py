@@ -12,10 +12,11 @@ from transformers import TrainingArguments
 
 from ds_sft.config.keys import Config
 from ds_sft.data.batch import collate_flat
+from ds_sft.errors import UserError
 from ds_sft.model import parts
 from ds_sft.model.attention import NAME, keep_rows_apart
 from ds_sft.model.fused import use_kernels
-from ds_sft.model.loss import LossInPlaceOfLogits, supervise
+from ds_sft.model.loss import LossInPlaceOfLogits, OwnLoss, supervise
 from ds_sft.model.parts import Parts, parts_of
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.ranks.launch import Launch
@@ -96,6 +97,9 @@ def test_rows_that_ranks_share(model_dir: Path, monkeypatch: pytest.MonkeyPatch)
     assert str(model.ds_sft).splitlines()[1] == (
         f"Attention      row by row ({NO_KERNEL}), each rank some heads of rows that 2 ranks share"
     )
+    monkeypatch.setattr(parts, "supervise", lambda *_, **__: OwnLoss("its head is another"))
+    with pytest.raises(UserError, match=r"^sequence_parallel: 2: with what is trained of it the model keeps a loss"):
+        load(model_dir, sequence_parallel=2)
 
 
 def test_a_model_that_was_not_prepared() -> None:
