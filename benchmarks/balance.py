@@ -30,7 +30,7 @@ from ds_sft.config.read import load_config
 from ds_sft.data.dataset import load_data
 from ds_sft.data.micro_batches import Batching, Epoch
 from ds_sft.data.rows import lengths_of
-from ds_sft.model.load import load_tokenizer
+from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.arguments import attention_cost
 

@@ -27,7 +27,7 @@ from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.loss import share_auxiliary, supervise
 from ds_sft.model.routing import prepare_experts
 from ds_sft.model.working_copy import WorkingCopy
-from ds_sft.training.trainer import without_layout
+from ds_sft.training.trainer import without_metadata
 
 WAYS = {"ours": None, "grouped_mm": "grouped_mm", "loop": "eager"}  # experts_implementation; None: what a run has
 
@@ -86,7 +86,7 @@ def make_step(
         model.set_experts_implementation(implementation)
     supervise(model)
     share_auxiliary(model, routing)
-    model.register_forward_pre_hook(without_layout, with_kwargs=True)
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     copy, optimizer = WorkingCopy(model), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [batch_of(given) for _ in range(given.accumulation)]
 

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_sft.data.batch import LAYOUT, Layout, collate_flat
+from ds_sft.data.batch import METADATA, BatchMetadata, collate_flat
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.loss import supervise
 from ds_sft.training.flops import count_flops
@@ -83,8 +83,8 @@ def useful_work(model: Any, batch: dict[str, Any]) -> float:
     flops = count_flops(model)
     if flops is None:
         sys.exit(f"{model.config.model_type}: its operations cannot be counted")
-    layout: Layout = batch[LAYOUT]
-    return flops.of(tokens=layout.tokens, pairs=layout.pairs, head_tokens=layout.supervised)
+    metadata: BatchMetadata = batch[METADATA]
+    return flops.of(tokens=metadata.tokens, pairs=metadata.pairs, head_tokens=metadata.supervised)
 
 
 def bare_rate(tokens: int) -> float:

@@ -28,7 +28,7 @@ from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.fused import Kernels, use_kernels
 from ds_sft.model.loss import supervise
 from ds_sft.model.working_copy import WorkingCopy
-from ds_sft.training.trainer import without_layout
+from ds_sft.training.trainer import without_metadata
 
 QWEN3: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
                          "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936,
@@ -105,7 +105,7 @@ def count(given: argparse.Namespace, attention: str, with_kernels: bool) -> Coun
     }
     batch = {name: value.to("meta") for name, value in collate_flat([row] * given.rows).items()}
     copy = WorkingCopy(model)
-    model.register_forward_pre_hook(without_layout, with_kwargs=True)
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     with Counted() as counted, copy.lent():
         model(**batch, use_cache=False).loss.backward()
     return counted

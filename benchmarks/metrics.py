@@ -50,7 +50,7 @@ class InTurn(TrainerCallback):
         if state.global_step % BLOCK == 0:
             self.on = not self.on
             Clock._mark = self.mark if self.on else lambda clock, lap=False: None
-            Throughput.count = self.count if self.on else lambda throughput, layout: None
+            Throughput.count = self.count if self.on else lambda throughput, metadata: None
         self.last = now
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("launcher", "imports", "tokenizer", "data", "process group", "model", "SwanLab", "engine", "first step",
          "rest")  # fmt: skip
 CALLS = (  # module or class, function -> part
-    ("ds_sft.model.load", "load_tokenizer", "tokenizer"),
+    ("ds_sft.model.tokenizer", "load_tokenizer", "tokenizer"),
     ("ds_sft.data.dataset", "load_data", "data"),
     ("ds_sft.data.loader", "dataset_and_collator", "data"),
     ("ds_sft.data.rows", "fingerprint", "data"),

@@ -55,3 +55,9 @@ def error_in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without the paragraphs that follow; the kind of error where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

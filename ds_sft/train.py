@@ -11,10 +11,10 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __name__ == "__main__":  # started as a file: Python put this folder on the path; the package is one up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,17 +32,9 @@ from ds_sft.finish import done_before, finish
 from ds_sft.plan.source import require_model
 from ds_sft.quiet import quiet
 from ds_sft.ranks.collectives import end_group
+from ds_sft.ranks.devices import grow_segments, hide_gpus, share_cores, use_one_device
 from ds_sft.ranks.exits import exit_after, exit_with
-from ds_sft.ranks.launch import (
-    Launch,
-    grow_segments,
-    hide_gpus,
-    print_line,
-    read_launch,
-    require_groups,
-    share_cores,
-    use_one_device,
-)
+from ds_sft.ranks.launch import Launch, print_line, read_launch, require_groups
 from ds_sft.ranks.stop import PREEMPTED, Stopped, StopRequests, watch_for_stop
 from ds_sft.results import EXPORTED, KEPT, RESULTS, write_json
 
@@ -54,6 +46,7 @@ if TYPE_CHECKING:
     from ds_sft.data.serving import Serving
     from ds_sft.plan.steps import Steps
     from ds_sft.training.continuity import Continuity
+    from ds_sft.training.trainer import SFTTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,18 +92,12 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     require_groups(config.sequence_parallel, launch)
     settle_devices(config, launch)
     take_places(config, launch, lock)
-    # Heavy imports stand here: a typo in the config is answered without them.
-    from ds_sft.data.loader import dataset_and_collator
+    # Heavy imports stand here and in the steps: a typo in the config is answered without them.
     from ds_sft.engine.zero import engine_config
-    from ds_sft.export.kernels import avoid_plans
     from ds_sft.export.weights import with_template
-    from ds_sft.model.load import uses_padding
     from ds_sft.tracking.tracker import TrackerCallback, open_tracker
-    from ds_sft.training.arguments import batching_of, training_arguments
     from ds_sft.training.expectation import expect_memory
-    from ds_sft.training.optimizer import optimizer_of
     from ds_sft.training.profile import profiling
-    from ds_sft.training.trainer import SFTTrainer
     from ds_sft.upstream.check import require_names
 
     require_names()
@@ -118,20 +105,15 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     callbacks = prepare_own_code(config)
     with stop.until_ranks_meet():
         tokenizer, served, data, base = prepare_data(config, launch)
-    args = training_arguments(config, engine, launch)  # starts the process group
-    avoid_plans()
-    site = Site(launch, shared=settle_storage(args, launch, lock))
-    stop.use_group(args.ddp_timeout)
-    stop.check()
+    args, site = start_group(config, engine, launch, stop, lock)
     require_hub(config, launch)
     this_run = identify(config, engine, data, launch, base=base)
     start = where_to_start(config, this_run, site)
     if done_before(start, config, data, tokenizer, launch, stop):
         return
     get_ready_to_resume(start, args, site, stop)
-    padded = uses_padding(config, launch)
-    rows_in_batches, collate = dataset_and_collator(data.train, config, tokenizer, launch, padded=padded)
-    batching = batching_of(args, config, rows_in_batches, padded=padded, seam=start.seam)
+    batches = make_batches(config, args, data, tokenizer, launch, seam=start.seam)
+    batching, padded = batches.batching, batches.padded
     steps = plan_steps(args, batching, data, engine, start, launch)
     expected = expect_memory(config, engine, longest=batching.longest, largest=batching.largest, padded=padded,
                              ranks=args.world_size, on_gpu=args.device.type != "cpu", launch=launch)  # fmt: skip
@@ -139,21 +121,10 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     size = find_room(config, engine, model, steps, start, site)
     begin_output(config, data.report, launch)
     with open_tracker(config, launch, start.metrics_bytes, start.folder) as tracker:
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=rows_in_batches,
-            eval_dataset=data.eval,
-            data_collator=collate,
-            processing_class=with_template(tokenizer, served.chat_template),  # checkpoints have it
-            optimizer_cls_and_kwargs=optimizer_of(config, args, launch),
-            batching=batching,
-            on_nonfinite=config.on_nonfinite,
-            patience=config.early_stopping_patience,
-            where=partial(data.where, "train"),
-            callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch), *callbacks],
-            run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
-        )
+        continued = continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids)
+        watching = [TrackerCallback(tracker, start.changed), *profiling(config, launch), *callbacks]
+        saved = with_template(tokenizer, served.chat_template)  # in checkpoints
+        trainer = make_trainer(model, config, args, batches, data, saved, launch, callbacks=watching, run=continued)
         del model  # the trainer's alone, so that `release` can give it back
         stop.check()
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
@@ -205,8 +176,9 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     from ds_sft.data.serving import serving
     from ds_sft.evaluation.scores import require_metrics
     from ds_sft.model.limits import check_limits
-    from ds_sft.model.load import load_tokenizer, read_ahead
+    from ds_sft.model.load import read_ahead
     from ds_sft.model.sequence_support import require_shareable
+    from ds_sft.model.tokenizer import load_tokenizer
 
     if config.evaluate_rows:
         require_metrics("evaluate_rows: 0")
@@ -220,6 +192,21 @@ def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBas
     print_report(data.report, launch)
     check_limits(config, tokenizer, data, launch)
     return tokenizer, served, data, base.result()
+
+
+def start_group(
+    config: Config, engine: dict[str, Any] | None, launch: Launch, stop: StopRequests, lock: FolderLock
+) -> tuple[TrainingArguments, Site]:
+    """Start the process group; what Trainer is told, and where this rank writes."""
+    from ds_sft.export.kernels import avoid_plans
+    from ds_sft.training.arguments import training_arguments
+
+    args = training_arguments(config, engine, launch)
+    avoid_plans()
+    site = Site(launch, shared=settle_storage(args, launch, lock))
+    stop.use_group(args.ddp_timeout)
+    stop.check()
+    return args, site
 
 
 def require_hub(config: Config, launch: Launch) -> None:
@@ -242,6 +229,34 @@ def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: 
 
     rows, eval_rows = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
     return identity(config, engine, rows, eval_rows, base)
+
+
+class Batches(NamedTuple):
+    """What micro batches are made of, how, and which rows are in each."""
+
+    rows: Any  # or packed sequences of them
+    collate: Callable[..., dict[str, Any]]
+    batching: Batching
+    padded: bool
+
+
+def make_batches(
+    config: Config,
+    args: TrainingArguments,
+    data: Data,
+    tokenizer: Any,
+    launch: Launch,
+    *,
+    seam: Mapping[str, int] | None,
+) -> Batches:
+    """Rows become micro batches as `batching` says, or padded where the model would mix rows laid end to end."""
+    from ds_sft.data.loader import dataset_and_collator
+    from ds_sft.model.padding_free_support import uses_padding
+    from ds_sft.training.arguments import batching_of
+
+    padded = uses_padding(config, launch)
+    rows, collate = dataset_and_collator(data.train, config, tokenizer, launch, padded=padded)
+    return Batches(rows, collate, batching_of(args, config, rows, padded=padded, seam=seam), padded)
 
 
 def plan_steps(
@@ -290,8 +305,9 @@ def load_model_to_train(
 
     `largest`: tokens of the largest micro batch that a rank computes, for what is kept of it and where.
     """
+    from ds_sft.model.embeddings import make_room
     from ds_sft.model.fused import require_kernels
-    from ds_sft.model.load import load_model, make_room, say_not_loaded
+    from ds_sft.model.load import load_model, say_not_loaded
     from ds_sft.model.parts import put_in_parts
 
     require_kernels(config.fused_kernels, on_gpu=args.device.type == "cuda", compiled=args.torch_compile)
@@ -301,6 +317,39 @@ def load_model_to_train(
     parts = put_in_parts(model, config, args, launch, padded=padded, largest=largest)
     launch.say(f"{type(model).__name__}:\n{textwrap.indent(str(parts), '  ')}")
     return model
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    config: Config,
+    args: TrainingArguments,
+    batches: Batches,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    launch: Launch,
+    *,
+    callbacks: list[TrainerCallback],
+    run: Continuity,
+) -> SFTTrainer:
+    """What learns from the batches; `tokenizer` is the one that checkpoints have."""
+    from ds_sft.training.optimizer import optimizer_of
+    from ds_sft.training.trainer import SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=batches.rows,
+        eval_dataset=data.eval,
+        data_collator=batches.collate,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_of(config, args, launch),
+        batching=batches.batching,
+        on_nonfinite=config.on_nonfinite,
+        patience=config.early_stopping_patience,
+        where=partial(data.where, "train"),
+        callbacks=callbacks,
+        run=run,
+    )
 
 
 def continuity(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -129,6 +130,12 @@ def tokenizer(tokenizer_dir: Path) -> Any:
 @pytest.fixture(scope="session")
 def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), tokenizer_dir)
+
+
+@pytest.fixture
+def copy(model_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model in a folder that a test may change."""
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 def make_model(folder: Path, tokenizer_dir: Path, **changes: Any) -> Path:

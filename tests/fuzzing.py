@@ -23,10 +23,11 @@ from ds_sft.config.keys import REFERENCE_PROMPT, Config
 from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import REASONING, THINKING
 from ds_sft.data.encode import IGNORE_INDEX, Encoded, Encoder
+from ds_sft.data.messages import full_content, with_thinking
 from ds_sft.data.records import Dialogue, Reading, parse_row, read_dialogues
 from ds_sft.data.shapes import ROLES, Message
 from ds_sft.data.sources import DataFile
-from ds_sft.data.templates import Reference, full_content, with_thinking
+from ds_sft.data.templates import Reference
 from ds_sft.data.values import MAX_NAME
 from ds_sft.errors import UserError
 

@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ds_sft.checkpoints.trained import trained_parts
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
 from ds_sft.data.batch import collate_flat
 from ds_sft.errors import UserError
 from ds_sft.model import loss as chunked
 from ds_sft.model.adapter_files import adapter_of
-from ds_sft.model.adapters import choose_weights, count_parameters, lora_config, trained_parts
+from ds_sft.model.adapters import choose_weights, count_parameters, lora_config
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.load import load_model
 from ds_sft.model.loss import SupervisedLoss, supervise
@@ -662,7 +663,7 @@ def test_rows_end_to_end_or_padded(implementation: str | None) -> None:
         keep_rows_apart(model)
     else:
         model.set_attn_implementation(implementation)
-        del batch["layout"]
+        del batch["metadata"]
     model(**batch, use_cache=False)
     assert isinstance(supervised, SupervisedLoss)
     assert supervised.total is not None

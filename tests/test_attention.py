@@ -11,15 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.data.batch import collate_flat
-from ds_sft.model import attention
-from ds_sft.model.attention import (
-    NAME,
-    Attention,
-    RowBorders,
-    keep_rows_apart,
-    lengths_of_rows,
-    rows_attention,
-)
+from ds_sft.model import attention_kernels
+from ds_sft.model.attention import NAME, keep_rows_apart, lengths_of_rows, rows_attention
+from ds_sft.model.attention_kernels import Attention, RowBorders
 from ds_sft.model.loss import supervise
 from tests.distributed.harness import check_apart
 from tests.test_loss import SMALL, VOCAB, apart
@@ -100,8 +94,8 @@ def test_four_layouts_teach_the_same(family: str, checkpointing: bool) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     packed = [collate_flat(rows[:2]), collate_flat(rows[2:])]
-    for layout in ([padded(rows)], [collate_flat(rows)], packed, one_by_one(rows)):
-        found, found_gradient = learn(model, layout)
+    for batches in ([padded(rows)], [collate_flat(rows)], packed, one_by_one(rows)):
+        found, found_gradient = learn(model, batches)
         assert found == pytest.approx(loss, rel=1e-6)
         assert apart(found_gradient, gradient) < 2e-6
 
@@ -128,7 +122,7 @@ def test_a_short_row_is_as_exact_as_the_kernel(length: int) -> None:
     def run(short: int, dtype: torch.dtype) -> list[torch.Tensor]:
         *inputs, gradient = (state.to(dtype).requires_grad_() for state in states)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "SHORT_ROW", short)
+            patch.setattr(attention_kernels, "SHORT_ROW", short)
             output, _ = rows_attention(torch.nn.Module(), *inputs, None, row_borders=borders([length]))
         return [t.float() for t in (output, *torch.autograd.grad(output, inputs, gradient.transpose(1, 2)))]
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from ds_sft.data.batch import collate_flat
-from ds_sft.model import attention
+from ds_sft.model import attention, attention_kernels
 from ds_sft.model import autocast as precision
-from ds_sft.model.attention import NAME, Attention, RowBorders, keep_rows_apart, rows_attention
+from ds_sft.model.attention import NAME, keep_rows_apart, rows_attention
+from ds_sft.model.attention_kernels import Attention, RowBorders
 from ds_sft.model.loss import supervise
 from tests.dispatch import NoReads, Operations
 from tests.distributed.harness import check_apart
@@ -27,13 +28,13 @@ META, BFLOAT16 = torch.device("meta"), torch.bfloat16
 FORWARD, BACKWARD = "torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"
 IN_ONE = Attention("varlen_attn", "", in_one_kernel=True)
 WINDOWS = {"qwen3": -1, "llama": -1, "mistral": 6}  # of the kernel: the token itself does not count
-IN_KERNEL = [family for family, window in WINDOWS.items() if window == -1 or not attention.ONLY_PLAIN]
+IN_KERNEL = [family for family, window in WINDOWS.items() if window == -1 or not attention_kernels.ONLY_PLAIN]
 
 
 def reference(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, of_keys: torch.Tensor,
     longest: int, longest_key: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = attention.ONLY_PLAIN,
+    enable_gqa: bool = attention_kernels.ONLY_PLAIN,
 ) -> torch.Tensor:  # fmt: skip
     """`varlen_attn` as documented: [tokens, heads, head_dim], (left, right) tokens seen beside the own one, -1: all."""
     assert starts.dtype == of_keys.dtype == torch.int32
@@ -96,12 +97,12 @@ def test_one_kernel_a_layer_whatever_the_rows(
     query, key, value, starts, _, longest, _, causal, *words = many.arguments[FORWARD]
     assert (query.shape, key.shape, value.shape) == ((608, 4, 8), (608, 2, 8), (608, 2, 8))
     assert (starts.shape, longest) == ((41,), 128)
-    if attention.ONLY_PLAIN:
+    if attention_kernels.ONLY_PLAIN:
         assert causal is True
         return
     scale, window, *grouped = words
     assert (scale, window) == (8**-0.5, [WINDOWS[family], 0])
-    assert grouped[:1] == ([True] if attention.GROUPED else [])
+    assert grouped[:1] == ([True] if attention_kernels.GROUPED else [])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -112,15 +113,15 @@ def test_rows_in_one_kernel_are_learned_as_if_alone(
     """With a reference in the kernel's place, that takes float32 on a CPU."""
     rows, model = make_rows(), make(family, head_dim=8)
     loss, gradient = learn(model, one_by_one(rows))
-    monkeypatch.setattr(attention, "HALF", (torch.float32,))
-    monkeypatch.setattr(attention, "varlen_attn", reference)
-    monkeypatch.setattr(attention, "ONLY_PLAIN", False)
+    monkeypatch.setattr(attention_kernels, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention_kernels, "varlen_attn", reference)
+    monkeypatch.setattr(attention_kernels, "ONLY_PLAIN", False)
     found = keep_rows_apart(model, device=META, dtype=torch.float32)
     assert found == Attention("varlen_attn", "all rows in one kernel a layer", in_one_kernel=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layout in ([collate_flat(rows)], [collate_flat(rows[:2]), collate_flat(rows[2:])], one_by_one(rows)):
-        found, found_gradient = learn(model, layout)
+    for batches in ([collate_flat(rows)], [collate_flat(rows[:2]), collate_flat(rows[2:])], one_by_one(rows)):
+        found, found_gradient = learn(model, batches)
         assert found == pytest.approx(loss, rel=1e-6)
         assert apart(found_gradient, gradient) < 2e-6
 
@@ -138,10 +139,12 @@ def test_the_kernel_of_torch_2_10_takes_what_it_has_words_for(
     rows, model = make_rows(), make(family, head_dim=8)
     loss, gradient = learn(model, one_by_one(rows))
     calls: list[None] = []
-    monkeypatch.setattr(attention, "HALF", (torch.float32,))
-    monkeypatch.setattr(attention, "ONLY_PLAIN", True)
+    monkeypatch.setattr(attention_kernels, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention_kernels, "ONLY_PLAIN", True)
     monkeypatch.setattr(
-        attention, "varlen_attn", lambda *states, **words: calls.append(None) or plain_reference(*states, **words)
+        attention_kernels,
+        "varlen_attn",
+        lambda *states, **words: calls.append(None) or plain_reference(*states, **words),
     )
     found = keep_rows_apart(model, device=META, dtype=torch.float32)
     in_one = why == "all rows in one kernel a layer"
@@ -156,16 +159,16 @@ def test_torch_2_10_asks_row_by_row_where_a_layer_wants_more(monkeypatch: pytest
     query = torch.empty(1, 4, 5, 8, dtype=BFLOAT16)
     wanted = [(None, None), (None, 8**-0.5), (None, 0.3), (6, None)]  # window, scale
     for only_plain, known in ((True, [True, True, False, False]), (False, [True] * 4)):
-        monkeypatch.setattr(attention, "ONLY_PLAIN", only_plain)
-        assert [attention._has_words(query, window, scale) for window, scale in wanted] == known
+        monkeypatch.setattr(attention_kernels, "ONLY_PLAIN", only_plain)
+        assert [attention_kernels._has_words(query, window, scale) for window, scale in wanted] == known
 
 
 @pytest.mark.parametrize("length", [32, 33, 47])
 def test_a_lone_long_row_is_rounded_up_to_a_planned_length(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its output and gradients are those of the row alone; the kernel meets multiples of 16 only."""
-    monkeypatch.setattr(attention, "HALF", (torch.float32,))
-    monkeypatch.setattr(attention, "LONE_ROW", 32)
-    monkeypatch.setattr(attention, "PLANNED_LENGTHS", 16)
+    monkeypatch.setattr(attention_kernels, "HALF", (torch.float32,))
+    monkeypatch.setattr(attention_kernels, "LONE_ROW", 32)
+    monkeypatch.setattr(attention_kernels, "PLANNED_LENGTHS", 16)
     torch.manual_seed(0)
     states = [torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
     gradient = torch.randn(1, length, 4, 8)
@@ -198,9 +201,9 @@ def test_which_rows_cudnn_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [torch.empty(1, heads, 8200, 8, dtype=BFLOAT16, device=META) for heads in (4, 2, 2)]
     asked: list[str] = []
     for name in ("_lone_row", "_all_rows", "_row_by_row"):
-        monkeypatch.setattr(attention, name, lambda *_, name=name: asked.append(name) or torch.empty(0))
+        monkeypatch.setattr(attention_kernels, name, lambda *_, name=name: asked.append(name) or torch.empty(0))
     for only_plain in (False, True):
-        monkeypatch.setattr(attention, "ONLY_PLAIN", only_plain)
+        monkeypatch.setattr(attention_kernels, "ONLY_PLAIN", only_plain)
         for window in (None, 7):
             rows_attention(torch.nn.Module(), *states, None, sliding_window=window, row_borders=borders([8200], cudnn))
     assert asked == ["_lone_row", "_all_rows", "_lone_row", "_row_by_row"]
@@ -275,7 +278,7 @@ def test_two_graphs_for_rows_of_any_number_and_length(backend: str) -> None:
 def check_two_graphs(backend: str) -> None:
     """The first, and one that knows that sizes differ; attention is part of them."""
     compiled = torch.compile(rows_attention, backend=backend, fullgraph=True)
-    scale = 8**-0.5 if attention.ONLY_PLAIN else 0.3
+    scale = 8**-0.5 if attention_kernels.ONLY_PLAIN else 0.3
     for lengths in ([100], [5, 300], [200, 40, 7], [1] * 50, [4000]):
         shapes = [(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
         states = [torch.empty(shape, dtype=BFLOAT16, device=META, requires_grad=True) for shape in shapes]
@@ -321,7 +324,7 @@ def test_an_installed_flash_attention_that_was_asked_for_gets_the_borders() -> N
     batch = collate_flat(make_rows())
     with pytest.raises(Asked):
         model(**batch, use_cache=False)
-    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["layout"].starts
+    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["metadata"].starts
     assert (given["max_length_q"], given["max_length_k"]) == (40, 40)
 
 
@@ -331,7 +334,7 @@ def test_a_lone_long_row_compiles() -> None:
 
 def check_lone_long_row() -> None:
     """With cuDNN switched on for it alone, in the graph as outside of it."""
-    attention.HALF, attention.LONE_ROW, attention.PLANNED_LENGTHS = (torch.float32,), 32, 16
+    attention_kernels.HALF, attention_kernels.LONE_ROW, attention_kernels.PLANNED_LENGTHS = (torch.float32,), 32, 16
     rows = borders([40], Attention("varlen_attn", "", in_one_kernel=True, lone_rows_by_cudnn=True))
     states = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
     torch.backends.cuda.enable_cudnn_sdp(False)

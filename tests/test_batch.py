@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
-from ds_sft.data.batch import LAYOUT, Layout, collate_flat, collate_padded, collate_share
+from ds_sft.data.batch import METADATA, BatchMetadata, collate_flat, collate_padded, collate_share
 from ds_sft.data.loader import NOTHING, RowsOrNothing
 from ds_sft.data.packing import PackedRows, Packing
 from ds_sft.data.rows import ArrowRows
@@ -27,11 +27,11 @@ ROWS = [
 ]
 
 
-def facts(layout: Layout) -> dict[str, Any]:
-    starts = None if layout.starts is None else layout.starts.tolist()
-    return {"lengths": layout.lengths, "starts": starts, "positions": layout.positions.tolist(),
-            "targets": layout.targets.tolist(), "tokens": layout.tokens, "places": layout.places,
-            "supervised": layout.supervised, "pairs": layout.pairs}  # fmt: skip
+def facts(metadata: BatchMetadata) -> dict[str, Any]:
+    starts = None if metadata.starts is None else metadata.starts.tolist()
+    return {"lengths": metadata.lengths, "starts": starts, "positions": metadata.positions.tolist(),
+            "targets": metadata.targets.tolist(), "tokens": metadata.tokens, "places": metadata.places,
+            "supervised": metadata.supervised, "pairs": metadata.pairs}  # fmt: skip
 
 
 def read(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -57,17 +57,17 @@ def test_rows_end_to_end() -> None:
         "labels": [[-100, -100, 8, 9, -100, -100, 5]],
         "position_ids": [[0, 1, 2, 3, 4, 0, 1]],
     }
-    assert facts(batch[LAYOUT]) == {
+    assert facts(batch[METADATA]) == {
         "lengths": [5, 2], "starts": [0, 5, 7], "positions": [1, 2, 5], "targets": [8, 9, 5],
         "tokens": 7, "places": 7, "supervised": 3, "pairs": 18,
     }  # fmt: skip
-    assert batch[LAYOUT].starts.dtype == torch.int32
+    assert batch[METADATA].starts.dtype == torch.int32
 
 
 def test_padded_rows(tokenizer: Any) -> None:
     """As transformers' collator has them."""
     batch = collate_padded(ROWS, pad_token_id=tokenizer.pad_token_id)
-    assert facts(batch.pop(LAYOUT)) == {
+    assert facts(batch.pop(METADATA)) == {
         "lengths": [5, 2], "starts": None, "positions": [1, 2, 5], "targets": [8, 9, 5],
         "tokens": 7, "places": 10, "supervised": 3, "pairs": 18,
     }  # fmt: skip
@@ -86,20 +86,22 @@ def test_parts_of_a_sequence() -> None:
         {"input_ids": [[1, 2, 3, 4]], "labels": [[-100, -100, 8, 9]], "position_ids": [[0, 1, 2, 3]]},
         {"input_ids": [[5, 6, 7, 0]], "labels": [[-100, -100, 5, -100]], "position_ids": [[4, 0, 1, 1]]},
     ]  # fmt: skip
-    assert facts(first[LAYOUT]) == {
+    assert facts(first[METADATA]) == {
         "lengths": [5, 3], "starts": [0, 5, 8], "positions": [1, 2], "targets": [8, 9],
         "tokens": 4, "places": 4, "supervised": 2, "pairs": 10,
     }  # fmt: skip
-    assert facts(second[LAYOUT]) == {
+    assert facts(second[METADATA]) == {
         "lengths": [5, 3], "starts": [0, 5, 8], "positions": [1], "targets": [5],
         "tokens": 3, "places": 4, "supervised": 1, "pairs": 8,
     }  # fmt: skip
-    assert second[LAYOUT].of_rows().tolist() == [True, True, True, False]
+    assert second[METADATA].of_rows().tolist() == [True, True, True, False]
 
 
 def test_a_part_of_what_stands_in_for_a_missing_row() -> None:
     """One token, which counts for no row, and what fills up the other ranks' parts."""
-    parts = [collate_share([RowsOrNothing(dataset(ROWS))[NOTHING]], place=place, size=3)[LAYOUT] for place in range(3)]
+    parts = [
+        collate_share([RowsOrNothing(dataset(ROWS))[NOTHING]], place=place, size=3)[METADATA] for place in range(3)
+    ]
     assert [(part.tokens, part.tokens_of_rows, part.supervised, part.places) for part in parts] == [
         (1, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1),
     ]  # fmt: skip
@@ -115,19 +117,19 @@ def test_parts_are_the_whole(rows: list[list[tuple[int, bool]]], size: int) -> N
     """End to end they are the sequence, and what is counted in them sums to what is in it."""
     lists = [{"input_ids": [i for i, _ in row], "labels": [i if learn else -100 for i, learn in row]} for row in rows]
     whole, parts = collate_flat(lists), [collate_share(lists, place=place, size=size) for place in range(size)]
-    length = whole[LAYOUT].places
+    length = whole[METADATA].places
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(torch.cat([part[name] for part in parts], 1)[:, :length], whole[name])
-    layouts = [part[LAYOUT] for part in parts]
+    of_parts = [part[METADATA] for part in parts]
     for name in ("tokens", "tokens_of_rows", "supervised", "pairs"):
-        assert sum(getattr(layout, name) for layout in layouts) == getattr(whole[LAYOUT], name)
-    assert len({layout.places for layout in layouts}) == 1
-    assert torch.cat([layout.of_rows() for layout in layouts]).tolist() == [
-        place < length for place in range(size * layouts[0].places)
+        assert sum(getattr(metadata, name) for metadata in of_parts) == getattr(whole[METADATA], name)
+    assert len({metadata.places for metadata in of_parts}) == 1
+    assert torch.cat([metadata.of_rows() for metadata in of_parts]).tolist() == [
+        place < length for place in range(size * of_parts[0].places)
     ]
-    places = [layout.positions + number * layout.places for number, layout in enumerate(layouts)]
-    assert torch.equal(torch.cat(places), whole[LAYOUT].positions)
-    assert torch.equal(torch.cat([layout.targets for layout in layouts]), whole[LAYOUT].targets)
+    places = [metadata.positions + number * metadata.places for number, metadata in enumerate(of_parts)]
+    assert torch.equal(torch.cat(places), whole[METADATA].positions)
+    assert torch.equal(torch.cat([metadata.targets for metadata in of_parts]), whole[METADATA].targets)
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,7 +141,7 @@ def test_what_a_batch_says_is_what_is_in_it(rows: list[list[tuple[int, bool]]]) 
     packed = PackedRows(views.rows, Packing([list(range(len(rows)))], 0, 0))
     flat = [collate_flat(features) for features in (lists, [views[i] for i in range(len(rows))], [packed[0]])]
     for batch in (*flat, collate_padded(lists, pad_token_id=0)):
-        assert facts(batch[LAYOUT]) == read(batch)
+        assert facts(batch[METADATA]) == read(batch)
     for batch in flat[1:]:
         assert all(torch.equal(batch[name], flat[0][name]) for name in ("input_ids", "labels", "position_ids"))
 
@@ -163,13 +165,13 @@ def test_views_of_rows_however_they_are_stored() -> None:
 def test_a_layout_goes_through_a_loader_and_moves_as_a_tensor_does() -> None:
     rows = RowsOrNothing(dataset(ROWS))
     loader = DataLoader(rows, batch_sampler=[[0, 1], [NOTHING]], collate_fn=collate_flat, num_workers=1)
-    first, last = (batch[LAYOUT] for batch in loader)
-    assert facts(first) == facts(collate_flat(ROWS)[LAYOUT])
+    first, last = (batch[METADATA] for batch in loader)
+    assert facts(first) == facts(collate_flat(ROWS)[METADATA])
     assert (last.tokens, last.supervised) == (1, 0)
     moved = first.to("meta", non_blocking=True)
     assert {moved.starts.device.type, moved.positions.device.type, moved.targets.device.type} == {"meta"}
     assert (moved.lengths, moved.supervised) == (first.lengths, 3)
-    assert collate_padded(ROWS, pad_token_id=0)[LAYOUT].to("meta").starts is None
+    assert collate_padded(ROWS, pad_token_id=0)[METADATA].to("meta").starts is None
 
 
 def test_a_layout_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,5 +180,5 @@ def test_a_layout_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
     from torch.utils.data._utils.pin_memory import pin_memory
 
-    found = pin_memory({LAYOUT: collate_flat(ROWS)[LAYOUT]})
-    assert (pinned, facts(found[LAYOUT])) == ([3, 3, 3], facts(collate_flat(ROWS)[LAYOUT]))
+    found = pin_memory({METADATA: collate_flat(ROWS)[METADATA]})
+    assert (pinned, facts(found[METADATA])) == ([3, 3, 3], facts(collate_flat(ROWS)[METADATA]))

@@ -329,7 +329,7 @@ def test_prepared_data_is_found_by_training(
 ) -> None:
     from ds_sft.cli import main
     from ds_sft.config.read import load_config
-    from ds_sft.model.load import load_tokenizer
+    from ds_sft.model.tokenizer import load_tokenizer
 
     file = write_rows(tmp_path / "train.jsonl", questions_and_answers(8))
     (tmp_path / "run.yaml").write_text(

@@ -1,10 +1,10 @@
-"""Which name was meant."""
+"""Which name was meant, and what a library said."""
 
 from __future__ import annotations
 
 import pytest
 
-from ds_sft.errors import nearest
+from ds_sft.errors import first_line, nearest
 
 OURS = ["max_length", "train_file", "eval_file", "model_name_or_path", "profile_steps", "swanlab_mode"]
 LORA = ["lora_alpha", "lora_rank", "lora_dropout"]
@@ -39,3 +39,16 @@ def test_words_in_common_come_before_letters() -> None:
 def test_of_equals_the_first_group_is_taken() -> None:
     assert nearest("eval", ["eval_file"], ["eval_steps"]) == "eval_file"
     assert nearest("eval", ["eval_steps"], ["eval_file"]) == "eval_steps"
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("no such model\n\nHave a look at ...", "no such model"),
+        ("\n  no such model  \n", "no such model"),
+        ("", "ValueError"),
+        (" \n", "ValueError"),
+    ],
+)
+def test_the_first_line_of_what_a_library_says(said: str, line: str) -> None:
+    assert first_line(ValueError(said)) == line

@@ -23,7 +23,7 @@ from ds_sft.data.rows import fingerprint
 from ds_sft.data.sources import find_files
 from ds_sft.errors import UserError
 from ds_sft.export.predict import predict
-from ds_sft.model.load import load_tokenizer
+from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import read_lines

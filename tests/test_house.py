@@ -55,6 +55,7 @@ LIGHT = [
     "ds_sft.train",
     "ds_sft.upstream.check",
     "ds_sft.ranks.launch",
+    "ds_sft.ranks.devices",
     "ds_sft.engine.zero",
     "ds_sft.checkpoints.start",
     "ds_sft.checkpoints.folder_lock",
@@ -167,6 +168,13 @@ ENVIRONMENT = {
     "engine/lint.py": {"CXX"},
     "export/verify.py": {"PYTHONPATH"},
     "plan/source.py": {"HF_HUB_OFFLINE"},
+    "ranks/devices.py": {
+        "CUDA_VISIBLE_DEVICES",
+        "DS_ACCELERATOR",
+        "OMP_NUM_THREADS",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    },
     "ranks/network.py": {"DS_SFT_CONNECT_SECONDS"},
     "ranks/stop.py": {"DS_SFT_STOP_FILE"},
     "tracking/integrations.py": {"WANDB_MODE"},
@@ -197,7 +205,7 @@ def variables_of(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("os.environ", "env"):
             asked.append(node.slice)
-        elif isinstance(node, ast.Call) and re.match(r"(os\.environ|env)\.|os\.getenv", ast.unparse(node.func)):
+        elif isinstance(node, ast.Call) and re.fullmatch(r"(os\.environ|env)\.\w+|os\.getenv", ast.unparse(node.func)):
             asked += node.args[:1]
     return {node.value for node in asked if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 

@@ -82,5 +82,5 @@ def test_nothing_gives_cudnn_back() -> None:
     package = Path(__file__).resolve().parents[1] / "ds_sft"
     named = {path.name for path in package.rglob("*.py") if re.search("cudnn_sdp|CUDNN_ATT|sdpa_kernel|sdp_kernel",
                                                                      path.read_text(encoding="utf-8"))}  # fmt: skip
-    assert named == {"kernels.py", "attention.py"}
+    assert named == {"kernels.py", "attention_kernels.py"}
     assert "sdp(True" not in (package / "export" / "kernels.py").read_text(encoding="utf-8")

@@ -198,7 +198,7 @@ def test_a_row_of_a_million_tokens(tokenizer: Any, tmp_path: Path) -> None:
     assert (data.rows["train"]["tokens"][0], data.rows["train"]["length"][0] > 1_000_000) == (1_000_000, True)
     batch = collate_flat([views_of(data.train)[i] for i in range(2)])
     assert batch["position_ids"][0, [0, 999_999, 1_000_000]].tolist() == [0, 999_999, 0]
-    assert batch["layout"].starts.tolist()[:2] == [0, 1_000_000]
+    assert batch["metadata"].starts.tolist()[:2] == [0, 1_000_000]
     assert batch["labels"][0, 999_999] == batch["input_ids"][0, 999_999] != -100
 
 

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.neftune import activate_neftune
 
-from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
+from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.model.neftune import add_noise
+from ds_sft.training.trainer import without_metadata
 from tests.test_trainer import SIZES
 
 ALPHA, WIDTH = 5.0, SIZES["hidden_size"]
@@ -28,9 +29,7 @@ def noise_of(batch: dict[str, Any], *, training: bool = True, theirs: bool = Fal
     found: list[torch.Tensor] = []
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, output: found.append(output))
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != LAYOUT}), with_kwargs=True
-    )
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     torch.manual_seed(1)
     model(**batch)
     return (found[0] - embeddings.weight[batch["input_ids"]]).detach()
@@ -58,7 +57,7 @@ def test_each_row_has_that_of_its_own_length(padded: bool) -> None:
 def test_nothing_is_added_where_nothing_is_learned() -> None:
     batch = collate_flat(ROWS)
     assert not noise_of(batch, training=False).any()
-    assert not noise_of({"input_ids": batch["input_ids"]}).any()  # who computes without a layout
+    assert not noise_of({"input_ids": batch["input_ids"]}).any()  # who computes without metadata
 
 
 def test_of_the_longest_rows_it_is_a_number() -> None:

@@ -41,7 +41,7 @@ HELD = {
     "activation_checkpointing": "distributed/test_adapters.py",
     "optim_args": "test_extend.py",
     **dict.fromkeys(("torch_compile", "torch_compile_backend"), "distributed/test_options.py"),
-    "fp16": "test_model.py",
+    "fp16": "test_load.py",
     "save_only_model": "test_resumable.py",
     "save_on_each_node": "distributed/test_nodes.py",
     "dataloader_drop_last": "test_arguments.py",

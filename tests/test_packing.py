@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from ds_sft.config.keys import Config
-from ds_sft.data.batch import LAYOUT, collate_flat
+from ds_sft.data.batch import METADATA, collate_flat
 from ds_sft.data.dataset import load_data
 from ds_sft.data.loader import NOTHING, GlobalBatches, dataset_and_collator
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.packing import PackedRows, pack_rows
 from ds_sft.data.rows import lengths_of
-from ds_sft.model.load import why_rows_mix
+from ds_sft.model.padding_free_support import why_rows_mix
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
 
@@ -57,7 +57,7 @@ def test_positions_start_at_0_with_every_row_and_no_row_predicts_the_next() -> N
         "input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "position_ids": [0, 1, 2, 0, 1],
     }  # fmt: skip
     batch = collate_flat([packed[0], rows[1]])  # a row that is not packed, as in evaluation
-    assert {name: ids.tolist() for name, ids in batch.items() if name != LAYOUT} == {
+    assert {name: ids.tolist() for name, ids in batch.items() if name != METADATA} == {
         "input_ids": [[1, 2, 3, 4, 5, 4, 5]],
         "labels": [[-100, 2, 3, -100, 5, -100, 5]],
         "position_ids": [[0, 1, 2, 0, 1, 0, 1]],

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, masking_utils
 
 from ds_sft.config.keys import Config
-from ds_sft.data.batch import LAYOUT, collate_padded
+from ds_sft.data.batch import METADATA, collate_padded
 from ds_sft.model.padding import know_padding
 from ds_sft.ranks.launch import Launch
 from ds_sft.train import load_model_to_train
-from ds_sft.training.trainer import without_layout
+from ds_sft.training.trainer import without_metadata
 from tests.dispatch import NoReads
 
 SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -40,7 +40,7 @@ def make(name: str, kind: str) -> Any:
     config = AutoConfig.for_model(family, **SIZES, **changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=kind).train()
     know_padding(model)
-    model.register_forward_pre_hook(without_layout, with_kwargs=True)
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     return model
 
 
@@ -53,9 +53,9 @@ def batch_of(lengths: tuple[int, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CASES)
 def test_masks_are_the_same_and_nothing_is_read(name: str, kind: str, lengths: tuple[int, ...]) -> None:
-    """Loss and gradients, to the last bit, of a batch with its layout and of one that transformers has to look at."""
+    """Loss and gradients, to the last bit, of a batch with its metadata and of one that transformers has to look at."""
     model, batch = make(name, kind), batch_of(lengths)
-    without = {key: value for key, value in batch.items() if key != LAYOUT}
+    without = {key: value for key, value in batch.items() if key != METADATA}
     found: list[tuple[torch.Tensor, ...]] = []
     for inputs, looking in ((without, nullcontext()), (batch, NoReads())):
         with looking:
@@ -91,6 +91,6 @@ def test_a_run_with_padded_batches_reads_nothing(model_dir: Path, tokenizer: Any
     config = Config(model_name_or_path=str(model_dir), train_file="t", batching="padded")
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     model = load_model_to_train(config, args, tokenizer, Launch(launcher="python"), padded=True, largest=7)
-    model.register_forward_pre_hook(without_layout, with_kwargs=True)
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     with NoReads():
         model(**batch_of((4, 9)), use_cache=False).loss.backward()

@@ -12,10 +12,11 @@ from transformers import TrainingArguments
 
 from ds_sft.config.keys import Config
 from ds_sft.data.batch import collate_flat
+from ds_sft.errors import UserError
 from ds_sft.model import parts
 from ds_sft.model.attention import NAME, keep_rows_apart
 from ds_sft.model.fused import use_kernels
-from ds_sft.model.loss import LossInPlaceOfLogits, supervise
+from ds_sft.model.loss import LossInPlaceOfLogits, OwnLoss, supervise
 from ds_sft.model.parts import Parts, parts_of
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.ranks.launch import Launch
@@ -96,6 +97,9 @@ def test_rows_that_ranks_share(model_dir: Path, monkeypatch: pytest.MonkeyPatch)
     assert str(model.ds_sft).splitlines()[1] == (
         f"Attention      row by row ({NO_KERNEL}), each rank some heads of rows that 2 ranks share"
     )
+    monkeypatch.setattr(parts, "supervise", lambda *_, **__: OwnLoss("its head is another"))
+    with pytest.raises(UserError, match=r"^sequence_parallel: 2: with what is trained of it the model keeps a loss"):
+        load(model_dir, sequence_parallel=2)
 
 
 def test_a_model_that_was_not_prepared() -> None:
@@ -142,7 +146,7 @@ def test_a_model_does_not_see_the_parts_of_another() -> None:
     ours = prepared()
     with torch.no_grad():
         ours.model.norm.weight.fill_(2.0)  # another model: what leaked would show
-    ours(**{name: value for name, value in collate_flat(make_rows()).items() if name != "layout"}).loss.backward()
+    ours(**{name: value for name, value in collate_flat(make_rows()).items() if name != "metadata"}).loss.backward()
     assert all(torch.equal(one, other) for one, other in zip(learn(untouched), known, strict=True))
     assert type(untouched.lm_head) is nn.Linear
     assert (untouched.config._attn_implementation, ours.config._attn_implementation) == ("sdpa", NAME)
@@ -153,7 +157,7 @@ def test_a_model_computes_while_another_is_under_way() -> None:
     """Both have our attention. The outer one still knows its rows: a layer without their borders is an error."""
     inner, outer = prepared("llama"), prepared("qwen3")
     known, found = learn(inner), []
-    batch = {name: value for name, value in collate_flat(make_rows()).items() if name != "layout"}
+    batch = {name: value for name, value in collate_flat(make_rows()).items() if name != "metadata"}
     outer.model.layers[0].register_forward_hook(lambda *_: found.append(learn(inner)))
     outer(**batch, use_cache=False)
     assert len(found) == 1

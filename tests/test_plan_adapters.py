@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.checkpoints.space import export_size, predict_size
 from ds_sft.checkpoints.storage import Site
+from ds_sft.checkpoints.trained import trained_parts
 from ds_sft.cli import main
 from ds_sft.commands.preview import say_trained
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.model.adapter_files import WEIGHTS, save_adapter
-from ds_sft.model.adapters import choose_weights, trained_parts
+from ds_sft.model.adapters import choose_weights
 from ds_sft.plan.cost import Hardware, collectives, model_flops_per_token, step_flops, traffic
 from ds_sft.plan.disk import trained_checkpoint_bytes
 from ds_sft.plan.gradients import gradients_before, reductions

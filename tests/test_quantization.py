@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import validate_quantization_for_training
 
+from ds_sft.checkpoints.trained import trained_parts
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
 from ds_sft.engine.zero import engine_config
@@ -24,8 +24,8 @@ from ds_sft.errors import UserError
 from ds_sft.export.weights import say_how_its_base_is_loaded
 from ds_sft.model import quantized
 from ds_sft.model.adapter_files import load_on_disk, save_adapter
-from ds_sft.model.adapters import choose_weights, count_parameters, trained_parts
-from ds_sft.model.load import load_model, load_tokenizer
+from ds_sft.model.adapters import choose_weights, count_parameters
+from ds_sft.model.load import load_model
 from ds_sft.model.quantized import (
     as_trained,
     elements,
@@ -36,6 +36,7 @@ from ds_sft.model.quantized import (
     settle,
     skeleton,
 )
+from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
 from ds_sft.training.flops import count_flops
 from tests.conftest import make_model
@@ -111,11 +112,6 @@ def write(file: Path, content: Any) -> Path:
 
 def edit(file: Path, **changes: Any) -> None:
     write(file, json.loads(file.read_text(encoding="utf-8")) | changes)
-
-
-@pytest.fixture
-def copy(model_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 # ---- What it computes

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_sft.checkpoints.manifest import Checkpoint, read_manifest
-from ds_sft.data.batch import collate_flat, collate_padded
+from ds_sft.data.batch import METADATA, collate_flat, collate_padded
 from ds_sft.errors import UserError
 from ds_sft.model.experts import experts_of
 from ds_sft.model.loss import share_auxiliary, supervise
 from ds_sft.model.parts import Parts
 from ds_sft.model.routing import Routing, counted_tokens, prepare_experts
 from ds_sft.ranks.launch import Launch
+from ds_sft.training.trainer import without_metadata
 from tests.test_loss import SMALL, apart
 from tests.test_trainer import make_trainer
 
@@ -55,8 +56,7 @@ def prepared(model: Any, **keys: Any) -> Any:
     experts, routing = prepare_experts(model, device=CPU, **keys)
     model.ds_sft = Parts(experts=experts, routing=routing, loss=supervise(model))
     model.ds_sft.auxiliary = share_auxiliary(model, routing)
-    model.register_forward_pre_hook(lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "layout"}),
-                                    with_kwargs=True)  # fmt: skip
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
     return model
 
 
@@ -77,7 +77,7 @@ def learn(model: Any, micro_batches: list[list[list[int]]], *, announced: bool =
 def test_one_micro_batch_has_the_loss_and_the_gradient_of_the_model(family: str) -> None:
     model = make(family)
     batch = batch_of(ROWS)
-    del batch["layout"]
+    del batch[METADATA]
     wanted = model(**batch, use_cache=False)
     assert wanted.aux_loss > 1
     wanted.loss.backward()
@@ -116,7 +116,7 @@ def test_a_step_that_nobody_announced_is_weighed_by_its_tokens() -> None:
 def test_a_coefficient_of_the_run() -> None:
     """It turns the loss on, also where the model's configuration does not have it, or off; and is not saved."""
     batch = batch_of(ROWS)
-    del batch["layout"]
+    del batch[METADATA]
     own = make("mixtral", router_aux_loss_coef=0.3)(**batch, use_cache=False).loss.item()
     model = prepared(make("mixtral", output_router_logits=False), aux_loss_coef=0.3)
     assert learn(model, [ROWS])[0] == pytest.approx(own, rel=1e-6)
@@ -163,7 +163,7 @@ def test_which_tokens_count() -> None:
     found = counted_tokens(collate_padded(rows, pad_token_id=0))
     assert found is not None
     assert found.int().tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
-    assert collate_flat(flat)["layout"].tokens_of_rows == 5
+    assert collate_flat(flat)[METADATA].tokens_of_rows == 5
     bare = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 0]])}
     found = counted_tokens(bare)
     assert found is not None

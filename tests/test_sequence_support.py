@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.model.attention import Attention
+from ds_sft.model.attention_kernels import Attention
 from ds_sft.model.loss import OwnLoss
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.model.sequence_support import require_shareable, require_shared

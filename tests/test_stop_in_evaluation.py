@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_sft.data.batch import LAYOUT
+from ds_sft.data.batch import METADATA
 from ds_sft.model.parts import Parts
 from ds_sft.ranks import stop as stop_module
 from ds_sft.ranks.launch import Launch
@@ -38,7 +38,7 @@ def trainer() -> Any:
     return made
 
 
-BATCHES = [{LAYOUT: SimpleNamespace(supervised=2)}] * 1000
+BATCHES = [{METADATA: SimpleNamespace(supervised=2)}] * 1000
 
 
 def test_an_evaluation_asks_about_stopping_about_once_a_second(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

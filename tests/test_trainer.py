@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 
 from ds_sft.checkpoints.manifest import Checkpoint
 from ds_sft.checkpoints.storage import Site
-from ds_sft.data.batch import LAYOUT, collate_flat, collate_padded
+from ds_sft.data.batch import METADATA, collate_flat, collate_padded
 from ds_sft.data.micro_batches import Batching
 from ds_sft.data.rows import lengths_of
 from ds_sft.model.attention import keep_rows_apart
@@ -143,7 +143,9 @@ def test_what_the_host_counts_is_what_trainer_would(padded: bool, tmp_path: Path
     assert trainer.get_batch_samples(iter([]), 2, torch.device("cpu")) == ([], None)
     for batch in batches:
         trainer.training_step(trainer.model, batch, count)
-    assert trainer.tokens_seen == trainer.throughput.counts["tokens"] == sum(batch[LAYOUT].tokens for batch in batches)
+    assert (
+        trainer.tokens_seen == trainer.throughput.counts["tokens"] == sum(batch[METADATA].tokens for batch in batches)
+    )
     assert trainer.throughput.counts["supervised"] == count
 
 
@@ -158,10 +160,10 @@ def test_a_layout_changes_nothing_but_who_looks(padded: bool, tmp_path: Path) ->
         trainer.model.model.register_forward_pre_hook(
             lambda module, args, kwargs, seen=seen: seen.append(set(kwargs)), with_kwargs=True
         )
-        inputs = {name: value for name, value in batch.items() if known or name != LAYOUT}
+        inputs = {name: value for name, value in batch.items() if known or name != METADATA}
         loss = trainer.model(**inputs, use_cache=False, num_items_in_batch=9).loss
         loss.backward()
-        assert LAYOUT not in seen[0]
+        assert METADATA not in seen[0]
         found.append((loss, *(p.grad for p in trainer.model.parameters())))
     for with_layout, without, own in zip(*found, strict=True):
         assert torch.equal(with_layout, without)
@@ -175,7 +177,7 @@ def test_supervised_positions_come_from_the_layout(tmp_path: Path) -> None:
     batch["labels"] = batch["labels"].to("meta")  # whoever reads them fails
     with torch.no_grad():
         trainer.model(**batch, use_cache=False)
-    assert supervised.count == batch[LAYOUT].supervised
+    assert supervised.count == batch[METADATA].supervised
     assert supervised.total is not None
 
 

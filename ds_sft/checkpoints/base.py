@@ -19,7 +19,7 @@ import xxhash
 from ds_sft.checkpoints.identity import base_differs
 from ds_sft.checkpoints.manifest import HASH_THREADS, hash_file
 from ds_sft.config.keys import Config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, first_line
 from ds_sft.ranks.launch import Launch
 
 # Of config.json: what says where a model is from, which tokens end a text and how it is stored, not what it computes.
@@ -83,7 +83,7 @@ def require_base(folder: Path, base: str, known: str | None, remedy: str) -> Non
     try:
         found = hash_base(base)
     except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
+        said = first_line(error)
         raise UserError(f"{folder}: its base {base} is not there ({said}): say where it is: {remedy}") from None
     if (other := base_differs(known, found)) is not None:
         raise UserError(

@@ -110,8 +110,10 @@ def identity(
     """The keys that decide the result, the content of the DeepSpeed configuration, the hashes of the data and, where
     weights are frozen, of the base."""
     # A number of rows a step is the same rows however they are laid out; filled micro batches are others.
-    layout = () if config.fills_batches else ("batching", "max_tokens_per_batch")
-    given = {name: value for name, value in config.to_dict().items() if name not in INDIFFERENT and name not in layout}
+    batching = () if config.fills_batches else ("batching", "max_tokens_per_batch")
+    given = {
+        name: value for name, value in config.to_dict().items() if name not in INDIFFERENT and name not in batching
+    }
     if config.offloads:
         given["activation_checkpointing"] = True  # wherever it is kept, the result is the same
     keys = {name: value for name, value in given.items() if name in TRAINING_DEFAULTS or not _is_default(name, value)}

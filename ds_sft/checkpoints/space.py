@@ -12,6 +12,7 @@ from ds_sft.checkpoints.storage import Site
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.model.adapter_files import adapter_of
+from ds_sft.model.adapters import count_parameters
 from ds_sft.model.dtype import export_dtype
 from ds_sft.model.quantized import elements
 from ds_sft.plan.disk import adapter_bytes, checkpoint_bytes, trained_checkpoint_bytes
@@ -55,9 +56,8 @@ def export_size(model: Any, config: Config, site: Site) -> int:
     itemsize = export_dtype(config).itemsize
     if config.adapter == "none":
         return itemsize * sum(map(elements, model.parameters()))
-    trained = sum(elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    base = sum(elements(parameter) for parameter in model.parameters() if not parameter.requires_grad)
-    return adapter_bytes(trained, _twice(model)) + (itemsize * base if config.merge == "yes" else 0)
+    trained, whole = count_parameters(model)
+    return adapter_bytes(trained, _twice(model)) + (itemsize * (whole - trained) if config.merge == "yes" else 0)
 
 
 def check_space(config: Config, size: int, steps: Steps, site: Site, *, done: int = 0, export: int = 0) -> None:

@@ -24,7 +24,7 @@ def trained_weights(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
     are some. All ranks must call it; those without `keep` get an empty dict.
     """
     weights: dict[str, Any] = {}
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained_parts(model).items():
         value = full_value(parameter)
         if keep:
             weights[name] = value.detach().to("cpu", copy=True).contiguous()
@@ -39,7 +39,7 @@ def save_trained(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
     if adapter_of(model) is not None:
         save_adapter(model, weights, folder)
         return
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained_parts(model).items():
         require_whole(name, parameter, weights[name])
     save_file(weights, folder / TRAINED, metadata={"format": "pt"})
 
@@ -53,7 +53,7 @@ def load_trained(model: Any, folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    parts, file = (adapter_parts(model), WEIGHTS) if adapter_of(model) else (_trained(model), TRAINED)
+    parts, file = (adapter_parts(model), WEIGHTS) if adapter_of(model) else (trained_parts(model), TRAINED)
     with torch.no_grad(), safe_open(folder / file, "pt") as values:
         if missing := parts.keys() - set(values.keys()):
             raise KeyError(f"{folder / file} lacks {', '.join(sorted(missing)[:3])}")
@@ -101,5 +101,6 @@ def _frozen_names(module: Any) -> set[str]:
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+def trained_parts(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by their names in the model."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

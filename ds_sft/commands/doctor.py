@@ -24,8 +24,9 @@ from ds_sft.config.keys import Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.engine.zero import engine_config, stage
 from ds_sft.errors import UserError
+from ds_sft.ranks.devices import hide_gpus
 from ds_sft.ranks.exits import exit_with
-from ds_sft.ranks.launch import Launch, hide_gpus, print_line, read_launch, rendezvous, require_groups
+from ds_sft.ranks.launch import Launch, print_line, read_launch, rendezvous, require_groups
 from ds_sft.ranks.network import Unreachable, connect, measure_network, patience
 
 

@@ -23,8 +23,9 @@ from ds_sft.commands.flags import FlagParser
 from ds_sft.config.keys import RECORD
 from ds_sft.config.read import given_twice
 from ds_sft.errors import RunError, UserError
+from ds_sft.ranks.devices import grow_segments, hide_gpus, share_cores
 from ds_sft.ranks.exits import exit_after, exit_with
-from ds_sft.ranks.launch import Launch, grow_segments, hide_gpus, print_line, read_launch, share_cores
+from ds_sft.ranks.launch import Launch, print_line, read_launch
 
 if TYPE_CHECKING:
     from ds_sft.commands.opened import Opened

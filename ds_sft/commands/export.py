@@ -28,7 +28,7 @@ from ds_sft.commands.flags import FlagParser
 from ds_sft.config.keys import RECORD
 from ds_sft.config.read import load_config
 from ds_sft.config.values import is_size
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, first_line
 from ds_sft.plan.source import is_folder
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _empty_model(given: argparse.Namespace) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=given.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{given.checkpoint}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{given.checkpoint}: {first_line(error)}") from error
 
 
 def _named(

@@ -178,7 +178,7 @@ def export_trained(given: argparse.Namespace, manifest: Mapping[str, Any], dtype
 
 def _make_room(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """Under `resize_embeddings` the trained embedding has more rows than the base's."""
-    from ds_sft.model.load import resize_embeddings
+    from ds_sft.model.embeddings import resize_embeddings
 
     embedding = model.get_input_embeddings().weight
     rows = [len(weights[n]) for n, p in model.named_parameters() if p is embedding and n in weights]

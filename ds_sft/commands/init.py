@@ -1,7 +1,7 @@
 """`ds-sft init`: a commented configuration to begin with, and with --slurm the templates of jobs.
 
-ds-sft init                       # run.yaml
-ds-sft init other.yaml --slurm    # other.yaml, and the folder slurm
+    ds-sft init                       # run.yaml
+    ds-sft init other.yaml --slurm    # other.yaml, and the folder slurm
 
 It asks for nothing and replaces nothing.
 """

@@ -194,7 +194,7 @@ def _open(name: str, path: str, launch: Launch, config: Config, trained: bool) -
         UserError: it cannot be opened.
     """
     from ds_sft.data.serving import authors_template
-    from ds_sft.model.load import load_tokenizer, open_tokenizer
+    from ds_sft.model.tokenizer import load_tokenizer, open_tokenizer
 
     try:
         if is_adapter(Path(path)):

@@ -1,10 +1,10 @@
 """`ds-sft plan [CONFIG]`: what a run will need, before it is queued.
 
-ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80GB
-ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
-ds-sft plan ds_configs/qwen3_dialog.yaml --write planned.yaml            # the recommended configuration
-ds-sft plan ds_configs/demo.yaml --gpus-per-node 0                       # this machine's CPU, one process
-ds-sft plan ds_configs/qwen3_dialog.yaml --sweep nodes=1..128 --plot sweep.png
+    ds-sft plan ds_configs/qwen3_dialog.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80GB
+    ds-sft plan ds_configs/qwen3_dialog.yaml --max_length 8192 --json        # keys of the run are flags here too
+    ds-sft plan ds_configs/qwen3_dialog.yaml --write planned.yaml            # the recommended configuration
+    ds-sft plan ds_configs/demo.yaml --gpus-per-node 0                       # this machine's CPU, one process
+    ds-sft plan ds_configs/qwen3_dialog.yaml --sweep nodes=1..128 --plot sweep.png
 
 The exit code is 1 if nothing fits, 2 for a mistake.
 """

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     config, launch = read_run_config(argv, "prepare"), Launch(launcher="python")
     from ds_sft.data.dataset import load_data, print_report
     from ds_sft.model.limits import check_limits
-    from ds_sft.model.load import load_tokenizer
+    from ds_sft.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config, launch)
     data = load_data(config, tokenizer, launch)

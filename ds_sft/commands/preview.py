@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options, words = take_options(argv)
     config, launch = read_run_config(words, "preview", [*OPTIONS, "batch"]), Launch(launcher="python")
     from ds_sft.data.dataset import load_data
-    from ds_sft.model.load import load_tokenizer
+    from ds_sft.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config, launch)
     data = load_data(config, tokenizer, launch)
@@ -84,7 +84,7 @@ def say_trained(config: Config, tokenizer: Any, launch: Launch) -> None:
     from ds_sft.checkpoints.storage import Site
     from ds_sft.engine.zero import configured_engine, stage
     from ds_sft.model.adapters import choose_weights
-    from ds_sft.model.load import make_room
+    from ds_sft.model.embeddings import make_room
     from ds_sft.model.parts import Parts
     from ds_sft.model.quantized import skeleton
     from ds_sft.plan.optimizer import state_bytes
@@ -156,7 +156,7 @@ def batch_of(rows: Any, config: Config, tokenizer: Any, launch: Launch) -> list[
     from ds_sft.data.loader import dataset_and_collator
     from ds_sft.data.micro_batches import Batching
     from ds_sft.data.rows import lengths_of
-    from ds_sft.model.load import uses_padding
+    from ds_sft.model.padding_free_support import uses_padding
 
     padded = uses_padding(config, launch)
     in_batches, collate = dataset_and_collator(rows, config, tokenizer, launch, padded=padded)

@@ -16,7 +16,7 @@ import torch
 from ds_sft.data.encode import IGNORE_INDEX
 
 Ids = npt.NDArray[np.int64]
-LAYOUT = "layout"  # the key of a batch under which its layout goes along
+METADATA = "metadata"  # the key of a batch under which it goes along
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Share:
 
 # Not frozen: torch 2.10's compiler looks into all fields of a frozen one, and compiles anew for each number of rows.
 @dataclass
-class Layout:
+class BatchMetadata:
     """Where rows and supervised tokens are in a batch, and how many; it moves as a tensor does."""
 
     lengths: list[int]  # tokens of each row; with a `share` of the rows of the whole sequence
@@ -75,24 +75,24 @@ class Layout:
             yield length, first, end
             begin -= length
 
-    def pin_memory(self) -> Layout:
+    def pin_memory(self) -> BatchMetadata:
         return self._each(torch.Tensor.pin_memory)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BatchMetadata:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def _each(self, move: Any) -> Layout:
+    def _each(self, move: Any) -> BatchMetadata:
         starts = None if self.starts is None else move(self.starts)
         return replace(self, starts=starts, positions=move(self.positions), targets=move(self.targets))
 
 
 def collate_flat(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch without padding: input_ids, labels and position_ids of all its rows, [1, tokens] each, and `Layout`."""
+    """A batch without padding: input_ids, labels and position_ids of all its rows, [1, tokens] each, and metadata."""
     joined = concatenate(features)
     starts = np.append(np.flatnonzero(joined["position_ids"] == 0), len(joined["input_ids"]))
     batch: dict[str, Any] = {name: torch.from_numpy(ids)[None] for name, ids in joined.items()}
     borders = torch.from_numpy(starts.astype(np.int32))
-    return batch | {LAYOUT: _layout(joined["labels"][None], np.diff(starts).tolist(), borders)}
+    return batch | {METADATA: _metadata(joined["labels"][None], np.diff(starts).tolist(), borders)}
 
 
 def collate_share(features: Sequence[Mapping[str, Any]], *, place: int, size: int) -> dict[str, Any]:
@@ -106,21 +106,21 @@ def collate_share(features: Sequence[Mapping[str, Any]], *, place: int, size: in
     filling = -len(joined["input_ids"]) % size
     starts[-1] += filling
     here = slice(place * int(starts[-1]) // size, (place + 1) * int(starts[-1]) // size)
-    whole = _layout(_filled(joined["labels"], filling, IGNORE_INDEX)[None], np.diff(starts).tolist(),
+    whole = _metadata(_filled(joined["labels"], filling, IGNORE_INDEX)[None], np.diff(starts).tolist(),
                     torch.from_numpy(starts.astype(np.int32)))  # fmt: skip
     behind = {"labels": IGNORE_INDEX, "position_ids": int(joined["position_ids"][-1])}  # a table of positions may end
     batch: dict[str, Any] = {
         name: torch.from_numpy(_filled(ids, filling, behind.get(name, 0))[here])[None] for name, ids in joined.items()
     }
-    return batch | {LAYOUT: _part(whole, here, filling)}
+    return batch | {METADATA: _part(whole, here, filling)}
 
 
 def _filled(ids: Ids, number: int, value: int) -> Ids:
     return np.concatenate([ids, np.full(number, value)]) if number else ids
 
 
-def _part(whole: Layout, here: slice, filling: int) -> Layout:
-    """The layout of these places of a sequence."""
+def _part(whole: BatchMetadata, here: slice, filling: int) -> BatchMetadata:
+    """The metadata of these places of a sequence."""
     mine = slice(*np.searchsorted(whole.positions.numpy(), [here.start, here.stop]).tolist())
     return replace(
         whole,
@@ -132,14 +132,14 @@ def _part(whole: Layout, here: slice, filling: int) -> Layout:
 
 
 def collate_padded(features: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Any]:
-    """A padded batch: input_ids, labels and attention_mask, [rows, longest] each, and `Layout`; rows stand left."""
+    """A padded batch: input_ids, labels and attention_mask, [rows, longest] each, and metadata; rows stand left."""
     lengths = [len(row["input_ids"]) for row in features]
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
     ids, labels = np.full(mask.shape, pad_token_id), np.full(mask.shape, IGNORE_INDEX)
     ids[mask], labels[mask] = (_joined(features, name) for name in ("input_ids", "labels"))
     found = {"input_ids": ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
     batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in found.items()}
-    return batch | {LAYOUT: _layout(labels, lengths, None)}
+    return batch | {METADATA: _metadata(labels, lengths, None)}
 
 
 def concatenate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Ids]:
@@ -155,10 +155,11 @@ def _joined(rows: Sequence[Mapping[str, Any]], name: str) -> Ids:
     return np.concatenate([row[name] for row in rows], dtype=np.int64)
 
 
-def _layout(labels: Ids, lengths: list[int], starts: torch.Tensor | None) -> Layout:
+def _metadata(labels: Ids, lengths: list[int], starts: torch.Tensor | None) -> BatchMetadata:
     """labels: [batch, seq]; position t predicts the label of t + 1."""
     following = np.full_like(labels, IGNORE_INDEX)
     following[:, :-1] = labels[:, 1:]
     following = following.ravel()
-    positions = np.flatnonzero(following != IGNORE_INDEX)
-    return Layout(lengths, labels.size, starts, torch.from_numpy(positions), torch.from_numpy(following[positions]))
+    supervised = np.flatnonzero(following != IGNORE_INDEX)
+    positions, targets = (torch.from_numpy(ids) for ids in (supervised, following[supervised]))
+    return BatchMetadata(lengths, labels.size, starts, positions, targets)

@@ -20,10 +20,12 @@ import numpy as np
 
 from ds_sft.config.keys import Config
 from ds_sft.data.bad_row import BadRow
+from ds_sft.data.messages import full_content, learned_messages, with_thinking
+from ds_sft.data.pieces import Piece
 from ds_sft.data.records import Dialogue
 from ds_sft.data.rendered import left_out_by_template
 from ds_sft.data.shapes import Message
-from ds_sft.data.templates import Piece, full_content, learned_messages, open_template, with_thinking
+from ds_sft.data.templates import open_template
 from ds_sft.data.turns import THINK_TAG
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss's default `ignore_index`

@@ -65,7 +65,7 @@ def dataset_and_collator(
 
     A padded batch is input_ids, labels, attention_mask: [rows, longest]. Otherwise it is input_ids, labels,
     position_ids, which start at 0 with every row: [1, tokens], of validation rows too; of rows that ranks share this
-    rank's part. All come with a `Layout`.
+    rank's part. All come with `BatchMetadata`.
     """
     group = config.sequence_parallel
     flat = collate_flat if group == 1 else partial(collate_share, place=launch.rank % group, size=group)

@@ -76,12 +76,15 @@ def settings_key(config: Config, tokenizer: Any) -> str:
     # The backend's own description holds vocabulary, merges, normaliser and special tokens.
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name in (
+        "answers",
         "bad_row",
         "build",
         "content",
         "counts",
         "encode",
         "hermes",
+        "messages",
+        "pieces",
         "readers",
         "records",
         "rendered",

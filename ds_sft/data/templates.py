@@ -8,38 +8,26 @@ the template renders.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ds_sft.config.keys import Config
+from ds_sft.data.answers import A_TEMPLATE_WITH_TOOLS, NO_CALLS, NOT_SEEN, Answers
 from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import THINKING
 from ds_sft.data.hermes import HERMES
+from ds_sft.data.messages import full_content, learned_messages, with_thinking
+from ds_sft.data.pieces import OPEN, Piece, cut_text, mark_special, special_tokens, split_text, unmarked
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
-from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
+from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns
 from ds_sft.errors import UserError
 
-EMPTY_THINKING = "<think>\n\n</think>\n\n"
-# Around special-token text of a row while it is rendered. Unicode reserves these two for a program's own use.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-MARKED = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-NO_CALLS = "the template has no tool calls"
-NOT_SEEN = "it cannot be shown which text is learned"
 REMEDIED = ("the template rewrites an answer", "the template rewrites earlier turns", "no end of turn")
-
-
-class Piece(NamedTuple):
-    """A stretch of what a model reads: text, or the id of one token."""
-
-    text: str | int
-    learned: bool
-    plain: bool = False  # special-token text of a row, which must stay text
 
 
 def open_template(config: Config, tokenizer: Any) -> Reference | ChatTemplate:
@@ -75,56 +63,6 @@ def _read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"template: {path}: {reason}; expected reference, tokenizer, hermes, or a Jinja file") from None
-
-
-def learned_messages(dialogue: Dialogue, mask: str) -> list[bool]:
-    """For each message whether it is learned: what it says itself, else what `mask` says ("all" or "last")."""
-    last = dialogue.last_answer
-    return [
-        message.role == "assistant" and (message.train if message.train is not None else mask == "all" or i == last)
-        for i, message in enumerate(dialogue.messages)
-    ]
-
-
-def special_tokens(tokenizer: Any, written: str) -> re.Pattern[str]:
-    """Matches the text of any special token, and of any other added token in what a template has `written`."""
-    added = tokenizer.added_tokens_decoder.values()
-    texts = {str(token) for token in added if token.special or str(token) in written}
-    texts = {text for text in texts | set(tokenizer.all_special_tokens) if text}
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-def mark_special(text: str, special: re.Pattern[str]) -> str:
-    """Wrap special-token text in OPEN and CLOSE.
-
-    Raises:
-        BadRow: the text has these two itself.
-    """
-    if OPEN in text or CLOSE in text:
-        raise BadRow("not Unicode text", "holds U+FDD0 or U+FDD1, which are no characters; expected text")
-    return special.sub(lambda match: OPEN + match[0] + CLOSE, text)
-
-
-def with_thinking(messages: Sequence[Message], policy: str) -> list[Message]:
-    """The messages as the key `thinking` wants them: reasoning kept, dropped, or replaced by an empty block."""
-    return list(messages) if policy == "keep" else [_rethink(message, policy) for message in messages]
-
-
-def _rethink(message: Message, policy: str) -> Message:
-    if message.role != "assistant":
-        return message
-    extra = {name: text for name, text in message.extra.items() if name != FIELD}
-    content = THINKING.sub("", message.content, count=1) if THINKING.match(message.content) else message.content
-    return replace(message, content=EMPTY_THINKING + content if policy == "empty" else content, extra=extra)
-
-
-def full_content(message: Message) -> str:
-    """A message with the reasoning that stands in a field of its own before it, as Qwen3 and DeepSeek write it."""
-    reasoning = message.extra.get(FIELD, "")
-    return f"<think>\n{reasoning}\n</think>\n\n{message.content}" if reasoning else message.content
-
-
-A_TEMPLATE_WITH_TOOLS = "the key template: hermes (ChatML with tools), or a Jinja file that has them"
 
 
 @dataclass(frozen=True)
@@ -185,7 +123,7 @@ class Reference:
         return text if self.allow_special_tokens else mark_special(text, self.special)
 
     def _pieces(self, text: str, learned: bool) -> list[Piece]:
-        return [Piece(text, learned)] if self.allow_special_tokens else _split(text, learned)
+        return [Piece(text, learned)] if self.allow_special_tokens else split_text(text, learned)
 
     def lost_calls(self, dialogue: Dialogue, learned: Sequence[bool]) -> set[int]:
         """None: rows with calls are refused."""
@@ -214,16 +152,7 @@ class ChatTemplate:
         system = self.renderer.attempt({"role": "system", "content": "x"}, {"role": "user", "content": "x"})
         # Of a thinking block the tokens are not structure: answers write it themselves.
         self.special = special_tokens(tokenizer, THINK_TAG.sub("", system + self.turns.written))
-        self.plain, self.beside, self.thought = self.turns.plain, self.turns.beside, self.turns.thought
-        if self.marks:  # which begin where a template's author put them
-            self.plain, self.beside = map(self._from_any_start, (self.plain, self.beside))
-            self.thought = tuple({(start, after) for text, after in self.thought for start in self._starts(text)})
-        within = any(self.turns.header in text for pair in self.turns.thought for text in pair)  # between channels
-        headers = (self.turns.tool_header, "" if self.marks or within else self.turns.header)
-        self.borders = [header for header in headers if header]  # where another turn begins
-        self.ends = re.compile(f"(?<!{OPEN})(?:{'|'.join(map(re.escape, self.turns.ends))})")
-        # Ends that the template writes within an answer: gpt-oss's <|end|> between reasoning and content.
-        self.inner_ends = max((len(self.ends.findall(between)) for _, between in self.turns.thought), default=0)
+        self.answers = Answers(self.turns, self.special, marks=self.marks)
 
     @property
     def end(self) -> str:
@@ -308,16 +237,6 @@ class ChatTemplate:
         working: list[CallForm | None] = [form for form in own_first if form in self.turns.call_forms]
         return working or [own_first[0]]
 
-    def _from_any_start(self, prefixes: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """What may stand before a content after a mark: all the template writes, or a part of it."""
-        starts = {start for text, part in prefixes for start in (*self._starts(text), text[part:])}
-        return tuple((text, 0) for text in sorted(starts, key=len, reverse=True))
-
-    def _starts(self, text: str) -> list[str]:
-        """A text with the header, without it, and from each tag of a thinking block on."""
-        whole = self.turns.header + text
-        return [whole, text, *(whole[tag.start() :] for tag in THINK_TAG.finditer(whole))]
-
     def _complete(self, dialogue: Dialogue, learned: Sequence[bool], thinking: str) -> tuple[list[Message], list[bool]]:
         messages, learned = with_thinking(dialogue.messages, thinking), list(learned)
         if self.system_prompt and messages[0].role != "system":
@@ -344,7 +263,7 @@ class ChatTemplate:
         marked = rows if self.allow_special_tokens else self._mark(rows)
         marked_tools = tools if self.allow_special_tokens else self._mark(tools)
         whole, marks = self.renderer.render(marked, marked_tools, marks=self.marks)
-        if OPEN in whole and _unmarked(whole) != self.renderer.render(rows, tools)[0]:
+        if OPEN in whole and unmarked(whole) != self.renderer.render(rows, tools)[0]:
             raise BadRow("special-token text", "the template renders special-token text of this row differently from "
                          "other text; remove it, or write allow_special_tokens: true")  # fmt: skip
         _check_tools(whole, marked_tools)
@@ -352,8 +271,8 @@ class ChatTemplate:
             whole += self.turns.call_end if messages[-1].tool_calls else self.turns.end
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if self.marks:
-            return _cut(whole, self._marked_spans(whole, marks, marked, answers, learned))
-        return _cut(whole, self._found_spans(whole, marked, marked_tools, answers, learned))
+            return cut_text(whole, self._marked_spans(whole, marks, marked, answers, learned))
+        return cut_text(whole, self._found_spans(whole, marked, marked_tools, answers, learned))
 
     def _mark(self, value: Any) -> Any:
         """Wrap special-token text in whatever a row says, so that it can be told from the template's own."""
@@ -372,10 +291,10 @@ class ChatTemplate:
         spans = []
         for i, (start, stop) in zip(answers, marks, strict=True):
             if learned[i]:
-                ends = [end for end in self.ends.finditer(whole, start) if end.start() <= stop]
+                ends = [end for end in self.answers.ends.finditer(whole, start) if end.start() <= stop]
                 if not ends:
                     raise BadRow("no end of turn", f"the template's marks do not end with {self.end!r}")
-                spans.append(self._span(whole, start, ends, rows[i]))
+                spans.append(self.answers.span(whole, start, ends, rows[i]))
         return spans
 
     def _found_spans(
@@ -385,7 +304,7 @@ class ChatTemplate:
         for count, i in enumerate(answers):
             if learned[i]:
                 start = starts[count] if starts else self._prompt_end(whole, rows[:i], tools)
-                spans.append(self._span(whole, start, self.ends.finditer(whole, start), rows[i]))
+                spans.append(self.answers.span(whole, start, self.answers.ends.finditer(whole, start), rows[i]))
         return spans
 
     def _header_ends(self, whole: str, count: int) -> list[int]:
@@ -403,99 +322,6 @@ class ChatTemplate:
                          f"before this answer differently once it is there: {NOT_SEEN}")  # fmt: skip
         return len(prompt)
 
-    def _span(self, whole: str, start: int, ends: Iterable[re.Match[str]], row: dict[str, Any]) -> tuple[int, int]:
-        """From where generation starts up to and with the token that ends the turn, of `ends` the first that can be."""
-        texts: list[str] = []
-        for end in islice(ends, 1 + self.inner_ends + self._own_ends(row)):
-            texts.append(whole[start : end.start()])
-            if (prompt_part := self._prompt_part(texts[-1], row)) is not None:
-                return start + prompt_part, end.end()
-        raise self._refusal(texts, row)
-
-    def _own_ends(self, row: dict[str, Any]) -> int:
-        """How many ends of turn a message says itself, which count where they are not marked as its text."""
-        said = row.get("content") or ""
-        said = f"{row[FIELD]} {said}" if FIELD in row else said
-        return len(self.ends.findall(said)) if any(end in said for end in self.turns.ends) else 0
-
-    def _prompt_part(self, text: str, row: dict[str, Any]) -> int | None:
-        """How much of what stands between header and end is prompt; None where that is not the answer of `row`."""
-        calls = row.get("tool_calls", ())
-        if calls and (self._runs_on(text) or self._missing_call(text, row) is not None):
-            return None
-        reasoning, content = self._said(row)
-        if reasoning is not None and self._is_thought(text, reasoning, content, bool(calls)):
-            return 0 if self.marks else self.turns.prompt_part(text)
-        if reasoning and not reasoning.isspace():
-            if FIELD in row:
-                return None
-            content = row["content"]  # which the template may leave as it is
-        content = content.strip()
-        for prefix, prompt_part in self.beside if calls else self.plain:
-            if text.startswith(prefix) or (not content and text == prefix.rstrip()):
-                rest = text[len(prefix) :].strip()
-                if rest == content or (calls and rest.startswith(content)):
-                    return min(prompt_part, len(text))
-        return None
-
-    def _said(self, row: dict[str, Any]) -> tuple[str | None, str]:
-        """Reasoning and content of a message."""
-        content = row.get("content") or ""
-        if FIELD in row:
-            return row[FIELD], content
-        if "</think>" not in content:
-            return None, content
-        if own := THINKING.match(content):
-            return own[1], content[own.end() :]
-        reasoning, _, rest = content.partition("</think>")
-        half = "<think>" in self.turns.opened and "<think>" not in reasoning  # as a model writes that is so prompted
-        return (reasoning, rest) if half else (None, content)
-
-    def _is_thought(self, text: str, reasoning: str, content: str, calls: bool) -> bool:
-        """Whether a text is reasoning and content as the template writes them; before calls only its beginning."""
-        text, content = _squeezed(text), _squeezed(content)
-        for before, between in self.thought:
-            opening = _squeezed(before + reasoning)
-            if text == opening + _squeezed(between) + content:
-                return True
-            if calls and text.startswith(opening) and content in text[len(opening) :]:
-                return True
-        return False
-
-    def _runs_on(self, text: str) -> bool:
-        """Whether a text goes on into another turn."""
-        return any(border in text for border in self.borders)
-
-    def _missing_call(self, text: str, row: dict[str, Any]) -> str | None:
-        """The name of a call that a text leaves out, or whose arguments."""
-        calls, can = row.get("tool_calls", ()), self.turns.call_forms
-        names = [call["function"]["name"] for call in calls if not can or not shows_call(text, call)]
-        return _unmarked(names[0])[:40] if names else None
-
-    def _shows_first_call(self, text: str, row: dict[str, Any]) -> bool:
-        return self._missing_call(text, {"tool_calls": row["tool_calls"][:1]}) is None
-
-    def _refusal(self, texts: Sequence[str], row: dict[str, Any]) -> BadRow:
-        """Why none of the texts up to an end is the answer."""
-        text = next((text for text in texts if self._missing_call(text, row) is None), texts[0] if texts else None)
-        if text is None or self._runs_on(text):
-            return BadRow("no end of turn", f"the template does not end this answer with {self.end!r}: {NOT_SEEN}")
-        if (name := self._missing_call(text, row)) is not None and self._shows_first_call(text, row):
-            return BadRow(NO_CALLS, f"the template renders one call of a message and leaves out that of {name!r}; "
-                          f"expected messages with one call each, or {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
-        if name is not None:
-            return BadRow(NO_CALLS, f"the template leaves out the call of {name!r} or its "
-                          f"arguments; expected {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
-        reasoning, content = self._said(row)
-        after = text.partition(content.strip())[2] if content.strip() else ""
-        if self.turns.closes and (token := self.special.search(MARKED.sub("", after))):
-            ends = " or ".join(map(repr, self.turns.ends))
-            return BadRow("no end of turn", f"{token[0]!r} of the next turn follows this answer, which the template "
-                          f"ends with {ends}: {NOT_SEEN}")  # fmt: skip
-        said = _unmarked(f"<think>{reasoning}</think>{content}" if reasoning else content)[:40]
-        return BadRow("the template rewrites an answer", f"the template renders the answer {said!r} as "
-                      f"{_unmarked(text)[:40]!r}")  # fmt: skip
-
 
 def _check_tools(whole: str, tools: list[Any]) -> None:
     for tool in tools:
@@ -503,28 +329,3 @@ def _check_tools(whole: str, tools: list[Any]) -> None:
         if not isinstance(name, str) or name not in whole:
             raise BadRow("the template has no tools", f"the template leaves out the tool {str(name)[:40]!r}; expected "
                          f"rows without, or {A_TEMPLATE_WITH_TOOLS}")  # fmt: skip
-
-
-def _unmarked(text: str) -> str:
-    return text.replace(OPEN, "").replace(CLOSE, "")
-
-
-def _squeezed(text: str) -> str:
-    """Without white space: templates set their own around reasoning."""
-    return "".join(text.split())
-
-
-def _cut(whole: str, spans: list[tuple[int, int]]) -> list[Piece]:
-    pieces, at = [], 0
-    for start, end in spans:
-        pieces += _split(whole[at:start], False) + _split(whole[start:end], True)
-        at = end
-    return pieces + _split(whole[at:], False)
-
-
-def _split(text: str, learned: bool) -> list[Piece]:
-    """Set special-token text of the row apart."""
-    if OPEN not in text:
-        return [Piece(text, learned)] if text else []
-    parts = MARKED.split(text)
-    return [Piece(_unmarked(part), learned, plain=i % 2 == 1) for i, part in enumerate(parts) if _unmarked(part)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ds_sft.data.batch import LAYOUT, collate_padded
+from ds_sft.data.batch import METADATA, collate_padded
 from ds_sft.plan.activations import CHUNK_BYTES
 
 PLACES = 8192  # of a batch, padding included
@@ -42,14 +42,14 @@ def row_losses(model: Any, rows: Sequence[Mapping[str, Any]], pad_token_id: int)
         rows: input_ids and labels, [tokens] each. They are padded on the right, where no causal model looks.
     """
     batch = collate_padded(rows, pad_token_id=pad_token_id)
-    layout = batch[LAYOUT]
+    metadata = batch[METADATA]
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    with torch.inference_mode(), only_at(model, layout.positions):
+    with torch.inference_mode(), only_at(model, metadata.positions):
         logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
-        if len(logits) != layout.supervised:  # a model without an output projection to hook
-            logits = logits[layout.positions.to(logits.device)]
-        losses = _cross_entropy(logits, layout.targets.to(logits.device)).double().cpu().numpy()
-    row_of = layout.positions.numpy() // batch["input_ids"].shape[1]
+        if len(logits) != metadata.supervised:  # a model without an output projection to hook
+            logits = logits[metadata.positions.to(logits.device)]
+        losses = _cross_entropy(logits, metadata.targets.to(logits.device)).double().cpu().numpy()
+    row_of = metadata.positions.numpy() // batch["input_ids"].shape[1]
     sums = np.bincount(row_of, weights=losses, minlength=len(rows))
     counts = np.bincount(row_of, minlength=len(rows))
     return list(zip(sums.tolist(), counts.tolist(), strict=True))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft import __version__
 from ds_sft.config.keys import Config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, first_line
 from ds_sft.export.parcel import OWN, Parcel, pack
 from ds_sft.plan.adapter import read_json
 from ds_sft.plan.size import in_units
@@ -180,24 +180,19 @@ def _in_one_line(address: Address) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{address.repo}: {_first_line(error)}") from None
+        raise UserError(f"{address.repo}: {first_line(error)}") from None
     except HfHubHTTPError as error:
         raise UserError(f"{address.repo}: {_refusal(error)}") from None
     except (BrokenConnection, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{address.repo}: nothing was pushed: {_first_line(error.__cause__ or error)}") from None
+        raise UserError(f"{address.repo}: nothing was pushed: {first_line(error.__cause__ or error)}") from None
 
 
 def _refusal(error: Any) -> str:
     """What the hub's answer means for who pushes."""
     code = error.response.status_code
-    said = error.server_message or _first_line(error)
+    said = error.server_message or first_line(error)
     if code == 401:
         return f"the hub does not accept the token: {LOGIN}"
     if code == 403:
         return f"the token may not write there ({said}): take one of role write, or a name of your own"
     return f"nothing was pushed: the hub answered {code}: {said}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

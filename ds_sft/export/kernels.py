@@ -10,7 +10,7 @@ def avoid_plans() -> None:
     of the host each (on an H200 two micro batches of 82 and 94 rows took 19 s). Whoever meets new lengths all the time
     waits for plans and for nothing else: padded batches, validation, rows verified one by one, and above all
     generation, whose keys grow by one with every token. The other kernels have no plans. Without a GPU this changes
-    nothing. Only model/attention.py calls cuDNN, for lone long rows of few lengths, and for these alone.
+    nothing. Only model/attention_kernels.py calls cuDNN, for lone long rows of few lengths, and for these alone.
     """
     import torch
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.checkpoints.storage import nearest_folder
 from ds_sft.config.keys import Config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, first_line
 from ds_sft.export.placement import is_out_of_memory, weights_size
 from ds_sft.export.weights import PARTIAL, end_answers_at, move_into, own_ends
 from ds_sft.model.adapter_files import (
@@ -115,7 +115,7 @@ def merged_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool) -> int:
     try:
         model = skeleton(name, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"base model {name}: {first_line(error)}") from error
     model.tie_weights()
     return int(dtype.itemsize * sum(parameter.numel() for parameter in model.parameters()))
 
@@ -173,7 +173,7 @@ def put_on(model: Any, adapter: Path) -> None:
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(adapter)), model, adapter_name=ADAPTER)
     except ValueError as error:
-        raise UserError(_another_base(adapter, str(error).strip().splitlines()[0])) from error
+        raise UserError(_another_base(adapter, first_line(error))) from error
     for module in [module for module in model.modules() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]:
         for part in module.adapter_layer_names:
             getattr(module, part).float()

@@ -19,8 +19,8 @@ from ds_sft.data.encode import Encoder
 from ds_sft.data.records import Dialogue
 from ds_sft.export.placement import cache_size, place
 from ds_sft.model.adapter_files import exported, find_base, load_on_disk
+from ds_sft.model.embeddings import make_room
 from ds_sft.model.limits import positions_left
-from ds_sft.model.load import make_room
 from ds_sft.plan.adapter import is_adapter
 from ds_sft.ranks.launch import print_line
 

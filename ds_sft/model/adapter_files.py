@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import RECORD
 from ds_sft.config.read import load_config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, first_line
 from ds_sft.model.quantized import nf4_config, settle, skeleton
 from ds_sft.model.rotary import Scaling, read_config, scaled_options
 from ds_sft.plan.adapter import base_of, is_adapter, read_json, whole_of
@@ -158,7 +158,7 @@ def changes_of_config(folder: Path, *, elsewhere: str | None = None, trust_remot
     try:
         text = read_config(base, trust_remote_code=trust_remote_code, scaling=scaling).get_text_config()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder}: rope_scaling: config.json of its base {base} cannot be read: {reason}") from error
     return {name: getattr(text, name) for name in CHANGED}
 
@@ -214,7 +214,7 @@ def load_base(name: str, scaling: Scaling = None, **options: Any) -> Any:
         options |= scaled_options(name, scaling, trust_remote_code=options.get("trust_remote_code", False))
         return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
-        raise UserError(f"base model {name}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"base model {name}: {first_line(error)}") from error
 
 
 def exported(output_dir: Path) -> Path:

@@ -112,11 +112,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def trained_parts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by their names in the model."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _settle_dtypes(model: nn.Module, config: Config, args: TrainingArguments) -> None:
     """Trained weights in the dtype of masters; frozen ones in that of forward and backward, in which DeepSpeed's engine
     has them, too, whatever a model keeps in float32."""

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.data.batch import METADATA, BatchMetadata
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.errors import UserError
 from ds_sft.model.autocast import autocast_dtype, without_autocast
@@ -92,7 +92,7 @@ class SupervisedLoss:
         self.head: LossInPlaceOfLogits = output_projection(model)
         self.terms = terms
         self.labels: torch.Tensor | None = None  # of the batch under way, [batch, seq]
-        self.layout: Layout | None = None  # of the same, where it came with one
+        self.metadata: BatchMetadata | None = None  # of the same, where it came with one
         self.total: torch.Tensor | None = None  # of the last batch: sum of the cross-entropy, float32
         self.count: torch.Tensor | None = None  # supervised tokens in it
         self._hook: RemovableHandle | None = None
@@ -102,7 +102,7 @@ class SupervisedLoss:
         model.register_forward_pre_hook(self._take_labels, with_kwargs=True)
 
     def _take_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.labels, self.layout, self.total = kwargs.get("labels"), kwargs.get(LAYOUT), None
+        self.labels, self.metadata, self.total = kwargs.get("labels"), kwargs.get(METADATA), None
         if self._hook is not None:  # of a forward that failed
             self._hook.remove()
             self._hook = None
@@ -118,8 +118,8 @@ class SupervisedLoss:
     def cross_entropy(self, hidden: torch.Tensor) -> torch.Tensor:
         """Its sum over the batch's supervised tokens, float32, []; hidden: [batch, seq, hidden]."""
         assert self.labels is not None
-        if self.layout is not None:
-            positions, targets = self.layout.positions, self.layout.targets
+        if self.metadata is not None:
+            positions, targets = self.metadata.positions, self.metadata.targets
         else:
             positions, targets = supervised_positions(self.labels.to(hidden.device))
         self.count = torch.full((), len(targets), device=hidden.device)
@@ -129,7 +129,7 @@ class SupervisedLoss:
 
     def _keep_total(self, head: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """The model goes on with logits of no token: what it does to them has been done."""
-        self.total, self.labels, self.layout = output, None, None
+        self.total, self.labels, self.metadata = output, None, None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

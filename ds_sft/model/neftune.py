@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.data.batch import METADATA, BatchMetadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class EmbeddingNoise:
-    """Adds the noise in training, to batches that come with their `Layout`."""
+    """Adds the noise in training, to batches that come with their `BatchMetadata`."""
 
     def __init__(self, model: PreTrainedModel, alpha: float) -> None:
         self.alpha = alpha
@@ -31,14 +31,14 @@ class EmbeddingNoise:
         return f"at most {self.alpha:g} / sqrt(tokens of a row x width), in training (NEFTune)"
 
     def _take_lengths(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        layout: Layout | None = kwargs.get(LAYOUT)
-        if layout is None or not model.training:
+        metadata: BatchMetadata | None = kwargs.get(METADATA)
+        if metadata is None or not model.training:
             self.lengths = None
-        elif layout.starts is None:
+        elif metadata.starts is None:
             self.lengths = kwargs["attention_mask"].sum(-1, keepdim=True)
         else:
-            of_rows = layout.starts.diff()
-            self.lengths = of_rows.repeat_interleave(of_rows, output_size=layout.places)[None]  # waits for no device
+            of_rows = metadata.starts.diff()
+            self.lengths = of_rows.repeat_interleave(of_rows, output_size=metadata.places)[None]  # waits for no device
 
     def _add(self, embeddings: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Output: [batch, seq, width]."""

@@ -2,10 +2,10 @@
 
 Transformers leaves a mask out where nothing is padded, and reads the whole attention mask to know: once or twice a
 micro batch, and once more for linear attention, the host waits until the device has come that far. Whoever put the
-batch together knows. While a model computes a batch that comes with its `Layout`, the functions of transformers' that
-look are answered from it; in between, and for whoever computes without a layout, they are as they were. They are
-functions of the process, and nothing of a model's that transformers would call instead; so the model that computes has
-them exchanged, for its forward alone. The masks are the same, bit for bit. (Eager attention looks at nothing by itself;
+batch together knows. While a model computes a batch that comes with its `BatchMetadata`, the functions of transformers'
+that look are answered from it; in between, and for whoever computes without, they are as they were. They are functions
+of the process, and nothing of a model's that transformers would call instead; so the model that computes has them
+exchanged, for its forward alone. The masks are the same, bit for bit. (Eager attention looks at nothing by itself;
 flash-attention looks for the rows in any case.)
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
-from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.data.batch import METADATA, BatchMetadata
 from ds_sft.model.lend import lend
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def know_padding(model: PreTrainedModel, *, compiled: bool = False) -> Padding:
     own, answers = sys.modules[type(model.base_model).__module__], ExitStack()
 
     def begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        layout: Layout | None = kwargs.get(LAYOUT)
-        if layout is None or kwargs.get("attention_mask") is None:
+        metadata: BatchMetadata | None = kwargs.get(METADATA)
+        if metadata is None or kwargs.get("attention_mask") is None:
             return
-        whole = layout.tokens == layout.places
+        whole = metadata.tokens == metadata.places
         known = {"fast_all": lambda mask: whole, "create_recurrent_attention_mask": _nothing if whole else _as_it_is}
         for module in (masking_utils, own):  # a model has imported the second one into its own
             there = {name: function for name, function in known.items() if hasattr(module, name)}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.model.adapters import Adapter, Trained, choose_weights
-from ds_sft.model.attention import Attention, keep_rows_apart
+from ds_sft.model.attention import keep_rows_apart
+from ds_sft.model.attention_kernels import Attention
 from ds_sft.model.dtype import computing_dtype
 from ds_sft.model.experts import GroupedExperts, ListedExperts, keep_experts_together
 from ds_sft.model.fused import Fused, fuse

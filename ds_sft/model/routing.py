@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.data.batch import METADATA, BatchMetadata
 from ds_sft.errors import UserError
 from ds_sft.model.experts import GroupedExperts, experts_of, group_experts
 
@@ -45,17 +45,17 @@ def counted_tokens(kwargs: dict[str, Any]) -> torch.Tensor | None:
     Left out are padding, what fills up a part of a sequence, and what stands in for a missing row, which is one token
     long: no row that teaches is.
     """
-    layout: Layout | None = kwargs.get(LAYOUT)
+    metadata: BatchMetadata | None = kwargs.get(METADATA)
     mask: torch.Tensor | None = kwargs.get("attention_mask")
     ids = kwargs["input_ids"]
-    if layout is not None and layout.share is not None:
-        return layout.of_rows().to(ids.device, non_blocking=True) if layout.share.filling else None
-    if mask is None and (layout is None or min(layout.lengths) > 1):
+    if metadata is not None and metadata.share is not None:
+        return metadata.of_rows().to(ids.device, non_blocking=True) if metadata.share.filling else None
+    if mask is None and (metadata is None or min(metadata.lengths) > 1):
         return None
     counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if layout is None or min(layout.lengths) > 1:
+    if metadata is None or min(metadata.lengths) > 1:
         return counted.flatten()
-    lengths = torch.tensor(layout.lengths)  # on the host, which does not wait for the device to get what follows
+    lengths = torch.tensor(metadata.lengths)  # on the host, which does not wait for the device to get what follows
     rows = (lengths > 1).repeat_interleave(lengths)[None] if mask is None else (lengths > 1)[:, None]
     return (counted & rows.to(ids.device, non_blocking=True)).flatten()
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
-from ds_sft.model.attention import Attention, use_rows_attention
+from ds_sft.model.attention import use_rows_attention
+from ds_sft.model.attention_kernels import Attention
 from ds_sft.model.limits import empty_model
-from ds_sft.model.load import why_rows_mix
 from ds_sft.model.loss import OwnLoss, SupervisedLoss, adds_to_loss, why_own_loss
+from ds_sft.model.padding_free_support import why_rows_mix
 from ds_sft.model.rotary import read_config
 from ds_sft.model.routing import balances
 

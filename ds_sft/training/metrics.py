@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ds_sft.data.batch import Layout
+from ds_sft.data.batch import BatchMetadata
 from ds_sft.ranks.collectives import gather_numbers
 from ds_sft.results import peak_memory
 from ds_sft.training.clock import PARTS, Clock
@@ -21,7 +21,7 @@ from ds_sft.training.peak import Peak
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as its `Layout` has them
+COUNTS = ("tokens", "places", "supervised", "pairs")  # of a batch, as its `BatchMetadata` has them
 SENT = (*COUNTS, "peak_flops", "memory_gib", *PARTS)  # what a rank tells the others, before its laps
 
 
@@ -81,10 +81,10 @@ class Throughput:
         self.peak = peak
         self.clock.restart()
 
-    def count(self, layout: Layout) -> None:
+    def count(self, metadata: BatchMetadata) -> None:
         """Count a micro batch."""
         for name in COUNTS:
-            self.counts[name] += getattr(layout, name)
+            self.counts[name] += getattr(metadata, name)
 
     def interval(self) -> Interval:
         """All ranks' numbers since the last call; all must call it, after equally many laps."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ds_sft.checkpoints.manifest import newest_complete
-from ds_sft.data.batch import LAYOUT, Layout
+from ds_sft.data.batch import METADATA, BatchMetadata
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.loader import single_rows
 from ds_sft.errors import RunError
@@ -144,9 +144,9 @@ class FiniteTrainer(ResumableTrainer):
 
     def _learns(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Whether a batch supervises a token, [] bool on the device; a part of a row may predict one of the next."""
-        layout: Layout | None = inputs.get(LAYOUT)
-        if layout is not None and layout.share is not None:
-            return torch.full((), layout.supervised > 0, device=inputs["labels"].device)
+        metadata: BatchMetadata | None = inputs.get(METADATA)
+        if metadata is not None and metadata.share is not None:
+            return torch.full((), metadata.supervised > 0, device=inputs["labels"].device)
         learns: torch.Tensor = (inputs["labels"][..., 1:] != IGNORE_INDEX).any()
         return learns
 

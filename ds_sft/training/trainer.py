@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ds_sft.config.keys import OUR_ORDERS
-from ds_sft.data.batch import LAYOUT
+from ds_sft.data.batch import METADATA
 from ds_sft.data.loader import Ahead, GlobalBatches, RowsOrNothing, TrainLoader
 from ds_sft.model.offload import InputOffload
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
@@ -30,9 +30,9 @@ from ds_sft.training.validation import EvaluateAtEnd, RankRows, loss_sum
 from ds_sft.training.workers import loader_options
 
 
-def without_layout(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A batch's layout is for hooks: no model knows it."""
-    return args, {name: value for name, value in kwargs.items() if name != LAYOUT}
+def without_metadata(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A batch's metadata is for hooks: no model knows it."""
+    return args, {name: value for name, value in kwargs.items() if name != METADATA}
 
 
 class SFTTrainer(FiniteTrainer):
@@ -50,7 +50,7 @@ class SFTTrainer(FiniteTrainer):
         self.throughput = Throughput(
             self.model, self.args.device, self.clock, head_everywhere=self.parts.supervised_loss is None
         )
-        self.model.register_forward_pre_hook(without_layout, with_kwargs=True)  # after those that want it
+        self.model.register_forward_pre_hook(without_metadata, with_kwargs=True)  # after those that want it
         self.ahead: Ahead | None = None
         masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
         if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
@@ -107,7 +107,7 @@ class SFTTrainer(FiniteTrainer):
             return None
         with self.clock.part(self.clock.talking):
             supervised, tokens = (
-                torch.full((), sum(getattr(batch[LAYOUT], name) for batch in batch_samples), device=device)
+                torch.full((), sum(getattr(batch[METADATA], name) for batch in batch_samples), device=device)
                 for name in ("supervised", "tokens_of_rows")
             )
             counts = torch.stack([supervised, tokens])
@@ -122,8 +122,8 @@ class SFTTrainer(FiniteTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.part("forward_backward"), self._in_16_bits(keep=not self.accelerator.sync_gradients):
-            self.throughput.count(inputs[LAYOUT])
-            self.tokens_seen += inputs[LAYOUT].tokens
+            self.throughput.count(inputs[METADATA])
+            self.tokens_seen += inputs[METADATA].tokens
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
 
@@ -212,7 +212,7 @@ class SFTTrainer(FiniteTrainer):
                 stop.check()
                 inputs = self._to_device(batch)
                 total += self._loss_sum(inputs)
-                count += inputs[LAYOUT].supervised
+                count += inputs[METADATA].supervised
                 after_batch()
         loss, tokens = sum_over_ranks(total.item(), count, device=self.args.device)
         return loss / max(tokens, 1)

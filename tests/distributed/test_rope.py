@@ -14,7 +14,7 @@ from ds_sft.config.read import load_config
 from ds_sft.data.dataset import load_data
 from ds_sft.export.verify import loss_on_disk
 from ds_sft.model.adapter_files import load_on_disk
-from ds_sft.model.load import load_tokenizer
+from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
 from tests.conftest import write_rows
 from tests.distributed.harness import TRAIN, run_forked, step_losses, train

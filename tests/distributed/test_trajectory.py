@@ -332,7 +332,7 @@ def test_a_mixture_of_experts_has_one_loss_however_it_is_started(model_dir: Path
     wanted = []
     for start in (0, GLOBAL_BATCH):
         batch = collate_padded(made[start : start + GLOBAL_BATCH], pad_token_id=0)
-        del batch["layout"]
+        del batch["metadata"]
         whole = model(**batch)
         assert whole.aux_loss.item() > 2
         wanted.append(whole.loss.item())

@@ -15,7 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ds_sft.ranks.launch import grow_segments, read_launch
+from ds_sft.ranks.devices import grow_segments
+from ds_sft.ranks.launch import read_launch
 
 grow_segments(os.environ)  # as train.py does before torch is there
 

@@ -16,7 +16,8 @@ from ds_sft.config.keys import Config
 from ds_sft.export.predict import generate
 from ds_sft.export.verify import loss_on_disk
 from ds_sft.model import loss as loss_module
-from ds_sft.model.attention import Attention, RowBorders, rows_attention
+from ds_sft.model.attention import rows_attention
+from ds_sft.model.attention_kernels import Attention, RowBorders
 from ds_sft.model.loss import LogitTerms, supervise
 from ds_sft.model.sequence import SequenceGroup
 from ds_sft.model.working_copy import LentCopy, WorkingCopy
