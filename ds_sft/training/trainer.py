@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
 from ds_sft.config.keys import OUR_ORDERS
@@ -135,9 +135,9 @@ class SFTTrainer(FiniteTrainer):
         with self.clock.part("optimizer"):
             return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)  # DeepSpeed has clipped
 
-    def meet(self) -> tuple[str | None, bool]:
+    def meet(self, control: TrainerControl) -> tuple[str | None, bool]:
         with self.clock.part(self.clock.talking):
-            return super().meet()
+            return super().meet(control)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.part("save"):
