@@ -85,5 +85,4 @@ def wants(control: TrainerControl) -> list[bool]:
 
 
 def want(control: TrainerControl, wanted: Sequence[bool]) -> None:
-    for name, value in zip(WANTED, wanted, strict=True):
-        setattr(control, name, value)
+    vars(control).update(zip(WANTED, wanted, strict=True))

@@ -389,16 +389,14 @@ class StepBoundary(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for name in ENDS:
-            if getattr(control, name):
-                self.held.add(name)
-                setattr(control, name, False)
+        self.held |= {name for name in ENDS if getattr(control, name)}
+        vars(control).update(dict.fromkeys(ENDS, False))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
         self.trainer.restate_epoch()
-        while self.held:
-            setattr(control, self.held.pop(), True)
+        vars(control).update(dict.fromkeys(self.held, True))
+        self.held.clear()
         stopping, hashed = self.trainer.meet(control)
         if hashed:
             self.trainer.finish_save()
