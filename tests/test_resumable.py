@@ -280,14 +280,14 @@ def test_the_next_save_and_the_end_of_training_complete_the_last_one(
     assert made._finalize_training(None, 0, 0.0) == ["checkpoint-6"]
 
 
-@pytest.mark.parametrize(("saved", "best", "found"), [
-    (None, None, ["checkpoint-9"]),
-    (6, None, ["checkpoint-9"]),
-    (9, None, ["checkpoint-9"]),  # once
-    (6, "out/checkpoint-6", ["checkpoint-6"]),  # whose weights are in the model by now
+@pytest.mark.parametrize(("saved", "best"), [
+    (None, None),
+    (6, None),
+    (9, None),  # once
+    (9, "out/checkpoint-6"),
 ])  # fmt: skip
 def test_a_stop_after_training_saves_the_last_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int | None, best: str | None, found: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int | None, best: str | None
 ) -> None:
     """As it was before the summary of the run."""
     made = saving(tmp_path, monkeypatch)
@@ -299,15 +299,33 @@ def test_a_stop_after_training_saves_the_last_step(
     made.args.load_best_model_at_end, made.model, made.state.global_step = True, None, 9
     made.state.best_model_checkpoint, made.state.log_history = best, [{"loss": 2.0}, {"train_runtime": 1.0}]
     made.facts_at_end = made.facts() | {"loss_total": 7.5}
+    made.run.stop.reason = "SIGINT"
     with pytest.raises(Stopped), made.saved_if_stopped():
-        raise Stopped("SIGINT")
-    assert complete_ones(tmp_path) == found
-    manifest = (tmp_path / found[0] / "manifest.json").read_text()
-    if found == [f"checkpoint-{saved}"]:
+        made.run.stop.check()
+    assert complete_ones(tmp_path) == ["checkpoint-9"]
+    manifest = (tmp_path / "checkpoint-9" / "manifest.json").read_text()
+    if saved == 9:
         assert manifest == before
     else:
         assert (json.loads(manifest)["step"], json.loads(manifest)["loss_total"]) == (9, 7.5)
         assert made.state.log_history == [{"loss": 2.0}]
+
+
+def test_a_stop_waits_for_the_export_of_a_best_model_that_the_last_step_is_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop there would have the same command train again what came after the best checkpoint."""
+    made = saving(tmp_path, monkeypatch)
+    made._save_checkpoint(None, None)
+    made.finish_save()
+    made.args.load_best_model_at_end, made.state.global_step = True, 9
+    made.state.best_model_checkpoint = "out/checkpoint-4"
+    made.run.stop.reason = "SIGINT"
+    with made.saved_if_stopped():
+        made.run.stop.check()
+    assert complete_ones(tmp_path) == ["checkpoint-4"]
+    with pytest.raises(Stopped):
+        made.run.stop.check()
 
 
 @pytest.mark.parametrize("later", [0, 1])

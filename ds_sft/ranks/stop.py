@@ -57,6 +57,7 @@ class StopRequests:
         self._note: Path | None = None
         self._store: Any = None
         self._first_signal: float | None = None
+        self.waits = False  # the main thread does what would be lost by a stop
         self.interruptible = False  # the main thread may be interrupted where it is
         self._closed = False
         self._ancestors = _launcher_processes(launch)
@@ -127,7 +128,7 @@ class StopRequests:
 
         All ranks must call it, with equally many flags, and all get the same answer.
         """
-        asked, *anywhere = any_rank(self.reason is not None, *flags)
+        asked, *anywhere = any_rank(self.reason is not None and not self.waits, *flags)
         if asked and self.decided is None:
             reasons = [reason for reason in gather(self.reason) if reason]
             self.decided = reasons[0]
@@ -143,6 +144,15 @@ class StopRequests:
         reason = self.agreed()
         if reason:
             raise Stopped(reason)
+
+    @contextlib.contextmanager
+    def later(self) -> Iterator[None]:
+        """In the block no request is agreed on: it waits for who asks behind it. All ranks must enter it."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
     def paced(self) -> Paced:
         """A `check` for loops of many short turns."""

@@ -298,15 +298,26 @@ class ResumableTrainer(SavingTrainer):
 
     @contextmanager
     def saved_if_stopped(self) -> Iterator[None]:
-        """A block after training, which all ranks leave together where they stop: then a checkpoint has the last step.
+        """A block after training, up to the export, which all ranks leave together where they stop: then a checkpoint
+        has the last step. With it the same command exports, and trains nothing again.
 
-        With it the same command exports, and trains nothing again.
+        Where it cannot be had any more, as the model is the best one again, a stop waits for the export.
         """
+        if self.is_best and self.lacks_last_step:
+            with self.run.stop.later():
+                yield
+            return
         try:
             yield
         except Stopped:
             self.save_last_step()
             raise
+
+    @property
+    def is_best(self) -> bool:
+        """Whether training is over, and the model that of the best checkpoint again."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return best is not None and self.run.stop.decided is None
 
     # ---- What a checkpoint says of the run
 
