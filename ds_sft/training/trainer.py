@@ -55,6 +55,8 @@ class SFTTrainer(FiniteTrainer):
         masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
         if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if self.is_deepspeed_enabled:  # else accelerate warns that Trainer says 1, and takes this number
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (
