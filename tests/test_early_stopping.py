@@ -103,3 +103,31 @@ def test_a_callback_has_ended_a_run_that_was_stopped_at_once(
     resumed.train(resume_from_checkpoint=str(start.path))
     assert resumed.state.global_step == 2
     assert "A callback has ended training, after step 2 of 4.\n" in capsys.readouterr().out
+
+
+class StopAt(TrainerCallback):
+    """The run is asked to stop in a step."""
+
+    def __init__(self, trainer: Any, step: int) -> None:
+        self.stop, self.step = trainer.run.stop, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.stop.reason = "SIGTERM"
+
+
+def test_a_run_that_saves_its_best_alone_saves_where_it_is_stopped(tmp_path: Path) -> None:
+    """No step comes twice; of the places where it was stopped one stays."""
+    keys = {**NO_BETTER, "save_strategy": "best", "save_total_limit": 1}
+    start, steps = None, []
+    for stop_at, found in ((3, [1, 3]), (5, [1, 5]), (None, [1, 5])):
+        trainer = make_trainer(tmp_path, rows=40, resumed=start, **keys)
+        if stop_at:
+            trainer.callback_handler.callbacks.insert(0, StopAt(trainer, stop_at))
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+        steps.append(trainer.state.global_step)
+        assert sorted(int(path.parent.name[11:]) for path in tmp_path.glob("checkpoint-*/manifest.json")) == found
+        start = newest_complete(tmp_path, resumable=True)
+    assert steps == [3, 5, 9]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == list(range(1, 10))
+    assert str(trainer.state.best_model_checkpoint) == str(tmp_path / "checkpoint-1")

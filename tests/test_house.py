@@ -42,7 +42,7 @@ ALLOWED = {
     "export": "errors config plan ranks engine data model checkpoints results",
     "training": "errors upstream config plan ranks engine data model checkpoints export results",
     "evaluation": "errors config plan ranks data model export training",
-    "tracking": "errors config ranks",
+    "tracking": "errors config ranks results",
     "finish": "errors config plan ranks engine data checkpoints export training evaluation tracking results",
     "commands": "errors config plan ranks engine data model checkpoints export training evaluation tracking "
     "results shipped",

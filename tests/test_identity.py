@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,38 @@ def test_a_folder_that_is_named_otherwise_is_no_difference(tmp_path: Path, monke
     del then["places"]  # of an older checkpoint
     assert changes(then, known("model", "chat.jinja")) == {}
     assert changes(then, known("./model", "chat.jinja")) == {"model_name_or_path": ("model", "./model")}
+
+
+def test_a_project_that_was_moved_is_the_same_run(tmp_path: Path) -> None:
+    """Its model and its template are the same where they lie now; others under such a name are not."""
+    weights = bytes(range(256)) * 40_000
+    then, moved = tmp_path / "then", tmp_path / "moved"
+    (then / "model").mkdir(parents=True)
+    (then / "model" / "model.safetensors").write_bytes(weights)
+    (then / "model" / "config.json").write_text('{"hidden_size": 8, "transformers_version": "5"}')
+    (then / "chat.jinja").write_text("{{ messages }}")
+    shutil.copytree(then, moved)
+
+    def known(folder: Path) -> dict[str, Any]:
+        config = Config(model_name_or_path=str(folder / "model"), train_file="t", template=str(folder / "chat.jinja"))
+        return json.loads(json.dumps(identity(config, None, "rows")))
+
+    before = known(then)
+    (moved / "model" / "config.json").write_text('{"hidden_size": 8, "transformers_version": "6"}')
+    assert changes(before, known(moved)) == {}
+    (moved / "chat.jinja").write_text("{{ tools }}")
+    assert list(changes(before, known(moved))) == ["template"]
+    (moved / "chat.jinja").write_text("{{ messages }}")
+    for file, other in (
+        ("config.json", b'{"hidden_size": 9}'),
+        ("model.safetensors", bytes(256) * 40_000),
+        ("model.safetensors", weights[:-1] + b"!"),
+        ("model-2.safetensors", b""),
+        ("code.py", b""),
+    ):
+        changed = shutil.copytree(moved, tmp_path / "changed")
+        (changed / "model" / file).write_bytes(other)
+        assert list(changes(before, known(changed))) == ["model_name_or_path"], file
+        shutil.rmtree(changed)
+    del before["contents"]  # of an older checkpoint
+    assert list(changes(before, known(moved))) == ["model_name_or_path", "template"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_sft.checkpoints.manifest import FACTS, Checkpoint
 from ds_sft.checkpoints.start import Start
@@ -185,7 +185,7 @@ def test_a_save_is_complete_at_the_end_of_the_step_in_which_it_is_hashed(
     assert made.unfinished is not None
     made.unfinished.hashed.result(60)
     made.batching = Batching(lengths=np.full(100, 5), micro_batch=1, accumulation=1, ranks=1, padded=False, seed=0)
-    StepBoundary(made).on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
+    StepBoundary(made).on_step_end(made.args, made.state, TrainerControl())
     assert complete_ones(tmp_path) == ["checkpoint-5"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
@@ -202,7 +202,7 @@ def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.
 
     def end_step(*others: bool) -> None:
         monkeypatch.setattr(stop_module, "any_rank", lambda *mine: (talks.append(mine), list(others or mine))[1])
-        boundary.on_step_end(made.args, made.state, SimpleNamespace(should_save=False))
+        boundary.on_step_end(made.args, made.state, TrainerControl())
 
     boundary = StepBoundary(made)
     boundary.steps_an_epoch = 100
@@ -212,12 +212,54 @@ def test_steps_go_on_while_a_save_is_hashed(tmp_path: Path, monkeypatch: pytest.
         end_step()
         go_on.set()
         saved.hashed.result(60)
-        end_step(False, True)  # another rank is not done
+        end_step(False, True, *NOTHING)  # another rank is not done
         assert complete_ones(tmp_path) == []
     end_step()
     assert complete_ones(tmp_path) == ["checkpoint-4"]
     end_step()
-    assert talks == [(False, True), (False, False), (False, False), (False, False)]  # one a step
+    assert talks == [(False, hashes, *NOTHING) for hashes in (True, False, False, False)]  # one a step
+
+
+NOTHING = (False,) * 5  # is wanted by callbacks
+
+
+def test_what_a_callback_wants_on_another_rank_is_wanted_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the collective of the step; in the middle of one an end waits for that."""
+    made = saving(tmp_path, monkeypatch)
+    made.batching = Batching(lengths=np.full(100, 5), micro_batch=1, accumulation=1, ranks=1, padded=False, seed=0)
+    boundary, control = StepBoundary(made), TrainerControl(should_training_stop=True)
+    boundary.on_substep_end(made.args, made.state, control)
+    assert control == TrainerControl()
+    talks: list[tuple[bool, ...]] = []
+    other = (False, False, False, True, False, True, False)  # wants to end the epoch and to measure
+    monkeypatch.setattr(
+        stop_module,
+        "any_rank",
+        lambda *mine: [a or b for a, b in zip(mine, (talks.append(mine), other)[1], strict=True)],
+    )
+    for _ in range(2):
+        boundary.on_step_end(made.args, made.state, control)
+        assert control == TrainerControl(should_training_stop=True, should_epoch_stop=True, should_evaluate=True)
+    assert talks == [(False, False, True, *NOTHING[1:]), (False, False, True, True, False, True, False)]
+
+
+class Quiet(TrainerCallback):
+    """A callback of the user's."""
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_evaluate", "on_save"])
+def test_between_two_steps_ranks_agree_where_there_are_callbacks_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    made = saving(tmp_path, monkeypatch)
+    talks: list[tuple[bool, ...]] = []
+    monkeypatch.setattr("ds_sft.training.resumable.any_rank", lambda *mine: (talks.append(mine), [True] * 5)[1])
+    for callbacks, ends in (([DefaultFlowCallback()], False), ([DefaultFlowCallback(), Quiet()], True)):
+        boundary, control = StepBoundary(made), TrainerControl()
+        made.callback_handler = SimpleNamespace(callbacks=[*callbacks, boundary])
+        getattr(boundary, event)(made.args, made.state, control)
+        assert control.should_training_stop is ends
+    assert talks == [NOTHING]
 
 
 def test_no_step_follows_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,14 +280,14 @@ def test_the_next_save_and_the_end_of_training_complete_the_last_one(
     assert made._finalize_training(None, 0, 0.0) == ["checkpoint-6"]
 
 
-@pytest.mark.parametrize(("saved", "best", "found"), [
-    (None, None, ["checkpoint-9"]),
-    (6, None, ["checkpoint-9"]),
-    (9, None, ["checkpoint-9"]),  # once
-    (6, "out/checkpoint-6", ["checkpoint-6"]),  # whose weights are in the model by now
+@pytest.mark.parametrize(("saved", "best"), [
+    (None, None),
+    (6, None),
+    (9, None),  # once
+    (9, "out/checkpoint-6"),
 ])  # fmt: skip
 def test_a_stop_after_training_saves_the_last_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int | None, best: str | None, found: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int | None, best: str | None
 ) -> None:
     """As it was before the summary of the run."""
     made = saving(tmp_path, monkeypatch)
@@ -257,15 +299,33 @@ def test_a_stop_after_training_saves_the_last_step(
     made.args.load_best_model_at_end, made.model, made.state.global_step = True, None, 9
     made.state.best_model_checkpoint, made.state.log_history = best, [{"loss": 2.0}, {"train_runtime": 1.0}]
     made.facts_at_end = made.facts() | {"loss_total": 7.5}
+    made.run.stop.reason = "SIGINT"
     with pytest.raises(Stopped), made.saved_if_stopped():
-        raise Stopped("SIGINT")
-    assert complete_ones(tmp_path) == found
-    manifest = (tmp_path / found[0] / "manifest.json").read_text()
-    if found == [f"checkpoint-{saved}"]:
+        made.run.stop.check()
+    assert complete_ones(tmp_path) == ["checkpoint-9"]
+    manifest = (tmp_path / "checkpoint-9" / "manifest.json").read_text()
+    if saved == 9:
         assert manifest == before
     else:
         assert (json.loads(manifest)["step"], json.loads(manifest)["loss_total"]) == (9, 7.5)
         assert made.state.log_history == [{"loss": 2.0}]
+
+
+def test_a_stop_waits_for_the_export_of_a_best_model_that_the_last_step_is_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop there would have the same command train again what came after the best checkpoint."""
+    made = saving(tmp_path, monkeypatch)
+    made._save_checkpoint(None, None)
+    made.finish_save()
+    made.args.load_best_model_at_end, made.state.global_step = True, 9
+    made.state.best_model_checkpoint = "out/checkpoint-4"
+    made.run.stop.reason = "SIGINT"
+    with made.saved_if_stopped():
+        made.run.stop.check()
+    assert complete_ones(tmp_path) == ["checkpoint-4"]
+    with pytest.raises(Stopped):
+        made.run.stop.check()
 
 
 @pytest.mark.parametrize("later", [0, 1])

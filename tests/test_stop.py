@@ -135,7 +135,7 @@ for name in ("all_reduce", "all_gather_object", "barrier"):
 stop = stop_module.StopRequests(Launch(launcher="environment", rank=rank, world_size=2, local_world_size=2))
 stop_module.time.monotonic = lambda: now[0]
 paced, meet = stop.paced(), stop.meet
-stop.meet = lambda **busy: (turns.append(turn), meet(**busy))[1]
+stop.meet = lambda *flags: (turns.append(turn), meet(*flags))[1]
 turn = 0
 try:
     for turn in range(1000):

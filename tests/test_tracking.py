@@ -487,8 +487,8 @@ class FakeIntegration(TrainerCallback):
 
 @pytest.fixture
 def integration(monkeypatch: pytest.MonkeyPatch) -> type[FakeIntegration]:
-    """wandb and comet_ml are installed."""
-    installed = ["wandb", "comet_ml"]
+    """wandb, comet_ml and mlflow are installed."""
+    installed = ["wandb", "comet_ml", "mlflow"]
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: installed)
     monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [FakeIntegration])
     monkeypatch.setattr(FakeIntegration, "calls", [])
@@ -501,9 +501,9 @@ def reported(folder: Path, *names: str) -> Config:
     return replace(config, training={**config.training, "report_to": list(names)})
 
 
-def trained(config: Config) -> None:
+def trained(config: Config, *, resumed: bool = False) -> None:
     """What a run does with its trackers."""
-    with open_tracker(config, ALONE) as log:
+    with open_tracker(config, ALONE, 0 if resumed else None) as log:
         assert log is not None
         callback, control = TrackerCallback(log), TrainerControl()
         args, state = TrainingArguments(str(config.output_dir), use_cpu=True), TrainerState(global_step=1)
@@ -609,9 +609,93 @@ def test_a_wandb_that_cannot_be_told_to_go_on_offline_ends_nothing(
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
+class NamedRuns(FakeIntegration):
+    """A tracker that opens the run that the environment names, if it has that, and else a new one."""
+
+    runs: ClassVar[list[str]] = []
+    opened: ClassVar[list[dict[str, str]]] = []  # with which variables
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        named = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_R", "MLFLOW_"))}
+        self.opened.append(named)
+        run = named.get("WANDB_RUN_ID") or os.environ.pop("MLFLOW_RUN_ID", None)  # as MLflow does
+        if run == "gone":
+            raise ValueError("Run 'gone' not found")
+        self.runs.append(run or f"run-{len(self.runs)}")
+        sys.modules["wandb"].run = types.SimpleNamespace(id=self.runs[-1])  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def named_runs(integration: type[FakeIntegration], monkeypatch: pytest.MonkeyPatch) -> type[NamedRuns]:
+    """wandb and mlflow, of which either keeps runs."""
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "MLFLOW_RUN_ID", "MLFLOW_MAX_LOG_PARAMS"):
+        monkeypatch.delenv(name, raising=False)
+    wandb: Any = types.ModuleType("wandb")
+    mlflow: Any = types.ModuleType("mlflow")
+    wandb.Table, wandb.log, wandb.finish = (lambda columns, data: data), lambda values: None, lambda exit_code: None
+    wandb.teardown = lambda: None
+    mlflow.active_run = lambda: types.SimpleNamespace(info=types.SimpleNamespace(run_id=NamedRuns.runs[-1]))
+    mlflow.log_text, mlflow.end_run = lambda text, file: None, lambda state: None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [NamedRuns])
+    monkeypatch.setattr(NamedRuns, "runs", [])
+    monkeypatch.setattr(NamedRuns, "opened", [])
+    return NamedRuns
+
+
+GOES_ON = {
+    "wandb": {"WANDB_RUN_ID": "run-0", "WANDB_RESUME": "allow"},
+    "mlflow": {"MLFLOW_RUN_ID": "run-0", "MLFLOW_MAX_LOG_PARAMS": "0"},
+}
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_resumed_run_goes_on_in_the_trackers_own_run(tmp_path: Path, named_runs: type[NamedRuns], name: str) -> None:
+    config, record = reported(tmp_path, name), tmp_path / f"{name}.json"
+    trained(config)
+    assert json.loads(record.read_text()) == {"id": "run-0"}
+    trained(config, resumed=True)
+    assert named_runs.opened == [{}, GOES_ON[name]]
+    assert GOES_ON[name].keys() & os.environ.keys() == set()
+    assert json.loads(record.read_text()) == {"id": "run-0"}
+    trained(config)  # anew, in the same folder
+    assert named_runs.runs == ["run-0", "run-0", "run-2"]
+    record.write_text("{")
+    trained(config, resumed=True)
+    assert named_runs.runs[3:] == ["run-3"]
+    record.unlink()
+    record.mkdir()
+    trained(config, resumed=True)
+    assert (named_runs.runs[4:], named_runs.failing) == (["run-4"], set())
+
+
+@pytest.mark.parametrize("named", [{"WANDB_RUN_ID": "mine"}, {"WANDB_RESUME": "never"}, {"MLFLOW_RUN_ID": "mine"}])
+def test_the_run_that_a_user_names_is_the_trackers(
+    tmp_path: Path, named_runs: type[NamedRuns], monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
+) -> None:
+    name = "mlflow" if "MLFLOW_RUN_ID" in named else "wandb"
+    (tmp_path / f"{name}.json").write_text('{"id": "run-0"}')
+    for variable, value in named.items():
+        monkeypatch.setenv(variable, value)
+    trained(reported(tmp_path, name), resumed=True)
+    assert named_runs.opened == [named]
+
+
+def test_a_run_that_the_tracker_has_no_more_begins_anew(
+    tmp_path: Path, named_runs: type[NamedRuns], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.json").write_text('{"id": "gone"}')
+    trained(reported(tmp_path, "mlflow"), resumed=True)
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said[0].startswith("mlflow failed (ValueError: Run 'gone' not found")
+    assert said[1:] == ["mlflow: beginning a new run."]
+    assert json.loads((tmp_path / "mlflow.json").read_text()) == {"id": "run-0"}
+
+
 def test_all_is_what_is_installed(tmp_path: Path, integration: type[FakeIntegration], fake: Any) -> None:
     names = [getattr(tracker, "name", "swanlab") for tracker in trackers_of(reported(tmp_path, "all"))]
-    assert names == ["swanlab", "comet_ml", "wandb"]
+    assert names == ["swanlab", "comet_ml", "mlflow", "wandb"]
 
 
 OWN = """

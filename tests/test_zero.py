@@ -482,9 +482,27 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # engine, ke
         "optimizer.params.weight_decy: 0.0: unknown key: did you mean weight_decay?",
     ),
     "weight decay not given": (
-        {"optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9}}},
+        {"optimizer": {"type": "Adam", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}}},
         {},
         f"optimizer.params.weight_decay: {DEFAULT}",
+    ),
+    "another optimizer of DeepSpeed's": (
+        {"optimizer": {"type": "OneBitAdam", "params": {"lr": "auto", "freeze_step": 100}}},
+        {"optim": "adamw_torch"},
+        'optimizer.type: "OneBitAdam": no training with it is tested; write "AdamW", or delete the block for another '
+        "optim (adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, lion_32bit, adafactor, muon)",
+    ),
+    "one that there is without DeepSpeed": (
+        {"optimizer": {"type": "Lion", "params": {"lr": "auto"}}},
+        {},
+        'optimizer.type: "Lion": no training with it is tested; write "AdamW", or delete the block for optim: '
+        "lion_32bit",
+    ),
+    "an optimizer without a name": (
+        {"optimizer": {"params": {"lr": "auto"}}},
+        {},
+        'optimizer.type: null: no training with it is tested; write "AdamW", or delete the block for another '
+        "optim (adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, lion_32bit, adafactor, muon)",
     ),
     "warm-up not given": (
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}},

@@ -6,26 +6,20 @@ weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import xxhash
 
+from ds_sft.checkpoints.content import KINDS, hash_config, weights_in
 from ds_sft.checkpoints.identity import base_differs
 from ds_sft.checkpoints.manifest import HASH_THREADS, hash_file
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError, first_line
 from ds_sft.ranks.launch import Launch
-
-# Of config.json: what says where a model is from, which tokens end a text and how it is stored, not what it computes.
-IDLE = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
-        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")  # fmt: skip
-KINDS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
 def begin_to_hash_base(config: Config, launch: Launch) -> Future[str]:
@@ -57,15 +51,7 @@ def hash_base(name: str) -> str:
     files = weight_files(name)
     with ThreadPool(HASH_THREADS) as pool:  # of threads that a process does not wait for when it ends
         weights = xxhash.xxh3_128("".join(pool.map(hash_file, files)).encode()).hexdigest()
-    config = json.loads((files[0].parent / "config.json").read_text(encoding="utf-8"))
-    return f"{weights}-{xxhash.xxh3_64(json.dumps(_computing(config), sort_keys=True).encode()).hexdigest()}"
-
-
-def _computing(config: Any) -> Any:
-    """What of a configuration decides the model's outputs; a key that is null is as one that is not there."""
-    if not isinstance(config, dict):
-        return config
-    return {name: _computing(value) for name, value in config.items() if name not in IDLE and value is not None}
+    return f"{weights}-{hash_config(files[0].parent / 'config.json')}"
 
 
 def require_base(folder: Path, base: str, known: str | None, remedy: str) -> None:
@@ -105,7 +91,4 @@ def weight_files(name: str) -> Sequence[Path]:
         folder = Path(snapshot_download(name, allow_patterns=[KINDS[0], "*.json"]))
         if not any(folder.glob(KINDS[0])):
             folder = Path(snapshot_download(name, allow_patterns=[KINDS[1], "*.json"]))
-    for kind in KINDS:
-        if files := sorted(folder.glob(kind)):
-            return files
-    raise FileNotFoundError(f"{folder}: no {' or '.join(KINDS)}")
+    return weights_in(folder)

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from ds_sft.checkpoints.content import content
 from ds_sft.config.extension import learned_with, source_hash
 from ds_sft.config.keys import TRAINING_DEFAULTS, Config
 from ds_sft.config.upstream_keys import training_keys
@@ -95,6 +96,7 @@ DATA, EVAL_DATA = "data", "eval_data"  # differences that are not of a key: the 
 CODE = "code of "  # before a user's function or class: the hash of its file
 BASE = "base"  # the same: a hash of the files of frozen weights
 PLACES = "places"  # of the manifest: where the files lie that these keys name, for another folder names them otherwise
+CONTENTS = "contents"  # of the manifest: what is in them, for a project that was moved has them in another place
 NAMING = ("model_name_or_path", "template")
 IN_WORDS = {
     DATA: "the rows of train_file, or how they are encoded",
@@ -122,7 +124,9 @@ def identity(
     flat = {f"deepspeed.{name}": value for name, value in _flat(kept).items()}
     batch = {"per_device_train_batch_size": config.micro_batch,
              "gradient_accumulation_steps": config.training.get("gradient_accumulation_steps", 1)}  # fmt: skip
-    known = {"config": keys | flat, PLACES: _places(given), DATA: data, EVAL_DATA: eval_data,
+    places = _places(given)
+    contents = {name: found for name, place in places.items() if (found := content(Path(place))) is not None}
+    known = {"config": keys | flat, PLACES: places, CONTENTS: contents, DATA: data, EVAL_DATA: eval_data,
              "zero_stage": stage(engine), "batch": batch}  # fmt: skip
     return known | ({BASE: base} if base else {})
 
@@ -163,9 +167,10 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     before, after = then.get("config", {}), now["config"]
     pairs = {name: (_value(before, name), _value(after, name)) for name in {**before, **after}}
     found = {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
-    for name, place in now.get(PLACES, {}).items():
-        if then.get(PLACES, {}).get(name) == place:
-            found.pop(name, None)  # the same, named otherwise
+    for kind in (PLACES, CONTENTS):
+        for name, same in now.get(kind, {}).items():
+            if then.get(kind, {}).get(name) == same:
+                found.pop(name, None)  # the same, named otherwise
     if then.get(DATA) != now[DATA]:
         found[DATA] = (then.get(DATA), now[DATA])
     if then.get(EVAL_DATA, now.get(EVAL_DATA)) != now.get(EVAL_DATA):

@@ -13,8 +13,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ds_sft.config.extension import is_dotted
-from ds_sft.config.keys import ADAFACTOR, ENGINES, MUON, TORCH_ADAMW, Config
+from ds_sft.config.keys import ADAFACTOR, ENGINES, LION, MUON, OPTIMS, TORCH_ADAMW, Config
 from ds_sft.config.upstream_keys import training_keys
 from ds_sft.engine.deepspeed_keys import BLOCKS, fields_of, known_keys, package_folder
 from ds_sft.ranks.launch import Launch
@@ -198,8 +197,7 @@ def _contradictions(engine: Mapping[str, Any], training: Mapping[str, Any]) -> I
     if found not in (None, "auto", betas):
         yield f'optimizer.params.betas: {_show(found)}: the run has adam_beta1, adam_beta2: {betas}; write "auto"'
     kind, optim = _get(engine, "optimizer.type"), training.get("optim")
-    own = is_dotted(optim)
-    if kind is not None and optim is not None and (own or ("adam" in str(kind).lower()) != (optim in TORCH_ADAMW)):
+    if kind is not None and optim is not None and optim not in (*TORCH_ADAMW, str(kind).lower()):
         yield f"optimizer.type: {_show(kind)}: the run has optim: {optim}; delete one of the two"
     kind, schedule = _get(engine, "scheduler.type"), training.get("lr_scheduler_type")
     if kind is not None and schedule is not None and SCHEDULES.get(kind) != schedule:
@@ -214,20 +212,24 @@ def _monitors(engine: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _optimizer_block(engine: Mapping[str, Any]) -> Iterator[str]:
-    """What the block leaves to DeepSpeed's defaults (learning rate 1e-3, decay 0.01), and what its Adam dies of."""
+    """Optimizers of which no training is tested or planned, and what the block leaves to DeepSpeed's defaults (learning
+    rate 1e-3, decay 0.01)."""
     if engine.get("optimizer") is None:
         return
-    kind = str(_get(engine, "optimizer.type")).lower()
+    found = _get(engine, "optimizer.type")
+    kind = str(found).lower()
     if kind == MUON:
         yield (
-            f"optimizer.type: {_show(_get(engine, 'optimizer.type'))}: its rates are not those of a run without "
+            f"optimizer.type: {_show(found)}: its rates are not those of a run without "
             f"DeepSpeed; delete the block, and give the run optim: {MUON}"
         )
+    elif kind not in ("adam", "adamw"):
+        ours = f"optim: {LION}" if kind == "lion" else f"another optim ({', '.join(OPTIMS)})"
+        untested = f'{_show(found)}: no training with it is tested; write "AdamW"'
+        yield f"optimizer.type: {untested}, or delete the block for {ours}"
     params = _get(engine, "optimizer.params") or {}
-    if kind in ("adam", "adamw"):
-        yield from _not_among(ADAM, params, "optimizer.params.")
-    needed = ADAM[:4] if "adam" in kind or "lamb" in kind else ("lr", "weight_decay")
-    yield from _not_given(needed, params, "optimizer.params.")
+    yield from _not_among(ADAM, params, "optimizer.params.")
+    yield from _not_given(ADAM[:4], params, "optimizer.params.")
 
 
 def _against_bfloat16(engine: Mapping[str, Any]) -> Iterator[str]:

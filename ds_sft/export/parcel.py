@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from ds_sft.checkpoints.base import KINDS, hash_base
+from ds_sft.checkpoints.base import hash_base
+from ds_sft.checkpoints.content import KINDS
 from ds_sft.checkpoints.identity import base_differs
 from ds_sft.errors import UserError
 from ds_sft.export.card import Facts, model_card

@@ -57,6 +57,7 @@ class StopRequests:
         self._note: Path | None = None
         self._store: Any = None
         self._first_signal: float | None = None
+        self.waits = False  # the main thread does what would be lost by a stop
         self.interruptible = False  # the main thread may be interrupted where it is
         self._closed = False
         self._ancestors = _launcher_processes(launch)
@@ -122,17 +123,17 @@ class StopRequests:
         """
         return Interruptible(self, quietly=self.launch.world_size > 1)
 
-    def meet(self, *, busy: bool = False) -> tuple[str | None, bool]:
-        """Why the run stops here, if any rank was asked to, and whether any is `busy`, in one small collective.
+    def meet(self, *flags: bool) -> tuple[str | None, list[bool]]:
+        """Why the run stops here, if any rank was asked to, and which flags any has, in one small collective.
 
-        All ranks must call it, and all get the same answer.
+        All ranks must call it, with equally many flags, and all get the same answer.
         """
-        asked, someone_is_busy = any_rank(self.reason is not None, busy)
+        asked, *anywhere = any_rank(self.reason is not None and not self.waits, *flags)
         if asked and self.decided is None:
             reasons = [reason for reason in gather(self.reason) if reason]
             self.decided = reasons[0]
             self.reason = self.reason or self.decided
-        return self.decided, someone_is_busy
+        return self.decided, anywhere
 
     def agreed(self) -> str | None:
         """Why the run stops here, if any rank was asked to; all ranks must call it, and all get the same answer."""
@@ -143,6 +144,15 @@ class StopRequests:
         reason = self.agreed()
         if reason:
             raise Stopped(reason)
+
+    @contextlib.contextmanager
+    def later(self) -> Iterator[None]:
+        """In the block no request is agreed on: it waits for who asks behind it. All ranks must enter it."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
     def paced(self) -> Paced:
         """A `check` for loops of many short turns."""
@@ -238,7 +248,7 @@ class Paced:
             self.left -= 1
             return
         slow = self.met is None or time.monotonic() - self.met > PACE
-        reason, someone_is_slow = self.stop.meet(busy=slow)
+        reason, (someone_is_slow,) = self.stop.meet(slow)
         if reason:
             raise Stopped(reason)
         self.every = max(self.every // 2, 1) if someone_is_slow else 2 * self.every

@@ -1,7 +1,8 @@
 """Trainer's own trackers (tensorboard, wandb, mlflow ...), each asked as one of ours, on rank 0.
 
 They are callbacks of transformers'. Here each is guarded, and its end is put off until the model has answered, so that
-answers and scores reach it, too.
+answers and scores reach it, too. Where the tracker can, a resumed run goes on in its run of the earlier start, whose id
+OUTPUT_DIR/NAME.json keeps.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ds_sft.ranks.launch import print_line
+from ds_sft.results import write_json
 from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard
 
 # What transformers calls them -> what pip does, where that is another name.
@@ -41,23 +45,45 @@ class Integration:
     def __init__(self, name: str, metrics: Path) -> None:
         self.name, self.guard = name, Guard(name, metrics)
         self.callback: TrainerCallback | None = None  # while it works
+        self.record = metrics.with_name(f"{name}.json")  # the id of its run, where a later start can name that
+        self.known: str | None = None  # that id, once a resumed run has read it
         self.seen: tuple[TrainingArguments, TrainerState, TrainerControl] | None = None  # of the Trainer, once it began
 
     def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start it at the beginning of training; a second time, offline, where it knows that."""
+        """Start it at the beginning of training; where that fails a second time, offline or as a new run."""
         self.seen = args, state, control
 
         def start() -> None:
-            (kind,) = get_reporting_integration_callbacks([self.name])
-            self.callback = kind()
-            self.callback.on_init_end(args, state, control, **kwargs)
-            self.callback.on_train_begin(args, state, control, **kwargs)
+            with variables(self._naming()):
+                (kind,) = get_reporting_integration_callbacks([self.name])
+                self.callback = kind()
+                self.callback.on_init_end(args, state, control, **kwargs)
+                self.callback.on_train_begin(args, state, control, **kwargs)
 
-        if self.guard.call(start, START_SECONDS):
-            return
-        if not (self._go_offline() and self.guard.call(start, START_SECONDS)):
+        started = self.guard.call(start, START_SECONDS)
+        if not started and (self._go_offline() or self._begin_anew()):
+            started = self.guard.call(start, START_SECONDS)
+        if not started:
             self.callback = None
             print_line(f"{self.name} is off.")
+        elif self.name in NAMING:
+            self.guard.call(self._keep_id, LOG_SECONDS)
+
+    def _naming(self) -> dict[str, str]:
+        """The variables by which this start goes on in the known run, unless the user's own name one."""
+        if self.known is None or THEIRS & os.environ.keys():
+            return {}
+        return {name: value.format(id=self.known) for name, value in NAMING[self.name].items()}
+
+    def _keep_id(self) -> None:
+        write_json(self.record, {"id": RUN_ID[self.name]()})
+
+    def _begin_anew(self) -> bool:
+        """Whether the run that was to go on, and may be gone, can be done without."""
+        anew, self.known = bool(self._naming()), None
+        if anew:
+            print_line(f"{self.name}: beginning a new run.")
+        return anew
 
     def _go_offline(self) -> bool:
         """Whether this tracker can be told to wait for its key and its network, and was not told so before."""
@@ -80,7 +106,10 @@ class Integration:
     # ---- As one of our trackers
 
     def start(self, keys: Mapping[str, Any], *, resumed: bool) -> None:
-        """Nothing yet: it is started by the Trainer, whose arguments it shows."""
+        """Know the run to go on in; it is started by the Trainer, whose arguments it shows."""
+        if resumed and self.name in NAMING:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # else it is a new one
+                self.known = str(json.loads(self.record.read_text(encoding="utf-8"))["id"])
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.tell("on_log", logs=dict(metrics))
@@ -101,6 +130,41 @@ class Integration:
             self.guard.call(lambda: end(state), FINISH_SECONDS)
         self.tell("on_train_end", seconds=FINISH_SECONDS)
         self.callback = self.seen = None
+
+
+# ---- How a start goes on in the run of an earlier one
+
+NAMING = {
+    "wandb": {"WANDB_RUN_ID": "{id}", "WANDB_RESUME": "allow"},
+    "mlflow": {"MLFLOW_RUN_ID": "{id}", "MLFLOW_MAX_LOG_PARAMS": "0"},  # a run's are there, and it lets none change
+}
+THEIRS = {"WANDB_RUN_ID", "WANDB_RESUME", "MLFLOW_RUN_ID"}  # a user who sets one says himself which run it is
+
+
+@contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)  # MLflow has taken its own out
+            os.environ.update({} if value is None else {name: value})
+
+
+def _id_in_wandb() -> str:
+    wandb: Any = importlib.import_module("wandb")
+    return str(wandb.run.id)
+
+
+def _id_in_mlflow() -> str:
+    mlflow: Any = importlib.import_module("mlflow")
+    return str(mlflow.active_run().info.run_id)
+
+
+RUN_ID: dict[str, Callable[[], str]] = {"wandb": _id_in_wandb, "mlflow": _id_in_mlflow}
 
 
 # ---- Where each shows a text, and how it is told how a run ended

@@ -18,6 +18,7 @@ from typing import Any
 from ds_sft.config.extension import said
 from ds_sft.config.keys import Config
 from ds_sft.ranks.launch import print_line
+from ds_sft.results import write_json
 from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard, TimeUp, time_limit
 from ds_sft.tracking.public import SECRET
 
@@ -95,10 +96,8 @@ class SwanLab:
         return None
 
     def _write_record(self) -> None:
-        beside = self.record.with_name(self.record.name + ".tmp")
         try:
-            beside.write_text(json.dumps(self.known, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, self.record)
+            write_json(self.record, self.known)
         except OSError as error:
             self.guard.say_once(f"{self.record}: {error.strerror}; a resumed run would be a new experiment.")
 

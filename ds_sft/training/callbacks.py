@@ -2,15 +2,17 @@
 
 A callback that is an `ExportableState` as well goes on where the checkpoint left it: `restore_states`. The arguments
 are always the run's own, so that a resumed run can have others.
+
+What one wants of `control` on one rank, all ranks do: `StepBoundary` in resumable.py lets them agree.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
 from ds_sft.config.extension import callbacks_of, load, require_call, said
@@ -18,6 +20,9 @@ from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 
 KEY = "callbacks"
+# What a callback may want: Trainer then has collectives, or none of them on this rank alone.
+WANTED = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+ENDS = WANTED[:2]  # what Trainer obeys in the middle of a step, too
 
 
 def make_callbacks(config: Config) -> list[TrainerCallback]:
@@ -68,3 +73,16 @@ def restore_states(callbacks: Iterable[Any], saved: dict[str, Any]) -> None:
             name = type(callback).__name__
             vars(callback).update(saved.get(name, {}).get("attributes", {}))
             saved[name] = callback.state()
+
+
+def has_own(callbacks: Iterable[Any]) -> bool:
+    """Whether any is of the user's: who knows whether it wants the same on all ranks."""
+    return any(not type(callback).__module__.startswith(("ds_sft.", "transformers.")) for callback in callbacks)
+
+
+def wants(control: TrainerControl) -> list[bool]:
+    return [getattr(control, name) for name in WANTED]
+
+
+def want(control: TrainerControl, wanted: Sequence[bool]) -> None:
+    vars(control).update(zip(WANTED, wanted, strict=True))

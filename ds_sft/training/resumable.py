@@ -27,8 +27,8 @@ from ds_sft.model.parts import parts_of
 from ds_sft.model.quantized import elements
 from ds_sft.plan.weights import met_by_token
 from ds_sft.ranks.collectives import gather, sum_over_ranks
-from ds_sft.ranks.stop import Stopped
-from ds_sft.training.callbacks import restore_states
+from ds_sft.ranks.stop import Stopped, any_rank
+from ds_sft.training.callbacks import ENDS, has_own, restore_states, want, wants
 from ds_sft.training.continuity import Continuity
 from ds_sft.training.flops import factors, share_of_experts
 from ds_sft.training.hyperparameters import Asked
@@ -249,13 +249,16 @@ class ResumableTrainer(SavingTrainer):
 
     # ---- Stopping
 
-    def meet(self) -> tuple[str | None, bool]:
+    def meet(self, control: TrainerControl) -> tuple[str | None, bool]:
         """Why to stop here, if any rank was asked to, and whether a checkpoint waits that all have synced and hashed.
 
-        The same answer on all ranks, which all must ask.
+        What a callback wants of `control` on one rank is from here on wanted on all. All ranks must ask, and all get
+        the same answer.
         """
         saved = self.unfinished
-        reason, someone_hashes = self.run.stop.meet(busy=saved is not None and not saved.hashed.done())
+        hashes = saved is not None and not saved.hashed.done()
+        reason, (someone_hashes, *wanted) = self.run.stop.meet(hashes, *wants(control))
+        want(control, wanted)
         return reason, saved is not None and not someone_hashes
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -295,15 +298,26 @@ class ResumableTrainer(SavingTrainer):
 
     @contextmanager
     def saved_if_stopped(self) -> Iterator[None]:
-        """A block after training, which all ranks leave together where they stop: then a checkpoint has the last step.
+        """A block after training, up to the export, which all ranks leave together where they stop: then a checkpoint
+        has the last step. With it the same command exports, and trains nothing again.
 
-        With it the same command exports, and trains nothing again.
+        Where it cannot be had any more, as the model is the best one again, a stop waits for the export.
         """
+        if self.is_best and self.lacks_last_step:
+            with self.run.stop.later():
+                yield
+            return
         try:
             yield
         except Stopped:
             self.save_last_step()
             raise
+
+    @property
+    def is_best(self) -> bool:
+        """Whether training is over, and the model that of the best checkpoint again."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return best is not None and self.run.stop.decided is None
 
     # ---- What a checkpoint says of the run
 
@@ -354,10 +368,15 @@ class ResumableTrainer(SavingTrainer):
 
 
 class StepBoundary(TrainerCallback):
-    """Between two steps: agree on stopping, and see to it that a checkpoint comes after all else of its step."""
+    """Between two steps: agree on stopping, and see to it that a checkpoint comes after all else of its step.
+
+    Ranks agree on what callbacks want of `control` as well, for a rank that saves, measures or ends alone would wait
+    for the others until `ddp_timeout`.
+    """
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
+        self.held: set[str] = set()  # an end that was wanted in the middle of a step, and waits for that of the step
         self.save_due = False  # a checkpoint that waits for the end of the epoch
         self.at_epoch_end = False
         self.steps_an_epoch = 0
@@ -370,6 +389,7 @@ class StepBoundary(TrainerCallback):
         resumed, changed = self.trainer.run.resumed, self.trainer.run.changed
         ended = resumed is not None and resumed.manifest.get("ended_early", False)
         control.should_training_stop |= ended and "callbacks" not in changed
+        self._agree(control)
         self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
 
     def on_step_begin(
@@ -377,10 +397,18 @@ class StepBoundary(TrainerCallback):
     ) -> None:
         self.trainer.require_frozen()
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.held |= {name for name in ENDS if getattr(control, name)}
+        vars(control).update(dict.fromkeys(ENDS, False))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
         self.trainer.restate_epoch()
-        stopping, hashed = self.trainer.meet()
+        vars(control).update(dict.fromkeys(self.held, True))
+        self.held.clear()
+        stopping, hashed = self.trainer.meet(control)
         if hashed:
             self.trainer.finish_save()
         if stopping:
@@ -396,12 +424,26 @@ class StepBoundary(TrainerCallback):
         if self.trainer.run.stop.decided and not self._ends_epoch(state):  # Trainer leaves an epoch only this way
             control.should_log = control.should_evaluate = control.should_save = False
             return
-        stopping, _ = self.trainer.meet()
+        stopping, _ = self.trainer.meet(control)
         if stopping:
             self.trainer.stop_training(control)
             self.save_due = True
             self._postpone_evaluation(control)
         control.should_save, self.save_due = control.should_save or self.save_due, False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._agree(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._agree(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._agree(control)
+
+    def _agree(self, control: TrainerControl) -> None:
+        """Where callbacks are asked between two meetings; without any of the user's no rank differs."""
+        if has_own(self.trainer.callback_handler.callbacks):
+            want(control, any_rank(*wants(control)))
 
     def save_at_epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
         """The last step of an epoch is not over before the epoch's own evaluation and log entry."""

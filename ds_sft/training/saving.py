@@ -87,11 +87,15 @@ class SavingTrainer(Trainer):
         if self.control.should_training_stop:
             self.finish_save()
 
-    def save_last_step(self) -> None:
-        """Save the last step, unless it is saved, or the weights are those of an earlier one: the best, which is."""
+    @property
+    def lacks_last_step(self) -> bool:
+        """Whether no checkpoint has the last step; all ranks must ask."""
         newest = newest_complete(Path(self.args.output_dir))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        if gather(best is None and (newest is None or newest.step != self.state.global_step))[0]:
+        return gather(newest is None or newest.step != self.state.global_step)[0]
+
+    def save_last_step(self) -> None:
+        """Save the last step, unless it is saved; all ranks must call it."""
+        if self.lacks_last_step:
             # The summary is made again after the resume.
             self.state.log_history = [entry for entry in self.state.log_history if "train_runtime" not in entry]
             self._save_checkpoint(self.model, None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
 from ds_sft.config.keys import OUR_ORDERS
@@ -55,6 +55,8 @@ class SFTTrainer(FiniteTrainer):
         masters = any(p.requires_grad and p.dtype == torch.float32 for p in self.model.parameters())
         if not masters and self.accelerator.ddp_handler is not None:  # DDP's buckets are a second copy of gradients
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if self.is_deepspeed_enabled:  # else accelerate warns that Trainer says 1, and takes this number
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
         for upstream in (ProgressCallback, PrinterCallback):
             self.remove_callback(upstream)
         for callback in (
@@ -135,9 +137,9 @@ class SFTTrainer(FiniteTrainer):
         with self.clock.part("optimizer"):
             return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)  # DeepSpeed has clipped
 
-    def meet(self) -> tuple[str | None, bool]:
+    def meet(self, control: TrainerControl) -> tuple[str | None, bool]:
         with self.clock.part(self.clock.talking):
-            return super().meet()
+            return super().meet(control)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.part("save"):

@@ -27,14 +27,38 @@ def keys_of(model_dir: Path, **changes: Any) -> dict[str, Any]:
     return common | changes
 
 
+ALONE = """
+from transformers import TrainerCallback
+
+class Alone(TrainerCallback):
+    def on_log(self, args, state, control, logs, **kwargs):
+        control.should_evaluate |= args.process_index == 0 and state.global_step == 1 and "loss" in logs
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        control.should_training_stop |= args.process_index == 0 and state.global_step == 3
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= args.process_index == 1 and state.global_step == 3
+"""
+
+
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
 def test_everything_on_the_page_at_once(model_dir: Path, tmp_path: Path, deepspeed: str) -> None:
+    """And what a callback wants on one rank alone: to measure after step 1, to save after 3, to end after 4."""
     write_modules(tmp_path)
+    (tmp_path / "alone.py").write_text(ALONE, encoding="utf-8")
     write_rows(tmp_path / "tickets.jsonl", TICKETS)
     page = keys_of_page() | {"deepspeed": deepspeed, "train_file": "tickets.jsonl", "batching": "padding_free"}
-    keys = keys_of(model_dir, **page, max_steps=4, eval_steps=2, save_steps=2)
+    page["callbacks"].append("alone:Alone")
+    keys = keys_of(model_dir, **page, max_steps=6, eval_steps=2, save_steps=2, gradient_accumulation_steps=2)
     done = train("forked", 2, keys, cwd=tmp_path)
     assert done.code == 0, done.output
+    assert "A callback has ended training, after step 4 of 6.\n" in done.output
+    assert "mismatch" not in done.output  # of accumulation, which accelerate finds where there is none
+    assert [name for name in listing(tmp_path / "out") if name.startswith("checkpoint")] == [
+        f"checkpoint-{step}" for step in (2, 3, 4)
+    ]
+    assert [entry["step"] for entry in metrics(tmp_path / "out") if "eval_loss" in entry] == [1, 2, 4]
     assert re.search(r"^  Attention +my_attention:by_rows \(as attn_implementation says\)$", done.output, re.MULTILINE)
     assert done.output.count("Optimizer: my_optimizer:SignSGD.\n") == 1
     assert "Curves go to my_tracker:Lines and out/metrics.jsonl; SwanLab is off" in done.output
