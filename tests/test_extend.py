@@ -108,6 +108,7 @@ def test_what_the_page_shows_is_taken(read: Any) -> None:
             {"report_to": ["swanlab", "tensorbord"]},
             "tensorbord: expected none, all, my.module:Tracker, or any of swanlab, azure_ml,",
         ),
+        ({"report_to": "tensorbord"}, "wandb; did you mean tensorboard?"),
         (
             {"report_to": "clearml"},
             "report_to: clearml: it is not installed here: pip install clearml, or leave it out",
@@ -164,7 +165,7 @@ def test_what_cannot_be_had_is_one_line(read: Any, keys: dict[str, Any], said: s
     [
         ({"callbacks": "Thing"}, "callbacks: expected each to be my.module:Thing, or {my.module:Thing: {argument: 1}}"),
         ({"callbacks": [{"a:b": 3}]}, '{"a:b": 3} is neither'),
-        ({"data_format": "alpacca"}, "prompt_completion (alpaca?), or my.module:thing"),
+        ({"data_format": "alpacca"}, "prompt_completion, or my.module:thing, found 'alpacca': did you mean alpaca?"),
         ({"optim": "my module:f"}, "or my.module:thing, found 'my module:f'"),
         ({"restore_callback_states_from_checkpoint": True}, "callbacks with a state go on from it in any case"),
         ({"attn_implementation": "a:b", "sequence_parallel": 2}, "attn_implementation: a:b: only this package's"),
@@ -173,7 +174,7 @@ def test_what_cannot_be_had_is_one_line(read: Any, keys: dict[str, Any], said: s
 def test_names_of_another_form_are_found_in_the_file(read: Any, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=r"run\.yaml:\d+: ") as caught:
         read(**keys)
-    assert said.replace(" (alpaca?)", "") in str(caught.value).replace(" (alpaca?)", "")
+    assert said in str(caught.value)
 
 
 # ---- Shapes of rows

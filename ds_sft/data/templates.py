@@ -15,14 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_sft.config.keys import Config
+from ds_sft.config.keys import TEMPLATES, Config
 from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import THINKING
 from ds_sft.data.hermes import HERMES
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns, shows_call
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest_value
 
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 # Around special-token text of a row while it is rendered. Unicode reserves these two for a program's own use.
@@ -74,7 +74,10 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"template: {path}: {reason}; expected reference, tokenizer, hermes, or a Jinja file") from None
+        near = nearest_value(str(path), TEMPLATES)
+        meant = f" (did you mean {near}?)" if near else ""
+        expected = f"{', '.join(TEMPLATES)}, or a Jinja file{meant}"
+        raise UserError(f"template: {path}: {reason}; expected {expected}") from None
 
 
 def learned_messages(dialogue: Dialogue, mask: str) -> list[bool]:

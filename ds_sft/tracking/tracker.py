@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ds_sft.config.extension import is_dotted, load, require_call
 from ds_sft.config.keys import Config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest_value
 from ds_sft.ranks.launch import Launch, print_line
 from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard
 from ds_sft.tracking.integrations import NAMES, Integration, missing_package
@@ -56,10 +56,11 @@ def require_trackers(config: Config) -> None:
         if is_dotted(name):
             _require_own(name)
         elif name not in (*NAMES, "all", "swanlab"):
-            known = ", ".join(("swanlab", *NAMES))
+            known = ("swanlab", *NAMES)
+            near = nearest_value(name, known)
             raise UserError(
-                f"report_to: {name}: expected none, all, my.module:Tracker, or any of {known}; "
-                "several: [swanlab, wandb]"
+                f"report_to: {name}: expected none, all, my.module:Tracker, or any of {', '.join(known)}; "
+                f"{f'did you mean {near}?' if near else 'several: [swanlab, wandb]'}"
             )
         elif name in NAMES and (package := missing_package(name)):
             raise UserError(f"report_to: {name}: it is not installed here: pip install {package}, or leave it out")
