@@ -236,7 +236,8 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--learning_rate", "1__0"], "--learning_rate: expected a number such as 2e-5, found '1__0'"),
         (["--bf16", "maybe"], "--bf16: expected true or false, found 'maybe'"),
         (["--on_bad_row", "skp"], "--on_bad_row: expected one of error, skip, found 'skp': did you mean skip?"),
-        (["--eval_strategy", "step"], "--eval_strategy: expected one of no, steps, epoch, found 'step': did you mean steps?"),
+        (["--eval_strategy", "step"],
+         "--eval_strategy: expected one of no, steps, epoch, found 'step': did you mean steps?"),
         (["--save_strategy", "epochs"],
          "--save_strategy: expected one of no, steps, epoch, best, found 'epochs': did you mean epoch?"),
         (["--lr_scheduler_type", "cosin"],
@@ -594,7 +595,8 @@ OPTIMIZERS = {
                                "leave out one of optim: muon and adapter: lora"),
     "torchao's": (["--optim", "adamw_torch_8bit"],
                   "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, "
-                  "lion_32bit, adafactor, muon, or my.module:thing, found 'adamw_torch_8bit': did you mean adamw_torch?"),
+                  "lion_32bit, adafactor, muon, or my.module:thing, found 'adamw_torch_8bit': did you mean "
+                  "adamw_torch?"),
     "a beginning": (["--optim", "adamw"],
                     "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, lion_32bit, "
                     "adafactor, muon, or my.module:thing, found 'adamw': did you mean adamw_torch?"),

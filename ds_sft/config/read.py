@@ -104,7 +104,7 @@ def _no_flag(word: str, before: Mapping[str, Given], *, file: bool, first: bool)
     """What was expected where a word is neither a flag nor the value of one, `before` those that precede it."""
     if file and "config" in before:
         return "expected --key value: a run has one file, and flags beside it"
-    name, value = next(reversed(before.items())) if before else ("", None)
+    name, value = list(before.items())[-1] if before else ("", None)
     if value is not None and name != "config" and "list" in all_keys()[name].type:
         return f"expected --key value; a list is one word: --{name} '[{value.value.strip('[],')}, {word.strip('[],')}]'"
     return f"expected --config {word}" if file else f"expected {'FILE.yaml or ' if first else ''}--key value"

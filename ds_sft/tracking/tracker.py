@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft.config.extension import is_dotted, load, require_call
+from ds_sft.config.extension import is_dotted, load, require_call, require_method
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError, nearest_value
 from ds_sft.ranks.launch import Launch, print_line
@@ -70,8 +70,15 @@ def _require_own(name: str) -> None:
     made = load(name, "report_to")
     require_call(made, name, "report_to")
     lacking = [method for method in ("start", "log", "finish") if not hasattr(made, method)]
-    if isinstance(made, type) and lacking:
+    if not isinstance(made, type):
+        return
+    if lacking:
         raise UserError(f"report_to: {name}: it has no method {', '.join(lacking)}: see docs/extend.md")
+    require_method(made, f"{name}.start", "report_to", "keys", keywords={"resumed": False})
+    require_method(made, f"{name}.log", "report_to", "metrics", "step")
+    require_method(made, f"{name}.finish", "report_to", "state", "error")
+    if hasattr(made, "log_predictions"):
+        require_method(made, f"{name}.log_predictions", "report_to", "texts", "step")
 
 
 class Own:
