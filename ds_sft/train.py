@@ -25,7 +25,7 @@ from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.checkpoints.other_run import exported_step
 from ds_sft.checkpoints.start import Start, where_to_start
 from ds_sft.checkpoints.storage import Site, require_no_model, require_writable, settle_storage
-from ds_sft.config.extension import find_own_code
+from ds_sft.config.extension import find_own_code, learned_with
 from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.errors import RunError, UserError
@@ -153,6 +153,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
             on_nonfinite=config.on_nonfinite,
             patience=config.early_stopping_patience,
             where=partial(data.where, "train"),
+            own_code=learned_with(config),
             callbacks=[TrackerCallback(tracker, start.changed), *profiling(config, launch), *callbacks],
             run=continuity(config, start, site, stop, this_run, size=size, end_ids=served.end_ids),
         )

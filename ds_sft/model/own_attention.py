@@ -70,7 +70,8 @@ def try_attention(config: Config, launch: Launch) -> None:
 
     device = f"cuda:{launch.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     layer.to_empty(device=device, recurse=False)  # what is its own, such as sinks
-    query, key, value = _noise(layer, getattr(torch, computed_in(config)), device)
+    with torch.random.fork_rng(devices=[]):  # a run draws the same with a trial and without
+        query, key, value = _noise(layer, getattr(torch, computed_in(config)), device)
     call = f"called with query {list(query.shape)} and key {list(key.shape)}"
     try:
         with torch.no_grad():
