@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from ds_sft.config.keys import Config
 from ds_sft.errors import UserError, nearest_value
 from ds_sft.ranks.launch import Launch, print_line
 from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard
-from ds_sft.tracking.integrations import NAMES, Integration, missing_package
+from ds_sft.tracking.integrations import NAMES, Integration, keep_files_in, missing_package
 from ds_sft.tracking.public import public_config, without_secrets
 from ds_sft.tracking.swanlab_run import SwanLab
 
@@ -160,6 +161,8 @@ class Log:
         """Start the trackers; say once where curves go, and by which key."""
         keys = public_config(self.config)
         for tracker in self.trackers:
+            if isinstance(tracker, Integration):
+                tracker.guard.call(partial(keep_files_in, self.config.output_dir, tracker.name), START_SECONDS)
             tracker.start(keys, resumed=self.resumed)
         if not any(isinstance(tracker, SwanLab) for tracker in self.trackers):
             named = self.config.trackers
