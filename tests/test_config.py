@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,8 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--callbacks", "[a:A,", "b:B]"],
          "'b:B]': expected --key value; a list is one word: --callbacks '[a:A, b:B]'"),
         (["--seed", "1", "2"], "'2': expected --key value"),
+        (["--logging_steps", "1.5"],
+         "--logging_steps: expected a whole number of steps, or a share below 1, found '1.5'"),
         (["--lr_scheduler_kwargs", "{a"], "--lr_scheduler_kwargs: expected a mapping such as {a: 1}, found '{a'"),
         (["--auto_find_batch_size", "yes"],
          "--auto_find_batch_size: expected false (it changes the rows a step in mid-run; `ds-sft plan` tells what "
@@ -550,6 +553,16 @@ def test_help_has_every_key_once_ours_first() -> None:
     assert names[: len(our_keys())] == list(our_keys())
     # Some of transformers' keys have another name here; help shows the one with the default.
     assert sorted(names) == sorted(set(all_keys()) - set(ALIASES))
+
+
+def test_help_says_how_a_list_and_a_mapping_are_flags() -> None:
+    """With an example, which is read."""
+    (line,) = (line for line in help_text("train.py").splitlines() if line.startswith("YAML: "))
+    config = load_config([*NEEDED, "--lr_scheduler_type", "cosine_with_min_lr", *shlex.split(line)[1:]])
+    assert (config.trackers, config.training["lr_scheduler_kwargs"]) == (
+        ["swanlab", "tensorboard"],
+        {"min_lr_rate": 0.1},
+    )
 
 
 def test_help_names_what_deepspeed_may_be() -> None:

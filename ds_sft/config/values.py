@@ -33,6 +33,7 @@ OF_CHECKPOINTING = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_
                     "early_stop")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
 EXTENSIBLE = ("data_format", "optim", "attn_implementation")  # keys of choices that also name a user's own code
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
@@ -237,7 +238,7 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("yes, no, all or non_padding")
     if known.name == "activation_checkpointing_kwargs" and value is not None:
         _check_options(value, OF_CHECKPOINTING, "a mapping such as {use_reentrant: false}")
-    if known.name == "warmup_steps" and value >= 1 and value != int(value):
+    if known.name in STEPS and value is not None and value >= 1 and value != int(value):
         raise ValueError("a whole number of steps, or a share below 1")
     if known.name == "max_steps" and value < 1 and value != -1:
         raise ValueError("1 or more; -1: as num_train_epochs says")
