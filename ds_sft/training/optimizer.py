@@ -68,7 +68,8 @@ def own_optimizer(config: Config) -> type[torch.optim.Optimizer]:
     options = optimizer_options(config)
     require_call(found, name, "optim", "params", keywords={"lr": 0.0, **options})
     for option, value in options.items():
-        _require_kind(option, value, inspect.signature(found).parameters.get(option))
+        with suppress(TypeError, ValueError):  # of compiled code, which says no defaults
+            _require_kind(option, value, inspect.signature(found).parameters.get(option))
     rate = config.training.get("learning_rate", 0.0)
     try:
         group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}
