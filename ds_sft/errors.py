@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
@@ -36,6 +36,16 @@ def nearest(name: str, *groups: Iterable[str]) -> str | None:
             if 2 * shared >= len(words) or letters >= 0.75:
                 found.append((letters >= 0.85, shared, -order, letters, known))
     return max(found)[-1] if found else None
+
+
+def nearest_value(value: str, known: Iterable[str]) -> str | None:
+    """The known value that was meant by an unknown one; None where none is like it.
+
+    One that begins with it goes before all others, the first of several: adamw is adamw_torch.
+    """
+    values, given = list(known), value.lower()
+    near = [word for word in values if given and word.startswith(given)] or get_close_matches(given, values, n=1)
+    return near[0] if near else None
 
 
 def _words(name: str) -> list[str]:

@@ -25,6 +25,7 @@ from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.checkpoints.other_run import exported_step
 from ds_sft.checkpoints.start import Start, where_to_start
 from ds_sft.checkpoints.storage import Site, require_no_model, require_writable, settle_storage
+from ds_sft.config.extension import find_own_code, learned_with
 from ds_sft.config.keys import OUR_ORDERS, RECORD, Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.errors import RunError, UserError
@@ -92,6 +93,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     require_groups(config.sequence_parallel, launch)
     settle_devices(config, launch)
     take_places(config, launch, lock)
+    find_own_code(config)
     # Heavy imports stand here and in the steps: a typo in the config is answered without them.
     from ds_sft.engine.zero import engine_config
     from ds_sft.export.weights import with_template
@@ -102,7 +104,7 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
 
     require_names()
     engine = engine_config(config, launch)
-    callbacks = prepare_own_code(config)
+    callbacks = prepare_own_code(config, launch)
     with stop.until_ranks_meet():
         tokenizer, served, data, base = prepare_data(config, launch)
     args, site = start_group(config, engine, launch, stop, lock)
@@ -152,11 +154,11 @@ def settle_devices(config: Config, launch: Launch) -> None:
     grow_segments(os.environ)
 
 
-def prepare_own_code(config: Config) -> list[TrainerCallback]:
-    """See that what the user has written himself can be had, and register it; his callbacks."""
+def prepare_own_code(config: Config, launch: Launch) -> list[TrainerCallback]:
+    """See that what the user has written himself can be called as it will be, and register it; his callbacks."""
     from ds_sft.config.extension import is_dotted
     from ds_sft.data.records import reading_of
-    from ds_sft.model.own_attention import register_attention
+    from ds_sft.model.own_attention import register_attention, try_attention
     from ds_sft.tracking.tracker import require_trackers
     from ds_sft.training.callbacks import make_callbacks
     from ds_sft.training.optimizer import own_optimizer
@@ -166,7 +168,9 @@ def prepare_own_code(config: Config) -> list[TrainerCallback]:
     register_attention(config)
     if is_dotted(config.training.get("optim")):
         own_optimizer(config)
-    return make_callbacks(config)
+    made = make_callbacks(config)
+    try_attention(config, launch)
+    return made
 
 
 def prepare_data(config: Config, launch: Launch) -> tuple[PreTrainedTokenizerBase, Serving, Data, str]:
@@ -347,6 +351,7 @@ def make_trainer(
         on_nonfinite=config.on_nonfinite,
         patience=config.early_stopping_patience,
         where=partial(data.where, "train"),
+        own_code=learned_with(config),
         callbacks=callbacks,
         run=run,
     )

@@ -73,12 +73,12 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def build(kind: str, source: Path, into: Path) -> Path:
-    """The archive of a tree, "wheel" or "sdist", by the hooks that pip calls."""
+    """The archive of a tree, "wheel", "editable" or "sdist", by the hooks that pip calls."""
     into.mkdir(exist_ok=True)
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(into)], cwd=source, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (archive,) = into.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    (archive,) = into.glob("*.tar.gz" if kind == "sdist" else "*.whl")
     return archive

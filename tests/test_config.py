@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from ds_sft.config.change import with_changes
 from ds_sft.config.elsewhere import CALLED_HERE, NOT_HERE
 from ds_sft.config.help import help_text
-from ds_sft.config.keys import ENGINES, REFERENCE_PROMPT, TRAINING_DEFAULTS, Config
+from ds_sft.config.keys import ATTENTIONS, ENGINES, REFERENCE_PROMPT, TRAINING_DEFAULTS, Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.config.upstream_keys import ALIASES, all_keys, our_keys, training_keys
 from ds_sft.errors import UserError
@@ -222,7 +223,7 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--batch_size", "8"], "--batch_size: unknown key: did you mean --per_device_train_batch_size?"),
         (["--lora_target_modules", "q"], "--lora_target_modules: unknown key: did you mean --lora_targets?"),
         (["--load_in_4bit", "yes"], "--load_in_4bit: unknown key: did you mean --quantization?"),
-        (["--adapter", "[lora]"], "--adapter: expected one of none, lora, dora, found '[lora]'"),
+        (["--adapter", "[lora]"], "--adapter: expected one of none, lora, dora, found '[lora]': did you mean lora?"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice: a run has one file, and flags beside it"),
         (["--lr", "1e-5"], "--lr: unknown key: did you mean --learning_rate?"),
         (["--find_batch_size", "1"], "--find_batch_size: unknown key: did you mean --per_device_train_batch_size?"),
@@ -236,8 +237,29 @@ def test_a_file_with_other_values(text: str, changes: dict[str, Any], expected: 
         (["--learning_rate", "1e999"], "--learning_rate: expected a number such as 2e-5, found '1e999'"),
         (["--learning_rate", "1__0"], "--learning_rate: expected a number such as 2e-5, found '1__0'"),
         (["--bf16", "maybe"], "--bf16: expected true or false, found 'maybe'"),
-        (["--on_bad_row", "skp"], "--on_bad_row: expected one of error, skip, found 'skp'"),
-        (["--eval_strategy", "step"], "--eval_strategy: expected one of no, steps, epoch, found 'step'"),
+        (["--on_bad_row", "skp"], "--on_bad_row: expected one of error, skip, found 'skp': did you mean skip?"),
+        (["--eval_strategy", "step"],
+         "--eval_strategy: expected one of no, steps, epoch, found 'step': did you mean steps?"),
+        (["--save_strategy", "epochs"],
+         "--save_strategy: expected one of no, steps, epoch, best, found 'epochs': did you mean epoch?"),
+        (["--lr_scheduler_type", "cosin"],
+         "--lr_scheduler_type: expected one of linear, cosine, cosine_with_restarts, polynomial, constant, "
+         "constant_with_warmup, inverse_sqrt, reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, "
+         "warmup_stable_decay, greedy, found 'cosin': did you mean cosine?"),
+        (["--attn_implementation", "sdap"],
+         "--attn_implementation: expected one of eager, sdpa, flash_attention_2, flash_attention_3, flash_attention_4, "
+         "flex_attention, or my.module:thing, found 'sdap': did you mean sdpa?"),
+        (["--log_level", "zzz"],
+         "--log_level: expected one of detail, debug, info, warning, error, critical, passive, found 'zzz'"),
+        ([*NEEDED, "--resume", "nevr"],
+         "--resume: expected auto, never or the folder of a checkpoint, found 'nevr': did you mean never?"),
+        (["--report_to", "tensorboard", "wandb"],
+         "'wandb': expected --key value; a list is one word: --report_to '[tensorboard, wandb]'"),
+        (["--callbacks", "[a:A,", "b:B]"],
+         "'b:B]': expected --key value; a list is one word: --callbacks '[a:A, b:B]'"),
+        (["--seed", "1", "2"], "'2': expected --key value"),
+        (["--logging_steps", "1.5"],
+         "--logging_steps: expected a whole number of steps, or a share below 1, found '1.5'"),
         (["--lr_scheduler_kwargs", "{a"], "--lr_scheduler_kwargs: expected a mapping such as {a: 1}, found '{a'"),
         (["--auto_find_batch_size", "yes"],
          "--auto_find_batch_size: expected false (it changes the rows a step in mid-run; `ds-sft plan` tells what "
@@ -512,6 +534,16 @@ def test_keys_are_those_of_the_installed_transformers() -> None:
     assert set(TRAINING_DEFAULTS) <= set(training_keys())
 
 
+def test_attentions_are_those_of_the_installed_transformers() -> None:
+    """But for those that serve; and one more, which a kernel of the hub's has by its name, is no mistake either."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    trains = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name and ":" not in name}
+    assert {"eager", *trains} - {"ds_sft_rows"} == set(ATTENTIONS)
+    config = load_config([*NEEDED, "--attn_implementation", "kernels-community/flash-attn3"])
+    assert config.attn_implementation == "kernels-community/flash-attn3"
+
+
 def test_converted_values_are_accepted_by_transformers(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
@@ -532,6 +564,16 @@ def test_help_has_every_key_once_ours_first() -> None:
     assert names[: len(our_keys())] == list(our_keys())
     # Some of transformers' keys have another name here; help shows the one with the default.
     assert sorted(names) == sorted(set(all_keys()) - set(ALIASES))
+
+
+def test_help_says_how_a_list_and_a_mapping_are_flags() -> None:
+    """With an example, which is read."""
+    (line,) = (line for line in help_text("train.py").splitlines() if line.startswith("YAML: "))
+    config = load_config([*NEEDED, "--lr_scheduler_type", "cosine_with_min_lr", *shlex.split(line)[1:]])
+    assert (config.trackers, config.training["lr_scheduler_kwargs"]) == (
+        ["swanlab", "tensorboard"],
+        {"min_lr_rate": 0.1},
+    )
 
 
 def test_help_names_what_deepspeed_may_be() -> None:
@@ -577,7 +619,11 @@ OPTIMIZERS = {
                                "leave out one of optim: muon and adapter: lora"),
     "torchao's": (["--optim", "adamw_torch_8bit"],
                   "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, "
-                  "lion_32bit, adafactor, muon, or my.module:thing, found 'adamw_torch_8bit'"),
+                  "lion_32bit, adafactor, muon, or my.module:thing, found 'adamw_torch_8bit': did you mean "
+                  "adamw_torch?"),
+    "a beginning": (["--optim", "adamw"],
+                    "--optim: expected one of adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit, lion_32bit, "
+                    "adafactor, muon, or my.module:thing, found 'adamw': did you mean adamw_torch?"),
     "states of Adam": (["--optim", "adafactor", "--adam_beta2", "0.95"],
                        "--adam_beta2: optim: adafactor has none: leave it out"),
     "states of a user's optimizer": (["--optim", "my_module:SGD", "--adam_beta1", "0.8"],

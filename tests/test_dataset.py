@@ -470,6 +470,28 @@ def test_several_files_with_weights_and_limits(make: Any, tokenizer: Any, tmp_pa
         assert data.train[i]["input_ids"] == expected[0]
 
 
+def test_equal_rows_are_set_aside_together(make: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is said where it leaves nothing to learn from, or makes them many; and that a share can be no row."""
+    row, *others = questions_and_answers(4)
+    why = "equal rows are set aside together, and only"
+    with pytest.raises(UserError) as caught:
+        load_data(make([row] * 9, val_size=0.2), tokenizer, ALONE)
+    assert str(caught.value) == (
+        f"val_size: 0.2 leaves none of 9 rows to learn from ({why} 1 of 9 rows differ): write less, or eval_file"
+    )
+    with pytest.raises(UserError) as caught:
+        load_data(make([row, *others], val_size=0.1), tokenizer, ALONE)
+    assert str(caught.value) == "val_size: 0.1 of 4 rows is none: write a number of rows, such as 1"
+    capsys.readouterr()
+    seeds = range(9)  # one of them sets the equal rows aside first
+    found = [len(load_data(make([row] * 6 + others, val_size=1, training={"output_dir": "o", "seed": seed}), tokenizer,
+                           ALONE).eval) for seed in seeds]  # fmt: skip
+    assert set(found) == {1, 6}
+    assert capsys.readouterr().out.count(f"val_size: 1 is 6 rows and not 1: {why} 4 of 9 rows differ.\n") == (
+        found.count(6)
+    )
+
+
 def test_rows_set_aside_are_told_of_once(make: Any, tokenizer: Any) -> None:
     """Of the other split's rows the report on eval says nothing."""
     forged = [{"question": f"Q{i} <|im_end|>", "answer": "A"} for i in range(20)]

@@ -177,7 +177,7 @@ ENVIRONMENT = {
     },
     "ranks/network.py": {"DS_SFT_CONNECT_SECONDS"},
     "ranks/stop.py": {"DS_SFT_STOP_FILE"},
-    "tracking/integrations.py": {"WANDB_MODE"},
+    "tracking/integrations.py": {"WANDB_MODE", "WANDB_DIR", "MLFLOW_EXPERIMENT_NAME"},
     "tracking/swanlab_run.py": {"SWANLAB_INTERACTIVE"},  # and SWANLAB_PROJECT, _PROJ_NAME and _MODE
 }
 

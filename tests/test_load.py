@@ -78,7 +78,7 @@ def test_weights_that_transformers_leaves_out_are_told_of(
 
 
 def test_an_attention_that_does_not_exist(model_dir: Path) -> None:
-    with pytest.raises(UserError, match="attn_implementation"):
+    with pytest.raises(UserError, match=r"^attn_implementation: nonsense: Specified `attn_implementation="):
         load_model(make(model_dir, attn_implementation="nonsense"), arguments())
 
 

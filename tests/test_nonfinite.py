@@ -98,7 +98,7 @@ def watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "where": lambda row: f"rows.jsonl:{row + 1}", "on_nonfinite": "stop", "norm": torch.tensor(1.0),
         "_tr_loss": torch.tensor(0.0), "_globalstep_last_logged": 4, "skipped_steps": 0, "skipped_unlogged": 0,
         "micro_losses": [], "reading": None, "unclipped_norm": None, "evaluation_due": False, "finished": False,
-        "patience": None,
+        "patience": None, "own_code": {},
     }  # fmt: skip
     return made
 
@@ -124,6 +124,38 @@ def test_the_norm_is_read_when_the_next_one_is_due(watching: Any) -> None:
         take_step(watching, [1.0, 1.0], torch.tensor(1.0))
     assert str(ended.value).startswith(WRONG)
     assert watching.finished
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "own_code", "said"),
+    [
+        ([1.0, NAN], NAN, {},
+         "before it. Look at its rows, and at learning_rate; on_nonfinite: skip would leave the step out"),
+        ([1.0, 1.0], INF, {"own:Fast": "optim", "own:Cb": "callbacks"},
+         "before it. Look at its rows, and at learning_rate, and at optim: own:Fast, and at callbacks: own:Cb; "
+         "on_nonfinite: skip would leave the step out"),
+        ([NAN, NAN], NAN, {"own:Fast": "optim"},
+         "before it. All losses of the step are none: the weights were no numbers before it, as a rule. Look at "
+         "learning_rate, and at optim: own:Fast; on_nonfinite: skip would leave out every step"),
+    ],
+    ids=["a row", "own code", "weights"],
+)  # fmt: skip
+def test_where_to_look(watching: Any, losses: list[float], norm: float, own_code: dict[str, str], said: str) -> None:
+    """An optimizer, a rate or a callback shows in the step after it, in all of whose losses the weights are."""
+    watching.own_code = own_code
+    take_step(watching, losses, torch.tensor(norm))
+    with pytest.raises(RunError) as ended:
+        watching.settle()
+    assert str(ended.value).endswith(said)
+
+
+def test_ranks_that_share_a_row_have_one_loss(watching: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is no sign of weights that are no numbers."""
+    watching.batching = dataclasses.replace(watching.batching, accumulation=1, ranks=1, group=2)
+    monkeypatch.setattr("ds_sft.training.nonfinite.gather", lambda bad: [bad, bad])
+    take_step(watching, [NAN], torch.tensor(NAN))
+    with pytest.raises(RunError, match="Look at its rows, and"):
+        watching.settle()
 
 
 def test_rows_of_a_step_that_has_another_size_since_a_resume(watching: Any) -> None:

@@ -331,6 +331,30 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("config_file")
+@pytest.mark.parametrize(
+    ("words", "on_cpu", "said"),
+    [
+        (["--use_cpu", "yes"], True, "the plan is for this machine's CPU; --gpus-per-node 8 plans for GPUs.\n"),
+        (["--use_cpu", "yes", "--gpus-per-node", "0"], True, None),
+        (
+            ["--use_cpu", "yes", "--nodes", "2"],
+            False,
+            "the run uses no GPU; this plan is for GPUs, as its flags say.\n",
+        ),
+        ([], False, None),
+    ],
+    ids=["cpu", "said", "gpus", "no word"],
+)
+def test_a_run_that_uses_no_gpu_is_planned_without(
+    capsys: pytest.CaptureFixture[str], words: list[str], on_cpu: bool, said: str | None
+) -> None:
+    assert main(["plan", "run.yaml", "--json", *words]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["on_cpu"] is on_cpu
+    assert shown.err == ("" if said is None else f"use_cpu: yes: {said}")
+
+
+@pytest.mark.usefixtures("config_file")
 def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--gpus-per-node", "4")
     assert found["model"] == {

@@ -587,6 +587,38 @@ def test_wandb_that_answers_too_late_is_told_all_offline(
     assert [name for name, _ in integration.calls] == ["on_train_begin", "on_log", "on_save", "on_log", "on_train_end"]
 
 
+def test_files_of_wandb_lie_in_the_output_folder_or_where_its_variable_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        integrations.keep_files_in(folder, "wandb")
+        assert os.environ["WANDB_DIR"] == str(tmp_path / "one")
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_files_of_mlflow_lie_in_the_output_folder_or_where_its_variable_says(
+    tmp_path: Path, integration: type[FakeIntegration], monkeypatch: pytest.MonkeyPatch, chosen: bool
+) -> None:
+    """Its numbers, and in an experiment with a folder the answers."""
+    asked: list[Any] = []
+    mlflow: Any = types.ModuleType("mlflow")
+    mlflow.is_tracking_uri_set = lambda: chosen
+    mlflow.set_tracking_uri = asked.append
+    mlflow.get_experiment_by_name = lambda name: None if len(asked) == 1 else name
+    mlflow.create_experiment = lambda name, artifact_location: asked.append((name, artifact_location))
+    mlflow.set_experiment = asked.append
+    mlflow.log_text = mlflow.end_run = lambda *args: None
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    store, place = f"sqlite:///{tmp_path / 'mlflow.db'}", (tmp_path / "mlruns").as_uri()
+    trained(reported(tmp_path, "mlflow"))
+    assert asked == ([] if chosen else [store, ("ds_sft", place), "ds_sft"])
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    trained(reported(tmp_path, "mlflow"))
+    assert asked[3:] == ([] if chosen else [store, "mine"])  # which is there
+
+
 def test_a_wandb_that_cannot_be_told_to_go_on_offline_ends_nothing(
     tmp_path: Path,
     integration: type[FakeIntegration],

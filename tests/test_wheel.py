@@ -50,6 +50,13 @@ def test_a_source_archive_makes_the_same_wheel(installed: Installed, tmp_path: P
     assert contents(build("wheel", source, tmp_path / "wheel")) == contents(installed.wheel)
 
 
+def test_an_editable_installation_is_a_path(installed: Installed, tmp_path: Path) -> None:
+    """Python asks a hook behind all paths, and would take a clone called ds_sft for the package in the folder above."""
+    assert contents(build("editable", installed.source, tmp_path)) == {
+        f"__editable__.ds_sft-{__version__}.pth": f"{installed.source}\n".encode()
+    }
+
+
 def test_commands(installed: Installed, model_dir: Path, tmp_path: Path) -> None:
     """From an empty folder: what `init` writes is planned, and `launch` prints what works without train.py."""
     where = [str(installed.bin / "python"), "-c", "import ds_sft; print(ds_sft.__file__)"]

@@ -11,6 +11,7 @@ The exit code is 1 if nothing fits, 2 for a mistake.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from ds_sft.plan.layouts import NAMED
 from ds_sft.plan.schedule import slurm_seconds
 
 TOO_LITTLE = 1  # exit code
+GPUS = 8  # of a node, where nobody says it
 ANOTHER_MACHINE = {"--nodes", "--gpus-per-node", "--gpu-memory"}  # flags that describe one; its disk is not here
 
 
@@ -44,11 +46,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--plot: draws a sweep: give --sweep nodes=1..128 as well")
     if given.write and given.sweep:
         raise UserError("--write: a sweep recommends nothing: leave out --sweep or --write")
-    if not given.gpus_per_node and (given.sweep or given.nodes > 1):
+    if given.gpus_per_node == 0 and (given.sweep or given.nodes > 1):
         flag = "--sweep" if given.sweep else "--nodes"
         raise UserError(f"--gpus-per-node 0: a plan for a CPU is of one process: leave out {flag}")
     config = load_config(rest, prog="ds-sft plan CONFIG", flags=flags.flags)
-    given.elsewhere = given.gpus_per_node > 0 and bool(ANOTHER_MACHINE & {word.partition("=")[0] for word in argv})
+    described = bool(ANOTHER_MACHINE & {word.partition("=")[0] for word in argv})
+    settle_gpus(given, use_cpu=bool(config.training.get("use_cpu")), described=described or bool(given.sweep))
+    given.elsewhere = given.gpus_per_node > 0 and described
     plan = Plan(config, given)
     if given.sweep:
         from ds_sft.commands.sweep import show_sweep
@@ -71,10 +75,22 @@ def main(argv: Sequence[str]) -> int:
     return TOO_LITTLE
 
 
+def settle_gpus(given: argparse.Namespace, *, use_cpu: bool, described: bool) -> None:
+    """How many GPUs a node has: none for a run that is asked to use none, unless flags describe a machine with some."""
+    none = use_cpu and not described
+    if none:
+        print("use_cpu: yes: the plan is for this machine's CPU; --gpus-per-node 8 plans for GPUs.", file=sys.stderr)
+    elif use_cpu and given.gpus_per_node != 0:
+        print("use_cpu: yes: the run uses no GPU; this plan is for GPUs, as its flags say.", file=sys.stderr)
+    if given.gpus_per_node is None:
+        given.gpus_per_node = 0 if none else GPUS
+
+
 def parser() -> FlagParser:
     made = FlagParser("plan", __doc__)  # CONFIG is `load_config`'s: argparse would take the value of a key for it
     made.add_argument("--nodes", type=count, default=1, help="[%(default)s]")
-    made.add_argument("--gpus-per-node", type=count_or_none, default=8, help="0: one process on a CPU [%(default)s]")
+    made.add_argument("--gpus-per-node", type=count_or_none,
+                      help=f"0: one process on a CPU [{GPUS}; under use_cpu: yes 0]")  # fmt: skip
     made.add_argument("--gpu-memory", type=with_unit, default=size("80GB"), metavar="80GB", help="of one GPU [80GB]")
     made.add_argument(
         "--host-memory", type=with_unit, metavar="512GB", help="of one node [not checked; of a CPU: what is here]"

@@ -13,11 +13,11 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config.keys import Config
+from ds_sft.config.keys import FILES, Config
 from ds_sft.errors import UserError, nearest
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -99,6 +99,22 @@ def require_call(found: Any, name: str, key: str, *arguments: str, keywords: Map
         raise UserError(f"{key}: {name}{signature}: {error}: {expected}") from None
 
 
+def require_method(kind: Any, name: str, key: str, *arguments: str, keywords: Mapping[str, Any] | None = None) -> None:
+    """See that a method of a class, or of an object, can be called with these arguments, as `require_call` does.
+
+    Args:
+        name: my.module:Thing.method
+
+    Raises:
+        UserError: it cannot.
+    """
+    method = name.rpartition(".")[2]
+    found = getattr(kind, method)
+    if isinstance(kind, type) and inspect.isfunction(inspect.getattr_static(kind, method)):
+        found = partial(found, None)  # the object, which is made later
+    require_call(found, name, key, *arguments, keywords=keywords)
+
+
 def _place(module: str) -> str:
     file = getattr(sys.modules[module], "__file__", None)
     return str(file) if file else module
@@ -119,6 +135,20 @@ def callbacks_of(config: Config) -> list[tuple[str, dict[str, Any]]]:
     """Name and arguments of each of the `callbacks`."""
     pairs = [next(iter(item.items())) if isinstance(item, Mapping) else (item, None) for item in config.callbacks or []]
     return [(name, dict(options or {})) for name, options in pairs]
+
+
+def find_own_code(config: Config) -> None:
+    """Import all of the user's code that a run names, which takes no library that it does not import itself.
+
+    Raises:
+        UserError: some cannot be had.
+    """
+    files = [item for name in FILES if isinstance(items := getattr(config, name), list) for item in items]
+    shapes = [config.data_format, *(item.get("data_format") for item in files if isinstance(item, Mapping))]
+    named = dict.fromkeys(shapes, "data_format") | dict.fromkeys(config.trackers, "report_to") | learned_with(config)
+    for name, key in named.items():
+        if is_dotted(name):
+            load(name, key)
 
 
 def learned_with(config: Config) -> dict[str, str]:

@@ -46,6 +46,8 @@ MODES = ("online", "cloud", "offline", "local", "disabled")
 FILES = ("train_file", "eval_file")  # a text, or a list of texts and mappings
 # Values of `data_format` that are no user's function: data/shapes.py has what each of them reads.
 DATA_FORMATS = ("auto", "qa", "alpaca", "sharegpt", "messages", "prompt_completion")
+# Values of `attn_implementation` that are no user's function: what transformers calls those that training can have.
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 TEMPLATES = ("reference", "tokenizer", "hermes")  # values of `template` that are no file
 RECORD = "config.yaml"  # what a run leaves of its keys in its output folder
 STARTED_IN = "started_in"  # a line of it that is no key: the folder that its relative paths are of
@@ -96,8 +98,8 @@ class Config:
                                               "{rope_type: yarn, factor: 4.0}", default=None)  # fmt: skip
     resize_embeddings: bool = key("add rows, the mean of the others, for tokens that the model has none for",
                                   default=False)  # fmt: skip
-    attn_implementation: str | None = key("sdpa, eager, flash_attention_2, ..., or your my.module:function; default: "
-                                          "the model's", default=None)  # fmt: skip
+    attn_implementation: str | None = key("an attention of transformers', or your my.module:function; default: the "
+                                          "model's", choices=ATTENTIONS, default=None)  # fmt: skip
     fused_kernels: str = key("norms, rotations, gates: Liger's (auto: on a GPU that has them), or compiled layers",
                              choices=("auto", "liger", "compile", "none"), default="auto")  # fmt: skip
     tiled_mlp: str = key("compute a layer's MLP for some of its tokens at a time; auto: in micro batches of 16,384 or "

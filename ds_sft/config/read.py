@@ -20,7 +20,7 @@ from ds_sft.config.keys import ENGINES, EVAL_DEFAULTS, FILES, RECORD, STARTED_IN
 from ds_sft.config.rules import check
 from ds_sft.config.upstream_keys import ALIASES, all_keys, known_key, our_keys
 from ds_sft.config.values import Given, convert, plain
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest_value
 
 RESUME_WORDS = dict.fromkeys(("auto", "true", "yes"), "auto") | dict.fromkeys(("never", "false", "no"), "never")
 PATHS: dict[str, tuple[str, ...]] = {  # keys that may name a file or a folder -> values that never do
@@ -88,10 +88,7 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
         if file and first:
             word = f"--config={word}"
         if not word.startswith("--") or word == "--":
-            if file and "config" in flags:
-                raise UserError(f"{word!r}: expected --key value: a run has one file, and flags beside it")
-            expected = f"--config {word}" if file else f"{'FILE.yaml or ' if first else ''}--key value"
-            raise UserError(f"{word!r}: expected {expected}")
+            raise UserError(f"{word!r}: {_no_flag(word, flags, file=file, first=first)}")
         name, equals, value = word[2:].partition("=")
         if name != "config":
             known_key(name, "--", others)
@@ -101,6 +98,16 @@ def _read_flags(argv: Sequence[str], others: Iterable[str]) -> dict[str, Given]:
             value = words.pop(0) if words and not words[0].startswith("--") else _bare(name)
         flags[name] = Given("--", value)
     return flags
+
+
+def _no_flag(word: str, before: Mapping[str, Given], *, file: bool, first: bool) -> str:
+    """What was expected where a word is neither a flag nor the value of one, `before` those that precede it."""
+    if file and "config" in before:
+        return "expected --key value: a run has one file, and flags beside it"
+    name, value = list(before.items())[-1] if before else ("", None)
+    if value is not None and name != "config" and "list" in all_keys()[name].type:
+        return f"expected --key value; a list is one word: --{name} '[{value.value.strip('[],')}, {word.strip('[],')}]'"
+    return f"expected --config {word}" if file else f"expected {'FILE.yaml or ' if first else ''}--key value"
 
 
 def given_twice(argv: Sequence[str]) -> list[str]:
@@ -198,6 +205,16 @@ def _located(value: Any, home: Path, name: str) -> Any:
     return str(home / value) if there else value
 
 
+def _check_resume(value: str, given: Mapping[str, Given]) -> None:
+    """A word that is none of the key's, and no folder; of a path, which may have been there once, a run finds out."""
+    if value in RESUME_WORDS.values() or not value.isalpha() or Path(value).exists():
+        return
+    near = nearest_value(value, dict.fromkeys(RESUME_WORDS.values()))
+    meant = f": did you mean {near}?" if near else ""
+    raise UserError(f"{given['resume'].where}resume: expected auto, never or the folder of a checkpoint, found "
+                    f"{value!r}{meant}")  # fmt: skip
+
+
 def _resolve(given: Mapping[str, Given]) -> Config:
     values = {name: convert(all_keys()[name], value) for name, value in given.items()}
     values.pop("local_rank", None)  # DeepSpeed's launcher adds it; the environment says the same
@@ -211,6 +228,7 @@ def _resolve(given: Mapping[str, Given]) -> Config:
         raise UserError(f"{given['val_size'].where}val_size: with an eval_file nothing is set aside: give one of them")
     has_eval = ours.get("eval_file") is not None or bool(ours.get("val_size"))
     ours["resume"] = RESUME_WORDS.get(str(ours.get("resume") or "auto").lower(), ours.get("resume"))
+    _check_resume(ours["resume"], given)
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
         raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")

@@ -16,7 +16,7 @@ from ds_sft.config.extension import EXAMPLE, is_dotted
 from ds_sft.config.keys import ALSO, FILES
 from ds_sft.config.refused import UNSAFE, UNUSED
 from ds_sft.config.upstream_keys import Key
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest_value
 
 POSITIVE = ("early_stopping_patience", "max_length", "lora_rank", "max_tokens_per_batch", "sequence_parallel",
             "preprocessing_num_workers", "predict_max_new_tokens", "per_device_train_batch_size",
@@ -33,7 +33,8 @@ OF_CHECKPOINTING = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_
                     "early_stop")  # fmt: skip
 # Steps below 1 are a share of all.
 ABOVE_ZERO = ("lora_alpha", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-EXTENSIBLE = ("data_format", "optim")  # keys of choices that also name a user's own code
+STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
+EXTENSIBLE = ("data_format", "optim", "attn_implementation")  # keys of choices that also name a user's own code
 NOT_EMPTY = ("lora_targets", "lora_modules_to_save", "train_only")  # lists
 # Options of `generation`: type, smallest and largest value, in words. The names are transformers' own.
 GENERATION: dict[str, tuple[Any, float, float, str]] = {
@@ -133,7 +134,9 @@ def convert(known: Key, given: Given) -> Any:
     except ValueError as error:
         expected = f"yes, no or {also}" if also else str(error)
         place = f"{given.where}{given.alias or known.name}"
-        raise UserError(f"{place}: expected {expected}, found {_shown(value)!r}") from None
+        near = nearest_value(value, known.choices) if isinstance(value, str) else None
+        meant = f": did you mean {near}?" if near else ""
+        raise UserError(f"{place}: expected {expected}, found {_shown(value)!r}{meant}") from None
     return result
 
 
@@ -141,7 +144,7 @@ def _by_type(known: Key, value: Any, empty: bool) -> Any:
     """The value as the key's type. Raises ValueError saying what was expected."""
     names = set(re.findall(r"\w+", known.type))
     if known.choices and isinstance(value, (list, dict)) and not {"list", "dict"} & names:
-        raise ValueError(_one_of(known.choices, ""))
+        raise ValueError(_one_of(known.choices))
     if isinstance(value, dict):
         return _expect("dict" in names, value, _noun(names))
     if known.name in FILES:  # a path may well begin with a bracket: [ab].jsonl
@@ -218,7 +221,9 @@ def _flow(text: str, kind: type) -> Any:
 def _check(known: Key, value: Any) -> None:
     extended = known.name in EXTENSIBLE
     if known.choices and value not in known.choices and not (extended and is_dotted(value)):
-        raise ValueError(_one_of(known.choices, str(value)) + f", or {EXAMPLE}" * extended)
+        if known.name == "attn_implementation" and is_repo(value):  # a kernel of the hub's
+            return
+        raise ValueError(_one_of(known.choices) + f", or {EXAMPLE}" * extended)
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")
     if known.name == "data_fields" and isinstance(value, str):
@@ -233,7 +238,7 @@ def _check(known: Key, value: Any) -> None:
         raise ValueError("yes, no, all or non_padding")
     if known.name == "activation_checkpointing_kwargs" and value is not None:
         _check_options(value, OF_CHECKPOINTING, "a mapping such as {use_reentrant: false}")
-    if known.name == "warmup_steps" and value >= 1 and value != int(value):
+    if known.name in STEPS and value is not None and value >= 1 and value != int(value):
         raise ValueError("a whole number of steps, or a share below 1")
     if known.name == "max_steps" and value < 1 and value != -1:
         raise ValueError("1 or more; -1: as num_train_epochs says")
@@ -315,7 +320,7 @@ def check_rope_scaling(options: Any) -> None:
     if kind in UNSCALED_ROPE:
         raise ValueError(f"rope_type to be one of {', '.join(ROPE_TYPES)} ({kind}: {UNSCALED_ROPE[kind]})")
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES, kind)}")
+        raise ValueError(f"rope_type to be {_one_of(ROPE_TYPES)}")
     known = ROPE_TYPES[kind] | {"rope_theta": False}
     for name, value in options.items():
         if name != "rope_type" and name not in known:
@@ -364,8 +369,5 @@ def _option_meant(known: Iterable[str], name: str, of: str = "") -> str:
     return f"{near[0]} in place of {name}" if near else f"options{of} ({', '.join(known)}) and no {name}"
 
 
-def _one_of(choices: Iterable[str], value: str) -> str:
-    near = difflib.get_close_matches(value, list(choices), n=1)
-    few = list(choices)[:8]
-    dots = ", ..." if len(list(choices)) > 8 else ""
-    return f"one of {', '.join(few)}{dots}" + (f" ({near[0]}?)" if near and near[0] not in few else "")
+def _one_of(choices: Iterable[str]) -> str:
+    return f"one of {', '.join(choices)}"

@@ -100,8 +100,7 @@ def load_data(config: Config, tokenizer: Any, launch: Launch) -> Data:
     else:
         held = train
         learned, measured = set_aside(train.rows["hash"], config.val_size, seed)
-    if not len(learned):
-        raise UserError(f"val_size: {config.val_size:g} leaves none of {len(train.rows):,} rows to learn from")
+        _check_val_size(config.val_size, train.rows["hash"], len(measured), launch)
     report = {"train": _report(train, learned)}
     chosen = weighted(train, learned, seed)
     report["train"].rows_per_epoch = len(chosen)
@@ -216,11 +215,32 @@ def set_aside(hashes: np.ndarray, size: float, seed: int) -> tuple[np.ndarray, n
     Which rows depends on their content and the seed, not on their order; equal rows go the same way.
     """
     order = _shuffled(hashes, seed)
-    wanted = min(len(hashes), round(size * len(hashes)) if size < 1 else int(size))
+    wanted = _number_of(size, len(hashes))
     if wanted == 0:
         return np.arange(len(hashes)), np.zeros(0, np.int64)
     limit = np.sort(order)[wanted - 1]
     return np.flatnonzero(order > limit), np.flatnonzero(order <= limit)
+
+
+def _check_val_size(size: float, hashes: np.ndarray, measured: int, launch: Launch) -> None:
+    """See that `val_size` leaves rows to learn from and rows to measure, and say where equal rows made these many.
+
+    Raises:
+        UserError: it leaves none.
+    """
+    rows, wanted = len(hashes), _number_of(size, len(hashes))
+    if size and not measured:
+        raise UserError(f"val_size: {size:g} of {rows:,} rows is none: write a number of rows, such as 1")
+    equal = f"equal rows are set aside together, and only {len(np.unique(hashes)):,} of {rows:,} rows differ"
+    if size and measured == rows:
+        why = f" ({equal})" if wanted < rows else ""
+        raise UserError(f"val_size: {size:g} leaves none of {rows:,} rows to learn from{why}: write less, or eval_file")
+    if size and measured >= 2 * wanted:
+        launch.say(f"val_size: {size:g} is {measured:,} rows and not {wanted:,}: {equal}.")
+
+
+def _number_of(size: float, rows: int) -> int:
+    return min(rows, round(size * rows) if size < 1 else int(size))
 
 
 def weighted(split: Split, rows: np.ndarray, seed: int) -> np.ndarray:

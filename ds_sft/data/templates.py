@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ds_sft.config.keys import Config
+from ds_sft.config.keys import TEMPLATES, Config
 from ds_sft.data.answers import A_TEMPLATE_WITH_TOOLS, NO_CALLS, NOT_SEEN, Answers
 from ds_sft.data.bad_row import BadRow
 from ds_sft.data.content import THINKING
@@ -24,7 +24,7 @@ from ds_sft.data.pieces import OPEN, Piece, cut_text, mark_special, special_toke
 from ds_sft.data.records import Dialogue
 from ds_sft.data.shapes import Message
 from ds_sft.data.turns import CALL_FORMS, FIELD, REFUSED, THINK_TAG, CallForm, Renderer, find_turns
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest_value
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDIED = ("the template rewrites an answer", "the template rewrites earlier turns", "no end of turn")
@@ -62,7 +62,10 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"template: {path}: {reason}; expected reference, tokenizer, hermes, or a Jinja file") from None
+        near = nearest_value(str(path), TEMPLATES)
+        meant = f" (did you mean {near}?)" if near else ""
+        expected = f"{', '.join(TEMPLATES)}, or a Jinja file{meant}"
+        raise UserError(f"template: {path}: {reason}; expected {expected}") from None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         with freed_memory_returned() if is_deepspeed_zero3_enabled() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"model_name_or_path: {config.model_name_or_path}: {first_line(error)}") from error
+        raise UserError(f"{_blamed(config, error)}: {first_line(error)}") from error
     if config.quantization == "nf4":
         settle(model)
     elif getattr(model, "is_quantized", False):
@@ -78,6 +78,14 @@ def load_model(config: Config, args: TrainingArguments) -> PreTrainedModel:
         )
     mend_generation_config(model)
     return model
+
+
+def _blamed(config: Config, error: BaseException) -> str:
+    """The key, and its value, for which a model cannot be loaded."""
+    asked = config.attn_implementation
+    if asked is not None and re.search(r"attention|attn|`kernels`", str(error), re.IGNORECASE):
+        return f"attn_implementation: {asked}"
+    return f"model_name_or_path: {config.model_name_or_path}"
 
 
 def say_not_loaded(model: PreTrainedModel, name: str, launch: Launch) -> None:

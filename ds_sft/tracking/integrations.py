@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,7 +93,8 @@ class Integration:
         os.environ["WANDB_MODE"] = "offline"
         if not self.guard.call(importlib.import_module("wandb").teardown, START_SECONDS):  # it has read the variable
             return False
-        print_line("wandb: going on offline (WANDB_MODE=offline); `wandb sync wandb/offline-run-*` uploads it later.")
+        files = shlex.quote(os.environ.get("WANDB_DIR", ".")) + "/wandb/offline-run-*"
+        print_line(f"wandb: going on offline (WANDB_MODE=offline); `wandb sync {files}` uploads it later.")
         return True
 
     def tell(self, event: str, *, seconds: float = LOG_SECONDS, **kwargs: Any) -> None:
@@ -199,3 +201,31 @@ SHOW: dict[str, Callable[[Any, list[str], int], None]] = {
     "tensorboard": _in_tensorboard, "wandb": _in_wandb, "mlflow": _in_mlflow,
 }  # fmt: skip
 END: dict[str, Callable[[str], None]] = {"wandb": _end_wandb, "mlflow": _end_mlflow}
+
+
+# ---- Where each has its files, which would else lie in the folder where the run was started
+
+
+def keep_files_in(folder: Path, name: str) -> None:
+    """Let a tracker write into a run's output folder, unless its own variables say where; the others do by themselves.
+
+    It imports MLflow, which may fail.
+    """
+    if name == "wandb":
+        os.environ.setdefault("WANDB_DIR", str(folder))
+    if name == "mlflow":
+        _keep_mlflow_in(folder.resolve())
+
+
+def _keep_mlflow_in(folder: Path) -> None:
+    """A database and an experiment of its own: only an experiment has a place for the files beside the numbers."""
+    mlflow: Any = importlib.import_module("mlflow")
+    if mlflow.is_tracking_uri_set():
+        return
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(store)
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ds_sft")
+    if mlflow.get_experiment_by_name(experiment) is None:
+        mlflow.create_experiment(experiment, artifact_location=(folder / "mlruns").as_uri())
+    mlflow.set_experiment(experiment)
+    print_line(f"mlflow: `mlflow ui --backend-store-uri {shlex.quote(store)}` shows the curves.")

@@ -10,17 +10,18 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_sft.config.extension import is_dotted, load, require_call
+from ds_sft.config.extension import is_dotted, load, require_call, require_method
 from ds_sft.config.keys import Config
-from ds_sft.errors import UserError
+from ds_sft.errors import UserError, nearest_value
 from ds_sft.ranks.launch import Launch, print_line
 from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard
-from ds_sft.tracking.integrations import NAMES, Integration, missing_package
+from ds_sft.tracking.integrations import NAMES, Integration, keep_files_in, missing_package
 from ds_sft.tracking.public import public_config, without_secrets
 from ds_sft.tracking.swanlab_run import SwanLab
 
@@ -56,10 +57,11 @@ def require_trackers(config: Config) -> None:
         if is_dotted(name):
             _require_own(name)
         elif name not in (*NAMES, "all", "swanlab"):
-            known = ", ".join(("swanlab", *NAMES))
+            known = ("swanlab", *NAMES)
+            near = nearest_value(name, known)
             raise UserError(
-                f"report_to: {name}: expected none, all, my.module:Tracker, or any of {known}; "
-                "several: [swanlab, wandb]"
+                f"report_to: {name}: expected none, all, my.module:Tracker, or any of {', '.join(known)}; "
+                f"{f'did you mean {near}?' if near else 'several: [swanlab, wandb]'}"
             )
         elif name in NAMES and (package := missing_package(name)):
             raise UserError(f"report_to: {name}: it is not installed here: pip install {package}, or leave it out")
@@ -69,8 +71,15 @@ def _require_own(name: str) -> None:
     made = load(name, "report_to")
     require_call(made, name, "report_to")
     lacking = [method for method in ("start", "log", "finish") if not hasattr(made, method)]
-    if isinstance(made, type) and lacking:
+    if not isinstance(made, type):
+        return
+    if lacking:
         raise UserError(f"report_to: {name}: it has no method {', '.join(lacking)}: see docs/extend.md")
+    require_method(made, f"{name}.start", "report_to", "keys", keywords={"resumed": False})
+    require_method(made, f"{name}.log", "report_to", "metrics", "step")
+    require_method(made, f"{name}.finish", "report_to", "state", "error")
+    if hasattr(made, "log_predictions"):
+        require_method(made, f"{name}.log_predictions", "report_to", "texts", "step")
 
 
 class Own:
@@ -152,6 +161,8 @@ class Log:
         """Start the trackers; say once where curves go, and by which key."""
         keys = public_config(self.config)
         for tracker in self.trackers:
+            if isinstance(tracker, Integration):
+                tracker.guard.call(partial(keep_files_in, self.config.output_dir, tracker.name), START_SECONDS)
             tracker.start(keys, resumed=self.resumed)
         if not any(isinstance(tracker, SwanLab) for tracker in self.trackers):
             named = self.config.trackers

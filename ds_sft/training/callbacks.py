@@ -15,7 +15,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from ds_sft.config.extension import callbacks_of, load, require_call, said
+from ds_sft.config.extension import callbacks_of, load, require_call, require_method, said
 from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 
@@ -23,6 +23,10 @@ KEY = "callbacks"
 # What a callback may want: Trainer then has collectives, or none of them on this rank alone.
 WANTED = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 ENDS = WANTED[:2]  # what Trainer obeys in the middle of a step, too
+EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+# What Trainer hands to each of them by name, and to some beside: a method takes what it wants, and **kwargs.
+HANDED = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+BESIDE = {"on_log": ("logs",), "on_evaluate": ("metrics",), "on_predict": ("metrics",)}
 
 
 def make_callbacks(config: Config) -> list[TrainerCallback]:
@@ -48,9 +52,25 @@ def _make(name: str, options: Mapping[str, Any], config: Config) -> TrainerCallb
         raise UserError(f"{KEY}: {name}: making it ends in {said(error)}") from error
     if not isinstance(made, TrainerCallback):
         raise UserError(f"{KEY}: {name}: expected a transformers.TrainerCallback, found {type(made).__name__}")
+    for event in EVENTS:
+        handed = dict.fromkeys((*HANDED, *BESIDE.get(event, ())))
+        require_method(made, f"{name}.{event}", KEY, "args", "state", "control", keywords=handed)
+    if isinstance(made, ExportableState):
+        _require_state(name, made)
     if isinstance(made, EarlyStoppingCallback):
         _require_measure(name, config)
     return made
+
+
+def _require_state(name: str, made: ExportableState) -> None:
+    """A checkpoint keeps the state of a callback: what this is shows at the first save, which may be hours away."""
+    try:
+        state = made.state()
+    except Exception as error:
+        raise UserError(f"{KEY}: {name}.state() ends in {said(error)}") from error
+    if not (isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in ("args", "attributes"))):
+        expected = 'expected {"args": {...}, "attributes": {...}}'
+        raise UserError(f"{KEY}: {name}.state() returned {' '.join(repr(state).split())[:80]}: {expected}")
 
 
 def _require_measure(name: str, config: Config) -> None:

@@ -18,7 +18,7 @@ and leaves these steps out by itself: nothing is watched there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,16 @@ class FiniteTrainer(ResumableTrainer):
     """Trainer that neither keeps nor saves a step whose loss or gradients are not finite; see the module."""
 
     def __init__(
-        self, *args: Any, on_nonfinite: str = "stop", where: Callable[[int], str] = str, **kwargs: Any
+        self,
+        *args: Any,
+        on_nonfinite: str = "stop",
+        where: Callable[[int], str] = str,
+        own_code: Mapping[str, str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """`where` gives FILE:LINE of a row of the training set."""
+        """`where` gives FILE:LINE of a row of the training set; `own_code`: what a user has written -> its key."""
         super().__init__(*args, **kwargs)
-        self.on_nonfinite, self.where = on_nonfinite, where
+        self.on_nonfinite, self.where, self.own_code = on_nonfinite, where, own_code or {}
         self.micro_losses: list[torch.Tensor] = []  # of the step under way, on the device
         self.loss_before: torch.Tensor | None = None  # `_tr_loss` when the step under way began
         self.unclipped_norm: torch.Tensor | None = None  # of a step under ZeRO-0, whose engine does not tell it
@@ -175,21 +180,30 @@ class FiniteTrainer(ResumableTrainer):
         """End the run if a step of which the host did not know yet was not sound; the same on all ranks."""
         reading, self.reading = self.reading, None
         if reading is not None and not reading.sound:
-            self._end(self._trouble(reading), "on_nonfinite: skip would leave the step out")
+            what, every_loss = self._trouble(reading)
+            remedy = "would leave out every step" if every_loss else "would leave the step out"
+            self._end(what, f"on_nonfinite: skip {remedy}", every_loss)
 
-    def _end(self, what: str, remedy: str) -> None:
+    def _end(self, what: str, remedy: str, every_loss: bool) -> None:
         self.finish_save()  # of a sound step
         newest = newest_complete(Path(self.args.output_dir))
         kept = f"{newest.path} is complete" if newest else "no checkpoint was saved before it"
-        raise RunError(
-            f"{what}. Nothing of this step is kept; {kept}. Look at its rows, and at learning_rate; {remedy}"
-        )
+        where = ["learning_rate", *(f"{key}: {name}" for name, key in self.own_code.items())]
+        why = " All losses of the step are none: the weights were no numbers before it, as a rule." * every_loss
+        look = ", and at ".join(where if every_loss else ["its rows", *where])
+        raise RunError(f"{what}. Nothing of this step is kept; {kept}.{why} Look at {look}; {remedy}")
 
-    def _trouble(self, reading: StepValues) -> str:
-        """What is wrong with a step, on which ranks; all ranks must call it."""
-        ranks = enumerate(gather(reading.bad_losses()))
-        found = [(rank, loss, self._rows(reading.step, rank, number)) for rank, bad in ranks for number, loss in bad]
-        return trouble_in_words(reading, found)
+    def _trouble(self, reading: StepValues) -> tuple[str, bool]:
+        """What is wrong with a step, on which ranks, and whether no loss of several is finite; all ranks must call
+        it."""
+        ranks = gather(reading.bad_losses())
+        found = [
+            (rank, loss, self._rows(reading.step, rank, number))
+            for rank, bad in enumerate(ranks)
+            for number, loss in bad
+        ]
+        several = len(reading.losses) * len(ranks) > self.batching.group  # ranks of a group share one
+        return trouble_in_words(reading, found), several and len(found) == len(reading.losses) * len(ranks)
 
     def _rows(self, step: int, rank: int, micro_batch: int) -> list[str]:
         """FILE:LINE of the rows in a micro batch; none where Trainer chose them by itself."""
@@ -223,9 +237,10 @@ class FiniteTrainer(ResumableTrainer):
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        what = self._trouble(reading)
+        what, every_loss = self._trouble(reading)
         if self.skipped_in_a_row == MAX_IN_A_ROW:
-            self._end(what, f"it is step {MAX_IN_A_ROW} of this kind in a row, where on_nonfinite: skip ends, too")
+            remedy = f"it is step {MAX_IN_A_ROW} of this kind in a row, where on_nonfinite: skip ends, too"
+            self._end(what, remedy, every_loss)
         if self.is_deepspeed_enabled:
             assert self.accelerator.optimizer_step_was_skipped, "DeepSpeed applied a norm that is not finite"
         else:

@@ -9,13 +9,14 @@ what lies between two numbers says, so their expected values are those of float3
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ds_sft.config.extension import is_dotted, load, require_call
+from ds_sft.config.extension import is_dotted, load, require_call, said
 from ds_sft.config.keys import MUON, Config
 from ds_sft.errors import UserError
 from ds_sft.ranks.launch import Launch
@@ -58,14 +59,39 @@ def own_optimizer(config: Config) -> type[torch.optim.Optimizer]:
     """The class of the user's that `optim` names.
 
     Raises:
-        UserError: it cannot be had, is none, or does not take the rate and `optim_args`.
+        UserError: it cannot be had, is none, or cannot be made with the rate and `optim_args`.
     """
     name = str(config.training["optim"])
     found = load(name, "optim")
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"optim: {name}: expected a class, a torch.optim.Optimizer, found {found!r:.80}")
-    require_call(found, name, "optim", "params", keywords={"lr": 0.0, **optimizer_options(config)})
+    options = optimizer_options(config)
+    require_call(found, name, "optim", "params", keywords={"lr": 0.0, **options})
+    for option, value in options.items():
+        with suppress(TypeError, ValueError):  # of compiled code, which says no defaults
+            _require_kind(option, value, inspect.signature(found).parameters.get(option))
+    rate = config.training.get("learning_rate", 0.0)
+    try:
+        group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}
+        found([group], lr=rate, **options)  # type: ignore[call-arg]
+    except Exception as error:
+        call = ", ".join([f"lr={rate:g}", *(f"{option}={value}" for option, value in options.items())])
+        raise UserError(f"optim: {name}: making it with {call} ends in {said(error)}") from error
     return found
+
+
+def _require_kind(option: str, value: Any, parameter: inspect.Parameter | None) -> None:
+    """A value of `optim_args` is of the kind of its default, which many classes see in their first step alone.
+
+    Raises:
+        UserError: it is not.
+    """
+    default = parameter.default if parameter is not None else None
+    number = isinstance(default, (int, float))
+    right = isinstance(value, bool) if isinstance(default, bool) else isinstance(value, (int, float)) or not number
+    if not right:
+        expected = "true or false" if isinstance(default, bool) else "a number"
+        raise UserError(f"optim_args: {option}={value}: expected {expected}, as its default is: {default}")
 
 
 def optimizer_options(config: Config) -> dict[str, Any]:

@@ -172,7 +172,8 @@ def test_too_many_in_a_row(folder: Path) -> None:
     (error,) = [line for line in log.splitlines() if line.startswith("ds_sft: ")]
     assert error == (
         "ds_sft: error: step 5: the loss is nan on rank 0 (marked.jsonl:18); nan on rank 0 (marked.jsonl:17, "
-        "marked.jsonl:19, marked.jsonl:20). Nothing of this step is kept; no checkpoint was saved before it. Look at "
-        "its rows, and at learning_rate; it is step 5 of this kind in a row, where on_nonfinite: skip ends, too"
+        "marked.jsonl:19, marked.jsonl:20). Nothing of this step is kept; no checkpoint was saved before it. All "
+        "losses of the step are none: the weights were no numbers before it, as a rule. Look at learning_rate; it "
+        "is step 5 of this kind in a row, where on_nonfinite: skip ends, too"
     )
     assert [(row["step"], row["loss"]) for row in metrics(folder / "every")] == [(n, None) for n in (1, 2, 3, 4)]
