@@ -16,9 +16,11 @@ from itertools import accumulate
 
 from ds_sft.plan.activations import (
     chunk_logits,
+    last_norm,
     layer_activations,
     layer_backward,
     loss_inputs,
+    norm_backward,
     outside_layers,
 )
 from ds_sft.plan.experts import compiled_products
@@ -102,7 +104,7 @@ class Moment:
     parts: dict[str, int]
     layers: int | None = None  # that backward has not reached; None: there are no activations
     inside: int = 0  # 1: backward is in the layer behind these
-    logits: int = 0  # 1: hidden states of supervised tokens; 2: and a chunk of logits
+    behind: int = 0  # all layers: 1: the loss; 2: the gradient of its inputs; 3: of the last norm's
 
     @cached_property
     def size(self) -> int:
@@ -116,7 +118,7 @@ class Activations:
     outside: int
     below: list[int]  # kept of so many layers
     backward: list[int]  # in that of each layer
-    logits: tuple[int, int, int]  # as `Moment.logits` counts
+    behind: tuple[tuple[int, int], ...]  # all layers, and of the loss: as `Moment.behind` counts
     validation: tuple[int, int]
 
     def at(self, moment: Moment) -> tuple[int, int]:
@@ -124,7 +126,8 @@ class Activations:
         if moment.layers is None:
             return self.validation if moment.name == "validation" else (0, 0)
         inside = self.backward[moment.layers] if moment.inside else 0
-        return self.outside + self.below[moment.layers] + inside, self.logits[moment.logits]
+        behind, loss = self.behind[moment.behind]
+        return self.outside + self.below[moment.layers] + inside + behind, loss
 
 
 def _activations(run: Run) -> Activations:
@@ -136,9 +139,14 @@ def _activations(run: Run) -> Activations:
     below = [0, *accumulate(kept)]
     if run.inputs_on_host:
         below = [min(size, between) for size in below]  # the next one to go backward
-    states = loss_inputs(run)
-    logits = (0, states, states + chunk_logits(run, supervised(run)))
-    return Activations(outside_layers(run), below, _of_layers(run, layer_backward), logits, validation(run))
+    norm, inputs = last_norm(run), loss_inputs(run)
+    behind = (
+        (0, 0),
+        (norm, inputs + chunk_logits(run, supervised(run))),
+        (norm + between, inputs),
+        (run.tokens * norm_backward(run, run.shape.hidden), 0),
+    )
+    return Activations(outside_layers(run), below, _of_layers(run, layer_backward), behind, validation(run))
 
 
 def _of_layers(run: Run, ask: Callable[[Run, int], int]) -> list[int]:
@@ -172,11 +180,12 @@ def _backward(run: Run, rank: int, stay: dict[str, int]) -> Iterator[Moment]:
 
     # The projection's gradient is formed in forward.
     at = Reduction(gradients_before(run, rank), head, standing_buckets(run))
-    yield moment("loss", s.layers, at, logits=2)
+    yield moment("loss", s.layers, at, behind=1)
     waiting = head if s.tied else 0  # for the embedding's own, to be added
     done = weights.trained_behind
     at = fullest(reached[:done] or [replace(at, passing=0)])
-    yield moment("output projection", s.layers, at, waiting, logits=1)
+    yield moment("output projection", s.layers, at, waiting, behind=2)
+    yield moment("last norm", s.layers, at, waiting, behind=3)
     for i in reversed(range(weights.first, s.layers)):
         here = weights.trained_in_layers[i]
         at = fullest(reached[done : done + here] or [at])
