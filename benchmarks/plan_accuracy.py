@@ -96,8 +96,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "smooth": {"training": {"label_smoothing_factor": 0.1}},
     "noise": {"training": {"neftune_noise_alpha": 5}},
     "float32": {"training": {"bf16": False}},
-    "validated": {"val_size": 16, "training": VALIDATED},
-    "float32-validated": {"val_size": 16, "training": VALIDATED | {"bf16": False}},
+    "validated": {"training": VALIDATED},
+    "float32-validated": {"training": VALIDATED | {"bf16": False}},
     "shared": {"sequence_parallel": 2},
     "tiled": {"tiled_mlp": "yes"},
     "whole-mlp": {"tiled_mlp": "no"},
@@ -206,7 +206,10 @@ def long_cases() -> Iterator[Case]:
     yield Case(small, "none", 1, True, keys="narrow")
     yield Case(small, "none", 1, True, keys="8bit")
     yield Case(small, "zero2", 2, True, keys="8bit")
+    yield Case(small, "none", 2, True, keys="8bit")
     yield Case(small, "zero3", 2, True, keys="8bit")
+    for layout in ("zero2-offload", "zero3-offload"):
+        yield Case(small, layout, 2, True, accumulation=2)
     yield Case(middle, "none", 1, True, keys="narrow")
     yield Case(middle, "none", 2, True, keys="narrow")
     yield Case(middle, "zero2", 1, True, keys="narrow")
@@ -280,6 +283,8 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         **KEYS[case.keys],
     }
     keys |= keys.pop("training", {})
+    if "eval_strategy" in keys:
+        keys["eval_file"] = rows
     if case.layout != "none":
         keys["deepspeed"] = engine_file(case.layout, folder)
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]

@@ -143,7 +143,7 @@ def _mlp_backward(run: Run, layer: int) -> int:
         inner = run.shape.intermediate
         return _tile_backward(run, layer) if run.tile else run.tokens * gates_backward(run, learned, "mlp", inner)
     sums = adapted_experts(run, learned, experts)  # their gradients are made, for the adapters'
-    return experts_backward(run, experts) + max(sums, default=0)
+    return experts_backward(run, learned, experts) + max(sums, default=0)
 
 
 def _tile_backward(run: Run, layer: int) -> int:
@@ -164,6 +164,8 @@ def outside_layers(run: Run) -> int:
     s = run.shape
     rotated = s.head_dim if s.latent is None else s.latent.rotated
     mask = run.pairs if run.masked and run.sdpa else 0
+    if run.way == "eager":  # as numbers to add; gpt-oss has another for its windows
+        mask = run.pairs * run.width * (1 + s.sinks)
     return run.tokens * (NUMBERS * INDEX + 2 * rotated * run.width) + mask
 
 
