@@ -98,14 +98,14 @@ def _latent_attention(run: Run, learned: Learned) -> int:
     if not run.half:
         kept += latent.rotated * w  # in one with the vector of keys and values
     behind = inputs_kept(run, learned, "self_attn.o_proj") * s.v_size * w
-    if _keeps_scores(run):
+    if keeps_scores(run):
         return kept + (2 * s.q_size + s.v_size) * FP32 + behind
     made = s.v_size if run.way == "eager" else s.heads * (latent.plain + latent.value)
     outputs = 0 if run.way == "eager" or run.lazy else s.v_size * w + s.heads * FP32
     return kept + (2 * s.q_size + made) * w + outputs + (behind if run.row_by_row or run.way == "eager" else 0)
 
 
-def _keeps_scores(run: Run) -> bool:
+def keeps_scores(run: Run) -> bool:
     """Whether a CPU keeps the scores of latent attention."""
     short = run.row_by_row and run.half and run.length <= SHORT_ROW
     return run.shape.latent is not None and run.lazy and run.way != "eager" and not short
@@ -127,6 +127,6 @@ def scores_kept(run: Run) -> int:
 
 def _pairs_kept(run: Run) -> int:
     """Pairs of tokens whose scores latent attention keeps on a CPU."""
-    if not _keeps_scores(run):
+    if not keeps_scores(run):
         return 0
     return run.tokens * run.length if run.row_by_row else run.pairs

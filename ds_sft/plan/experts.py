@@ -32,10 +32,8 @@ def experts_kept(run: Run, learned: Learned, experts: Experts) -> int:
     """
     h, inner, w = run.shape.hidden, experts.intermediate, run.width
     rows = _between(run, learned, experts)
-    if run.lazy:
-        copies = 1 + experts.biased  # of tokens, and the biases of the second matrix
-    else:
-        copies = inputs_kept(run, learned, "mlp.experts.gate_up_proj") + 1
+    # Of tokens, and on a CPU the biases of the second matrix, on a GPU what comes out.
+    copies = 1 + experts.biased if run.lazy else 1 + inputs_kept(run, learned, "mlp.experts.gate_up_proj")
     # Where each pair is, and its expert for the biases; on a GPU also the order's inverse, and its token.
     indices = ((1 if run.lazy else 3) + experts.biased) * INDEX
     pairs = rows * inner * w + copies * h * w + indices

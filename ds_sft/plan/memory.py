@@ -4,7 +4,7 @@ Sizes are bytes, counts are elements. The formulas follow the papers where those
 the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
 `partitioned_param_coordinator.py`), transformers 5.23 (`models/*/modeling_*.py`, `integrations/moe.py`,
 `loss/loss_utils.py`). `benchmarks/plan_accuracy.py` measures them. What is at work at once is here; each part has a
-file: `states.py`, `gradients.py`, `gathered.py`, `activations.py` (`attention.py`, `experts.py`).
+file: `states.py`, `gradients.py`, `gathered.py`, `activations.py` (`attention.py`, `experts.py`), `validation.py`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ from ds_sft.plan.states import (
     host,
     in_share,
     kept_between_layers,
+    muon_step,
     owned,
     states,
     working_copy,
 )
+from ds_sft.plan.validation import validation
 from ds_sft.plan.weights import FP32
 
 # A step of bfloat16 states is computed so many elements at once (`training/optimizer.py`), with nine numbers of 4 bytes
@@ -162,7 +164,9 @@ def _moments(run: Run) -> list[Moment]:
     stay = states(run)
     whole = {"working copy": working_copy(run), "gathered parameters": gathered_at(run)[-1],
              "buckets": standing_buckets(run)}  # fmt: skip
-    found = [Moment("loading", stay | loading(run)), Moment("validation", stay | whole)]
+    # Stage 3 has its buffer of gradients all the time, and no micro batch has left any in others.
+    held = gradients_before(run, 0) if run.engine.stage == 3 else 0
+    found = [Moment("loading", stay | loading(run)), Moment("validation", stay | whole | {"gradients": held})]
     for rank in differing_ranks(run):
         found += [*_backward(run, rank, stay), Moment("optimizer step", stay | step(run, rank))]
     return found
@@ -214,24 +218,16 @@ def step(run: Run, rank: int) -> dict[str, int]:
     else:
         norm = NORM * max((inside for *_, inside in in_share(run, rank)), default=0)
     update = part * run.master + _unpacked(run, part)  # of gradients that were cast, the flat ones are gone
-    return {"gradients": held, "step buffers": max(flat, norm, update), "buckets": standing_buckets(run)}
+    return {
+        "gradients": held,
+        "step buffers": max(flat, norm, update, muon_step(run)),
+        "buckets": standing_buckets(run),
+    }
 
 
 def _unpacked(run: Run, elements: int) -> int:
     """On a CPU bitsandbytes unpacks 8 bits: both moments, the gradient, and two parts of the update, in float32."""
     return 5 * FP32 * elements if run.lazy and run.optimizer == EIGHT_BITS else 0
-
-
-def validation(run: Run) -> tuple[int, int]:
-    """Activations of a validation batch, and a chunk of its logits."""
-    if not run.eval_batch:
-        return 0, 0
-    s, tokens = run.shape, -(-run.eval_batch * run.length // run.sequence)
-    wide = tokens * max(s.hidden, s.intermediate) * 2 * FP32
-    if s.experts is not None:  # sorted tokens, both projections, the product
-        routes = tokens * s.experts.chosen
-        wide = max(wide, routes * (2 * s.hidden + 3 * s.experts.intermediate) * run.width)
-    return wide, chunk_logits(run, tokens)
 
 
 def loading(run: Run) -> dict[str, int]:
