@@ -68,7 +68,8 @@ def _flash_backward(run: Run) -> int:
         return 0
     step = 32 if s.head_dim <= 128 else 64
     padded = -(-s.head_dim // step) * step
-    in_float = (run.tokens + BLOCK * run.micro_batch) * s.heads * (padded + 1) * FP32
+    heads = s.heads / run.sequence  # of all tokens that a group shares
+    in_float = int((run.batch_tokens + BLOCK * run.micro_batch) * heads) * (padded + 1) * FP32
     return in_float + (2 * run.tokens * s.q_size * run.width if s.heads != s.kv_heads else 0)
 
 

@@ -39,20 +39,20 @@ def _kinds(run: Run) -> set[Experts | None]:
 
 
 def _attention(run: Run) -> int:
-    """Of attention: while keys are rotated, or its scores where it has them; or of the norm before it.
+    """Of attention: while queries or keys are rotated, or its scores where it has them; or of a norm.
 
     Beside them hidden states: embeddings, the layer's, what the norm made.
     """
     s, w = run.shape, run.width
     keys = s.kv_size if s.latent is None else s.q_size
-    rotating = run.tokens * (2 * s.q_size + 5 * keys) * w  # rotated queries, and three parts of the keys'
+    rotating = run.tokens * w * max(4 * s.q_size + 2 * keys, 2 * s.q_size + 5 * keys)  # three parts of what is rotated
     scores = 0
     if run.way == "eager":
         scores = run.pairs * s.heads * (3 * w if s.sinks else 2 * FP32 + w * run.half)
     elif keeps_scores(run):
         pairs = run.length**2 if run.row_by_row else run.pairs
         scores = pairs * s.heads * 2 * FP32 + run.tokens * (2 * s.q_size + s.v_size) * FP32
-    norm = run.tokens * s.hidden * 2 * FP32
+    norm = run.tokens * max(s.hidden * 2 * FP32, s.head_norms * s.q_size * (2 * FP32 + w))
     return 3 * kept_between_layers(run) + max(rotating + scores, norm)
 
 
