@@ -93,6 +93,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "offload": {"training": {"activation_checkpointing": "offload"}},
     "8bit": {"training": {"optim": "adamw_8bit"}},
     "muon": {"training": {"optim": "muon", "max_grad_norm": 0}},
+    "apart": {"training": {"optim": "adamw_torch"}},
     "smooth": {"training": {"label_smoothing_factor": 0.1}},
     "noise": {"training": {"neftune_noise_alpha": 5}},
     "float32": {"training": {"bf16": False}},
@@ -233,7 +234,8 @@ def measuring_cases() -> Iterator[Case]:
         yield Case(small, layout, ranks, True, keys="validated")
     yield Case(big, "zero3", 2, True, keys="validated")
     yield Case("qwen3-moe-60m", "none", 1, True, keys="validated")
-    for keys in ("float32", "float32-validated"):
+    yield Case(small, "zero2", 2, True, keys="apart")
+    for keys in ("apart", "float32", "float32-validated"):
         yield Case(small, "none", 1, True, keys=keys)
 
 

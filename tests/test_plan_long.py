@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,20 @@ def test_muon_has_one_state_of_a_matrix() -> None:
     assert not alone.refused
 
 
+def test_an_optimizer_without_a_kernel_of_its_own_has_roots() -> None:
+    """On a GPU of all second moments at once; on a CPU an embedding's with its quotient, and the quotient before."""
+    none, zero = (partial(run, stage, fused_steps=False) for stage in (None, 2))
+    largest, share = 64_000, PARAMETERS // 4
+
+    def more(asked: Run) -> int:
+        return step(asked, 0)["step buffers"] - step(replace(asked, fused_steps=True), 0)["step buffers"]
+
+    assert more(none()) == 4 * PARAMETERS
+    assert more(none(lazy=True)) == 4 * 3 * largest
+    assert step(zero(), 0)["step buffers"] == 4 * share + 4 * share  # gradients in float32, and roots
+    assert step(zero(lazy=True), 0)["step buffers"] == 4 * share + 2 * 4 * share
+
+
 def test_deepspeeds_muon_has_more_than_momentum() -> None:
     """Stages 1 and 2: what it made of gradients, beside the buffer of all of them. Stage 3: gathered matrices, which it
     keeps, and while it updates them their gradients, their momentum and a rank's part of that."""
@@ -213,7 +228,7 @@ def test_a_tile_of_the_mlp_is_there_at_a_time() -> None:
     assert (tiled.tile, whole.tile) == (4096, None)
     assert layer_activations(whole) - layer_activations(tiled) == 32_768 * 4 * 2048 * 2
     beside = 2 * 32_768 * 64 * 2
-    made = 4096 * 6 * 2048 * 2 + 3 * 64 * 2048 * (4 + 2) + 2 * 32_768 * 64 * 2
+    made = 4096 * 6 * 2048 * 2 + 3 * 64 * 2048 * (4 + 2) + 32_768 * 64 * 2
     assert layer_backward(tiled, 0) == layer_activations(tiled) + beside + made
     asked = replace(tiled, checkpointing=False)
     assert asked.tile is None  # auto leaves a product more out

@@ -157,7 +157,7 @@ def test_validation_of_experts(family: str, experts: str, wider: int) -> None:
     model = model_of(family, keys, half=True, attention=attention, experts=experts)
     run = run_of(family, keys, checkpointing=True, half=True, attention=attention, lazy=experts == NAME, eval_batch=1)
     measured = evaluation(model, attention=attention)
-    assert 0.9 < sum(validation(run)) / measured < 1.15
+    assert 0.88 < sum(validation(run)) / measured < 1.15
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def _mlp_backward(run: Run, layer: int) -> int:
 
 
 def _tile_backward(run: Run, layer: int) -> int:
-    """A tile of the MLP computed again with its gradients, all tokens' output and gradient, and sums of its weights'.
+    """A tile of the MLP computed again with its gradients, that of all tokens' input, and sums of its weights'.
 
     These are float32, and at the end there in the dtype that computes, too.
     """
@@ -156,7 +156,7 @@ def _tile_backward(run: Run, layer: int) -> int:
     gates = (gates_kept, gates_backward)
     tile = run.tile * sum(ask(run, learned, "mlp", s.intermediate) for ask in gates)
     sums = sum(w.size for w in run.weights.of_layer(layer) if w.trained and ".mlp." in w.name)
-    return tile + sums * (FP32 + run.width) + 2 * run.tokens * s.hidden * run.width
+    return tile + sums * (FP32 + run.width) + kept_between_layers(run)
 
 
 def outside_layers(run: Run) -> int:
@@ -176,9 +176,10 @@ def last_norm(run: Run) -> int:
 
 
 def chunk_logits(run: Run, tokens: int) -> int:
-    """Logits of a chunk (`model/loss.py`), as the product leaves them, and on a CPU in float32 too."""
+    """Logits of a chunk (`model/loss.py`), as the product leaves them; in float32 too on a CPU, and where labels are
+    smoothed, which the kernel of a GPU does not."""
     chunk = min(tokens, max(1, CHUNK_BYTES // (FP32 * run.shape.vocab)))
-    return chunk * run.shape.vocab * (run.width + (FP32 if run.half and run.lazy else 0))
+    return chunk * run.shape.vocab * (run.width + (FP32 if run.half and (run.lazy or run.smoothed) else 0))
 
 
 def loss_inputs(run: Run) -> int:

@@ -209,20 +209,30 @@ def step(run: Run, rank: int) -> dict[str, int]:
     held = step_gradients(run, rank)
     chunk = CHUNK_BYTES * min(CHUNK if run.lazy else CHUNK_ON_GPU, share) if run.narrow else 0
     if engine.stage is None or engine.offload_optimizer:
+        made = chunk + _unpacked(run, max(run.weights.trained)) + _roots(run, run.weights.trained)
         return {"gradients": held, "buckets": standing_buckets(run), "working copy": copy_that_stays(run),
-                "step buffers": chunk + _unpacked(run, max(run.weights.trained))}  # fmt: skip
+                "step buffers": made}  # fmt: skip
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != run.master else run.weight) + chunk
     if engine.stage == 3:
         norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in in_share(run, rank)), default=0)
-    update = part * run.master + _unpacked(run, part)  # of gradients that were cast, the flat ones are gone
-    return {
-        "gradients": held,
-        "step buffers": max(flat, norm, update, muon_step(run)),
-        "buckets": standing_buckets(run),
-    }
+    update = part * run.master  # of gradients that were cast, the flat ones are gone
+    update += _unpacked(run, part) + _roots(run, [part])
+    made = max(flat, norm, update, muon_step(run))
+    return {"gradients": held, "step buffers": made, "buckets": standing_buckets(run)}
+
+
+def _roots(run: Run, sizes: list[int]) -> int:
+    """Of AdamW without a kernel of its own: a root of each second moment.
+
+    On a GPU of all at once; on a CPU one after the other, each with its quotient beside the quotient before.
+    """
+    if run.fused_steps or run.narrow or run.engine.offload_optimizer:
+        return 0
+    largest, second, *_ = [*sorted(sizes, reverse=True), 0]
+    return FP32 * (2 * largest + second if run.lazy else sum(sizes))
 
 
 def _unpacked(run: Run, elements: int) -> int:

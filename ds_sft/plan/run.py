@@ -59,6 +59,8 @@ class Run:
     tiling: str = "auto"  # `tiled_mlp`
     optimizer: str = ADAMW  # or another of `plan/optimizer.py`
     clipped: bool = False  # gradients (`max_grad_norm`)
+    fused_steps: bool = True  # the optimizer steps in one kernel (`optim: adamw_torch` does not)
+    smoothed: bool = False  # labels (`label_smoothing_factor`)
     narrow: bool = False  # weights, gradients and states are bfloat16 (`optimizer_dtype`)
 
     @property
