@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ds_sft.plan.activations import (
     chunk_logits,
@@ -231,8 +231,8 @@ def _roots(run: Run, sizes: list[int]) -> int:
     """
     if run.fused_steps or run.narrow or run.engine.offload_optimizer:
         return 0
-    largest, second, *_ = [*sorted(sizes, reverse=True), 0]
-    return FP32 * (2 * largest + second if run.lazy else sum(sizes))
+    beside = max(before + 2 * size for before, size in pairwise([0, *sizes]))
+    return FP32 * (beside if run.lazy else sum(sizes))
 
 
 def _unpacked(run: Run, elements: int) -> int:
