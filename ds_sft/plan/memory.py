@@ -231,7 +231,7 @@ def _roots(run: Run, sizes: list[int]) -> int:
     """
     if run.fused_steps or run.narrow or run.engine.offload_optimizer:
         return 0
-    beside = max(before + 2 * size for before, size in pairwise([0, *sizes]))
+    beside = max((before + 2 * size for before, size in pairwise([0, *sizes])), default=0)
     return FP32 * (beside if run.lazy else sum(sizes))
 
 
