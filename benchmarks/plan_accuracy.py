@@ -24,33 +24,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ds_sft.config.keys import Config  # noqa: E402
-from ds_sft.plan.layouts import shipped_engine  # noqa: E402
+from ds_sft.config.keys import TRAINING_DEFAULTS, Config  # noqa: E402
+from ds_sft.plan.layouts import run_of, shipped_engine  # noqa: E402
 from ds_sft.plan.memory import model_states, peak  # noqa: E402
-from ds_sft.plan.optimizer import planned_optimizer  # noqa: E402
-from ds_sft.plan.run import Run  # noqa: E402
 from ds_sft.plan.shape import read_shape  # noqa: E402
-from ds_sft.plan.weights import choice_of  # noqa: E402
 
 MIB = 2**20
 # Modules imported and threads started after the baseline, the same for a model of any size: what the cases `nothing`
 # take, a model of 70,000 parameters.
-RUNTIME = {"none": 25 * MIB}
+RUNTIME = {"none": 35 * MIB}
 DEEPSPEED_RUNTIME = 18 * MIB
-ADAPTER_RUNTIME = {"none": 14 * MIB}  # the same of adapters, on top
+ADAPTER_RUNTIME = {"none": 9 * MIB}  # the same of adapters, on top
 ADAPTER_DEEPSPEED_RUNTIME = 8 * MIB
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
 MODELS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> family, SIZES
     "nothing": ("qwen3", (64, 128, 1, 2, 1, 32, 320, True)),
     "qwen3-10m": ("qwen3", (256, 768, 8, 8, 4, 32, 16384, True)),
+    "llama-5m-wide": ("llama", (256, 2048, 2, 4, 2, 64, 2048, False)),
     "llama-30m": ("llama", (384, 1024, 6, 6, 2, 64, 32000, False)),
     "qwen3-50m-big-vocab": ("qwen3", (256, 1024, 10, 8, 2, 64, 151936, True)),
     "llama-90m-big-vocab": ("llama", (256, 1024, 10, 4, 2, 64, 151936, False)),
@@ -78,6 +76,7 @@ MIXTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 }  # fmt: skip
 LAYOUTS = {"none": "no DeepSpeed", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3",
            "zero2-offload": "ZeRO-2 offload", "zero3-offload": "ZeRO-3 offload"}  # fmt: skip
+VALIDATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 16}
 # Keys of a case, by the last word of its name: what it trains, of LoRA's rank 16 on all linear layers where nothing
 # else is said, and how.
 KEYS: dict[str, dict[str, Any]] = {
@@ -93,6 +92,13 @@ KEYS: dict[str, dict[str, Any]] = {
     "narrow": {"optimizer_dtype": "bfloat16"},
     "offload": {"training": {"activation_checkpointing": "offload"}},
     "8bit": {"training": {"optim": "adamw_8bit"}},
+    "muon": {"training": {"optim": "muon", "max_grad_norm": 0}},
+    "apart": {"training": {"optim": "adamw_torch"}},
+    "smooth": {"training": {"label_smoothing_factor": 0.1}},
+    "noise": {"training": {"neftune_noise_alpha": 5}},
+    "float32": {"training": {"bf16": False}},
+    "validated": {"training": VALIDATED},
+    "float32-validated": {"training": VALIDATED | {"bf16": False}},
     "shared": {"sequence_parallel": 2},
     "tiled": {"tiled_mlp": "yes"},
     "whole-mlp": {"tiled_mlp": "no"},
@@ -146,7 +152,7 @@ def subset() -> list[Case]:
     cases += [Case(middle, "none", 1, False), *(Case(middle, layout, 2, True) for layout in offload)]
     cases += [Case("qwen3-200m", layout, 2, True) for layout in main]
     cases += [Case("qwen3-600m-big-vocab", layout, 1, True) for layout in main]
-    cases += [*adapter_cases(), *mixture_cases(), *long_cases()]
+    cases += [*adapter_cases(), *mixture_cases(), *long_cases(), *measuring_cases()]
     order = [*MODELS, *MIXTURES]
     return sorted(cases, key=lambda case: order.index(case.model))
 
@@ -201,36 +207,51 @@ def long_cases() -> Iterator[Case]:
     yield Case(small, "none", 1, True, keys="narrow")
     yield Case(small, "none", 1, True, keys="8bit")
     yield Case(small, "zero2", 2, True, keys="8bit")
+    yield Case(small, "none", 2, True, keys="8bit")
+    yield Case(small, "zero3", 2, True, keys="8bit")
+    for layout in ("zero2-offload", "zero3-offload"):
+        yield Case(small, layout, 2, True, accumulation=2)
     yield Case(middle, "none", 1, True, keys="narrow")
+    yield Case(middle, "none", 2, True, keys="narrow")
     yield Case(middle, "zero2", 1, True, keys="narrow")
-    for keys in ("tiled", "whole-mlp", "offload"):
-        yield Case(small, "none", 1, True, micro_batch=1, length=8192, keys=keys)
-    yield Case(small, "zero3", 1, True, micro_batch=1, length=8192, keys="tiled")
+    for layout, ranks in (("none", 1), ("none", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)):
+        yield Case(small, layout, ranks, True, keys="muon")
+    yield Case(small, "zero2", 2, True, micro_batch=1, length=8192, keys="shared")
+    for keys in ("tiled", "whole-mlp"):
+        yield Case("llama-5m-wide", "none", 1, True, micro_batch=1, length=8192, keys=keys)
+    for layout in ("none", "zero2", "zero3"):
+        yield Case("llama-5m-wide", layout, 2, True, micro_batch=1, length=8192, keys="tiled")
+    yield Case(small, "none", 1, True, micro_batch=1, length=2048, keys="offload")
+
+
+def measuring_cases() -> Iterator[Case]:
+    """What is done to the loss, to embeddings, and beside training."""
+    small, big = "llama-30m", "qwen3-50m-big-vocab"
+    yield Case(big, "none", 1, True, keys="smooth")
+    yield Case(small, "none", 1, True, micro_batch=16, keys="noise")
+    yield Case(small, "none", 1, True, micro_batch=16)
+    for layout, ranks in (("none", 1), ("none", 2), ("zero2", 2), ("zero3", 2)):
+        yield Case(small, layout, ranks, True, keys="validated")
+    yield Case(big, "zero3", 2, True, keys="validated")
+    yield Case("qwen3-moe-60m", "none", 1, True, keys="validated")
+    yield Case(small, "zero2", 2, True, keys="apart")
+    for keys in ("apart", "float32", "float32-validated"):
+        yield Case(small, "none", 1, True, keys=keys)
 
 
 def predicted(case: Case, model: Path, *, lazy: bool, learned: float = 1.0) -> tuple[int, int]:
     """Bytes of the fullest rank: the states when the optimizer is about to step, and the peak."""
     shape = read_shape(str(model))
-    config = Config(model_name_or_path=str(model), train_file="", **KEYS[case.keys])
-    run = Run(
-        shape=shape,
-        engine=shipped_engine(LAYOUTS[case.layout], shape),
-        ranks=case.ranks,
-        micro_batch=case.micro_batch,
-        length=case.length,
-        accumulation=case.accumulation,
-        checkpointing=case.checkpointing,
-        half=True,
-        flat=True,
-        learned=learned,
-        lazy=lazy,
-        choice=choice_of(config),
-        sequence=config.sequence_parallel,
-        tiling=config.tiled_mlp,
-        inputs_on_host=config.offloads and not lazy,
-        optimizer=planned_optimizer(config),
-        narrow=config.optimizer_dtype == "bfloat16",
-    )
+    training = TRAINING_DEFAULTS | {
+        "per_device_train_batch_size": case.micro_batch,
+        "gradient_accumulation_steps": case.accumulation,
+        "activation_checkpointing": case.checkpointing,
+    }
+    keys = KEYS[case.keys]
+    keys = {**keys, "training": training | keys.get("training", {})}
+    config = Config(model_name_or_path=str(model), train_file="", max_length=case.length, **keys)
+    engine = shipped_engine(LAYOUTS[case.layout], shape)
+    run = replace(run_of(config, shape, engine, case.ranks, lazy=lazy), learned=learned)
     memory, runtime = peak(run), RUNTIME.get(case.layout, DEEPSPEED_RUNTIME)
     if run.choice.adapter != "none":
         runtime += ADAPTER_RUNTIME.get(case.layout, ADAPTER_DEEPSPEED_RUNTIME)
@@ -264,6 +285,8 @@ def measure(case: Case, model: Path, folder: Path) -> list[dict[str, Any]]:
         **KEYS[case.keys],
     }
     keys |= keys.pop("training", {})
+    if "eval_strategy" in keys:
+        keys["eval_file"] = rows
     if case.layout != "none":
         keys["deepspeed"] = engine_file(case.layout, folder)
     flags = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]

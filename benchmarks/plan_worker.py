@@ -159,11 +159,14 @@ def main() -> None:
     import ds_sft.export.weights
     import ds_sft.model.load
     from ds_sft import train
+    from ds_sft.training.muon import MuonAndAdamW
     from ds_sft.training.optimizer import StochasticAdamW
+    from ds_sft.training.trainer import SFTTrainer
 
     around(ds_sft.model.load, "load_model", recorder.start, lambda _: (give_back_memory(), recorder.mark("engine")))
     around(train, "load_model_to_train", lambda: None, own_frozen)
     around(transformers.Trainer, "compute_loss", lambda: recorder.mark("forward"))
+    around(SFTTrainer, "evaluate", lambda: recorder.mark("validation"), lambda _: recorder.mark("after"))
     around(accelerate.Accelerator, "backward", lambda: recorder.mark("backward"), lambda _: recorder.mark("after"))
 
     def step() -> None:
@@ -179,7 +182,7 @@ def main() -> None:
     else:
         import bitsandbytes
 
-        for optimizer in (torch.optim.AdamW, StochasticAdamW, bitsandbytes.optim.AdamW):
+        for optimizer in (torch.optim.AdamW, MuonAndAdamW, StochasticAdamW, bitsandbytes.optim.AdamW):
             around(optimizer, "step", step, lambda _: recorder.mark("after"))
 
     def end() -> None:

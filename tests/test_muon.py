@@ -54,7 +54,7 @@ def test_it_is_torchs_two(model: Any) -> None:
     two = [
         torch.optim.Muon([named[name] for name in MATRICES], 1e-3, 0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([{"params": [p for p in rest if p.ndim > 1]},
-                           {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}], **OPTIONS),
+                           {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}], fused=True, **OPTIONS),
     ]  # fmt: skip
     learn(model, [muon_of(model, **OPTIONS)], range(4))
     learn(other, two, range(4))

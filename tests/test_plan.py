@@ -106,6 +106,7 @@ def test_offloading_moves_states_to_the_host() -> None:
 def test_logits_are_those_of_a_chunk() -> None:
     """As the product leaves them, and on a CPU in float32 too."""
     assert chunk_logits(run(2), 256) == 256 * 1000 * 2
+    assert chunk_logits(run(2, smoothed=True), 256) == 256 * 1000 * (4 + 2)  # no kernel smooths labels
     assert chunk_logits(run(2, lazy=True), 256) == 256 * 1000 * (4 + 2)
     assert chunk_logits(run(2, lazy=True), 10**6) == CHUNK_BYTES // 4000 * 1000 * (4 + 2)
 

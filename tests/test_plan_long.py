@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from ds_sft.plan.cost import exchanged, step_flops, traffic
 from ds_sft.plan.disk import checkpoint_bytes
 from ds_sft.plan.fits import QWEN3, last_with_room, qwen3
 from ds_sft.plan.gathered import gathered_at
-from ds_sft.plan.gradients import Reduction, reductions
+from ds_sft.plan.gradients import Reduction, reductions, standing_buckets, step_gradients
 from ds_sft.plan.layouts import LAYOUTS, run_of, shipped_engine
 from ds_sft.plan.memory import model_states, peak, step
 from ds_sft.plan.optimizer import StateBytes, planned_optimizer
 from ds_sft.plan.recommend import Way, ways
 from ds_sft.plan.run import TILE, TILED_FROM, Engine, Run
 from ds_sft.plan.shape import Shape
-from ds_sft.plan.states import PINNED, host, moments, states
+from ds_sft.plan.states import MUON_KEPT, PINNED, host, moments, muon_gathered, muon_step, states
 
 SHAPE = Shape(family="llama", hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=1000,
               tied=False)  # fmt: skip
@@ -131,6 +132,32 @@ def test_muon_has_one_state_of_a_matrix() -> None:
     assert not alone.refused
 
 
+def test_an_optimizer_without_a_kernel_of_its_own_has_roots() -> None:
+    """On a GPU of all second moments at once; on a CPU the head's with its quotient, and that of the norm before it."""
+    none, zero = (partial(run, stage, fused_steps=False) for stage in (None, 2))
+    share = PARAMETERS // 4
+
+    def more(asked: Run) -> int:
+        return step(asked, 0)["step buffers"] - step(replace(asked, fused_steps=True), 0)["step buffers"]
+
+    assert more(none()) == 4 * PARAMETERS
+    assert more(none(lazy=True)) == 4 * (2 * 64_000 + 64)
+    assert step(zero(), 0)["step buffers"] == 4 * share + 4 * share  # gradients in float32, and roots
+    assert step(zero(lazy=True), 0)["step buffers"] == 4 * share + 2 * 4 * share
+
+
+def test_deepspeeds_muon_has_more_than_momentum() -> None:
+    """Stages 1 and 2: what it made of gradients, beside the buffer of all of them. Stage 3: gathered matrices, which it
+    keeps, and while it updates them their gradients, their momentum and a rank's part of that."""
+    hidden, keys = 2 * MATRICES, {"optimizer": "muon", "lazy": True}
+    assert step_gradients(run(2, **keys), 0) - step_gradients(run(2, lazy=True), 0) == hidden // 4 * 2
+    assert standing_buckets(run(3, **keys)) - standing_buckets(run(3, lazy=True)) == hidden * 2 + hidden // 4 * 2
+    assert muon_step(run(3, **keys)) == 2 * hidden * 2 + hidden // 4 * 2
+    large = run(3, shape=replace(SHAPE, hidden=2048, intermediate=65_536, layers=4), **keys)
+    assert muon_gathered(large) == MUON_KEPT  # of 3.2 GB of matrices
+    assert muon_step(run(3, 1, **keys)) == muon_gathered(run(3, 1, **keys)) == 0  # nobody to gather from
+
+
 def test_checkpoints_have_the_states_that_there_are() -> None:
     narrow = StateBytes(2, 4)
     assert checkpoint_bytes(SHAPE, stage=None, weight_bytes=2, kept=narrow) == 6 * PARAMETERS
@@ -146,19 +173,39 @@ def test_ranks_that_share_a_row_have_a_part_of_its_tokens() -> None:
     own."""
     shared = run(2, length=130, sequence=4)
     assert (shared.tokens, shared.groups) == (33, 1)
-    assert outside_layers(shared) == 33 * (64 * (4 + 2 * 2) + 64 * 2)
+    assert outside_layers(shared) == 33 * (3 * 8 + 2 * 16 * 2)  # three numbers, sines and cosines
     alone = layer_activations(run(2, length=33))
     assert layer_activations(shared) - alone == 33 * 2 * 2 * (4 - 2) * 16
 
 
-def test_attention_is_the_fullest_moment_where_its_layer_has_no_large_mlp() -> None:
-    """Gradients of queries, keys, values and output; those who share a row have the first three twice."""
-    assert attention_backward(run(2)) == 128 * (64 + 64 + 2 * 32) * 2
-    assert attention_backward(run(2, sequence=2)) == 64 * (64 + 2 * (64 + 2 * 32)) * 2
-    narrow = replace(SHAPE, intermediate=8)
-    kept = layer_activations(run(2, shape=narrow))
-    mlp = 128 * 4 * 8 * 2
-    assert layer_backward(run(2, shape=narrow), 0) == kept - mlp + 128 * 2 * 64 * 4 + 128 * (64 + 64 + 2 * 32) * 2
+def test_gradients_of_attention() -> None:
+    """Of queries, keys, values and output; those who share a row have the first three twice."""
+    assert attention_backward(run(2, lazy=True)) == 128 * (64 + 64 + 2 * 32) * 2
+    assert attention_backward(run(2, sequence=2, lazy=True)) == 64 * (64 + 2 * (64 + 2 * 32)) * 2
+
+
+def test_the_kernel_of_a_gpu_has_gradients_of_its_own() -> None:
+    """Of queries in float32, heads of 16 filled up to 32, a block of 128 more a row; of keys and values for each of 4
+    query heads."""
+    on_a_cpu = attention_backward(run(2, lazy=True))
+    assert attention_backward(run(2)) - on_a_cpu == (128 + 128) * 4 * (32 + 1) * 4 + 2 * 128 * 64 * 2
+    assert attention_backward(run(2, half=False)) == attention_backward(run(2, half=False, lazy=True))
+
+
+def test_the_fullest_moment_of_a_layers_backward() -> None:
+    """In the MLP, in the norm before it, or in attention; beside it the residual's gradient and the layer's input."""
+    norm, beside = 128 * (64 * (4 + 2 + 2) + 4), 2 * 128 * 64 * 2
+
+    def found(intermediate: int, heads: int = 4) -> tuple[int, int]:
+        asked = run(2, shape=replace(SHAPE, intermediate=intermediate, heads=heads), lazy=True)
+        return layer_activations(asked), layer_backward(asked, 0) - beside
+
+    kept, most = found(1024)
+    assert most == kept + 128 * 2 * 1024 * 2  # both factors' gradients, while the product's takes the product's place
+    kept, most = found(8)
+    assert most == kept - 128 * 4 * 8 * 2 - norm + 128 * 6 * 64 * 4
+    kept, most = found(8, heads=64)
+    assert most == kept - 128 * 4 * 8 * 2 - norm + 128 * (2 * 1024 + 2 * 32) * 2
 
 
 def test_inputs_of_layers_wait_on_the_host() -> None:
@@ -176,17 +223,17 @@ def test_inputs_of_layers_wait_on_the_host() -> None:
 
 def test_a_tile_of_the_mlp_is_there_at_a_time() -> None:
     """32,768 tokens in 8 tiles: intermediates of one, gradients of three matrices in float32, output and gradient."""
-    keys: dict[str, Any] = {"shape": WIDE, "length": 32_768}
+    keys: dict[str, Any] = {"shape": replace(SHAPE, intermediate=2048), "length": 32_768}
     tiled, whole = run(2, **keys), run(2, tiling="no", **keys)
     assert (tiled.tile, whole.tile) == (4096, None)
-    assert layer_activations(whole) - layer_activations(tiled) == 32_768 * 4 * 256 * 2
-    residual = 32_768 * 2 * 64 * 4
-    made = 4096 * (4 + 3) * 256 * 2 + 3 * 64 * 256 * (4 + 2) + 2 * 32_768 * 64 * 2
-    assert layer_backward(tiled, 0) == layer_activations(tiled) + residual + made
+    assert layer_activations(whole) - layer_activations(tiled) == 32_768 * 4 * 2048 * 2
+    beside = 2 * 32_768 * 64 * 2
+    made = 4096 * 6 * 2048 * 2 + 3 * 64 * 2048 * (4 + 2) + 32_768 * 64 * 2
+    assert layer_backward(tiled, 0) == layer_activations(tiled) + beside + made
     asked = replace(tiled, checkpointing=False)
     assert asked.tile is None  # auto leaves a product more out
     assert step_flops(replace(asked, tiling="yes")) - step_flops(replace(whole, checkpointing=False)) == (
-        32_768 * 6 * 2 * 64 * 256
+        32_768 * 6 * 2 * 64 * 2048
     )
     assert step_flops(tiled) == step_flops(whole)
 
@@ -320,7 +367,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("0.6B", 8192, ("--gpus-per-node", "1", "--gpu-memory", "24GB"), ("no DeepSpeed", 4, 1, "yes", 1)),
         ("8B", 32_768, ("--gpus-per-node", "8", "--gpu-memory", "80GB"), ("ZeRO-2", 2, 2, "yes", 1)),
         ("4B", 262_144, ("--gpus-per-node", "1", "--gpu-memory", "141GB"), ("no DeepSpeed", 1, 4, "offload", 1)),
-        ("8B", 262_144, ("--gpus-per-node", "8", "--gpu-memory", "80GB"), ("ZeRO-2", 1, 8, "offload", 2)),
+        ("8B", 393_216, ("--gpus-per-node", "8", "--gpu-memory", "80GB"), ("ZeRO-3", 1, 8, "offload", 2)),
     ],
 )
 def test_recommended(
@@ -467,7 +514,7 @@ def test_six_layouts_have_room_in_80_signs(
 
 def test_the_recommended_keys_are_written(planned: Planned) -> None:
     words = ("--gpus-per-node", "2", "--gpu-memory", "80GB", "--write", "planned.yaml")
-    best = planned(qwen3("4B"), *words, max_length=262_144)["recommended"]
+    best = planned(qwen3("4B"), *words, max_length=393_216)["recommended"]
     assert (best["activation_checkpointing"], best["sequence_parallel"]) == ("offload", 2)
     written = load_config(["--config", "planned.yaml"])
     assert (written.offloads, written.sequence_parallel) == (True, 2)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ds_sft.plan.attention import attention_backward, attention_kept, scores_kept
+from ds_sft.plan.attention import INDEX, attention_backward, attention_kept, scores_kept
 from ds_sft.plan.blocks import Experts
 from ds_sft.plan.experts import adapted_experts, experts_backward, experts_kept
-from ds_sft.plan.run import Run, gates_kept, inputs_kept, supervised
+from ds_sft.plan.run import Run, gates_backward, gates_kept, inputs_kept, supervised
 from ds_sft.plan.states import kept_between_layers
 from ds_sft.plan.weights import FP32, Learned
 
@@ -13,6 +13,7 @@ from ds_sft.plan.weights import FP32, Learned
 # time is the same from 128 tokens on; a GPU reads the weight three times and its gradient once a chunk, which takes as
 # long as the products of some 300 tokens (H100: 3.3 TB/s, 800 TFLOP/s).
 CHUNK_BYTES = 256 * 2**20
+NUMBERS = 3  # of each token: its id, position and label
 
 
 def layer_activations(run: Run, layer: int = 0) -> int:
@@ -26,7 +27,8 @@ def layer_activations(run: Run, layer: int = 0) -> int:
     if layer < run.weights.first:
         return 0
     learned, mixture = run.weights.learned(layer), run.shape.experts_in(layer)
-    kept = _norms(run, learned, mixture) + attention_kept(run, learned) + _adapters(run, layer)
+    norms = _norm_before(run, learned) + _norm_behind(run, learned, mixture)
+    kept = norms + attention_kept(run, learned) + _adapters(run, layer)
     return run.tokens * kept + _mlp_kept(run, learned, mixture) + scores_kept(run)
 
 
@@ -52,17 +54,25 @@ def _adapters(run: Run, layer: int) -> int:
     return kept
 
 
-def _norms(run: Run, learned: Learned, experts: Experts | None) -> int:
-    """Both norms of a layer and the input of the matrices behind them, a token."""
+def _norm(run: Run, learned: Learned, name: str, *, used: bool) -> int:
+    """A norm of hidden states, a token; `used`: matrices behind it keep what comes out."""
     h, w = run.shape.hidden, run.width
-    behind = run.tile is not None or inputs_kept(run, learned, *_behind_norm(run, experts))
-    outputs = inputs_kept(run, learned, *_of_attention(run)) + behind
     if run.fused:  # the residual, output, a factor
-        return (2 + outputs) * h * w + 2 * FP32
-    # In 16 bits a float32 copy, normalised, output; else the residual itself. And two float32 factors.
-    normalised = ("input_layernorm" in learned) + ("post_attention_layernorm" in learned)
+        return (1 + used) * h * w + FP32
+    # In 16 bits a float32 copy, normalised, output; else the residual itself. And a float32 factor.
     wide = FP32 if run.shape.sinks else w  # gpt-oss multiplies by the norm's weight before it casts
-    return 2 * (h * FP32 + FP32) + (normalised * wide + outputs * w) * h
+    return (FP32 + (name in learned) * wide + used * w) * h + FP32
+
+
+def _norm_before(run: Run, learned: Learned) -> int:
+    """The norm before attention, a token."""
+    return _norm(run, learned, "input_layernorm", used=inputs_kept(run, learned, *_of_attention(run)))
+
+
+def _norm_behind(run: Run, learned: Learned, experts: Experts | None) -> int:
+    """The norm behind attention, a token."""
+    used = run.tile is not None or inputs_kept(run, learned, *_behind_norm(run, experts))
+    return _norm(run, learned, "post_attention_layernorm", used=used)
 
 
 def _of_attention(run: Run) -> tuple[str, ...]:
@@ -86,53 +96,90 @@ def activations(run: Run, *, checkpointing: bool) -> int:
     layers = [layer_activations(run, layer) for layer in range(run.shape.layers)]
     reached = run.shape.layers - run.weights.first
     inside = reached * kept_between_layers(run) + max(layers) if checkpointing else sum(layers)
-    return outside_layers(run) + inside
+    return outside_layers(run) + last_norm(run) + inside
 
 
 def layer_backward(run: Run, layer: int) -> int:
-    """Activations of a layer and their gradients at the fullest moment of its backward: in the MLP, or in attention.
+    """Activations of a layer and their gradients at the fullest moment of its backward.
 
-    Those of the MLP are gone when attention has its turn. 4 bits are unpacked a matrix at a time.
+    That is in the MLP, in the norm before it, in attention, or in the norms of its queries and keys: what lies behind
+    is gone by then. Beside it the residual's gradient. 4 bits are unpacked a matrix at a time.
     """
+    learned, mixture = run.weights.learned(layer), run.shape.experts_in(layer)
+    kept, before = layer_activations(run, layer), run.tokens * _norm_before(run, learned)
+    attention = kept - _mlp_kept(run, learned, mixture) - run.tokens * _norm_behind(run, learned, mixture)
+    moments = (
+        kept + _mlp_backward(run, layer),
+        attention + run.tokens * norm_backward(run, run.shape.hidden),
+        attention + attention_backward(run),
+        before + run.tokens * _head_norms_backward(run),
+    )
     unpacked = max((weight.size for weight in run.weights.of_layer(layer) if weight.four_bits), default=0)
-    residual = run.tokens * 2 * run.shape.hidden * FP32
-    behind = attention_backward(run) - _mlp_kept(run, run.weights.learned(layer), run.shape.experts_in(layer))
-    return layer_activations(run, layer) + residual + max(_mlp_backward(run, layer), behind) + unpacked * run.width
+    own = run.checkpointing and run.half and not run.fused  # its input, where the first norm keeps a copy of it
+    return max(moments) + (1 + own) * kept_between_layers(run) + unpacked * run.width
+
+
+def norm_backward(run: Run, size: int) -> int:
+    """A norm's backward, a token: its float32 input, two gradients of it, and three parts of a third one.
+
+    Liger's has the gradient that comes in and the one that goes out.
+    """
+    return size * (2 * run.width if run.fused else 6 * FP32)
+
+
+def _head_norms_backward(run: Run) -> int:
+    """Of the norms of queries, and of keys while those of queries wait, a token; beside it what they were made of."""
+    s, w = run.shape, run.width
+    if not s.head_norms or run.fused:
+        return 0
+    queries = s.q_size * (FP32 + 2 * w)  # their input, normalised, gradient
+    return s.hidden * w + max(norm_backward(run, s.q_size), norm_backward(run, s.kv_size) + queries)
 
 
 def _mlp_backward(run: Run, layer: int) -> int:
     """Gradients alive at once in the backward of the gated MLP, or of experts."""
-    experts = run.shape.experts_in(layer)
+    experts, learned = run.shape.experts_in(layer), run.weights.learned(layer)
     if experts is None:
-        return _tile_backward(run, layer) if run.tile else run.tokens * 3 * run.shape.intermediate * run.width
-    sums = adapted_experts(run, run.weights.learned(layer), experts)  # their gradients are made, for the adapters'
-    return experts_backward(run, experts) + max(sums, default=0)
+        inner = run.shape.intermediate
+        return _tile_backward(run, layer) if run.tile else run.tokens * gates_backward(run, learned, "mlp", inner)
+    sums = adapted_experts(run, learned, experts)  # their gradients are made, for the adapters'
+    return experts_backward(run, learned, experts) + max(sums, default=0)
 
 
 def _tile_backward(run: Run, layer: int) -> int:
-    """A tile of the MLP computed again with its gradients, all tokens' output and gradient, and sums of its weights'.
+    """A tile of the MLP computed again with its gradients, that of all tokens' input, and sums of its weights'.
 
     These are float32, and at the end there in the dtype that computes, too.
     """
     assert run.tile is not None
     s, learned = run.shape, run.weights.learned(layer)
-    tile = run.tile * (gates_kept(run, learned, "mlp", s.intermediate) + 3 * s.intermediate * run.width)
+    gates = (gates_kept, gates_backward)
+    tile = run.tile * sum(ask(run, learned, "mlp", s.intermediate) for ask in gates)
     sums = sum(w.size for w in run.weights.of_layer(layer) if w.trained and ".mlp." in w.name)
-    return tile + sums * (FP32 + run.width) + 2 * run.tokens * s.hidden * run.width
+    return tile + sums * (FP32 + run.width) + kept_between_layers(run)
 
 
 def outside_layers(run: Run) -> int:
-    """Embeddings, the last norm, the mask: alive from the first layer to the loss."""
-    h = run.shape.hidden
-    norm = h * (FP32 + 2 * run.width)
+    """What is alive from the first layer to the last gradient: numbers of tokens, rotations, the mask."""
+    s = run.shape
+    rotated = s.head_dim if s.latent is None else s.latent.rotated
     mask = run.pairs if run.masked and run.sdpa else 0
-    return run.tokens * (norm + h * run.width) + mask
+    if run.way == "eager":  # as numbers to add; gpt-oss has another for its windows
+        mask = run.pairs * run.width * (1 + s.sinks)
+    return run.tokens * (NUMBERS * INDEX + 2 * rotated * run.width) + mask
+
+
+def last_norm(run: Run) -> int:
+    """What the norm behind all layers keeps while the loss is computed, with what comes out of it."""
+    inner = run.width if run.fused else FP32 + run.width
+    return run.tokens * (run.shape.hidden * (inner + run.width) + FP32)
 
 
 def chunk_logits(run: Run, tokens: int) -> int:
-    """Logits of a chunk (`model/loss.py`), as the product leaves them, and on a CPU in float32 too."""
+    """Logits of a chunk (`model/loss.py`), as the product leaves them; in float32 too on a CPU, and where labels are
+    smoothed, which the kernel of a GPU does not."""
     chunk = min(tokens, max(1, CHUNK_BYTES // (FP32 * run.shape.vocab)))
-    return chunk * run.shape.vocab * (run.width + (FP32 if run.half and run.lazy else 0))
+    return chunk * run.shape.vocab * (run.width + (FP32 if run.half and (run.lazy or run.smoothed) else 0))
 
 
 def loss_inputs(run: Run) -> int:

@@ -11,6 +11,7 @@ from ds_sft.plan.weights import FP32, Learned
 # Tokens of a row up to which attention on a CPU in 16 bits computes its scores again: 4 MiB a head, for a moment.
 SHORT_ROW = 1024
 INDEX = 8  # an int64
+BLOCK = 128  # queries of a block of a GPU's kernel
 
 
 def attention_kept(run: Run, learned: Learned) -> int:
@@ -44,7 +45,7 @@ def exchanged_width(shape: Shape, group: int) -> int:
 
 
 def attention_backward(run: Run) -> int:
-    """Gradients alive at once in attention's backward: of its output, queries, keys and values.
+    """Gradients alive at once in attention's backward: of its output, queries, keys and values; or those of scores.
 
     Ranks that share a row have the last three twice, before and after they are exchanged.
     """
@@ -52,7 +53,32 @@ def attention_backward(run: Run) -> int:
     keys = s.kv_size if s.latent is None else s.q_size
     made = run.tokens * (s.v_size + s.q_size + 2 * keys) * run.width
     twice = s.v_size + 2 * exchanged_width(s, run.sequence)
-    return made if run.sequence == 1 else run.tokens * twice * run.width
+    made = made if run.sequence == 1 else run.tokens * twice * run.width
+    return max(made + _flash_backward(run), _scores_backward(run))
+
+
+def _flash_backward(run: Run) -> int:
+    """What the kernel of a GPU takes beside (PyTorch's `flash_attn/flash_api.cpp`, `mha_varlen_bwd`).
+
+    The gradient of queries in float32, room for a block behind each row included; of grouped keys and values one for
+    each query head.
+    """
+    s = run.shape
+    if run.lazy or not run.half or run.way == "eager" or s.latent is not None:
+        return 0
+    step = 32 if s.head_dim <= 128 else 64
+    padded = -(-s.head_dim // step) * step
+    heads = s.heads / run.sequence  # of all tokens that a group shares
+    in_float = int((run.batch_tokens + BLOCK * run.micro_batch) * heads) * (padded + 1) * FP32
+    return in_float + (2 * run.tokens * s.q_size * run.width if s.heads != s.kv_heads else 0)
+
+
+def _scores_backward(run: Run) -> int:
+    """Where scores are kept: the softmax, its gradient and that of what it was made of, less what was counted."""
+    s = run.shape
+    if run.way == "eager":
+        return 3 * run.pairs * s.heads * (run.width if s.sinks else FP32) - scores_kept(run)
+    return 2 * _pairs_kept(run) * s.heads * FP32
 
 
 def _latent_attention(run: Run, learned: Learned) -> int:
@@ -73,14 +99,14 @@ def _latent_attention(run: Run, learned: Learned) -> int:
     if not run.half:
         kept += latent.rotated * w  # in one with the vector of keys and values
     behind = inputs_kept(run, learned, "self_attn.o_proj") * s.v_size * w
-    if _keeps_scores(run):
+    if keeps_scores(run):
         return kept + (2 * s.q_size + s.v_size) * FP32 + behind
     made = s.v_size if run.way == "eager" else s.heads * (latent.plain + latent.value)
     outputs = 0 if run.way == "eager" or run.lazy else s.v_size * w + s.heads * FP32
     return kept + (2 * s.q_size + made) * w + outputs + (behind if run.row_by_row or run.way == "eager" else 0)
 
 
-def _keeps_scores(run: Run) -> bool:
+def keeps_scores(run: Run) -> bool:
     """Whether a CPU keeps the scores of latent attention."""
     short = run.row_by_row and run.half and run.length <= SHORT_ROW
     return run.shape.latent is not None and run.lazy and run.way != "eager" and not short
@@ -97,7 +123,11 @@ def scores_kept(run: Run) -> int:
     if run.way == "eager":  # softmax in float32, and cast; gpt-oss has it in the dtype that computes
         return run.pairs * s.heads * (run.width if s.sinks else FP32 + (2 if run.half else 0))
     mask = run.pairs * run.width if run.masked and run.sdpa else 0
-    if _keeps_scores(run):
-        pairs = run.tokens * run.length if run.row_by_row else run.pairs
-        return mask + pairs * s.heads * FP32
-    return mask
+    return mask + _pairs_kept(run) * s.heads * FP32
+
+
+def _pairs_kept(run: Run) -> int:
+    """Pairs of tokens whose scores latent attention keeps on a CPU."""
+    if not keeps_scores(run):
+        return 0
+    return run.tokens * run.length if run.row_by_row else run.pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_sft.plan.blocks import Experts
-from ds_sft.plan.run import Run, gates_kept, inputs_kept
+from ds_sft.plan.run import Run, gates_backward, gates_kept, inputs_kept
 from ds_sft.plan.weights import FP32, Learned
 
 EXPERT_BLOCK = 16  # tokens of an expert are filled up to it on a CPU in 16 bits (`model/experts.py`)
@@ -31,13 +31,9 @@ def experts_kept(run: Run, learned: Learned, experts: Experts) -> int:
     `model/experts.py`, which weights what goes into the second matrix.
     """
     h, inner, w = run.shape.hidden, experts.intermediate, run.width
-    first, second = (inputs_kept(run, learned, f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
-    gates = 6 if experts.biased else 3  # gpt-oss clamps both, adds to one and multiplies twice
-    if run.lazy:
-        rows = gates + 2  # the product, and weighted
-        copies = 1 + experts.biased  # of tokens, and the biases of the second matrix
-    else:
-        rows, copies = gates + second, first + 1
+    rows = _between(run, learned, experts)
+    # Of tokens, and on a CPU the biases of the second matrix, on a GPU what comes out.
+    copies = 1 + experts.biased if run.lazy else 1 + inputs_kept(run, learned, "mlp.experts.gate_up_proj")
     # Where each pair is, and its expert for the biases; on a GPU also the order's inverse, and its token.
     indices = ((1 if run.lazy else 3) + experts.biased) * INDEX
     pairs = rows * inner * w + copies * h * w + indices
@@ -47,6 +43,12 @@ def experts_kept(run: Run, learned: Learned, experts: Experts) -> int:
     own_copy = experts.number * h * FP32 if experts.sigmoid and run.half else 0  # of the router's weight
     own_copy += sum(adapted_experts(run, learned, experts))
     return routed(run, experts) * pairs + run.tokens * (_router(run, learned, experts) + shared) + own_copy
+
+
+def _between(run: Run, learned: Learned, experts: Experts) -> int:
+    """Tensors between the matrices of experts that are kept; on a CPU also the product, and what was weighted of it."""
+    gates = 6 if experts.biased else 3  # gpt-oss clamps both, adds to one and multiplies twice
+    return gates + (2 if run.lazy else inputs_kept(run, learned, "mlp.experts.down_proj"))
 
 
 def adapted_experts(run: Run, learned: Learned, experts: Experts) -> list[int]:
@@ -83,12 +85,22 @@ def _router(run: Run, learned: Learned, experts: Experts) -> int:
     return kept + normalised + experts.number * FP32 + own_copy * run.shape.hidden * FP32
 
 
-def experts_backward(run: Run, experts: Experts) -> int:
-    """Of a mixture: of what its experts wrote, weighted and not, or of what is between their matrices.
+def experts_backward(run: Run, learned: Learned, experts: Experts) -> int:
+    """Of a mixture, beside what was kept: of what its experts wrote, or between their matrices when that is fullest.
 
-    Weights in float32 make what they weight float32, on a GPU, where that is behind the experts.
+    Weights in float32 make what they weight float32: on a GPU that is behind the experts, on a CPU between them.
     """
-    behind = 2 * run.width if run.lazy else 2 * (FP32 if experts.float_weights else run.width) + run.width
-    return routed(run, experts) * max(
-        behind * run.shape.hidden, (5 + 2 * experts.biased) * experts.intermediate * run.width
-    )
+    h, inner, w = run.shape.hidden, experts.intermediate * run.width, run.width
+    rows, pairs = _between(run, learned, experts), routed(run, experts)
+    if run.lazy:
+        widened = 4 * (experts.float_weights and run.half)
+        behind = (pairs + run.tokens) * 2 * h * w  # with the residual, before and behind
+        between = pairs * (7 + 3 * experts.biased + widened - rows) * inner
+    else:
+        behind = pairs * (2 * (FP32 if experts.float_weights else w) + w) * h
+        # Of gpt-oss that is when they are computed again; the experts' own output is gone, or not there yet.
+        between = pairs * ((6 + 4 * experts.biased - rows) * inner - h * w)
+    shared = (run, learned, experts.shared_name, experts.shared)
+    if not experts.shared_gate:  # the shared one is computed last, and gone by then
+        between -= run.tokens * gates_kept(*shared)
+    return max(behind, between, run.tokens * gates_backward(*shared))

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from ds_sft.plan.run import Run, without_batch
-from ds_sft.plan.states import in_share, largest_copy, owned, partition, share_of
+from ds_sft.plan.states import in_share, largest_copy, muon_gathered, muon_updates, owned, partition, share_of
 
 NORM = 8  # DeepSpeed sums squares of gradients in float64 (runtime/zero/utils.py, get_norm_dtype)
 
@@ -170,7 +170,7 @@ def gradients(run: Run, rank: int) -> int:
 def step_gradients(run: Run, rank: int) -> int:
     """Gradients left when the optimizer steps: in stages 1 and 2 those of a rank's share (`_clear_param_grad_only`)."""
     if run.engine.stage in (1, 2):
-        return 0 if run.engine.offload_optimizer else partition(run, rank) * run.weight
+        return 0 if run.engine.offload_optimizer else partition(run, rank) * run.weight + muon_updates(run)
     return gradients(run, rank)
 
 
@@ -195,7 +195,7 @@ def _standing_buckets(run: Run) -> int:
     if engine.stage < 3:
         return largest_copy(run) if engine.offload_optimizer else 0
     filled = max((_size(bucket) for bucket in _bucketed(run) if not _large(run, bucket)), default=0)
-    return (filled if run.lazy else engine.reduce_bucket) * run.weight
+    return (filled if run.lazy else engine.reduce_bucket) * run.weight + muon_gathered(run)
 
 
 def _double(run: Run, touched: list[int]) -> int:

@@ -12,7 +12,7 @@ from ds_sft.config.keys import Config
 from ds_sft.errors import UserError
 from ds_sft.plan.cost import Hardware, Step, step_time
 from ds_sft.plan.memory import Memory, peak
-from ds_sft.plan.optimizer import planned_optimizer
+from ds_sft.plan.optimizer import ADAMW, planned_optimizer
 from ds_sft.plan.run import Engine, Run
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.weights import choice_of
@@ -137,6 +137,8 @@ def run_of(config: Config, shape: Shape, engine: Engine, ranks: int, *, lazy: bo
         tiling="no" if compiled or kernels == "compile" else config.tiled_mlp,
         optimizer=planned_optimizer(config),
         clipped=training.get("max_grad_norm", 1.0) > 0,
+        fused_steps=training.get("optim") != ADAMW,
+        smoothed=training.get("label_smoothing_factor", 0) > 0,
         narrow=config.optimizer_dtype == "bfloat16",
     )
 

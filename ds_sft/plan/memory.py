@@ -4,7 +4,7 @@ Sizes are bytes, counts are elements. The formulas follow the papers where those
 the code that allocates where they do not: DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
 `partitioned_param_coordinator.py`), transformers 5.23 (`models/*/modeling_*.py`, `integrations/moe.py`,
 `loss/loss_utils.py`). `benchmarks/plan_accuracy.py` measures them. What is at work at once is here; each part has a
-file: `states.py`, `gradients.py`, `gathered.py`, `activations.py` (`attention.py`, `experts.py`).
+file: `states.py`, `gradients.py`, `gathered.py`, `activations.py` (`attention.py`, `experts.py`), `validation.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ds_sft.plan.activations import (
     chunk_logits,
+    last_norm,
     layer_activations,
     layer_backward,
     loss_inputs,
+    norm_backward,
     outside_layers,
 )
 from ds_sft.plan.experts import compiled_products
@@ -41,10 +43,12 @@ from ds_sft.plan.states import (
     host,
     in_share,
     kept_between_layers,
+    muon_step,
     owned,
     states,
     working_copy,
 )
+from ds_sft.plan.validation import validation
 from ds_sft.plan.weights import FP32
 
 # A step of bfloat16 states is computed so many elements at once (`training/optimizer.py`), with nine numbers of 4 bytes
@@ -102,7 +106,7 @@ class Moment:
     parts: dict[str, int]
     layers: int | None = None  # that backward has not reached; None: there are no activations
     inside: int = 0  # 1: backward is in the layer behind these
-    logits: int = 0  # 1: hidden states of supervised tokens; 2: and a chunk of logits
+    behind: int = 0  # all layers: 1: the loss; 2: the gradient of its inputs; 3: of the last norm's
 
     @cached_property
     def size(self) -> int:
@@ -116,7 +120,7 @@ class Activations:
     outside: int
     below: list[int]  # kept of so many layers
     backward: list[int]  # in that of each layer
-    logits: tuple[int, int, int]  # as `Moment.logits` counts
+    behind: tuple[tuple[int, int], ...]  # all layers, and of the loss: as `Moment.behind` counts
     validation: tuple[int, int]
 
     def at(self, moment: Moment) -> tuple[int, int]:
@@ -124,7 +128,8 @@ class Activations:
         if moment.layers is None:
             return self.validation if moment.name == "validation" else (0, 0)
         inside = self.backward[moment.layers] if moment.inside else 0
-        return self.outside + self.below[moment.layers] + inside, self.logits[moment.logits]
+        behind, loss = self.behind[moment.behind]
+        return self.outside + self.below[moment.layers] + inside + behind, loss
 
 
 def _activations(run: Run) -> Activations:
@@ -136,9 +141,14 @@ def _activations(run: Run) -> Activations:
     below = [0, *accumulate(kept)]
     if run.inputs_on_host:
         below = [min(size, between) for size in below]  # the next one to go backward
-    states = loss_inputs(run)
-    logits = (0, states, states + chunk_logits(run, supervised(run)))
-    return Activations(outside_layers(run), below, _of_layers(run, layer_backward), logits, validation(run))
+    norm, inputs = last_norm(run), loss_inputs(run)
+    behind = (
+        (0, 0),
+        (norm, inputs + chunk_logits(run, supervised(run))),
+        (norm + between, inputs),
+        (run.tokens * norm_backward(run, run.shape.hidden), 0),
+    )
+    return Activations(outside_layers(run), below, _of_layers(run, layer_backward), behind, validation(run))
 
 
 def _of_layers(run: Run, ask: Callable[[Run, int], int]) -> list[int]:
@@ -154,7 +164,9 @@ def _moments(run: Run) -> list[Moment]:
     stay = states(run)
     whole = {"working copy": working_copy(run), "gathered parameters": gathered_at(run)[-1],
              "buckets": standing_buckets(run)}  # fmt: skip
-    found = [Moment("loading", stay | loading(run)), Moment("validation", stay | whole)]
+    # Stage 3 has its buffer of gradients all the time, and no micro batch has left any in others.
+    held = gradients_before(run, 0) if run.engine.stage == 3 else 0
+    found = [Moment("loading", stay | loading(run)), Moment("validation", stay | whole | {"gradients": held})]
     for rank in differing_ranks(run):
         found += [*_backward(run, rank, stay), Moment("optimizer step", stay | step(run, rank))]
     return found
@@ -172,11 +184,12 @@ def _backward(run: Run, rank: int, stay: dict[str, int]) -> Iterator[Moment]:
 
     # The projection's gradient is formed in forward.
     at = Reduction(gradients_before(run, rank), head, standing_buckets(run))
-    yield moment("loss", s.layers, at, logits=2)
+    yield moment("loss", s.layers, at, behind=1)
     waiting = head if s.tied else 0  # for the embedding's own, to be added
     done = weights.trained_behind
     at = fullest(reached[:done] or [replace(at, passing=0)])
-    yield moment("output projection", s.layers, at, waiting, logits=1)
+    yield moment("output projection", s.layers, at, waiting, behind=2)
+    yield moment("last norm", s.layers, at, waiting, behind=3)
     for i in reversed(range(weights.first, s.layers)):
         here = weights.trained_in_layers[i]
         at = fullest(reached[done : done + here] or [at])
@@ -196,33 +209,35 @@ def step(run: Run, rank: int) -> dict[str, int]:
     held = step_gradients(run, rank)
     chunk = CHUNK_BYTES * min(CHUNK if run.lazy else CHUNK_ON_GPU, share) if run.narrow else 0
     if engine.stage is None or engine.offload_optimizer:
+        made = chunk + _unpacked(run, max(run.weights.trained)) + _roots(run, run.weights.trained)
         return {"gradients": held, "buckets": standing_buckets(run), "working copy": copy_that_stays(run),
-                "step buffers": chunk + _unpacked(run, max(run.weights.trained))}  # fmt: skip
+                "step buffers": made}  # fmt: skip
     part = min(share, engine.sub_group) if engine.stage == 3 else share
     flat = part * (run.weight + FP32 if run.weight != run.master else run.weight) + chunk
     if engine.stage == 3:
         norm = NORM * -(-max(run.weights.trained) // run.ranks)
     else:
         norm = NORM * max((inside for *_, inside in in_share(run, rank)), default=0)
-    update = part * run.master + _unpacked(run, part)  # of gradients that were cast, the flat ones are gone
-    return {"gradients": held, "step buffers": max(flat, norm, update), "buckets": standing_buckets(run)}
+    update = part * run.master  # of gradients that were cast, the flat ones are gone
+    update += _unpacked(run, part) + _roots(run, [part])
+    made = max(flat, norm, update, muon_step(run))
+    return {"gradients": held, "step buffers": made, "buckets": standing_buckets(run)}
+
+
+def _roots(run: Run, sizes: list[int]) -> int:
+    """Of AdamW without a kernel of its own: a root of each second moment.
+
+    On a GPU of all at once; on a CPU one after the other, each with its quotient beside the quotient before.
+    """
+    if run.fused_steps or run.narrow or run.engine.offload_optimizer:
+        return 0
+    beside = max((before + 2 * size for before, size in pairwise([0, *sizes])), default=0)
+    return FP32 * (beside if run.lazy else sum(sizes))
 
 
 def _unpacked(run: Run, elements: int) -> int:
     """On a CPU bitsandbytes unpacks 8 bits: both moments, the gradient, and two parts of the update, in float32."""
     return 5 * FP32 * elements if run.lazy and run.optimizer == EIGHT_BITS else 0
-
-
-def validation(run: Run) -> tuple[int, int]:
-    """Activations of a validation batch, and a chunk of its logits."""
-    if not run.eval_batch:
-        return 0, 0
-    s, tokens = run.shape, -(-run.eval_batch * run.length // run.sequence)
-    wide = tokens * max(s.hidden, s.intermediate) * 2 * FP32
-    if s.experts is not None:  # sorted tokens, both projections, the product
-        routes = tokens * s.experts.chosen
-        wide = max(wide, routes * (2 * s.hidden + 3 * s.experts.intermediate) * run.width)
-    return wide, chunk_logits(run, tokens)
 
 
 def loading(run: Run) -> dict[str, int]:

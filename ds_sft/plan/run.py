@@ -59,6 +59,8 @@ class Run:
     tiling: str = "auto"  # `tiled_mlp`
     optimizer: str = ADAMW  # or another of `plan/optimizer.py`
     clipped: bool = False  # gradients (`max_grad_norm`)
+    fused_steps: bool = True  # the optimizer steps in one kernel (`optim: adamw_torch` does not)
+    smoothed: bool = False  # labels (`label_smoothing_factor`)
     narrow: bool = False  # weights, gradients and states are bfloat16 (`optimizer_dtype`)
 
     @property
@@ -176,3 +178,13 @@ def supervised(run: Run) -> int:
 def gates_kept(run: Run, learned: Learned, name: str, intermediate: int) -> int:
     """A gated MLP, a token: both projections, their product where down_proj wants it; eager the activation too."""
     return ((2 if run.fused else 3) + inputs_kept(run, learned, f"{name}.down_proj")) * intermediate * run.width
+
+
+def gates_backward(run: Run, learned: Learned, name: str, intermediate: int) -> int:
+    """What a gated MLP's backward has beside what was kept, a token, when it is fullest.
+
+    Eager that is when the product's gradient becomes those of both factors, and the product itself is gone; Liger's
+    writes over what was kept.
+    """
+    inside = intermediate * run.width
+    return inside if run.fused else 6 * inside - gates_kept(run, learned, name, intermediate)

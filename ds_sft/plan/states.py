@@ -10,6 +10,7 @@ from ds_sft.plan.optimizer import ADAMW, EIGHT_BITS, MOMENTS, eight_bits, is_hid
 from ds_sft.plan.run import Run, without_batch
 from ds_sft.plan.weights import FP32
 
+MUON_KEPT = 256 * 2**20  # bytes of buffers that DeepSpeed's Muon keeps, at most
 PINNED = 32 * 2**20  # bytes of a buffer that layers' inputs are offloaded to, at most (`model/offload.py`)
 
 
@@ -45,10 +46,41 @@ def moments(run: Run) -> int:
 
 def _muon_parts(run: Run) -> int:
     """DeepSpeed's momentum has the dtype of gradients; stages 1 and 2 keep that of the step under way beside it."""
-    hidden, others = ([w.size for w in run.weights.every if w.trained and is_hidden(w) is inside]
-                      for inside in (True, False))  # fmt: skip
+    others = [w.size for w in run.weights.every if w.trained and not is_hidden(w)]
     momentum = run.weight if run.engine.stage == 3 else 2 * run.weight
-    return _divided(run, hidden) * momentum + _divided(run, others) * MOMENTS
+    return _divided(run, hidden_sizes(run)) * momentum + _divided(run, others) * MOMENTS
+
+
+def hidden_sizes(run: Run) -> list[int]:
+    """Elements of each matrix that Muon updates."""
+    return [w.size for w in run.weights.every if w.trained and is_hidden(w)]
+
+
+def muon_updates(run: Run) -> int:
+    """DeepSpeed's Muon in stages 1 and 2: what it made of gradients, beside the buffer that has all of them."""
+    if run.optimizer != MUON or run.engine.stage not in (1, 2) or run.engine.offload_optimizer:
+        return 0
+    return _divided(run, hidden_sizes(run)) * run.weight
+
+
+def muon_gathered(run: Run) -> int:
+    """Buffers that stage 3 keeps for the matrices that it gathers to update them, whole and a rank's part."""
+    if run.optimizer != MUON or run.engine.stage != 3 or run.ranks == 1:
+        return 0
+    size = sum(hidden_sizes(run)) * run.weight
+    return min(size + -(-size // run.ranks), MUON_KEPT)
+
+
+def muon_step(run: Run) -> int:
+    """Gradients and momentum of the whole matrices that stage 3 updates at a time, a bucket, and the momentum's part.
+
+    Beside the buffers that stay (`stage3.py`, `_muon_update_sub_group`).
+    """
+    if run.optimizer != MUON or run.engine.stage != 3 or run.ranks == 1:
+        return 0
+    sizes = hidden_sizes(run)
+    bucket = min(sum(sizes), max(run.engine.reduce_bucket, *sizes)) * run.weight
+    return 2 * bucket + -(-bucket // run.ranks)
 
 
 def frozen_bytes(run: Run) -> int:

@@ -24,9 +24,12 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """torch's Muon and AdamW, with one list of parameter groups and one state between them."""
 
     def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], **adamw: Any) -> None:
-        """Groups as optimizers take them; `adamw` are options of AdamW, of which Muon takes `lr`."""
+        """Groups as optimizers take them; `adamw` are options of AdamW, of which Muon takes `lr`.
+
+        What is not fused has two to three copies of an embedding at a time.
+        """
         muon = torch.optim.Muon(matrices, lr=adamw["lr"], momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
-        self.parts: list[torch.optim.Optimizer] = [muon, torch.optim.AdamW(others, **adamw)]
+        self.parts: list[torch.optim.Optimizer] = [muon, torch.optim.AdamW(others, fused=True, **adamw)]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
@@ -80,7 +83,7 @@ def partitioned_muon_of(model: nn.Module, *, weight_decay: float, **adamw: Any) 
                        "momentum": MOMENTUM, "ns_method": "standard", "use_muon": True})  # fmt: skip
     for parameter in matrices:
         parameter.use_muon = True  # type: ignore[attr-defined]  # ZeRO asks each parameter
-    made: torch.optim.Optimizer = MuonWithAuxAdam(groups, torch.optim.AdamW, adamw)
+    made: torch.optim.Optimizer = MuonWithAuxAdam(groups, torch.optim.AdamW, {**adamw, "fused": True})
     return made
 
 
