@@ -34,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,7 @@ CHOSEN, EXPERTS = 8, 64  # of a token, of a layer
 TINY = 32  # lengths of the tiny shape are divided by it
 ANSWERS = 3, 256  # predictions, and tokens of each
 MAX_LENGTH = 2048  # tokens of a dialogue, at most; ours cuts longer ones, as TRL is told to
+LINES = 40  # of the log of a run that failed, which are shown
 WORDS = 400  # of synthetic rows
 ROWS, MEAN_TOKENS, SPREAD, TEMPLATE = 1000, 183, 0.6, 44  # of synthetic dialogues: log-normal; tokens of turns
 
@@ -123,6 +124,8 @@ RUNS = [
     Run("reference", "the reference's settings, single rows", program="reference", layout="single"),
 ]  # fmt: skip
 PACKAGES = {"trl": "trl", "trl-liger": "liger_kernel"}  # what a run needs besides torch and transformers
+SHARES = ("data_wait_share", "forward_backward_share", "communication_share", "optimizer_share", "other_share")
+PARTS = ("Attention ", "Padding ", "Fused kernels ", "Loss ", "Working copy ")  # as model/parts.py titles them
 HEADER = ["run", "tokens/s", "of TRL's", "MFU", "of a product", "peak GiB", "planned", "waiting for data",
           "after training, s", "losses", "target"]  # fmt: skip
 
@@ -152,6 +155,8 @@ class Found:
     data_wait: float | None = None  # share of the time
     after_seconds: float | None = None
     losses: list[float] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)  # of the time, by what it went into
+    parts: list[str] = field(default_factory=list)  # what ds_sft put into the model, as it says it
     seconds: float = 0.0  # of the whole process
 
 
@@ -169,7 +174,9 @@ def main() -> None:
 
 
 def wanted_of(given: argparse.Namespace) -> list[Run]:
-    return [run for run in RUNS if not given.only or run.name in given.only]
+    """In the order of `--only`: what comes last is left out where time is short."""
+    by_name = {run.name: run for run in RUNS}
+    return [by_name[name] for name in dict.fromkeys(given.only or by_name)]
 
 
 def arguments() -> argparse.Namespace:
@@ -314,12 +321,19 @@ def measure(wanted: list[Run], given: argparse.Namespace, folder: Path, card: Ca
         if left > 0:
             found = run_one(run, given, folder, "cpu" if card.name == "CPU" else "cuda", min(given.timeout, left))
         results.append(found)
-        print(f"{run.name}: {found.error or f'{found.tokens_per_second:,.0f} tokens/s'} ({found.seconds:.0f} s)",
-              flush=True)  # fmt: skip
+        print("\n".join(in_words(found)), flush=True)
         if given.json:
             kept = {"card": vars(card), "shape": given.shape, "results": [vars(result) for result in results]}
             given.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         yield found
+
+
+def in_words(found: Found) -> Iterator[str]:
+    """Lines for a reader who wonders at a figure: which kernels it had, and where the time went."""
+    yield f"{found.run}: {found.error or f'{found.tokens_per_second:,.0f} tokens/s'} ({found.seconds:.0f} s)"
+    if found.shares:
+        yield "  " + ", ".join(f"{name.removesuffix('_share')} {share:.1%}" for name, share in found.shares.items())
+    yield from (f"  {part}" for part in found.parts)
 
 
 def run_one(run: Run, given: argparse.Namespace, folder: Path, device: str, timeout: float) -> Found:
@@ -338,7 +352,13 @@ def run_one(run: Run, given: argparse.Namespace, folder: Path, device: str, time
         del own["DS_SFT_PROBE"]
     began = time.monotonic()
     code, said = follow(command, own, out.parent, timeout)
-    found = read(run, job, out, said) if code == 0 else Found(run.name, error=why(code, said, timeout))
+    if code == 0:
+        found = read(run, job, out, said)
+    else:
+        found = Found(run.name, error=why(code, said, timeout))
+        print(
+            *(f"  | {line}" for _, line in said[-LINES - 1 : -1]), sep="\n", flush=True
+        )  # its log goes with the folder
     found.seconds = time.monotonic() - began
     return found
 
@@ -413,7 +433,14 @@ def read_ours(run: Run, job: Job, out: Path, said: list[Any]) -> Found:
         data_wait=last["data_wait_share"],
         after_seconds=said[-1][0] - trained if run.predicts else None,
         losses=[step["loss"] for step in steps],
+        shares={name: share for name, share in last.items() if name in SHARES},
+        parts=parts_said(line for _, line in said),
     )
+
+
+def parts_said(lines: Iterable[str]) -> list[str]:
+    """Of the block of lines that a run says of its model, those of which speed depends."""
+    return [line.strip() for line in lines if line.startswith("  ") and line.strip().startswith(PARTS)]
 
 
 def read_peer(run: Run, job: Job, folder: Path) -> Found:

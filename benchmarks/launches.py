@@ -33,7 +33,14 @@ from ds_sft.training.trainer import without_metadata
 QWEN3: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
                          "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936,
                          "tie_word_embeddings": True}  # fmt: skip
-ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach")
+ALLOCATIONS = (
+    "aten::_unsafe_view",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::detach",
+)
 
 
 class Counted(TorchDispatchMode):

@@ -92,6 +92,7 @@ def test_one_kernel_a_layer_whatever_the_rows(
     model = on_meta(family, checkpointing=checkpointing)
     few, many = (operations_of(model, lengths, monkeypatch) for lengths in ([300], [5, 23, 1, 40, 7] * 8))
     assert few.counted == many.counted
+    assert many.counted["aten::select_backward"] == 0  # a copy of each gradient into zeros
     layers = model.config.num_hidden_layers
     assert (many.counted[FORWARD], many.counted[BACKWARD]) == (layers * (2 if checkpointing else 1), layers)
     query, key, value, starts, _, longest, _, causal, *words = many.arguments[FORWARD]

@@ -93,13 +93,20 @@ def test_the_last_interval_is_read(folder: Path) -> None:
     out = folder / "out"
     out.mkdir()
     lines = [{"loss": loss, "tokens_per_second": 100.0 * loss, "data_wait_share": 0.01} for loss in (3, 2)]
+    lines[-1]["optimizer_share"] = 0.03
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"x": 1}, *lines]))
     record = {"peak_memory": [{"host_gib": 4.0, "gpu_gib": 2.5}], "plan": {"planned_gib": 2.4}}
     (out / "run.json").write_text(json.dumps(record))
-    said = [(5.0, "Step 20 of 30: loss"), (7.0, "Step 30 of 30: loss 2.0"), (19.5, "")]
+    said = [(2.0, "Qwen3ForCausalLM:"), (2.0, "  Attention      varlen_attn (all rows in one kernel a layer)"),
+            (5.0, "Step 20 of 30: loss"), (7.0, "Step 30 of 30: loss 2.0"), (19.5, "")]  # fmt: skip
     found = gpu.read_ours(ours, gpu.job_of(ours, GIVEN, folder, "cuda"), out, said)
     assert (found.tokens_per_second, found.peak_gib, found.planned_gib) == (200.0, 2.5, 2.4)
     assert (found.data_wait, found.after_seconds, found.losses) == (0.01, 12.5, [3, 2])
+    assert list(gpu.in_words(found)) == [
+        "16-rows: 200 tokens/s (0 s)",
+        "  data_wait 1.0%, optimizer 3.0%",
+        "  Attention      varlen_attn (all rows in one kernel a layer)",
+    ]
     job = gpu.job_of(peer, GIVEN, folder, "cuda")
     assert found.flops == 200 * gpu.flop_of_a_token(job, None)
     probed = {"logged": [[1, 10.0], [2, 12.0], [4, 16.0]], "tokens": [7, 9, 20, 30], "memory": 9.8, "losses": [3, 2, 1]}
@@ -149,6 +156,23 @@ def test_a_run_without_an_end_is_ended(folder: Path) -> None:
         [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"], {}, folder, 5
     )
     assert (code, said[0][1], gpu.why(code, said, 5)) == (None, "here", "no end after 5 s")
+
+
+def test_the_log_of_a_run_that_fails_is_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "print('why'); raise SystemExit('CUDA error: no')"
+    monkeypatch.setattr(gpu, "command_for", lambda *_: ([sys.executable, "-c", program], {}))
+    found = gpu.run_one(named("16k"), GIVEN, folder, "cuda", timeout=60)
+    assert found.error
+    assert capsys.readouterr().out.splitlines() == ["  | why", "  | CUDA error: no"]
+
+
+def test_runs_come_in_the_order_they_are_asked_for() -> None:
+    """What comes last is left out where time is short."""
+    asked = Namespace(only=["trl", "16k", "16-rows", "16k"])
+    assert [run.name for run in gpu.wanted_of(asked)] == ["trl", "16k", "16-rows"]
+    assert gpu.wanted_of(Namespace(only=None)) == gpu.RUNS
 
 
 def test_synthetic_dialogues_are_as_long_as_real_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ds_sft.config.keys import Config
-from ds_sft.data.batch import collate_flat
+from ds_sft.data.batch import collate_flat, collate_padded
 from ds_sft.errors import UserError
 from ds_sft.model import parts
 from ds_sft.model.attention import NAME, keep_rows_apart
@@ -19,8 +20,11 @@ from ds_sft.model.fused import use_kernels
 from ds_sft.model.loss import LossInPlaceOfLogits, OwnLoss, supervise
 from ds_sft.model.parts import Parts, parts_of
 from ds_sft.model.sequence import SequenceGroup
+from ds_sft.model.working_copy import WorkingCopy
 from ds_sft.ranks.launch import Launch
 from ds_sft.train import load_model_to_train
+from ds_sft.training.trainer import without_metadata
+from tests.dispatch import NoReads
 from tests.mixtures import make_mixture
 from tests.test_attention import make, make_rows
 from tests.test_fused import IN_TORCH
@@ -167,3 +171,30 @@ def test_a_model_computes_while_another_is_under_way() -> None:
     )
     with pytest.raises(RuntimeError, match="Qwen3Attention does not pass row_borders on"):
         outer(**batch, use_cache=False)
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": "lora", "lora_dropout": 0.1},
+    "dora": {"adapter": "dora"},
+    "label_smoothing": {"training": {"label_smoothing_factor": 0.1}},
+    "neftune": {"training": {"neftune_noise_alpha": 5.0}},
+    "tiles": {"tiled_mlp": "yes", "training": {"activation_checkpointing": True}},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_no_part_reads_the_device(name: str, padded: bool, model_dir: Path) -> None:
+    """Forward and backward of two micro batches, with the copies of a step."""
+    keys = PARTS[name]
+    model = load(model_dir, padded=padded, **keys).train()
+    model.register_forward_pre_hook(without_metadata, with_kwargs=True)
+    if "activation_checkpointing" in keys.get("training", {}):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    batch = collate_padded(make_rows(), pad_token_id=0) if padded else collate_flat(make_rows())
+    copy = model.ds_sft.working_copy
+    for last in (False, True):
+        lent = copy.lent(keep=not last) if isinstance(copy, WorkingCopy) else nullcontext()
+        with NoReads() as operations, lent:
+            model(**batch, use_cache=False, num_items_in_batch=torch.tensor(9)).loss.backward()
+        assert operations.counted["aten::mm"] > 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,25 @@ def test_nothing_is_read_between_two_logging_steps(padded: bool, tmp_path: Path)
     assert between.refusing.counted["aten::_fused_adamw_"] == 4  # two groups, two steps
     (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert logged["supervised_tokens_per_second"] > 0
+
+
+class Frozen(TrainerCallback):
+    """Objects that Python does not search for garbage, at the end of each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counts.append(gc.get_freeze_count())
+
+
+def test_while_it_trains_python_searches_new_objects_alone(tmp_path: Path) -> None:
+    trainer, frozen = make_trainer(tmp_path), Frozen()
+    trainer.add_callback(frozen)
+    trainer.train()
+    assert len(frozen.counts) == 4
+    assert min(frozen.counts) > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_read_would_be_seen() -> None:

@@ -241,6 +241,11 @@ def test_words_and_parameters_of_code() -> None:
 
     assert {"attribute", "word", "sys"} <= mentioned(caller)
     assert parameters(caller) == "one, *many, named, **others"
+
+    def wrapper(*many: Any) -> Any:  # without functools.wraps, as torch's compiler puts one around Module.__init__
+        return caller(*many, named=1)
+
+    assert {"attribute", "word"} <= mentioned(wrapper)
     assert (mentioned(len), parameters(len)) == (set(), "?")  # in C: a class that no longer has a method has object's
 
 

@@ -117,7 +117,8 @@ def _all_rows(
     scaling: float | None,
 ) -> torch.Tensor:
     """All rows in one kernel; it counts a window without the token itself, and takes (-1, 0) for the whole past."""
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, head_dim]
+    # [tokens, heads, head_dim]; `states[0]` would copy gradients into zeros of all of them in backward.
+    q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     seen = (-1 if window is None else window - 1, 0)
     borders = (rows.starts, rows.starts, rows.longest, rows.longest)
     words: dict[str, Any] = {"is_causal": True} if ONLY_PLAIN else {"scale": scaling, "window_size": seen, **GROUPED}

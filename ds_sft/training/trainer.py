@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -71,6 +72,7 @@ class SFTTrainer(FiniteTrainer):
 
     def begin_training(self) -> None:
         super().begin_training()
+        gc.collect()  # what loading left, before `_run_epoch` keeps it
         if isinstance(self.parts.offload, InputOffload):
             self.parts.offload.wrap(self.model)  # checkpointing was just switched on
         if self.is_deepspeed_enabled:
@@ -96,9 +98,14 @@ class SFTTrainer(FiniteTrainer):
         return self.ahead
 
     def _run_epoch(self, **kwargs: Any) -> None:
+        # What is there by now stays: to search these half a million objects for garbage takes longer than a small step,
+        # and Python would do it every few steps, for each leaves thousands of new ones.
+        gc.freeze()
         try:
             super()._run_epoch(**kwargs)
-        finally:  # however it ended: no thread stays, and the next epoch may have the same iterator
+        finally:
+            gc.unfreeze()
+            # However it ended: no thread stays, and the next epoch may have the same iterator
             if self.ahead is not None:
                 self.ahead.close()
             self.ahead = None

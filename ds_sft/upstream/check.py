@@ -7,10 +7,11 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from ds_sft.errors import UserError
@@ -118,9 +119,19 @@ def find(path: str) -> Any:
 
 
 def mentioned(function: Any) -> set[str]:
-    """Words in the code of a function, and of those inside of it: attributes, globals, strings; none of one in C."""
+    """Words in the code of a function, and of those inside of it: attributes, globals, strings; none of one in C.
+
+    Those of a function that it wraps, too: torch's compiler puts one of its own around `Module.__init__`.
+    """
     code = _code(function)
-    return set(_words(code)) if code else set()
+    return set(_words(code)).union(*map(_words, _wrapped_by(function))) if code else set()
+
+
+def _wrapped_by(function: Any) -> Iterator[CodeType]:
+    """The code of functions that a function has from around its definition."""
+    cells = getattr(inspect.unwrap(function), "__closure__", None) or ()
+    with suppress(ValueError):  # a cell with nothing in it yet
+        yield from (cell.cell_contents.__code__ for cell in cells if isinstance(cell.cell_contents, FunctionType))
 
 
 def _words(code: CodeType) -> Iterator[str]:

@@ -91,6 +91,9 @@ def run(command: Sequence[str], *, cwd: Path, timeout: float = 500, env: Mapping
         show_stacks(process.pid)
         output, _ = process.communicate()
         raise AssertionError(f"not done after {timeout} s: {command}\n{output[-12000:]}") from None
+    except BaseException:  # the tests are interrupted: nothing of theirs may go on computing
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return Done(process.returncode, output)
 
 
