@@ -216,6 +216,13 @@ def test_a_name_that_is_gone_or_has_moved() -> None:
     assert [fault for _, fault in faults([moved])] == ["accelerate.elsewhere.Accelerator.backward is gone"]
 
 
+@pytest.mark.parametrize(("until", "over"), [("1.11", True), ("1.12", True), ("1.13", False), ("2.0", False)])
+def test_a_name_that_a_later_version_needs_no_more(monkeypatch: pytest.MonkeyPatch, until: str, over: bool) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: "1.12.3+cpu")
+    row = dataclasses.replace(BACKWARDS, until=until)
+    assert (list(faults([row])) == []) == over
+
+
 def test_text_that_has_changed() -> None:
     row = Name(
         "transformers/training_args.py",
