@@ -55,8 +55,8 @@ READ_IN = {
     "peft": "0.21.2",
     "sacrebleu": "2.6.0",
     "swanlab": "0.10.3",
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "torch": "2.15.0",
+    "transformers": "5.24.0",
 }
 # fmt: off
 NAMES = (
