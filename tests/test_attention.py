@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,19 @@ def test_generation_and_saved_config(tmp_path: Path) -> None:
     assert torch.equal(model.generate(**keys), expected)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_cache_continues_a_sequence() -> None:
+    """Position ids without a mask are rows end to end, but not beside a cache, whatever this transformers calls it."""
+    model = make("llama").eval()
+    keep_rows_apart(model)
+    ids, positions = torch.randint(1, VOCAB, (1, 9)), torch.arange(9)[None]
+    with torch.no_grad():
+        whole = model(ids, position_ids=positions, use_cache=False).logits
+        for name in {"past_key_values", "cache"} & set(inspect.signature(model.forward).parameters):
+            begun = model(ids[:, :5], use_cache=True)[name]
+            rest = model(ids[:, 5:], position_ids=positions[:, 5:], **{name: begun}).logits
+            torch.testing.assert_close(rest, whole[:, 5:])
 
 
 def test_borders_that_get_lost_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

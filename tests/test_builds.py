@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
+from torch.utils.file_baton import FileBaton
 
 from ds_sft.engine import builds
 from ds_sft.ranks.launch import Launch
@@ -41,6 +44,18 @@ def test_a_lock_that_is_held_stays(lock: Path) -> None:
     os.close(descriptor)
     builds.remove_stale_locks(LAUNCHED)
     assert not lock.exists()
+
+
+@pytest.mark.parametrize(("version", "stays"), [("2.10.0", False), ("2.13.0+cpu", False), ("2.14.1+cu130", True)])
+def test_a_torch_that_locks_by_flock_leaves_its_files(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str, stays: bool
+) -> None:
+    """Each build does: nothing was killed, and nobody waits."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(FileBaton, "try_acquire", before := FileBaton.try_acquire)
+    builds.guard_builds(LAUNCHED)
+    assert (lock.exists(), FileBaton.try_acquire is before) == (stays, stays)
+    assert (capsys.readouterr().out == "") == stays
 
 
 BUILD = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import socket
@@ -21,7 +22,7 @@ from ds_sft.commands.doctor_facts import look_around
 from ds_sft.config.keys import Config
 from ds_sft.config.read import load_config
 from ds_sft.ranks.launch import Launch
-from ds_sft.ranks.network import Exchange, Network
+from ds_sft.ranks.network import Exchange, Network, stdout_to_stderr
 from tests.conftest import questions_and_answers, write_rows
 from tests.distributed.harness import BIN, free_port, run
 from tests.test_house import ROOT
@@ -392,3 +393,11 @@ def test_between_two_ranks(config: Config, tmp_path: Path) -> None:
     assert [check["name"] for check in checks][-5:] == ["network", "collectives", "exchange", "ZeRO", "clocks"]
     assert checks[-3]["value"].startswith("groups of 2 ranks, each in one node: ")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_greeting_is_not_among_what_programs_read(capfd: pytest.CaptureFixture[str]) -> None:
+    """Gloo of torch 2.10 writes to stdout past Python; `doctor --json` is read."""
+    with stdout_to_stderr():
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+    os.write(1, b"[]\n")
+    assert tuple(capfd.readouterr()) == ("[]\n", "[Gloo] Rank 0 is connected\n")

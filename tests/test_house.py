@@ -249,6 +249,8 @@ def pins(file: str) -> dict[str, str]:
 
 def test_every_pinned_version_satisfies_the_lower_bound() -> None:
     pinned = pins("constraints.txt")
+    assert "torch" not in pinned, "who installs with this file keeps the PyTorch that is there"
+    pinned |= dict(re.findall(r"^TORCH := (torch)==(\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert len(requirements()) >= 15
     for requirement in requirements():
         version = pinned[requirement.name.lower().replace("_", "-")]

@@ -133,7 +133,9 @@ def test_versions_that_were_read_bound_those_that_are_installed() -> None:
     assert bounds == {(library, next_minor(version)) for library, version in READ_IN.items()}
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     pinned = {name.lower().replace("-", "_"): version for name, version in pinned.items()}
-    assert {library: pinned[library] for library in READ_IN} == READ_IN
+    assert pinned | {"torch": READ_IN["torch"]} == pinned | READ_IN
+    for page in ("README.md", "docs/install.md"):
+        assert f'pip install "torch<{next_minor(READ_IN["torch"])}"' in (ROOT / page).read_text(encoding="utf-8"), page
 
 
 @pytest.mark.parametrize(("version", "following"), [("5.23.0", "5.24"), ("0.19.8", "0.20"), ("2.13", "2.14")])
@@ -151,20 +153,20 @@ def said() -> str:
 
 
 VERSION = importlib.metadata.version("transformers")
-WANTED = "pip install 'transformers>=5.23.0,<5.24'"
+WANTED = "pip install 'transformers>=5.24.0,<5.25'"
 
 
 def test_an_override_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Trainer, "_clip_grad_norm")
     assert said() == (
         f"transformers {VERSION}: transformers.trainer.Trainer._clip_grad_norm is gone; ds_sft was written against "
-        f"5.23.0. Here under DeepSpeed each step waits for the device: {WANTED}"
+        f"5.24.0. Here under DeepSpeed each step waits for the device: {WANTED}"
     )
 
 
 @pytest.mark.parametrize(
     ("installed", "wanted"),
-    [("2.14.1+cu130", "'torch<2.14'"), ("2.13.2", "'torch>=2.13.0,<2.14'"), ("2.9.1", "'torch>=2.13.0,<2.14'")],
+    [("2.16.1+cu132", "'torch<2.16'"), ("2.15.2", "'torch>=2.15.0,<2.16'"), ("2.9.1", "'torch>=2.15.0,<2.16'")],
 )
 def test_what_to_install(installed: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that is too new is not answered by the newest that is known: its CUDA may be too new as well."""
@@ -178,7 +180,7 @@ def test_an_override_that_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: None)
     assert said() == (
         f"transformers {VERSION}: transformers.trainer.Trainer._evaluate does not use evaluate; ds_sft was written "
-        "against 5.23.0. Here an evaluation counts as training, and one that a stop cut off is not made again: "
+        "against 5.24.0. Here an evaluation counts as training, and one that a stop cut off is not made again: "
         f"{WANTED}"
     )
 
@@ -214,6 +216,13 @@ def test_a_name_that_is_gone_or_has_moved() -> None:
     assert [fault for _, fault in faults([BACKWARDS])] == ["accelerate.accelerator.Accelerator.backwards is gone"]
     moved = dataclasses.replace(BACKWARDS, path="accelerate.elsewhere:Accelerator.backward")
     assert [fault for _, fault in faults([moved])] == ["accelerate.elsewhere.Accelerator.backward is gone"]
+
+
+@pytest.mark.parametrize(("until", "over"), [("1.11", True), ("1.12", True), ("1.13", False), ("2.0", False)])
+def test_a_name_that_a_later_version_needs_no_more(monkeypatch: pytest.MonkeyPatch, until: str, over: bool) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: "1.12.3+cpu")
+    row = dataclasses.replace(BACKWARDS, until=until)
+    assert (list(faults([row])) == []) == over
 
 
 def test_text_that_has_changed() -> None:
@@ -266,7 +275,7 @@ def test_a_run_ends_before_it_reads_data(tmp_path: Path) -> None:
         2,
         [
             f"ds_sft: error: transformers {VERSION}: transformers.trainer.Trainer._clip_grad_norm is gone; ds_sft was "
-            f"written against 5.23.0. Here under DeepSpeed each step waits for the device: {WANTED}"
+            f"written against 5.24.0. Here under DeepSpeed each step waits for the device: {WANTED}"
         ],
     )
     assert "Traceback" not in done.stderr

@@ -1,8 +1,9 @@
 """What a start need not wait for: locks that a killed compilation left behind, and a compiler that nothing uses.
 
-torch holds the file `lock` of an op's folder open while it compiles, and whoever else needs the op waits until the file
-is gone. A process that was killed cannot remove it. Builds of this package lock that file by flock as well: the kernel
-gives that up with the process, and tells also those in other containers, which cannot see the process itself.
+Before 2.14 torch holds the file `lock` of an op's folder open while it compiles, and whoever else needs the op waits
+until the file is gone. A process that was killed cannot remove it. Builds of this package lock that file by flock as
+well: the kernel gives that up with the process, and tells also those in other containers, which cannot see the process
+itself. From 2.14 on torch locks by flock alone, and each build leaves its file, which nobody waits for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ from ds_sft.ranks.launch import Launch, print_line
 # DeepSpeed's CPU Adam takes 1 to 3 minutes.
 OLD = 900.0
 NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "fuse", "cifs", "smb", "afs", "9p", "weka", "panfs")
+
+
+def guard_builds(launch: Launch) -> None:
+    """Let no build of this run wait for a dead one, nor later ones for this run's; before anything is compiled."""
+    import torch
+
+    if torch.__version__ < "2.14":
+        remove_stale_locks(launch)
+        hold_builds_by_flock()
 
 
 def remove_stale_locks(launch: Launch) -> None:

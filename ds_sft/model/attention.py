@@ -254,9 +254,9 @@ def _borders(kwargs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
 
 
 def _without_padding(kwargs: dict[str, Any]) -> bool:
-    """Whether a batch is rows end to end: position ids and no mask; generation has a cache as well."""
-    return (
-        kwargs.get("position_ids") is not None
-        and kwargs.get("attention_mask") is None
-        and kwargs.get("past_key_values") is None
-    )
+    """Whether a batch is rows end to end: position ids and no mask; generation has a cache as well.
+
+    transformers 5.24 calls the cache `cache`, older versions and who calls the model as they want `past_key_values`.
+    """
+    absent = ("attention_mask", "cache", "past_key_values")
+    return kwargs.get("position_ids") is not None and all(kwargs.get(name) is None for name in absent)

@@ -196,7 +196,7 @@ def _gated(module: Any, multiply: Callable[..., torch.Tensor]) -> Callable[..., 
 
 def _rotates_by_halves(module: nn.Module) -> bool:
     """Whether a module's forward calls `apply_rotary_pos_emb` as Llama's file defines it."""
-    forward = type(module).forward
+    forward = inspect.unwrap(type(module).forward)
     names = getattr(forward, "__globals__", {})
     return (
         "apply_rotary_pos_emb" in getattr(getattr(forward, "__code__", None), "co_names", ())
@@ -206,12 +206,15 @@ def _rotates_by_halves(module: nn.Module) -> bool:
 
 
 def _with_rotation(module: Any, kernels: Kernels) -> Callable[..., Any]:
-    """The module's own forward, in which one name means another function."""
+    """The module's own forward, in which one name means another function.
+
+    Without its decorator: that of transformers 5.24 translates an older name of the cache, which no layer uses.
+    """
 
     def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         return kernels.rotate(q, k, cos, sin, None, unsqueeze_dim)
 
-    own = type(module).forward
+    own: Any = inspect.unwrap(type(module).forward)
     names = {**own.__globals__, "apply_rotary_pos_emb": rotate}
     forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     forward.__kwdefaults__, forward.__annotations__ = own.__kwdefaults__, own.__annotations__

@@ -7,7 +7,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -154,6 +155,19 @@ def connect(launch: Launch, purpose: str = "doctor") -> Ranks:
     return Ranks(dist.PrefixStore(purpose, store), launch, address, port)  # type: ignore[attr-defined]
 
 
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What libraries in C++ write to stdout in the block goes to stderr: torch 2.10's Gloo greets each rank there, in
+    front of `doctor --json`, which programs read."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def measure_network(ranks: Ranks, output_dir: Path, *, sequence_parallel: int = 1) -> Network:
     """Start a process group and time it; all ranks must call this. Groups must divide the ranks."""
     import torch
@@ -162,13 +176,14 @@ def measure_network(ranks: Ranks, output_dir: Path, *, sequence_parallel: int = 
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(ranks.launch.local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=ranks.store,
-        rank=ranks.launch.rank,
-        world_size=ranks.launch.world_size,
-        timeout=timedelta(seconds=patience()),
-    )
+    with stdout_to_stderr():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=ranks.store,
+            rank=ranks.launch.rank,
+            world_size=ranks.launch.world_size,
+            timeout=timedelta(seconds=patience()),
+        )
     try:
         device = torch.device("cuda", ranks.launch.local_rank) if gpu else torch.device("cpu")
         one, many = (torch.ones(count, device=device) for count in (1, (GPU_BYTES if gpu else CPU_BYTES) // 4))

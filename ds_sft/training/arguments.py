@@ -10,7 +10,7 @@ from ds_sft.config.extension import is_dotted
 from ds_sft.config.keys import MUON, OUR_ORDERS, SECRETS, Config
 from ds_sft.data.micro_batches import Batching, Seam
 from ds_sft.data.rows import lengths_of
-from ds_sft.engine.builds import hold_builds_by_flock, import_muon, remove_stale_locks
+from ds_sft.engine.builds import guard_builds, import_muon
 from ds_sft.errors import UserError
 from ds_sft.plan.shape import read_shape
 from ds_sft.plan.steps import Steps
@@ -34,8 +34,7 @@ def training_arguments(config: Config, engine: dict[str, Any] | None, launch: La
     from transformers import TrainingArguments
 
     if engine is not None:
-        remove_stale_locks(launch)
-        hold_builds_by_flock()
+        guard_builds(launch)
         import_muon(engine)
     keys = keywords(config, engine)
     # Without `use_cpu` a box without GPUs gives every rank a world of its own (accelerate finds no backend).

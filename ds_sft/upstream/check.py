@@ -32,7 +32,7 @@ def require_names(*libraries: str) -> None:
 def faults(names: Iterable[Name] = NAMES) -> Iterator[tuple[Name, str]]:
     """Each of these names that is otherwise in what is installed and imported, and how."""
     for name in names:
-        if name.library in sys.modules and (found := _fault(name)):
+        if name.library in sys.modules and not _is_over(name) and (found := _fault(name)):
             yield name, found
 
 
@@ -41,17 +41,21 @@ def fault_in_words(name: Name, found: str) -> str:
     installed, read = importlib.metadata.version(name.library), READ_IN[name.library]
     # Of what is too new any version below will do, for an older CUDA an older one; what is too old must be as read.
     below = f"<{next_minor(read)}"
-    wanted = f"'{name.library}{below}'" if _is_newer(installed, read) else f"'{name.library}>={read},{below}'"
+    wanted = f"'{name.library}{below}'" if _minor(installed) > _minor(read) else f"'{name.library}>={read},{below}'"
     return (
         f"{name.library} {installed}: {found}; ds_sft was written against {read}. Here {name.stops}: "
         f"pip install {wanted}"
     )
 
 
-def _is_newer(version: str, than: str) -> bool:
-    """Whether it is of a later minor version."""
-    found, known = (tuple(map(int, text.split(".")[:2])) for text in (version, than))
-    return found > known
+def _is_over(name: Name) -> bool:
+    """Whether what is installed needs the name no more."""
+    return bool(name.until) and _minor(importlib.metadata.version(name.library)) >= _minor(name.until)
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """(5, 23) of 5.23.0."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def next_minor(version: str) -> str:

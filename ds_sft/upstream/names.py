@@ -29,6 +29,7 @@ class Name:
     stops: str  # what stops working without it
     seen_in: str = ""  # what calls an override, or sets or reads an attribute, and so mentions it; of its own module
     as_read: str = ""  # parameters of an override; what a text must contain
+    until: str = ""  # the first version of its library that needs none of this
 
     @property
     def library(self) -> str:
@@ -54,8 +55,8 @@ READ_IN = {
     "peft": "0.21.2",
     "sacrebleu": "2.6.0",
     "swanlab": "0.10.3",
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "torch": "2.15.0",
+    "transformers": "5.24.0",
 }
 # fmt: off
 NAMES = (
@@ -290,7 +291,8 @@ NAMES = (
     Name("torch.optim.lr_scheduler:LambdaLR()._last_lr", ASSIGNED, "training/hyperparameters.py",
          "the first rate that a resumed run logs is the checkpoint's", seen_in="LRScheduler.get_last_lr"),
     Name("torch.utils.file_baton:FileBaton.try_acquire", ASSIGNED, "engine/builds.py",
-         "a build that was killed is waited for without end", seen_in="torch.utils.cpp_extension:_jit_compile"),
+         "a build that was killed is waited for without end", seen_in="torch.utils.cpp_extension:_jit_compile",
+         until="2.14"),
     # accelerate
     Name("accelerate.accelerator:Accelerator.backward", ASSIGNED, "training/timers.py",
          "communication_share is too small under DDP", seen_in="transformers.trainer:Trainer.training_step"),
