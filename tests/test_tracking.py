@@ -668,6 +668,7 @@ def named_runs(integration: type[FakeIntegration], monkeypatch: pytest.MonkeyPat
     wandb.teardown = lambda: None
     mlflow.active_run = lambda: types.SimpleNamespace(info=types.SimpleNamespace(run_id=NamedRuns.runs[-1]))
     mlflow.log_text, mlflow.end_run = lambda text, file: None, lambda state: None
+    mlflow.is_tracking_uri_set = lambda: True
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [NamedRuns])

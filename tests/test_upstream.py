@@ -133,7 +133,8 @@ def test_versions_that_were_read_bound_those_that_are_installed() -> None:
     assert bounds == {(library, next_minor(version)) for library, version in READ_IN.items()}
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     pinned = {name.lower().replace("-", "_"): version for name, version in pinned.items()}
-    assert pinned | {"torch": READ_IN["torch"]} == pinned | READ_IN
+    behind = {name: READ_IN[name] for name in ("torch", "transformers")}  # `make test-newest` runs with these
+    assert pinned | behind == pinned | READ_IN
     for page in ("README.md", "docs/install.md"):
         assert f'pip install "torch<{next_minor(READ_IN["torch"])}"' in (ROOT / page).read_text(encoding="utf-8"), page
 

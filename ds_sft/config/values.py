@@ -135,7 +135,7 @@ def convert(known: Key, given: Given) -> Any:
         expected = f"yes, no or {also}" if also else str(error)
         place = f"{given.where}{given.alias or known.name}"
         near = nearest_value(value, known.choices) if isinstance(value, str) else None
-        meant = f": did you mean {near}?" if near else ""
+        meant = f": did you mean {near}?" if near and near != value else ""  # a choice may be one that is refused
         raise UserError(f"{place}: expected {expected}, found {_shown(value)!r}{meant}") from None
     return result
 
