@@ -26,7 +26,7 @@ from ds_sft.export.predict import predict
 from ds_sft.model.tokenizer import load_tokenizer
 from ds_sft.ranks.launch import Launch
 from tests.conftest import questions_and_answers, write_rows
-from tests.distributed.harness import read_lines
+from tests.distributed.harness import free_port, read_lines
 
 LAUNCH = Launch(launcher="python")
 METRICS = ["loss", "perplexity", "exact_match", "chrf", "rouge_l"]
@@ -422,7 +422,7 @@ def test_a_checkpoint_is_exported_once(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And not by each of several ranks."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", str(free_port()))):
         monkeypatch.setenv(name, value)
     Path("out/checkpoint-3").mkdir()
     Path("out/checkpoint-3/trainer_state.json").write_text("{}", encoding="utf-8")
