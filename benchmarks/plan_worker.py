@@ -111,6 +111,7 @@ def all_tensors() -> int:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
 
+    gc.unfreeze()  # those from before training are frozen, and not listed then
     for found in gc.get_objects():
         try:
             if isinstance(found, torch.Tensor):
