@@ -464,6 +464,20 @@ def test_paths_of_a_run_are_found_again(tmp_path: Path, monkeypatch: pytest.Monk
     names(project.rename(tmp_path / "moved"), tmp_path / "moved/runs/one")
 
 
+def test_a_run_is_read_again_whose_checkpoint_to_resume_from_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best").mkdir()
+    config = load_config([*NEEDED, "--resume", "best"])
+    config.save(tmp_path / "config.yaml")
+    (tmp_path / "best").rmdir()
+    assert load_config(["config.yaml"]) == config
+    (tmp_path / "mine.yaml").write_text("resume: best\n", encoding="utf-8")
+    with pytest.raises(UserError, match="mine.yaml:1: resume: expected auto, never or the folder of a checkpoint"):
+        load_config(["mine.yaml", *NEEDED])
+
+
 def test_the_first_word_may_be_the_file(tmp_path: Path) -> None:
     """Also behind what DeepSpeed's launcher puts before it; and a run's output folder."""
     file = tmp_path / "config.yaml"
