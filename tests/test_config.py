@@ -350,7 +350,8 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
         ("max_length:\n", ":1: max_length: expected a whole number such as 2048, found ''"),
         ("system_prompt: null\n", ":1: system_prompt: expected text, found 'null'"),
         ("system_prompt: {a: b}\n", ":1: system_prompt: expected text, found '{\"a\": \"b\"}'"),
-        ("seed: 1\nseed: 2\n", ":2: seed is given twice, first in line 1"),
+        ("seed: 1\nseed: 2\nseed: 3\n", ":2: seed is given twice, first in line 1\n"
+         "{file}:3: seed is given twice, first in line 1"),
         ("stage: sft\nseed: 1\ncutoff_len: 9\nseed: 2\n", ":1: unknown key 'stage': delete it: every run is supervised "
          "fine-tuning\n{file}:3: unknown key 'cutoff_len': did you mean max_length?\n"
          "{file}:4: seed is given twice, first in line 2"),
@@ -474,7 +475,7 @@ def test_a_run_is_read_again_whose_checkpoint_to_resume_from_is_gone(
     (tmp_path / "best").rmdir()
     assert load_config(["config.yaml"]) == config
     (tmp_path / "mine.yaml").write_text("resume: best\n", encoding="utf-8")
-    with pytest.raises(UserError, match="mine.yaml:1: resume: expected auto, never or the folder of a checkpoint"):
+    with pytest.raises(UserError, match=r"mine\.yaml:1: resume: expected auto, never or the folder of a checkpoint"):
         load_config(["mine.yaml", *NEEDED])
 
 

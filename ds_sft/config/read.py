@@ -167,7 +167,7 @@ def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
             continue
         if name in given:
             mistakes.append(f"{path}:{line}: {name} is given twice, first in line {lines[name]}")
-        lines[name] = line
+        lines.setdefault(name, line)
         scalar = isinstance(node, yaml.ScalarNode)
         value = node.value if scalar else plain(node)
         given[name] = Given(f"{path}:{line}: ", value, plain=not scalar or node.style is None)
