@@ -555,8 +555,8 @@ def test_attentions_are_those_of_the_installed_transformers() -> None:
 
     trains = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name and ":" not in name}
     assert {"eager", *trains} - {"ds_sft_rows"} == set(ATTENTIONS)
-    config = load_config([*NEEDED, "--attn_implementation", "kernels-community/flash-attn3"])
-    assert config.attn_implementation == "kernels-community/flash-attn3"
+    for kernel in ("kernels-community/flash-attn3", "kernels-community/flash-attn3@v1.2:flash_attn"):
+        assert load_config([*NEEDED, "--attn_implementation", kernel]).attn_implementation == kernel
 
 
 def test_converted_values_are_accepted_by_transformers(tmp_path: Path) -> None:

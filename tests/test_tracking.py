@@ -726,6 +726,18 @@ def test_a_resumed_run_goes_on_in_the_trackers_own_run(tmp_path: Path, named_run
     assert (named_runs.runs[4:], named_runs.failing) == (["run-4"], set())
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_resumed_run_does_not_go_on_in_that_of_an_earlier_one_in_its_folder(
+    tmp_path: Path, named_runs: type[NamedRuns], name: str
+) -> None:
+    trained(reported(tmp_path, name))
+    (tmp_path / "swanlab.json").write_text("{}")
+    trained(reported(tmp_path, "none"))  # anew, with resume: never
+    assert not (tmp_path / "swanlab.json").exists()
+    trained(reported(tmp_path, name), resumed=True)
+    assert named_runs.opened == [{}, {}]
+
+
 @pytest.mark.parametrize("named", [{"WANDB_RUN_ID": "mine"}, {"WANDB_RESUME": "never"}, {"MLFLOW_RUN_ID": "mine"}])
 def test_the_run_that_a_user_names_is_the_trackers(
     tmp_path: Path, named_runs: type[NamedRuns], monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
