@@ -8,7 +8,8 @@ from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
-    """What the user gave is wrong: one line saying where, what was found and what to write instead.
+    """What the user gave is wrong: one line saying where, what was found and what to write instead; of a file with
+    several mistakes one for each.
 
     Entry points print it without a traceback and exit with 2; every exception but these two is a bug of ours.
     """

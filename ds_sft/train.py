@@ -228,11 +228,11 @@ def require_hub(config: Config, launch: Launch) -> None:
 
 
 def identify(config: Config, engine: dict[str, Any] | None, data: Data, launch: Launch, *, base: str) -> dict[str, Any]:
-    """What decides the result, to know the run again; rank 0 alone hashes the data and the base."""
+    """What decides the result, to know the run again; rank 0 alone reads files for it."""
     from ds_sft.data.rows import fingerprint
 
     rows, eval_rows = (fingerprint(rows) if rows and launch.is_main else "" for rows in (data.train, data.eval))
-    return identity(config, engine, rows, eval_rows, base)
+    return identity(config, engine, rows, eval_rows, base, reads=launch.is_main)
 
 
 class Batches(NamedTuple):

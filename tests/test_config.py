@@ -350,7 +350,8 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
         ("max_length:\n", ":1: max_length: expected a whole number such as 2048, found ''"),
         ("system_prompt: null\n", ":1: system_prompt: expected text, found 'null'"),
         ("system_prompt: {a: b}\n", ":1: system_prompt: expected text, found '{\"a\": \"b\"}'"),
-        ("seed: 1\nseed: 2\n", ":2: seed is given twice, first in line 1"),
+        ("seed: 1\nseed: 2\nseed: 3\n", ":2: seed is given twice, first in line 1\n"
+         "{file}:3: seed is given twice, first in line 1"),
         ("stage: sft\nseed: 1\ncutoff_len: 9\nseed: 2\n", ":1: unknown key 'stage': delete it: every run is supervised "
          "fine-tuning\n{file}:3: unknown key 'cutoff_len': did you mean max_length?\n"
          "{file}:4: seed is given twice, first in line 2"),
@@ -464,6 +465,20 @@ def test_paths_of_a_run_are_found_again(tmp_path: Path, monkeypatch: pytest.Monk
     names(project.rename(tmp_path / "moved"), tmp_path / "moved/runs/one")
 
 
+def test_a_run_is_read_again_whose_checkpoint_to_resume_from_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best").mkdir()
+    config = load_config([*NEEDED, "--resume", "best"])
+    config.save(tmp_path / "config.yaml")
+    (tmp_path / "best").rmdir()
+    assert load_config(["config.yaml"]) == config
+    (tmp_path / "mine.yaml").write_text("resume: best\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml:1: resume: expected auto, never or the folder of a checkpoint"):
+        load_config(["mine.yaml", *NEEDED])
+
+
 def test_the_first_word_may_be_the_file(tmp_path: Path) -> None:
     """Also behind what DeepSpeed's launcher puts before it; and a run's output folder."""
     file = tmp_path / "config.yaml"
@@ -540,8 +555,8 @@ def test_attentions_are_those_of_the_installed_transformers() -> None:
 
     trains = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name and ":" not in name}
     assert {"eager", *trains} - {"ds_sft_rows"} == set(ATTENTIONS)
-    config = load_config([*NEEDED, "--attn_implementation", "kernels-community/flash-attn3"])
-    assert config.attn_implementation == "kernels-community/flash-attn3"
+    for kernel in ("kernels-community/flash-attn3", "kernels-community/flash-attn3@v1.2:flash_attn"):
+        assert load_config([*NEEDED, "--attn_implementation", kernel]).attn_implementation == kernel
 
 
 def test_converted_values_are_accepted_by_transformers(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ds_sft.data.batch import collate_flat
 from ds_sft.data.dataset import load_data
 from ds_sft.data.shapes import SHAPES
 from ds_sft.errors import UserError
+from ds_sft.model import own_attention
 from ds_sft.model.attention import keep_rows_apart
 from ds_sft.model.own_attention import register_attention, try_attention
 from ds_sft.model.quantized import require_bitsandbytes
@@ -452,6 +454,24 @@ def test_an_attention_is_tried_with_what_a_layer_gives_it(read: Any, tmp_path: P
     tried, words, real, real_words = load("mine:SEEN", "")[:4]
     assert tried == real
     assert real_words.items() <= words.items()
+
+
+class OwnAttention(torch.nn.Module):
+    """Of a model's own code, whose configuration calls heads otherwise."""
+
+    layer_idx, config = 0, SimpleNamespace(n_heads=4)
+
+
+def test_a_model_whose_own_code_cannot_be_tried_is_left_to_its_loading(
+    read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs_more(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("This modeling file requires einops")
+
+    config = read(attn_implementation="mine:look")
+    for made in (needs_more, lambda *args, **kwargs: torch.nn.Sequential(OwnAttention())):
+        monkeypatch.setattr(own_attention, "skeleton", made)
+        try_attention(config, ALONE)
 
 
 @pytest.mark.parametrize("name", ["my_attention:by_rows", "mine:by_mask"])

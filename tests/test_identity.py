@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from ds_sft.checkpoints.content import SAMPLES, content
 from ds_sft.checkpoints.identity import CLASSES, changes, identity, unchangeable
 from ds_sft.config.keys import Config
 from ds_sft.config.upstream_keys import all_keys
@@ -118,6 +122,7 @@ def test_a_project_that_was_moved_is_the_same_run(tmp_path: Path) -> None:
     for file, other in (
         ("config.json", b'{"hidden_size": 9}'),
         ("model.safetensors", bytes(256) * 40_000),
+        ("model.safetensors", b"!" + weights[1:]),
         ("model.safetensors", weights[:-1] + b"!"),
         ("model-2.safetensors", b""),
         ("code.py", b""),
@@ -128,3 +133,37 @@ def test_a_project_that_was_moved_is_the_same_run(tmp_path: Path) -> None:
         shutil.rmtree(changed)
     del before["contents"]  # of an older checkpoint
     assert list(changes(before, known(moved))) == ["model_name_or_path", "template"]
+
+
+def test_a_model_of_which_one_small_tensor_was_trained_is_another(tmp_path: Path) -> None:
+    """As a model that `train_only` has left: all around the tensor is as in the base."""
+    tensors = {
+        f"layers.{n}.{part}": torch.zeros(size) for n in range(90) for part, size in (("q", 60_000), ("norm", 8))
+    }
+    names = ("base", "trained", "same")
+    for name in names:
+        changed = {"layers.41.norm": torch.ones(8)} if name == "trained" else {}
+        (tmp_path / name).mkdir()
+        save_file(tensors | changed, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    base, trained, same = (content(tmp_path / name) for name in names)
+    assert base == same != trained
+
+
+def test_few_places_of_a_model_of_many_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(
+        "os.pread", lambda file, size, begin, pread=os.pread: read.append(size) or pread(file, size, begin)
+    )
+    (tmp_path / "config.json").write_text("{}")
+    for number in range(128):
+        save_file({f"expert.{n}": torch.zeros(2) for n in range(100)}, tmp_path / f"model-{number}.safetensors")
+    assert content(tmp_path) is not None
+    assert len(read) <= 128 * (SAMPLES // 128 + 2)  # and what says where tensors are
+
+
+def test_one_rank_alone_reads_what_keys_name(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    config = Config(model_name_or_path="m", train_file="t", template=str(tmp_path / "chat.jinja"))
+    found = [identity(config, None, "rows", reads=reads)["contents"].keys() for reads in (True, False)]
+    assert found == [{"template"}, set()]

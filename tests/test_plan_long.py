@@ -33,6 +33,7 @@ from ds_sft.plan.recommend import Way, ways
 from ds_sft.plan.run import TILE, TILED_FROM, Engine, Run
 from ds_sft.plan.shape import Shape
 from ds_sft.plan.states import MUON_KEPT, PINNED, host, moments, muon_gathered, muon_step, states
+from ds_sft.plan.weights import Choice
 
 SHAPE = Shape(family="llama", hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=1000,
               tied=False)  # fmt: skip
@@ -156,6 +157,8 @@ def test_deepspeeds_muon_has_more_than_momentum() -> None:
     large = run(3, shape=replace(SHAPE, hidden=2048, intermediate=65_536, layers=4), **keys)
     assert muon_gathered(large) == MUON_KEPT  # of 3.2 GB of matrices
     assert muon_step(run(3, 1, **keys)) == muon_gathered(run(3, 1, **keys)) == 0  # nobody to gather from
+    norms = run(3, choice=Choice(only=("norm",)), **keys)
+    assert (muon_step(norms), muon_gathered(norms)) == (0, 0)  # no matrix
 
 
 def test_checkpoints_have_the_states_that_there_are() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -605,7 +606,8 @@ def test_files_of_mlflow_lie_in_the_output_folder_or_where_its_variable_says(
     mlflow: Any = types.ModuleType("mlflow")
     mlflow.is_tracking_uri_set = lambda: chosen
     mlflow.set_tracking_uri = asked.append
-    mlflow.get_experiment_by_name = lambda name: None if len(asked) == 1 else name
+    there = types.SimpleNamespace(artifact_location=(tmp_path / "mlruns").as_uri())
+    mlflow.get_experiment_by_name = lambda name: None if len(asked) == 1 else there
     mlflow.create_experiment = lambda name, artifact_location: asked.append((name, artifact_location))
     mlflow.set_experiment = asked.append
     mlflow.log_text = mlflow.end_run = lambda *args: None
@@ -617,6 +619,27 @@ def test_files_of_mlflow_lie_in_the_output_folder_or_where_its_variable_says(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     trained(reported(tmp_path, "mlflow"))
     assert asked[3:] == ([] if chosen else [store, "mine"])  # which is there
+
+
+def test_runs_of_mlflow_have_their_files_where_the_output_folder_was_moved_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the old folder came again, and a copy wrote over the files of the original."""
+    then, now = "file:///old/out/mlruns", (tmp_path / "mlruns").as_uri()
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        database.execute("CREATE TABLE runs (artifact_uri TEXT)")
+        database.executemany("INSERT INTO experiments VALUES (?)", [(then,), (f"{then}2",)])
+        database.executemany("INSERT INTO runs VALUES (?)", [(f"{then}/a/artifacts",), ("s3://b/mlruns/a",)])
+    mlflow: Any = types.ModuleType("mlflow")
+    mlflow.is_tracking_uri_set, mlflow.set_tracking_uri = lambda: False, lambda uri: None
+    mlflow.get_experiment_by_name = lambda name: types.SimpleNamespace(artifact_location=then)
+    mlflow.set_experiment = lambda name: None
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    integrations.keep_files_in(tmp_path, "mlflow")
+    read = sqlite3.connect(tmp_path / "mlflow.db").execute
+    assert read("SELECT * FROM experiments").fetchall() == [(now,), (f"{then}2",)]
+    assert read("SELECT * FROM runs").fetchall() == [(f"{now}/a/artifacts",), ("s3://b/mlruns/a",)]
 
 
 def test_a_wandb_that_cannot_be_told_to_go_on_offline_ends_nothing(
@@ -703,6 +726,18 @@ def test_a_resumed_run_goes_on_in_the_trackers_own_run(tmp_path: Path, named_run
     assert (named_runs.runs[4:], named_runs.failing) == (["run-4"], set())
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_resumed_run_does_not_go_on_in_that_of_an_earlier_one_in_its_folder(
+    tmp_path: Path, named_runs: type[NamedRuns], name: str
+) -> None:
+    trained(reported(tmp_path, name))
+    (tmp_path / "swanlab.json").write_text("{}")
+    trained(reported(tmp_path, "none"))  # anew, with resume: never
+    assert not (tmp_path / "swanlab.json").exists()
+    trained(reported(tmp_path, name), resumed=True)
+    assert named_runs.opened == [{}, {}]
+
+
 @pytest.mark.parametrize("named", [{"WANDB_RUN_ID": "mine"}, {"WANDB_RESUME": "never"}, {"MLFLOW_RUN_ID": "mine"}])
 def test_the_run_that_a_user_names_is_the_trackers(
     tmp_path: Path, named_runs: type[NamedRuns], monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
@@ -713,6 +748,15 @@ def test_the_run_that_a_user_names_is_the_trackers(
         monkeypatch.setenv(variable, value)
     trained(reported(tmp_path, name), resumed=True)
     assert named_runs.opened == [named]
+
+
+def test_a_variable_of_another_tracker_says_nothing_of_this_ones_run(
+    tmp_path: Path, named_runs: type[NamedRuns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.json").write_text('{"id": "run-0"}')
+    monkeypatch.setenv("MLFLOW_RUN_ID", "mine")
+    trained(reported(tmp_path, "wandb"), resumed=True)
+    assert named_runs.opened == [{**GOES_ON["wandb"], "MLFLOW_RUN_ID": "mine"}]
 
 
 def test_a_run_that_the_tracker_has_no_more_begins_anew(

@@ -17,13 +17,15 @@ import xxhash
 IDLE = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
         "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")  # fmt: skip
 KINDS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
-SAMPLES, SAMPLE = 64, 16_384  # of a file of weights; bytes of each
+SAMPLES, SAMPLE = 2048, 16_384  # of a model's weights, about; bytes of each
+AT_LEAST = 8  # samples of each file
 
 
 def content(path: Path) -> str | None:
     """A hash of a file, or of a model's folder; None where it cannot be read, or has code of its own.
 
-    Of weights `SAMPLES` places a file count, which two models that were trained apart do not have in common.
+    Of weights `SAMPLES` places count, half of them where tensors begin: two models of which only some layers were
+    trained apart differ there.
     """
     try:
         if path.is_file():
@@ -31,9 +33,10 @@ def content(path: Path) -> str | None:
         if any(path.glob("*.py")):
             return None
         weights = xxhash.xxh3_64()
-        for file in weights_in(path):
+        files = weights_in(path)
+        for file in files:
             weights.update(f"{file.name} {file.stat().st_size}".encode())
-            for sample in _samples(file):
+            for sample in _samples(file, max(AT_LEAST, SAMPLES // len(files))):
                 weights.update(sample)
         return f"{weights.hexdigest()}-{hash_config(path / 'config.json')}"
     except (OSError, ValueError):
@@ -52,11 +55,26 @@ def weights_in(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder}: no {' or '.join(KINDS)}")
 
 
-def _samples(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
+def _samples(file: Path, number: int) -> Iterator[bytes]:
+    """Of a file of weights, about `number`: from its head to its end, and where tensors begin."""
+    size, half = file.stat().st_size, number // 2
     with file.open("rb") as weights:
-        for number in range(SAMPLES):
-            yield os.pread(weights.fileno(), SAMPLE, max(size - SAMPLE, 0) * number // (SAMPLES - 1))
+        tensors = _tensors(weights.fileno(), size)
+        places = [max(size - SAMPLE, 0) * place // (half - 1) for place in range(half)]
+        for begin in places + tensors[:: max(1, -(-len(tensors) // half))]:
+            yield os.pread(weights.fileno(), SAMPLE, begin)
+
+
+def _tensors(file: int, size: int) -> list[int]:
+    """Where the tensors of a safetensors file begin, in their order; none of another file."""
+    head = int.from_bytes(os.pread(file, 8, 0), "little")
+    if head + 8 > size:
+        return []
+    try:
+        named = json.loads(os.pread(file, head, 8))
+        return sorted(head + 8 + tensor["data_offsets"][0] for name, tensor in named.items() if name != "__metadata__")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def hash_config(file: Path) -> str:

@@ -107,10 +107,10 @@ INDIFFERENT_ENGINE = ("checkpoint", "train_batch_size", "train_micro_batch_size_
 
 
 def identity(
-    config: Config, engine: dict[str, Any] | None, data: str, eval_data: str = "", base: str = ""
+    config: Config, engine: dict[str, Any] | None, data: str, eval_data: str = "", base: str = "", *, reads: bool = True
 ) -> dict[str, Any]:
     """The keys that decide the result, the content of the DeepSpeed configuration, the hashes of the data and, where
-    weights are frozen, of the base."""
+    weights are frozen, of the base; of the files that keys name where this rank `reads` them."""
     # A number of rows a step is the same rows however they are laid out; filled micro batches are others.
     batching = () if config.fills_batches else ("batching", "max_tokens_per_batch")
     given = {
@@ -125,7 +125,8 @@ def identity(
     batch = {"per_device_train_batch_size": config.micro_batch,
              "gradient_accumulation_steps": config.training.get("gradient_accumulation_steps", 1)}  # fmt: skip
     places = _places(given)
-    contents = {name: found for name, place in places.items() if (found := content(Path(place))) is not None}
+    read = places if reads else {}
+    contents = {name: found for name, place in read.items() if (found := content(Path(place))) is not None}
     known = {"config": keys | flat, PLACES: places, CONTENTS: contents, DATA: data, EVAL_DATA: eval_data,
              "zero_stage": stage(engine), "batch": batch}  # fmt: skip
     return known | ({BASE: base} if base else {})

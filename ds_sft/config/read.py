@@ -46,6 +46,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py", *, flags: Iterable[
         raise SystemExit(0)
     read = _read_flags(argv, flags)
     file = read.pop("config", None)
+    _check_resume(read)
     given = {} if file is None else _read_yaml(config_file(str(file.value)))
     return _resolve(_merge(given, read))
 
@@ -140,7 +141,10 @@ def _read_yaml(path: Path) -> dict[str, Given]:
         raise UserError(f"{path}: expected lines of `key: value`")
     given = _given_of(root, path)
     started = given.pop(STARTED_IN, None)
-    return given if started is None else _found_again(given, Path(str(started.value)), path)
+    if started is not None:  # a run has left it, and where it was resumed from may be gone
+        return _found_again(given, Path(str(started.value)), path)
+    _check_resume(given)
+    return given
 
 
 def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
@@ -163,7 +167,7 @@ def _given_of(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
             continue
         if name in given:
             mistakes.append(f"{path}:{line}: {name} is given twice, first in line {lines[name]}")
-        lines[name] = line
+        lines.setdefault(name, line)
         scalar = isinstance(node, yaml.ScalarNode)
         value = node.value if scalar else plain(node)
         given[name] = Given(f"{path}:{line}: ", value, plain=not scalar or node.style is None)
@@ -205,9 +209,10 @@ def _located(value: Any, home: Path, name: str) -> Any:
     return str(home / value) if there else value
 
 
-def _check_resume(value: str, given: Mapping[str, Given]) -> None:
+def _check_resume(given: Mapping[str, Given]) -> None:
     """A word that is none of the key's, and no folder; of a path, which may have been there once, a run finds out."""
-    if value in RESUME_WORDS.values() or not value.isalpha() or Path(value).exists():
+    value = given["resume"].value if "resume" in given else "auto"
+    if not isinstance(value, str) or not value.isalpha() or value.lower() in RESUME_WORDS or Path(value).exists():
         return
     near = nearest_value(value, dict.fromkeys(RESUME_WORDS.values()))
     meant = f": did you mean {near}?" if near else ""
@@ -228,7 +233,6 @@ def _resolve(given: Mapping[str, Given]) -> Config:
         raise UserError(f"{given['val_size'].where}val_size: with an eval_file nothing is set aside: give one of them")
     has_eval = ours.get("eval_file") is not None or bool(ours.get("val_size"))
     ours["resume"] = RESUME_WORDS.get(str(ours.get("resume") or "auto").lower(), ours.get("resume"))
-    _check_resume(ours["resume"], given)
     if not has_eval and values.get("eval_strategy", "no") != "no":
         where = given["eval_strategy"].where
         raise UserError(f"{where}eval_strategy: {values['eval_strategy']} needs an eval_file (or val_size)")

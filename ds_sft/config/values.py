@@ -221,8 +221,8 @@ def _flow(text: str, kind: type) -> Any:
 def _check(known: Key, value: Any) -> None:
     extended = known.name in EXTENSIBLE
     if known.choices and value not in known.choices and not (extended and is_dotted(value)):
-        if known.name == "attn_implementation" and is_repo(value):  # a kernel of the hub's
-            return
+        if known.name == "attn_implementation" and is_repo(re.split("[@:]", value)[0]):
+            return  # a kernel of the hub's: OWNER/NAME@REVISION:FUNCTION
         raise ValueError(_one_of(known.choices) + f", or {EXAMPLE}" * extended)
     if known.name in POSITIVE and value is not None and value < 1:
         raise ValueError("1 or more")

@@ -88,14 +88,15 @@ def try_attention(config: Config, launch: Launch) -> None:
 
 
 def _layer_of_model(config: Config) -> Any:
-    """An attention of the model, without weights; None where it has none that says which layer it is of, or where
-    there is no such model, which is said when its tokenizer is loaded."""
+    """An attention of the model, without weights; None where it has none that says which layer it is of and how many
+    heads it has, as code that comes with a model may. Why there is no such model is said when it is loaded."""
     try:
         bare = skeleton(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
+    except Exception:  # whatever the model's own code raises
         return None
     named = (module for module in bare.modules() if "Attention" in type(module).__name__)
-    return next((module for module in named if hasattr(module, "layer_idx") and hasattr(module, "config")), None)
+    known = (module for module in named if hasattr(module, "layer_idx") and hasattr(module, "config"))
+    return next((layer for layer in known if isinstance(getattr(layer.config, "num_attention_heads", None), int)), None)
 
 
 def _noise(layer: Any, dtype: torch.dtype, device: str) -> Iterator[torch.Tensor]:

@@ -79,7 +79,7 @@ def muon_step(run: Run) -> int:
     if run.optimizer != MUON or run.engine.stage != 3 or run.ranks == 1:
         return 0
     sizes = hidden_sizes(run)
-    bucket = min(sum(sizes), max(run.engine.reduce_bucket, *sizes)) * run.weight
+    bucket = min(sum(sizes), max([run.engine.reduce_bucket, *sizes])) * run.weight
     return 2 * bucket + -(-bucket // run.ranks)
 
 

@@ -13,8 +13,9 @@ import importlib.util
 import json
 import os
 import shlex
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ class Integration:
 
     def _naming(self) -> dict[str, str]:
         """The variables by which this start goes on in the known run, unless the user's own name one."""
-        if self.known is None or THEIRS & os.environ.keys():
+        naming = NAMING.get(self.name, {})
+        if self.known is None or THEIRS & naming.keys() & os.environ.keys():
             return {}
-        return {name: value.format(id=self.known) for name, value in NAMING[self.name].items()}
+        return {name: value.format(id=self.known) for name, value in naming.items()}
 
     def _keep_id(self) -> None:
         write_json(self.record, {"id": RUN_ID[self.name]()})
@@ -225,7 +227,22 @@ def _keep_mlflow_in(folder: Path) -> None:
     store = f"sqlite:///{folder / 'mlflow.db'}"
     mlflow.set_tracking_uri(store)
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ds_sft")
-    if mlflow.get_experiment_by_name(experiment) is None:
-        mlflow.create_experiment(experiment, artifact_location=(folder / "mlruns").as_uri())
+    place, known = (folder / "mlruns").as_uri(), mlflow.get_experiment_by_name(experiment)
+    if known is None:
+        mlflow.create_experiment(experiment, artifact_location=place)
+    elif known.artifact_location != place:
+        _move_artifacts(folder / "mlflow.db", known.artifact_location, place)
     mlflow.set_experiment(experiment)
     print_line(f"mlflow: `mlflow ui --backend-store-uri {shlex.quote(store)}` shows the curves.")
+
+
+def _move_artifacts(database: Path, then: str, now: str) -> None:
+    """Let the runs of an output folder that was moved or copied have their files in it: MLflow, which has no call for
+    it, would make the old folder again, or write into the original."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            connection.execute(
+                f"UPDATE {table} SET {column} = :now || substr({column}, :behind) "
+                f"WHERE {column} = :then OR substr({column}, 1, :behind) = :then || '/'",
+                {"then": then, "now": now, "behind": len(then) + 1},
+            )

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from ds_sft.config.keys import Config
 from ds_sft.errors import UserError, nearest_value
 from ds_sft.ranks.launch import Launch, print_line
 from ds_sft.tracking.guard import FINISH_SECONDS, LOG_SECONDS, START_SECONDS, Guard
-from ds_sft.tracking.integrations import NAMES, Integration, keep_files_in, missing_package
+from ds_sft.tracking.integrations import NAMES, NAMING, Integration, keep_files_in, missing_package
 from ds_sft.tracking.public import public_config, without_secrets
 from ds_sft.tracking.swanlab_run import SwanLab
 
@@ -160,6 +160,8 @@ class Log:
     def start(self) -> None:
         """Start the trackers; say once where curves go, and by which key."""
         keys = public_config(self.config)
+        if not self.resumed:
+            self._forget_runs()
         for tracker in self.trackers:
             if isinstance(tracker, Integration):
                 tracker.guard.call(partial(keep_files_in, self.config.output_dir, tracker.name), START_SECONDS)
@@ -169,6 +171,12 @@ class Log:
             off = {tracker.name for tracker in self.trackers if isinstance(tracker, Own) and tracker.tracker is None}
             places = " and ".join([*(name for name in named if name not in off), str(self.metrics)])
             print_line(f"Curves go to {places}; SwanLab is off (report_to: {', '.join(named) or 'none'}).")
+
+    def _forget_runs(self) -> None:
+        """An earlier run in this folder may have had trackers that this one takes up when it is resumed, if ever."""
+        for name in ("swanlab", *NAMING):
+            with suppress(OSError):  # no file, as a rule
+                (self.config.output_dir / f"{name}.json").unlink()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record Trainer's metrics under Trainer's names."""
