@@ -53,22 +53,37 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
 
 
-class EndAtThree(TrainerCallback):
-    """Ends training at the third step, at the place of it that it is told."""
+class EndAt(TrainerCallback):
+    """Ends training after so many steps, or in the middle of the next, where it is told."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, step: int) -> None:
+        self.step = step
         setattr(self, place, self.end)
 
     def end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == 3
+        control.should_training_stop |= state.global_step == self.step
 
 
-@pytest.mark.parametrize("place", ["on_step_end", "on_log"])
-def test_the_model_that_a_callback_ends_with_is_measured(tmp_path: Path, place: str) -> None:
-    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=1, max_steps=6)
-    trainer.callback_handler.callbacks.insert(1, EndAtThree(place))
+@pytest.mark.parametrize(("place", "step", "logging_steps", "measured"), [
+    ("on_step_end", 3, 1, [2, 3]),
+    ("on_log", 3, 1, [2, 3]),
+    ("on_substep_end", 2, 100, [2, 3]),
+    ("on_epoch_end", 6, 100, [2, 4, 6]),  # once
+])  # fmt: skip
+def test_the_model_that_training_ends_with_is_measured(
+    tmp_path: Path, place: str, step: int, logging_steps: int, measured: list[int]
+) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=logging_steps, max_steps=9)
+    trainer.callback_handler.callbacks.insert(1, EndAt(place, step))
     trainer.train()
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 3]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == measured
+
+
+def test_a_model_that_training_ends_with_after_an_epoch_is_measured(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=4, logging_steps=100, max_steps=9)
+    trainer.callback_handler.callbacks.insert(1, EndAt("on_epoch_end", 6))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4, 6]
 
 
 class EndAndStop(TrainerCallback):

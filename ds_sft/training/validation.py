@@ -59,6 +59,7 @@ class EvaluateAtEnd(TrainerCallback):
 
     def __init__(self, stop: StopRequests) -> None:
         self.stop = stop
+        self.measured = -1  # after this step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
@@ -68,4 +69,13 @@ class EvaluateAtEnd(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the user's callbacks; what they say of a validation comes after that one."""
         ended = control.should_training_stop and self.stop.decided is None
-        control.should_evaluate |= ended and args.eval_strategy == IntervalStrategy.STEPS
+        lacking = args.eval_strategy == IntervalStrategy.STEPS and self.measured != state.global_step
+        control.should_evaluate |= ended and lacking
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.measured = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_log(args, state, control)
