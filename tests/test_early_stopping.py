@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.checkpoints.rotate import remove
+from ds_sft.training.report import best_checkpoint, best_loss
 from tests.test_trainer import make_trainer
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
@@ -84,6 +85,27 @@ def test_a_model_that_training_ends_with_after_an_epoch_is_measured(tmp_path: Pa
     trainer.callback_handler.callbacks.insert(1, EndAt("on_epoch_end", 6))
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4, 6]
+
+
+@pytest.mark.parametrize(("place", "step"), [("on_step_end", 3), ("on_epoch_end", 6)])
+def test_a_best_model_that_a_callback_ends_with_is_saved(tmp_path: Path, place: str, step: int) -> None:
+    """It was measured where no checkpoint was due: its loss stood beside the weights of an earlier one."""
+    trainer = make_trainer(tmp_path, **EVERY_STEP | {"eval_steps": 4, "save_steps": 4})
+    trainer.callback_handler.callbacks.insert(1, EndAt(place, step))
+    trainer.train()
+    assert best_checkpoint(trainer) == f"checkpoint-{step}"
+    assert best_loss(trainer) == trainer.state.best_metric
+
+
+def test_the_loss_of_the_best_checkpoint_is_its_own(tmp_path: Path) -> None:
+    """Measured in every step, saved in every fourth: the step after the last save is better."""
+    trainer = make_trainer(tmp_path, **EVERY_STEP | {"save_steps": 4})
+    trainer.callback_handler.callbacks.insert(1, EndAt("on_log", 5))
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert losses[5] < losses[4]
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-4")
+    assert best_loss(trainer) == losses[4]
 
 
 class EndAndStop(TrainerCallback):

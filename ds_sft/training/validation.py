@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.rows import lengths_of, views_of
@@ -71,6 +71,8 @@ class EvaluateAtEnd(TrainerCallback):
         ended = control.should_training_stop and self.stop.decided is None
         lacking = args.eval_strategy == IntervalStrategy.STEPS and self.measured != state.global_step
         control.should_evaluate |= ended and lacking
+        if args.load_best_model_at_end and args.save_strategy == SaveStrategy.STEPS:  # `best` saves by itself
+            control.should_save |= ended and lacking  # it may be the best one
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.measured = state.global_step
