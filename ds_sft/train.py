@@ -7,6 +7,7 @@ python ds_sft/train.py --config ds_configs/qwen3_dialog.yaml                    
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import textwrap
@@ -100,9 +101,8 @@ def run(config: Config, launch: Launch, stop: StopRequests, lock: FolderLock) ->
     from ds_sft.tracking.tracker import TrackerCallback, open_tracker
     from ds_sft.training.expectation import expect_memory
     from ds_sft.training.profile import profiling
-    from ds_sft.upstream.check import require_names
 
-    require_names()
+    require_libraries()
     engine = engine_config(config, launch)
     callbacks = prepare_own_code(config, launch)
     with stop.until_ranks_meet():
@@ -152,6 +152,14 @@ def settle_devices(config: Config, launch: Launch) -> None:
         use_one_device(os.environ)
     share_cores(launch, os.environ)
     grow_segments(os.environ)
+
+
+def require_libraries() -> None:
+    """See that the libraries of a run have what it takes of them, before data are read."""
+    from ds_sft.upstream.check import require_names
+
+    importlib.import_module("ds_sft.training.trainer")  # what is not imported is not looked at, Trainer's methods too
+    require_names()
 
 
 def prepare_own_code(config: Config, launch: Launch) -> list[TrainerCallback]:

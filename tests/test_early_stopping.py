@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from ds_sft.checkpoints.manifest import newest_complete
 from ds_sft.checkpoints.rotate import remove
+from ds_sft.training.report import best_checkpoint, best_loss
 from tests.test_trainer import make_trainer
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
@@ -53,22 +54,58 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert steps_of(tmp_path, NO_BETTER, 3, resumed=True) == 4
 
 
-class EndAtThree(TrainerCallback):
-    """Ends training at the third step, at the place of it that it is told."""
+class EndAt(TrainerCallback):
+    """Ends training after so many steps, or in the middle of the next, where it is told."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, step: int) -> None:
+        self.step = step
         setattr(self, place, self.end)
 
     def end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == 3
+        control.should_training_stop |= state.global_step == self.step
 
 
-@pytest.mark.parametrize("place", ["on_step_end", "on_log"])
-def test_the_model_that_a_callback_ends_with_is_measured(tmp_path: Path, place: str) -> None:
-    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=1, max_steps=6)
-    trainer.callback_handler.callbacks.insert(1, EndAtThree(place))
+@pytest.mark.parametrize(("place", "step", "logging_steps", "measured"), [
+    ("on_step_end", 3, 1, [2, 3]),
+    ("on_log", 3, 1, [2, 3]),
+    ("on_substep_end", 2, 100, [2, 3]),
+    ("on_epoch_end", 6, 100, [2, 4, 6]),  # once
+])  # fmt: skip
+def test_the_model_that_training_ends_with_is_measured(
+    tmp_path: Path, place: str, step: int, logging_steps: int, measured: list[int]
+) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=logging_steps, max_steps=9)
+    trainer.callback_handler.callbacks.insert(1, EndAt(place, step))
     trainer.train()
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 3]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == measured
+
+
+def test_a_model_that_training_ends_with_after_an_epoch_is_measured(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=4, logging_steps=100, max_steps=9)
+    trainer.callback_handler.callbacks.insert(1, EndAt("on_epoch_end", 6))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4, 6]
+
+
+@pytest.mark.parametrize(("place", "step"), [("on_step_end", 3), ("on_epoch_end", 6)])
+def test_a_best_model_that_a_callback_ends_with_is_saved(tmp_path: Path, place: str, step: int) -> None:
+    """It was measured where no checkpoint was due: its loss stood beside the weights of an earlier one."""
+    trainer = make_trainer(tmp_path, **EVERY_STEP | {"eval_steps": 4, "save_steps": 4})
+    trainer.callback_handler.callbacks.insert(1, EndAt(place, step))
+    trainer.train()
+    assert best_checkpoint(trainer) == f"checkpoint-{step}"
+    assert best_loss(trainer) == trainer.state.best_metric
+
+
+def test_the_loss_of_the_best_checkpoint_is_its_own(tmp_path: Path) -> None:
+    """Measured in every step, saved in every fourth: the step after the last save is better."""
+    trainer = make_trainer(tmp_path, **EVERY_STEP | {"save_steps": 4})
+    trainer.callback_handler.callbacks.insert(1, EndAt("on_log", 5))
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert losses[5] < losses[4]
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-4")
+    assert best_loss(trainer) == losses[4]
 
 
 class EndAndStop(TrainerCallback):

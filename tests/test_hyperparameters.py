@@ -57,6 +57,20 @@ def test_what_was_asked_for_is_in_every_group() -> None:
     assert [state["step"].item() for state in new.optimizer.state.values()] == [3, 3]  # states are the checkpoint's
 
 
+def test_steps_are_where_a_fused_kernel_reads_them() -> None:
+    """A checkpoint from before it was fused has them on the host, where a GPU's kernel would read memory of others."""
+    weight = torch.nn.Parameter(torch.ones(2, device="meta"))
+    bare = torch.optim.AdamW([weight])
+    bare.state[weight] = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, device="meta")}
+    optimizer = SimpleNamespace(optimizer=bare, param_groups=bare.param_groups, state=bare.state)
+    schedule = get_scheduler("constant", bare)
+    Asked.of(optimizer, schedule).apply(optimizer, schedule)
+    assert bare.state[weight]["step"].device.type == "cpu"
+    asked = Asked([{**Asked.of(optimizer, schedule).groups[0], "fused": True}], [1e-3], None)
+    asked.apply(optimizer, schedule)
+    assert bare.state[weight]["step"].device.type == "meta"
+
+
 def test_deepspeeds_own_schedule() -> None:
     old, new = wrapped(1e-3, 0.0), wrapped(decay=0.0, **ASKED)
     schedules = [

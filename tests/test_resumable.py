@@ -22,6 +22,7 @@ from ds_sft.ranks import stop as stop_module
 from ds_sft.ranks.launch import Launch
 from ds_sft.ranks.stop import Stopped, StopRequests
 from ds_sft.train import require_steps_left
+from ds_sft.training import resumable as resumable_module
 from ds_sft.training.resumable import ResumableTrainer, StepBoundary
 from ds_sft.training.saving import sync_and_hash
 
@@ -230,6 +231,8 @@ def test_what_a_callback_wants_on_another_rank_is_wanted_here(tmp_path: Path, mo
     boundary, control = StepBoundary(made), TrainerControl(should_training_stop=True)
     boundary.on_substep_end(made.args, made.state, control)
     assert control == TrainerControl()
+    boundary.on_optimizer_step(made.args, made.state, control)
+    assert control == TrainerControl(should_training_stop=True)
     talks: list[tuple[bool, ...]] = []
     other = (False, False, False, True, False, True, False)  # wants to end the epoch and to measure
     monkeypatch.setattr(
@@ -247,7 +250,7 @@ class Quiet(TrainerCallback):
     """A callback of the user's."""
 
 
-@pytest.mark.parametrize("event", ["on_log", "on_evaluate", "on_save"])
+@pytest.mark.parametrize("event", ["on_epoch_begin", "on_log", "on_evaluate", "on_save"])
 def test_between_two_steps_ranks_agree_where_there_are_callbacks_of_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
 ) -> None:
@@ -326,6 +329,15 @@ def test_a_stop_waits_for_the_export_of_a_best_model_that_the_last_step_is_no_mo
     assert complete_ones(tmp_path) == ["checkpoint-4"]
     with pytest.raises(Stopped):
         made.run.stop.check()
+
+
+def test_rank_0_says_whether_the_model_is_the_best_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that has not seen the best one's folder must not leave the others alone in what follows."""
+    made = saving(tmp_path, monkeypatch)
+    made.args.load_best_model_at_end = True
+    for others in (True, False):
+        monkeypatch.setattr(resumable_module, "gather", lambda mine, others=others: [others, mine])
+        assert made.is_best is others
 
 
 @pytest.mark.parametrize("later", [0, 1])

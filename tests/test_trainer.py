@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,30 @@ def test_while_it_trains_python_searches_new_objects_alone(tmp_path: Path) -> No
     assert len(frozen.counts) == 4
     assert min(frozen.counts) > 100_000
     assert gc.get_freeze_count() == 0
+
+
+class Litter(TrainerCallback):
+    """Leaves an object that refers to itself at the end of an epoch."""
+
+    def __init__(self) -> None:
+        self.left: Any = None
+        self.gone: list[bool] = []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        litter = TrainerCallback()
+        litter.itself = litter  # type: ignore[attr-defined]
+        self.left = weakref.ref(litter)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.left is not None:
+            self.gone.append(self.left() is None)
+
+
+def test_what_one_epoch_leaves_is_not_kept_through_the_next(tmp_path: Path) -> None:
+    trainer, litter = make_trainer(tmp_path, rows=8, max_steps=6), Litter()
+    trainer.add_callback(litter)
+    trainer.train()
+    assert litter.gone == [True] * 4
 
 
 def test_a_read_would_be_seen() -> None:

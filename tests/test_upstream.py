@@ -124,6 +124,16 @@ def test_all_names_are_as_they_were_read() -> None:
             assert "()." not in name.path or name.seen_in, f"{name.path}: where is it set?"
 
 
+def test_a_run_looks_at_all_that_a_trainer_takes() -> None:
+    """Before data are read; what comes with the engine is looked at then."""
+    code = "import sys; from ds_sft.train import require_libraries; require_libraries(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = {name.path.partition(":")[0] for name in NAMES if name.kind != TEXT}
+    early = {module for module in modules if module.startswith(("accelerate.", "datasets.", "transformers.trainer"))}
+    assert len(early) > 3
+    assert early <= set(done.stdout.split())
+
+
 def test_versions_that_were_read_bound_those_that_are_installed() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")

@@ -6,9 +6,11 @@ that goes on with the same keys setting them again changes nothing, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 # Of a parameter group: what is the run's state, and not an option of the optimizer. The rate is the schedule's to set.
@@ -35,6 +37,8 @@ class Asked:
         """Set them again; the rate is that of the schedule's next step."""
         for group, options in zip(optimizer.param_groups, self.groups, strict=True):
             group.update(options)
+            if group.get("fused"):
+                _take_steps_to_device(optimizer.state, group["params"])
         if self.clip is not None:
             optimizer.optimizer.clip_grad = self.clip
         schedule = _bare(scheduler)
@@ -46,6 +50,14 @@ class Asked:
                 group["lr"] = rate
         elif hasattr(schedule, "last_batch_iteration"):  # DeepSpeed's own
             schedule.step(schedule.last_batch_iteration)
+
+
+def _take_steps_to_device(states: Any, parameters: Iterable[torch.Tensor]) -> None:
+    """A fused kernel reads its counts of steps there; a checkpoint of an optimizer that was not fused has them on the
+    host, and torch, which loads them, asks that checkpoint."""
+    for parameter in parameters:
+        if parameter in states and torch.is_tensor(states[parameter].get("step")):
+            states[parameter]["step"] = states[parameter]["step"].to(parameter.device)
 
 
 def _bare(scheduler: Any) -> Any:

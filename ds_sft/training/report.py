@@ -35,7 +35,7 @@ def run_results(trainer: SFTTrainer, config: Config, launch: Launch, *, seconds:
     history = trainer.state.log_history
     train_seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    best = trainer.state.best_metric if best_checkpoint(trainer) else None
+    best = best_loss(trainer)
     speed, resumed = trainer.throughput.summary(), trainer.run.resumed
     trained, parameters = count_parameters(trainer.model)
     return {
@@ -83,6 +83,13 @@ def adapter_settings(model: Any, config: Config) -> dict[str, Any] | None:
         "targets": targets if isinstance(targets, str) else sorted(targets),
         "modules_to_save": asked.modules_to_save,
     }
+
+
+def best_loss(trainer: Trainer) -> float | None:
+    """The validation loss of that checkpoint; a step that was not saved may have had a better one."""
+    measured = {f"checkpoint-{entry['step']}": entry["eval_loss"] for entry in trainer.state.log_history
+                if "eval_loss" in entry}  # fmt: skip
+    return measured.get(best_checkpoint(trainer) or "")
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:

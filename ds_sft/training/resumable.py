@@ -315,9 +315,12 @@ class ResumableTrainer(SavingTrainer):
 
     @property
     def is_best(self) -> bool:
-        """Whether training is over, and the model that of the best checkpoint again."""
+        """Whether training is over, and the model that of the best checkpoint again; all ranks must ask.
+
+        Each rank looks by itself for the folder of the best: the answer is rank 0's.
+        """
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        return best is not None and self.run.stop.decided is None
+        return bool(gather(best is not None and self.run.stop.decided is None)[0])
 
     # ---- What a checkpoint says of the run
 
@@ -392,6 +395,11 @@ class StepBoundary(TrainerCallback):
         self._agree(control)
         self.steps_an_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._agree(control)  # an epoch that is to end is not begun
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -403,11 +411,15 @@ class StepBoundary(TrainerCallback):
         self.held |= {name for name in ENDS if getattr(control, name)}
         vars(control).update(dict.fromkeys(ENDS, False))
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        vars(control).update(dict.fromkeys(self.held, True))  # before `EvaluateAtEnd` is asked
+        self.held.clear()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at_epoch_end = False
         self.trainer.restate_epoch()
-        vars(control).update(dict.fromkeys(self.held, True))
-        self.held.clear()
         stopping, hashed = self.trainer.meet(control)
         if hashed:
             self.trainer.finish_save()

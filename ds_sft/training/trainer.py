@@ -72,7 +72,6 @@ class SFTTrainer(FiniteTrainer):
 
     def begin_training(self) -> None:
         super().begin_training()
-        gc.collect()  # what loading left, before `_run_epoch` keeps it
         if isinstance(self.parts.offload, InputOffload):
             self.parts.offload.wrap(self.model)  # checkpointing was just switched on
         if self.is_deepspeed_enabled:
@@ -99,7 +98,9 @@ class SFTTrainer(FiniteTrainer):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # What is there by now stays: to search these half a million objects for garbage takes longer than a small step,
-        # and Python would do it every few steps, for each leaves thousands of new ones.
+        # and Python would do it every few steps, for each leaves thousands of new ones. What is garbage by now would
+        # stay as well, of one epoch after the other.
+        gc.collect()
         gc.freeze()
         try:
             super()._run_epoch(**kwargs)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ds_sft.data.encode import IGNORE_INDEX
 from ds_sft.data.rows import lengths_of, views_of
@@ -59,6 +59,7 @@ class EvaluateAtEnd(TrainerCallback):
 
     def __init__(self, stop: StopRequests) -> None:
         self.stop = stop
+        self.measured = -1  # after this step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
@@ -68,4 +69,15 @@ class EvaluateAtEnd(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the user's callbacks; what they say of a validation comes after that one."""
         ended = control.should_training_stop and self.stop.decided is None
-        control.should_evaluate |= ended and args.eval_strategy == IntervalStrategy.STEPS
+        lacking = args.eval_strategy == IntervalStrategy.STEPS and self.measured != state.global_step
+        control.should_evaluate |= ended and lacking
+        if args.load_best_model_at_end and args.save_strategy == SaveStrategy.STEPS:  # `best` saves by itself
+            control.should_save |= ended and lacking  # it may be the best one
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.measured = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_log(args, state, control)
