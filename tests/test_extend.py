@@ -414,7 +414,22 @@ SEEN = []
 def look(module, query, key, value, attention_mask, row_borders=None, **kwargs):
     SEEN.append([tuple(states.shape[i] for i in (1, 3)) for states in (query, key, value)])
     SEEN.append({name: value for name, value in kwargs.items() if name not in ("position_ids", "use_cache")})
-    return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
+    return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]) + 0 * value.sum(), None
+
+def grouped(query, key, value, **kwargs):
+    return attend(query, key, value, enable_gqa=True, **kwargs).transpose(1, 2), None
+
+def sees_all(module, query, key, value, attention_mask, **kwargs):
+    return grouped(query, key, value, attn_mask=attention_mask | attention_mask.mT)
+
+def sees_rows(module, query, key, value, attention_mask, **kwargs):
+    return grouped(query, key, value, is_causal=True)
+
+def sees_rows_by_borders(module, query, key, value, attention_mask, row_borders=None, **kwargs):
+    return grouped(query, key, value, is_causal=True)
+
+def learns_nothing(module, query, key, value, attention_mask, **kwargs):
+    return grouped(query.detach(), key.detach(), value.detach(), attn_mask=attention_mask)
 """
 EXPECTED = (
     "expected two, what was attended to, [batch, tokens, heads, head_dim], here [1, 7, 4, 16], and weights or None"
@@ -442,6 +457,23 @@ def test_an_attention_is_tried_before_the_model_is_loaded(
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sees_all", "a token sees those behind it in its row, which it is to predict"),
+        ("sees_rows", "of two rows laid end to end the second sees the first: attention_mask keeps them apart"),
+        ("sees_rows_by_borders", "of two rows laid end to end the second sees the first: row_borders say where they "
+         "begin"),
+        ("learns_nothing", "what it returns has no gradient, so nothing before it would learn"),
+    ],
+)  # fmt: skip
+def test_what_an_attention_sees_is_tried(read: Any, tmp_path: Path, model_dir: Path, name: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(WRONG_ATTENTION)
+    with pytest.raises(UserError) as caught:
+        prepare_own_code(read(model_name_or_path=str(model_dir), attn_implementation=f"mine:{name}"), ALONE)
+    assert str(caught.value) == f"attn_implementation: mine:{name}: {said}"
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2"])
 def test_an_attention_is_tried_with_what_a_layer_gives_it(read: Any, tmp_path: Path, family: str) -> None:
     (tmp_path / "mine.py").write_text(WRONG_ATTENTION)
@@ -451,8 +483,8 @@ def test_an_attention_is_tried_with_what_a_layer_gives_it(read: Any, tmp_path: P
     model.config.save_pretrained("small")
     try_attention(config, ALONE)
     model(input_ids=torch.arange(6)[None])
-    tried, words, real, real_words = load("mine:SEEN", "")[:4]
-    assert tried == real
+    tried, words, again, _, real, real_words = load("mine:SEEN", "")[:6]
+    assert tried == again == real
     assert real_words.items() <= words.items()
 
 

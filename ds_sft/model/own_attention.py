@@ -15,7 +15,7 @@ In a batch that is padded it is None.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ BORDERS = "row_borders"
 # Keywords that some models' layers hand on -> the attribute of a layer that has the value.
 OF_LAYERS = {"scaling": "scaling", "softcap": "attn_logit_softcapping", "s_aux": "sinks"}
 FIRST_ROW = 3  # tokens of the first of two rows that the function is tried on
+SAME = 1e-3  # numbers around 1 that differ by less may have been summed in another order
 
 
 def register_attention(config: Config) -> None:
@@ -60,7 +61,8 @@ def try_attention(config: Config, launch: Launch) -> None:
     is not loaded for it; on the device and in the dtype of the run.
 
     Raises:
-        UserError: it fails, or returns something else than what was attended to, and weights or None.
+        UserError: it fails, or returns something else than what was attended to, and weights or None; or what a token
+            gets depends on tokens behind it or on another row.
     """
     name = str(config.attn_implementation)
     layer = _layer_of_model(config) if is_dotted(name) else None
@@ -71,11 +73,29 @@ def try_attention(config: Config, launch: Launch) -> None:
     device = f"cuda:{launch.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     layer.to_empty(device=device, recurse=False)  # what is its own, such as sinks
     with torch.random.fork_rng(devices=[]):  # a run draws the same with a trial and without
-        query, key, value = _noise(layer, getattr(torch, computed_in(config)), device)
+        states = [each.requires_grad_() for each in _noise(layer, getattr(torch, computed_in(config)), device)]
+    first = _attended(name, layer, states)
+    if not first.requires_grad:
+        raise UserError(f"{KEY}: {name}: what it returns has no gradient, so nothing before it would learn")
+    place, changed = FIRST_ROW - 1, [each.detach().clone() for each in states]
+    for each in changed:
+        each[:, :, place] += 1.0
+    moved = (_attended(name, layer, changed) - first).detach().float().abs().amax((0, 2, 3)) > SAME
+    if moved[:place].any():
+        raise UserError(f"{KEY}: {name}: a token sees those behind it in its row, which it is to predict")
+    if moved[FIRST_ROW:].any():
+        by = "row_borders say where they begin" if takes_borders(name) else "attention_mask keeps them apart"
+        raise UserError(f"{KEY}: {name}: of two rows laid end to end the second sees the first: {by}")
+
+
+def _attended(name: str, layer: Any, states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What the function makes of query, key and value, [1, tokens, heads, head_dim]."""
+    import torch
+
+    query, key, value = states
     call = f"called with query {list(query.shape)} and key {list(key.shape)}"
     try:
-        with torch.no_grad():
-            made = load(name, KEY)(layer, query, key, value, **_words(name, layer, query))
+        made = load(name, KEY)(layer, query, key, value, **_words(name, layer, query))
     except Exception as error:
         raise UserError(f"{KEY}: {name}: {call} it ends in {said(error)}") from error
     expected = [1, query.shape[2], query.shape[1], value.shape[3]]
@@ -85,6 +105,8 @@ def try_attention(config: Config, launch: Launch) -> None:
             f"{KEY}: {name}: {call} it returned {_shown(made)}: expected two, what was attended to, [batch, tokens, "
             f"heads, head_dim], here {expected}, and weights or None"
         )
+    attended: torch.Tensor = made[0]
+    return attended
 
 
 def _layer_of_model(config: Config) -> Any:
