@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 import yaml
 
 from ds_sft.config.change import with_changes
-from ds_sft.config.elsewhere import CALLED_HERE, NOT_HERE
+from ds_sft.config.elsewhere import CALLED_HERE, NOT_HERE, VALUES_NOT_HERE
 from ds_sft.config.help import help_text
 from ds_sft.config.keys import ATTENTIONS, ENGINES, REFERENCE_PROMPT, TRAINING_DEFAULTS, Config
 from ds_sft.config.read import given_twice, load_config
 from ds_sft.config.upstream_keys import ALIASES, all_keys, our_keys, training_keys
+from ds_sft.config.values import Given, convert
 from ds_sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,6 +362,16 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
         ("a: b: c\n", ":1: not YAML: mapping values are not allowed here"),
         ("seed: 1\n\tmax_length: 2\n", ":2: not YAML: found character '\\t' that cannot start any token"),
         ("seed: [1\n", ":2: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("adapter: qlora\n", ":1: adapter: expected one of none, lora, dora, found 'qlora': write lora, and "
+         "quantization: nf4"),
+        ("packing: true\n", ":1: packing: expected one of none, concat, found 'true': delete it: rows lie end to end "
+         "anyway; concat fills sequences of max_length"),
+        ("adapter: lora\nlora_targets: all\n", ":2: lora_targets: all: all linear layers are all-linear, which is the "
+         "default: leave it out"),
+        ("adapter: lora\nlora_targets: q_proj,v_proj\n", ":2: lora_targets: q_proj,v_proj: one name with commas: "
+         "write a list, [q_proj, v_proj]"),
+        ("wandb_project: chats\n", ":1: unknown key 'wandb_project': write report_to: wandb, and set WANDB_PROJECT and "
+         "WANDB_ENTITY"),
         ("group_by_length: yes\n", ":1: group_by_length is not a key of today's transformers: "
          "write train_sampling_strategy: group_by_length"),
         ("eval_strategy: epoch\n", ":1: eval_strategy: epoch needs an eval_file (or val_size)"),
@@ -370,6 +382,16 @@ def test_mistakes_in_yaml(tmp_path: Path, text: str, said: str) -> None:
         from_yaml(tmp_path, text)
     file = tmp_path / "run.yaml"
     assert str(caught.value) == f"{file}{said.replace('{file}', str(file))}"
+
+
+def test_a_file_may_say_that_there_is_nothing_to_resume_from(tmp_path: Path) -> None:
+    assert from_yaml(tmp_path, "resume_from_checkpoint: null\n").resume == "auto"
+
+
+def test_values_of_other_programs_are_none_of_ours() -> None:
+    for name, value in VALUES_NOT_HERE:
+        with pytest.raises(UserError, match=re.escape(f": {VALUES_NOT_HERE[name, value]}") + "$"):
+            convert(all_keys()[name], Given("", value))
 
 
 def test_names_of_other_programs_are_none_of_ours() -> None:

@@ -48,13 +48,12 @@ CALLED_HERE: dict[str, str] = {
                     "sequence_parallel"),
     **dict.fromkeys(("dataset_num_proc", "dataset_processes"), "preprocessing_num_workers"),
     **dict.fromkeys(("tokenized_path", "dataset_prepared_path"), "cache_dir"),
-    "strict": "on_bad_row",
     "evals_per_epoch": "eval_steps",
     "saves_per_epoch": "save_steps",
     "auto_resume_from_checkpoints": "resume",
     "export_size": "export_max_shard_size",
     "predict_with_generate": "evaluate_rows",
-    **dict.fromkeys(("use_swanlab", "wandb_project", "use_wandb", "use_tensorboard", "use_mlflow"), "report_to"),
+    **dict.fromkeys(("use_swanlab", "use_tensorboard", "use_mlflow"), "report_to"),
     **dict.fromkeys(("swanlab_run_name", "swanlab_exp_name", "wandb_name"), "run_name"),
 }  # fmt: skip
 _ROW_BY_ROW = "delete it: rows lie end to end, without padding"
@@ -76,4 +75,24 @@ NOT_HERE: dict[str, str] = {
     "load_in_8bit": "there are 4 bits, quantization: nf4, and no 8",
     "loss_type": "delete it: the loss is the mean over the supervised tokens of a step",
     "streaming": "delete it: rows are encoded once into files that are read piece by piece",
+    **dict.fromkeys(("use_wandb", "wandb_project", "wandb_entity"), "write report_to: wandb, and set WANDB_PROJECT and "
+                                                                    "WANDB_ENTITY"),
+    **dict.fromkeys(("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
+                     "liger_fused_linear_cross_entropy", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+                    "delete it; fused_kernels says which kernels there are"),
+    **dict.fromkeys(("plugins", "dataset_kwargs", "model_author", "model_name", "loraplus_lr_ratio", "pissa_init",
+                     "use_galore", "use_badam", "use_apollo", "use_unsloth", "shift_attn", "loss_watchdog_threshold",
+                     "loss_watchdog_patience", "strict"), "there is nothing like it here: delete it"),
 }  # fmt: skip
+_NF4 = "write nf4"
+# A key of ours and a value that they give it, or theirs of that meaning -> what to write.
+VALUES_NOT_HERE: dict[tuple[str, str], str] = {
+    ("adapter", "qlora"): "write lora, and quantization: nf4",
+    **dict.fromkeys((("adapter", "full"), ("adapter", "false")), "delete the line, or write none"),
+    ("adapter", "true"): "write lora or dora",
+    ("adapter", "freeze"): "delete it, and name what is trained in train_only",
+    **dict.fromkeys((("quantization", "true"), ("quantization", "4"), ("quantization", "bnb")), _NF4),
+    ("packing", "true"): "delete it: rows lie end to end anyway; concat fills sequences of max_length",
+    ("packing", "false"): "delete it, or write none",
+    ("bf16", "auto"): "delete it",
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -127,6 +128,7 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
         )
     if config.adapter == "none":
         return
+    _check_targets(config, given)
     if config.lora_init == "orthogonal" and config.lora_rank % 2:
         where = given.get("lora_rank", given["lora_init"]).where
         raise UserError(f"{where}lora_rank: {config.lora_rank}: lora_init: orthogonal wants an even rank")
@@ -139,6 +141,17 @@ def _check_adapter(config: Config, given: Mapping[str, Given]) -> None:
     for name, why in AGAINST_ADAPTERS.items():
         if getattr(config, name):
             raise UserError(f"{given[name].where}{name}: {why}: leave out {name} or adapter: {config.adapter}")
+
+
+def _check_targets(config: Config, given: Mapping[str, Given]) -> None:
+    """Forms of `lora_targets` that other programs take; which names a model has is seen when it is loaded."""
+    for name in config.lora_targets or ():
+        where = f"{given['lora_targets'].where}lora_targets: {name}: "
+        if name == "all":
+            raise UserError(f"{where}all linear layers are all-linear, which is the default: leave it out")
+        if re.fullmatch(r"\w+(,\s*\w+)+", name):
+            names = ", ".join(re.findall(r"\w+", name))
+            raise UserError(f"{where}one name with commas: write a list, [{names}]")
 
 
 def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:

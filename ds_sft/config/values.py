@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ds_sft.config.elsewhere import VALUES_NOT_HERE
 from ds_sft.config.extension import EXAMPLE, is_dotted
 from ds_sft.config.keys import ALSO, FILES
 from ds_sft.config.refused import UNSAFE, UNUSED
@@ -123,6 +124,8 @@ def convert(known: Key, given: Given) -> Any:
     empty = given.empty
     if empty and known.optional and not (value.lower() == "none" and known.name == "report_to"):
         return None
+    if empty and known.name == "resume" and value in ("null", "~"):  # resume_from_checkpoint: null, as many write
+        return known.default
     if given.where == "--" and value == "":
         empty = False  # --system_prompt "" is an empty text; `system_prompt:` in a file is a line not finished
     also = ALSO.get(known.name)
@@ -134,10 +137,19 @@ def convert(known: Key, given: Given) -> Any:
     except ValueError as error:
         expected = f"yes, no or {also}" if also else str(error)
         place = f"{given.where}{given.alias or known.name}"
-        near = nearest_value(value, known.choices) if isinstance(value, str) else None
-        meant = f": did you mean {near}?" if near and near != value else ""  # a choice may be one that is refused
+        meant = _meant(known, value)
         raise UserError(f"{place}: expected {expected}, found {_shown(value)!r}{meant}") from None
     return result
+
+
+def _meant(known: Key, value: Any) -> str:
+    """What to write instead of a wrong value, where that can be told."""
+    if not isinstance(value, str):
+        return ""
+    if (known.name, value.lower()) in VALUES_NOT_HERE:
+        return f": {VALUES_NOT_HERE[known.name, value.lower()]}"
+    near = nearest_value(value, known.choices)
+    return f": did you mean {near}?" if near and near != value else ""  # a choice may be one that is refused
 
 
 def _by_type(known: Key, value: Any, empty: bool) -> Any:

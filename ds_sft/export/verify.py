@@ -135,7 +135,8 @@ def require_verified(result: dict[str, Any] | None, folder: Path) -> None:
         )
     if not result["verified"]:
         raise ExportError(
-            f"Export NOT verified: {line} Do not use these weights; the last checkpoint, if there is one, has the trained ones."
+            f"Export NOT verified: {line} Do not use these weights; the last checkpoint, if there is one, has the "
+            "trained ones."
         )
     print_line(f"Export verified: {line}")
     if merge is not None:
