@@ -136,7 +136,6 @@ MATRICES = ["down_proj", "gate_up_proj", *ATTENTION]  # of a mixture
 WRONG_TARGETS = [
     ("qwen3", "q_prj", "'q_prj' matches no layer of this model; near it: q_proj, v_proj, o_proj"),
     ("qwen3", "xyz", "'xyz' matches no layer of this model; near it: " + ", ".join(DENSE)),
-    ("qwen3", "q_proj,v_proj", "'q_proj,v_proj' is one text: write a list, [q_proj, v_proj]"),
     ("qwen3", "[all-linear, lm_head]", "all-linear is said alone, or with experts"),
     ("qwen3", "[all-linear, experts]", "experts: Qwen3ForCausalLM has no tensors of experts: leave it out"),
     (

@@ -368,8 +368,10 @@ def test_mistakes_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
          "anyway; concat fills sequences of max_length"),
         ("adapter: lora\nlora_targets: all\n", ":2: lora_targets: all: all linear layers are all-linear, which is the "
          "default: leave it out"),
-        ("adapter: lora\nlora_targets: q_proj,v_proj\n", ":2: lora_targets: q_proj,v_proj: one name with commas: "
+        ("adapter: lora\nlora_targets: q_proj,v_proj\n", ":2: lora_targets: q_proj,v_proj: it is one text: "
          "write a list, [q_proj, v_proj]"),
+        ("adapter: lora\nlora_targets: 'self_attn.q_proj, up_proj'\n", ":2: lora_targets: self_attn.q_proj, up_proj: "
+         "it is one text: write a list, [self_attn.q_proj, up_proj]"),
         ("wandb_project: chats\n", ":1: unknown key 'wandb_project': write report_to: wandb, and set WANDB_PROJECT and "
          "WANDB_ENTITY"),
         ("group_by_length: yes\n", ":1: group_by_length is not a key of today's transformers: "

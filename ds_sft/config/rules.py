@@ -149,9 +149,8 @@ def _check_targets(config: Config, given: Mapping[str, Given]) -> None:
         where = f"{given['lora_targets'].where}lora_targets: {name}: "
         if name == "all":
             raise UserError(f"{where}all linear layers are all-linear, which is the default: leave it out")
-        if re.fullmatch(r"\w+(,\s*\w+)+", name):
-            names = ", ".join(re.findall(r"\w+", name))
-            raise UserError(f"{where}one name with commas: write a list, [{names}]")
+        if re.fullmatch(r"[\w.]+(,\s*[\w.]+)+", name):
+            raise UserError(f"{where}it is one text: write a list, [{', '.join(re.findall(r'[^, ]+', name))}]")
 
 
 def _check_optimizer(config: Config, given: Mapping[str, Given]) -> None:

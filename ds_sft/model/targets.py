@@ -198,8 +198,6 @@ def _why_no_layer(model: PreTrainedModel, name: str, layers: Sequence[str]) -> s
         return f"{name!r}: {_no_linear_layer(model)}"
     if name == ALL_LINEAR:
         return f"{ALL_LINEAR} is said alone, or with {EXPERTS}"
-    if "," in name and all(any(_matches(layer, part.strip()) for layer in layers) for part in name.split(",")):
-        return f"{name!r} is one text: write a list, [{', '.join(part.strip() for part in name.split(','))}]"
     others = [(known, module) for known, module in model.named_modules() if known and _matches(known, name)]
     for known, module in others:
         if module in (model.get_input_embeddings(), model.get_output_embeddings()):
